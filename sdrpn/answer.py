@@ -1,0 +1,183 @@
+"""Answers: suffixes over prefixes, through transformers' generate() or as a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from sdrpn.llava import Llava, run_layers
+from sdrpn.prefix import Prefix, pad_between, stack
+
+SAMPLING = ("temperature", "top_p", "top_k")
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """What stands behind a prefix: [crop tokens][question]. crop: [n, C] or None without a zoom."""
+
+    question: tuple[int, ...]
+    crop: Tensor | None = None
+
+    @property
+    def crop_tokens(self) -> int:
+        return 0 if self.crop is None else len(self.crop)
+
+    def embed(self, llava: Llava) -> Tensor:
+        words = llava.embed(self.question)
+        return words if self.crop is None else torch.cat([self.crop, words])
+
+
+def generation_arguments(llava: Llava, generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a request's settings into arguments of generate(): greedy unless told to sample.
+
+    generation: generate()'s own arguments, and `stop`, a list of strings that end the answer.
+    """
+    arguments = dict(generation)
+    stop = list(arguments.pop("stop", None) or [])
+    if arguments.get("num_return_sequences", 1) != 1:
+        raise ValueError("num_return_sequences must be 1: a question has one answer")
+    if arguments.get("temperature") == 0:
+        arguments["do_sample"] = False
+    if not arguments.setdefault("do_sample", False):
+        # A checkpoint's generation config may carry sampling settings; greedy must not read them.
+        arguments |= dict.fromkeys(SAMPLING)
+    if stop:
+        arguments |= {"stop_strings": stop, "tokenizer": llava.tokenizer}
+    arguments.setdefault("pad_token_id", _pad_id(llava))
+    return {"max_new_tokens": 128, "num_beams": 1} | arguments
+
+
+@torch.no_grad()
+def generate(
+    llava: Llava,
+    prefixes: Sequence[Prefix],
+    suffixes: Sequence[Suffix],
+    generation: Mapping[str, Any],
+) -> list[list[int]]:
+    """Answer a batch from its prefixes; returns the new token ids of each row, end token left out.
+
+    All but the last prompt token are prefilled here; generate() goes on from the filled cache.
+    """
+    arguments = generation_arguments(llava, generation)
+    length = prefixes[0].length
+    embeds, mask = pad_between(length, [s.embed(llava) for s in suffixes])
+    cache = stack([p.kv for p in prefixes])
+    span = llava.span(embeds[:, :-1], mask[:, :-1], cache)
+    run_layers(llava.layers, embeds[:, :-1], span, cache)
+    if arguments["num_beams"] > 1:
+        # generate() expands the tensors it is given, but not a cache.
+        cache.batch_repeat_interleave(arguments["num_beams"])
+    # Of the ids only the last column is embedded; the others count for repetition penalties.
+    # Padding repeats the image token, which every row holds already, so no row's penalty moves.
+    ids = torch.full_like(mask, llava.image_token_id)
+    for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
+        ids[row, :length] = torch.tensor(prefix.ids)
+        ids[row, -len(suffix.question) :] = torch.tensor(suffix.question)
+    output = llava.model.generate(
+        input_ids=ids, attention_mask=mask, past_key_values=cache, **arguments
+    )
+    return [_until_end(llava, row, arguments) for row in output[:, ids.shape[1] :].tolist()]
+
+
+@torch.no_grad()
+def losses(
+    llava: Llava,
+    prefixes: Sequence[Prefix],
+    suffixes: Sequence[Suffix],
+    continuations: Sequence[Sequence[int]],
+) -> list[tuple[float, bool]]:
+    """Mean loss of each continuation (nats a token), and whether greedy decoding would give it."""
+    rows = [
+        torch.cat([s.embed(llava), llava.embed(c)])
+        for s, c in zip(suffixes, continuations, strict=True)
+    ]
+    embeds, mask = pad_between(prefixes[0].length, rows)
+    cache = stack([p.kv for p in prefixes])
+    hidden = run_layers(llava.layers, embeds, llava.span(embeds, mask, cache), cache)
+    return [_loss(llava, state, c) for state, c in zip(hidden, continuations, strict=True)]
+
+
+def _loss(llava: Llava, hidden: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
+    logits = llava.logits(hidden[-len(continuation) - 1 : -1]).float()
+    target = torch.tensor(continuation, device=logits.device)
+    return float(cross_entropy(logits, target)), bool((logits.argmax(-1) == target).all())
+
+
+# --- prompts without a prefix: no image, or several -----------------------------------------
+
+
+def _plain_inputs(
+    llava: Llava, rows: Sequence[Sequence[int]], images: Sequence[Image.Image]
+) -> dict[str, Tensor | None]:
+    spread = [
+        [t for i in ids for t in [i] * (llava.image_tokens if i == llava.image_token_id else 1)]
+        for ids in rows
+    ]
+    longest = max(map(len, spread))
+    ids = torch.full((len(rows), longest), _pad_id(llava), device=llava.device)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(spread):
+        ids[row, longest - len(tokens) :] = torch.tensor(tokens)
+        mask[row, longest - len(tokens) :] = 1
+    pixels = llava.pixels(images).to(llava.device, llava.dtype) if images else None
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+@torch.no_grad()
+def generate_plain(
+    llava: Llava,
+    prompts: Sequence[Sequence[int]],
+    images: Sequence[Image.Image],
+    generation: Mapping[str, Any],
+) -> list[list[int]]:
+    """Answer prompts as stock LLaVA does: ids with placeholders, the images in their order."""
+    arguments = generation_arguments(llava, generation)
+    inputs = _plain_inputs(llava, prompts, images)
+    output = llava.model.generate(**inputs, **arguments)
+    width = _columns(inputs)
+    return [_until_end(llava, row, arguments) for row in output[:, width:].tolist()]
+
+
+@torch.no_grad()
+def losses_plain(
+    llava: Llava,
+    prompts: Sequence[Sequence[int]],
+    images: Sequence[Image.Image],
+    continuations: Sequence[Sequence[int]],
+) -> list[tuple[float, bool]]:
+    """As `losses`, for prompts without a prefix."""
+    rows = [[*p, *c] for p, c in zip(prompts, continuations, strict=True)]
+    inputs = _plain_inputs(llava, rows, images)
+    hidden = llava.model.model(**inputs).last_hidden_state
+    results = []
+    for state, continuation in zip(hidden, continuations, strict=True):
+        logits = llava.model.lm_head(state[-len(continuation) - 1 : -1]).float()
+        target = torch.tensor(continuation, device=logits.device)
+        greedy = bool((logits.argmax(-1) == target).all())
+        results.append((float(cross_entropy(logits, target)), greedy))
+    return results
+
+
+def _columns(inputs: Mapping[str, Tensor | None]) -> int:
+    ids = inputs["input_ids"]
+    assert ids is not None
+    return ids.shape[1]
+
+
+def _pad_id(llava: Llava) -> int:
+    pad = llava.tokenizer.pad_token_id
+    return llava.eos_token_id if pad is None else pad
+
+
+def _until_end(llava: Llava, ids: list[int], arguments: Mapping[str, Any]) -> list[int]:
+    ends = {llava.eos_token_id, arguments["pad_token_id"]}
+    for position, token in enumerate(ids):
+        if token in ends:
+            return ids[:position]
+    return ids

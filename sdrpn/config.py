@@ -1,0 +1,162 @@
+"""Every constant of the method, as frozen dataclasses that are saved with what they made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+VICUNA_SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+"""The sentence LLaVA-1.5 was trained and scored with; the hub's chat template leaves it out."""
+
+POLICIES = ("mask", "bbox", "strongest")
+PROPOSERS = ("rpn", "attention", "vicrop", "none")
+
+
+def _from_mapping(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a JSON object's keys against a dataclass: an unknown key is an error, not a default."""
+    known = {f.name for f in fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        names = ", ".join(sorted(known))
+        raise ValueError(f"unknown key(s) {', '.join(unknown)} in {cls.__name__}; known: {names}")
+    return dict(values)
+
+
+@dataclass(frozen=True)
+class ZoomConfig:
+    """How a RoI map becomes crops (paper section 3.3; METHOD of the README).
+
+    threshold: on the blurred map, in (0, 1).
+    policy: `mask` (published results), `bbox` (published alternative) or `strongest` (ours).
+    token_budget: crop tokens per side, in tokens per cell of the box, at most the model's grid;
+        None inserts the whole grid (576 tokens for LLaVA-1.5), as published.
+    min_cells: smaller connected components are dropped (published: 2, on a 24 x 24 grid).
+    max_cells_fraction: components larger than this share of the grid are dropped.
+    """
+
+    threshold: float = 0.15
+    policy: str = "mask"
+    token_budget: float | None = None
+    min_cells: int = 2
+    max_cells_fraction: float = 225 / 576
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold must be in (0, 1), got {self.threshold}")
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        if self.token_budget is not None and self.token_budget <= 0:
+            raise ValueError(f"token_budget must be above 0 or None, got {self.token_budget}")
+        if self.min_cells < 1:
+            raise ValueError(f"min_cells must be 1 or more, got {self.min_cells}")
+        if not 0 < self.max_cells_fraction <= 1:
+            raise ValueError(f"max_cells_fraction must be in (0, 1], got {self.max_cells_fraction}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        return cls(**_from_mapping(cls, values))
+
+
+@dataclass(frozen=True)
+class LayerHeads:
+    """Attention heads of one decoder layer; `heads=None` takes all of them. Counted from 0."""
+
+    layer: int
+    heads: tuple[int, ...] | None = None
+
+
+def _layer_heads(values: Any) -> tuple[LayerHeads, ...]:
+    return tuple(
+        v if isinstance(v, LayerHeads) else LayerHeads(v["layer"], v["heads"] and tuple(v["heads"]))
+        for v in values
+    )
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Which attention makes pseudo-labels, and where the lines are drawn (METHOD section 4).
+
+    grounding: heads whose mean is the grounding map. sink: heads whose mean is the sink map.
+    vicrop_layer: the layer the ViCrop baseline reads (METHOD section 8).
+    sink_threshold: an image token with at least this much attention in the sink map is a sink.
+    foreground, background: shares of the map's maximum.
+    max_box_fraction: a foreground box of this share of the grid or more discards the sample.
+    max_new_tokens: length of the answers whose attention is read.
+    """
+
+    grounding: tuple[LayerHeads, ...]
+    sink: tuple[LayerHeads, ...]
+    vicrop_layer: int
+    sink_threshold: float = 1e-3
+    foreground: float = 0.2
+    background: float = 0.1
+    max_box_fraction: float = 0.5
+    max_new_tokens: int = 128
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        checked = _from_mapping(cls, values)
+        for name in ("grounding", "sink"):
+            checked[name] = _layer_heads(checked[name])
+        return cls(**checked)
+
+
+LABELS_7B = LabelConfig(
+    grounding=(LayerHeads(14, (13, 24, 26)),), sink=(LayerHeads(2),), vicrop_layer=14
+)
+LABELS_13B = LabelConfig(
+    grounding=(LayerHeads(13, (21, 23, 26)), LayerHeads(15, (2,)), LayerHeads(16, (2, 21, 30))),
+    sink=(LayerHeads(16, (17, 22)),),
+    vicrop_layer=14,
+)
+
+
+def published_labels(num_layers: int, hidden_size: int) -> LabelConfig | None:
+    """The published head lists, which fit LLaVA-1.5-7B and 13B only; None for any other shape."""
+    return {(32, 4096): LABELS_7B, (40, 5120): LABELS_13B}.get((num_layers, hidden_size))
+
+
+@dataclass(frozen=True)
+class RPNConfig:
+    """Shape of a region proposal network and what it belongs to; saved as its config.json.
+
+    branch_layer (B): the backbone layers 0..B-1 feed it. depth (R): R-1 decoder layers and a map
+    head. The sizes are the backbone's. image_tokens: cells of the RoI map, a square grid.
+    multi_head: mean over heads of q.k/sqrt(d); False: one unscaled dot product over the width.
+    zoom: how its maps are best turned into crops. labels: how its training labels were made.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    image_tokens: int
+    branch_layer: int = 15
+    depth: int = 3
+    multi_head: bool = True
+    base_model: str = ""
+    zoom: ZoomConfig = field(default_factory=ZoomConfig)
+    labels: LabelConfig | None = None
+    sdrpn_version: str = ""
+
+    def __post_init__(self) -> None:
+        if self.depth < 1 or self.branch_layer < 1:
+            raise ValueError(
+                f"branch_layer and depth must be 1 or more, got {self.branch_layer}, {self.depth}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        checked = _from_mapping(cls, values)
+        checked["zoom"] = ZoomConfig.from_dict(checked.get("zoom") or {})
+        if checked.get("labels"):
+            checked["labels"] = LabelConfig.from_dict(checked["labels"])
+        return cls(**checked)

@@ -1,0 +1,49 @@
+"""From attention maps to pseudo-labels: METHOD section 4, plain arrays, no model."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sdrpn.config import LabelConfig
+
+IGNORED = -100
+"""Label of tokens that do not train the RPN; torch's and transformers' usual value."""
+
+
+def remove_sinks(grounding: np.ndarray, sink: np.ndarray, sink_threshold: float) -> np.ndarray:
+    """Set the attention on sink tokens to 0 (METHOD section 4, "sink map").
+
+    grounding, sink: [tokens] attention shares, >= 0. Returns a copy of grounding.
+    """
+    return np.where(sink >= sink_threshold, 0, grounding)
+
+
+def pseudo_labels(grounding: np.ndarray, sink: np.ndarray, config: LabelConfig) -> np.ndarray:
+    """Label every image token: 1 foreground, 0 background, -100 ignored (METHOD section 4).
+
+    grounding, sink: [tokens] of a square grid, row-major. Returns int8 [tokens]; all of them are
+    ignored when the map is empty once its sinks are gone, or when the foreground's bounding box
+    holds `max_box_fraction` of the grid or more.
+    """
+    if grounding.shape != sink.shape or grounding.ndim != 1:
+        raise ValueError(
+            f"maps must be two vectors of one length, got {grounding.shape} and {sink.shape}"
+        )
+    side = round(len(grounding) ** 0.5)
+    if side * side != len(grounding):
+        raise ValueError(f"{len(grounding)} image tokens do not make a square grid")
+    labels = np.full(len(grounding), IGNORED, dtype=np.int8)
+    attention = remove_sinks(grounding, sink, config.sink_threshold)
+    peak = attention.max()
+    if not peak > 0:
+        return labels
+    foreground = attention > config.foreground * peak
+    rows, columns = np.nonzero(foreground.reshape(side, side))
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    if height * width >= config.max_box_fraction * len(grounding):
+        return labels
+    outside = np.ones((side, side), dtype=bool)
+    outside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = False
+    labels[outside.ravel() & (attention < config.background * peak)] = 0
+    labels[foreground] = 1
+    return labels

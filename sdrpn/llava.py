@@ -1,0 +1,329 @@
+"""The one seam to transformers: load a LLaVA-1.5, write its prompt, show it images, run its layers.
+
+Shapes: B rows, N new tokens, P cached tokens, C hidden size, T image tokens (576).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedConfig,
+)
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
+
+from sdrpn.config import VICUNA_SYSTEM_PROMPT
+from sdrpn.region import PixelBox, View, crop
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PADDINGS = ("pad", "crop")
+IMAGE_TOKEN = "<image>"
+
+KV = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each [B, heads, tokens, head_dim]."""
+
+Tap = Callable[[int, Tensor, KV], None]
+"""Called after a layer ran, with its index, the hidden state that entered it [B, N, C], and the
+rotary embeddings (cos, sin) of the new tokens."""
+
+
+class WeightsUnavailable(OSError):
+    """The weights of a model could not be found: no such folder, or no hub within reach."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """What attention needs to know of N new tokens behind P cached ones.
+
+    attention_mask: 2-D [B, P + N], 1 where there is a token. mask: the same with causality, as the
+    attention backend wants it. rotary: (cos, sin), each [B, N, head_dim].
+    """
+
+    attention_mask: Tensor
+    mask: Any
+    positions: Tensor
+    rotary: KV
+
+    def to(self, device: torch.device) -> Span:
+        mask = self.mask.to(device) if isinstance(self.mask, Tensor) else self.mask
+        cos, sin = self.rotary
+        positions = self.positions.to(device)
+        return Span(
+            self.attention_mask.to(device), mask, positions, (cos.to(device), sin.to(device))
+        )
+
+
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """Position of every token: counted over the mask, so padding takes no number. [B, P + N]."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def cache_of(kv: Iterable[KV]) -> DynamicCache:
+    """A cache that starts from given keys and values, without copying them.
+
+    Growing it concatenates into new tensors, so the given ones are never written to.
+    """
+    cache = DynamicCache()
+    for keys, values in kv:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+def run_layers(
+    layers: Iterable[tuple[int, nn.Module]],
+    hidden: Tensor,
+    span: Span,
+    cache: Cache | None = None,
+    tap: Tap | None = None,
+) -> Tensor:
+    """Run decoder layers over N new tokens behind a cache, which grows by them.
+
+    layers: (index, decoder layer). hidden: [B, N, C]. Returns [B, N, C], before any final norm.
+    """
+    for index, layer in layers:
+        entering = hidden
+        hidden = layer(
+            hidden,
+            attention_mask=span.mask,
+            position_ids=span.positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            position_embeddings=span.rotary,
+        )
+        if tap is not None:
+            tap(index, entering, span.rotary)
+    return hidden
+
+
+def check_is_llava15(config: dict[str, Any], name: str) -> None:
+    """Refuse, by name, every model that is not a LLaVA-1.5. config: its config.json."""
+    kind = config.get("model_type", "a model without a model_type")
+    if kind in ("llava_llama", "llava"):
+        text = (config.get("text_config") or {}).get("model_type", "llama")
+        vision = (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
+        if kind == "llava_llama" or "mm_vision_tower" in config:
+            raise ValueError(
+                f"{name} is in the original LLaVA layout (model_type {kind!r}), which is not read "
+                "yet; give the Hugging Face layout, such as llava-hf/llava-1.5-7b-hf"
+            )
+        if (text, vision) == ("llama", "clip_vision_model"):
+            strategy = config.get("vision_feature_select_strategy", "default")
+            if strategy == "default" and isinstance(config.get("vision_feature_layer", -2), int):
+                return
+            kind = f"llava with vision_feature_select_strategy {strategy!r}"
+        else:
+            kind = f"llava with a {text} language model and a {vision} vision tower"
+    raise ValueError(
+        f"{name} is not a LLaVA-1.5 model but {kind}; sdrpn needs a LLaMA language model behind a "
+        "CLIP tower with one feature layer and no CLS token, such as llava-hf/llava-1.5-7b-hf"
+    )
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on the CPU and float16, LLaVA-1.5's own, on an accelerator."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES[dtype]
+
+
+class Llava:
+    """A frozen LLaVA-1.5 with its processor and its prompt.
+
+    padding: `pad` shows the whole image on a square, as LLaVA-1.5 was trained and scored; `crop`
+    uses the checkpoint's own image processor, which on the hub cuts the sides off.
+    """
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        processor: LlavaProcessor,
+        *,
+        padding: str = "pad",
+        system_prompt: str = VICUNA_SYSTEM_PROMPT,
+        name: str = "",
+    ) -> None:
+        if padding not in PADDINGS:
+            raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+        self.model: Any = model.eval().requires_grad_(False)
+        self.processor: Any = processor
+        self.padding = padding
+        self.system_prompt = system_prompt
+        self.name = name or model.config._name_or_path
+        vision = model.config.vision_config
+        self.side: int = vision.image_size
+        self.grid: int = vision.image_size // vision.patch_size
+        self.image_tokens = self.grid**2
+        self.text_config: Any = model.config.text_config
+        self.context_length: int = self.text_config.max_position_embeddings
+        self.image_token_id: int = model.config.image_token_id
+        own = self.processor.image_processor
+        square = {"height": self.side, "width": self.side}
+        self._padder = LlavaImageProcessorPil(
+            do_pad=True,
+            size=square,
+            crop_size=square,
+            image_mean=own.image_mean,
+            image_std=own.image_std,
+        )
+        self.head_ids, _ = self.prompt_ids("")
+
+    @classmethod
+    def load(
+        cls,
+        pretrained: str,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        padding: str = "pad",
+        system_prompt: str = VICUNA_SYSTEM_PROMPT,
+    ) -> Self:
+        """Load a LLaVA-1.5 and its processor from a folder or a hub id.
+
+        device: one device (default: the GPU where there is one). device_map: accelerate's, instead
+        of a device. Raises ValueError when it is another kind of model, naming it, and
+        WeightsUnavailable when there is nothing to load.
+        """
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device_map is None:
+            device_map = {"": str(target)}
+        else:
+            target = torch.device("cpu" if device_map == "cpu" else "cuda")
+        source: dict[str, Any] = {"revision": revision or "main"}
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(pretrained, **source)
+            if not config:
+                raise OSError("there is no config.json")
+            check_is_llava15(config, pretrained)
+            processor = AutoProcessor.from_pretrained(pretrained, **source)
+            model = LlavaForConditionalGeneration.from_pretrained(
+                pretrained,
+                dtype=pick_dtype(dtype, target),
+                device_map=device_map,
+                attn_implementation=attn_implementation,
+                **source,
+            )
+        except OSError as error:
+            raise WeightsUnavailable(
+                f"cannot load {pretrained!r}: {str(error).splitlines()[0]}"
+            ) from error
+        return cls(
+            model, processor, padding=padding, system_prompt=system_prompt, name=str(pretrained)
+        )
+
+    # --- words -------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    def prompt(self, question: str, images: int = 1) -> str:
+        """The vicuna_v1 prompt of METHOD section 1, with `images` placeholders before the question.
+
+        A question that already holds that many placeholders keeps them where they are.
+        """
+        if images and question.count(IMAGE_TOKEN) != images:
+            question = " ".join([IMAGE_TOKEN] * images) + "\n" + question
+        system = f"{self.system_prompt} " if self.system_prompt else ""
+        return f"{system}USER: {question} ASSISTANT:"
+
+    def prompt_ids(self, question: str) -> tuple[list[int], list[int]]:
+        """Token ids before the image and behind it, as the whole prompt is tokenised."""
+        ids = self.tokenizer(self.prompt(question))["input_ids"]
+        where = ids.index(self.image_token_id)
+        return ids[:where], ids[where + 1 :]
+
+    def question_ids(self, question: str) -> list[int]:
+        """Token ids behind the image: the question and the turn's end, ASSISTANT: included."""
+        return self.prompt_ids(question)[1]
+
+    def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """Word embeddings: ids [...] -> [..., C]."""
+        table = self.model.get_input_embeddings()
+        return table(torch.as_tensor(ids, device=self.device))
+
+    # --- images ------------------------------------------------------------------------------
+
+    def view(self, image: Image.Image) -> View:
+        """How the model's square lies on this image."""
+        return View(image.size, self.grid, self.side, self.padding)
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """Whole images as the model sees them: [n, 3, side, side], normalised."""
+        own = self.processor.image_processor
+        processor = self._padder if self.padding == "pad" else own
+        images = [image.convert("RGB") for image in images]
+        return processor(images=images, return_tensors="pt")["pixel_values"]
+
+    def crop_pixels(self, crops: Sequence[tuple[Image.Image, PixelBox]]) -> Tensor:
+        """Boxes cut from original images and stretched to a square: [n, 3, side, side]."""
+        cut = [crop(image.convert("RGB"), box, self.side) for image, box in crops]
+        plain = {"do_pad": False, "do_resize": False}
+        return self._padder(images=cut, return_tensors="pt", **plain)["pixel_values"]
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Vision tower and projector: [n, 3, side, side] -> [n, T, C] image tokens."""
+        tower = self.model.model.vision_tower
+        pixels = pixels.to(device=tower.device, dtype=self.dtype)
+        features = self.model.get_image_features(pixel_values=pixels).pooler_output
+        return torch.stack(list(features)).to(self.device)
+
+    # --- layers ------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the word embeddings are, and so where sequences begin."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def num_layers(self) -> int:
+        return self.text_config.num_hidden_layers
+
+    @property
+    def layers(self) -> list[tuple[int, nn.Module]]:
+        """The decoder layers with their indices."""
+        return list(enumerate(self.model.model.language_model.layers))
+
+    def span(self, embeds: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Span:
+        """Mask and positions for new tokens. embeds: [B, N, C]; attention_mask: [B, P + N]."""
+        positions = positions_of(attention_mask)[:, -embeds.shape[1] :]
+        mask = create_causal_mask(
+            config=self.text_config,
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=positions,
+        )
+        rotary = self.model.model.language_model.rotary_emb(embeds, position_ids=positions)
+        return Span(attention_mask, mask, positions, rotary)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and language-model head: [..., C] -> [..., vocabulary]."""
+        return self.model.lm_head(self.model.model.language_model.norm(hidden))

@@ -1,0 +1,228 @@
+"""The region proposal network: R-1 decoder layers of its own and a map head (METHOD section 2)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+
+from sdrpn.config import RPNConfig
+from sdrpn.llava import Llava, Span, run_layers
+
+WEIGHTS_FILE = "rpn.safetensors"
+CONFIG_FILE = "config.json"
+
+CARD = """---
+library_name: sdrpn
+tags: [sd-rpn, region-proposal, llava]
+base_model: {base_model}
+---
+# Region proposal network for {base_model}
+
+Says where LLaVA-1.5 should look again (SD-RPN, arXiv 2509.16944). It reads the backbone's hidden
+state behind layer {branch} and has {parameters:,} parameters of its own ({depth} layers).
+
+```python
+from sdrpn import ZoomLlava
+zoom = ZoomLlava.from_pretrained("{base_model}", rpn="path-or-id-of-this-folder")
+```
+
+## Training facts
+
+{facts}
+"""
+
+
+def llama_config(config: RPNConfig, attn_implementation: str) -> LlamaConfig:
+    """The LLaMA shape of the RPN's decoder layers."""
+    return LlamaConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        rms_norm_eps=config.rms_norm_eps,
+        num_hidden_layers=config.depth - 1,
+        attn_implementation=attn_implementation,
+    )
+
+
+class RPN(nn.Module, ModelHubMixin):
+    """A question's look at an image: hidden state behind backbone layer B-1 -> RoI logits.
+
+    Its decoder layers start as copies of the backbone's; once trained, their keys and values are
+    their own, so a cached prefix must keep the RPN's KV beside the backbone's.
+    """
+
+    def __init__(self, config: RPNConfig, attn_implementation: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.facts: dict[str, Any] = {}
+        shape = llama_config(config, attn_implementation)
+        head_dim = config.hidden_size // config.num_attention_heads
+        self.layers = nn.ModuleList(LlamaDecoderLayer(shape, i) for i in range(config.depth - 1))
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.map_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.q_proj = nn.Linear(
+            config.hidden_size, config.num_attention_heads * head_dim, bias=False
+        )
+        self.k_proj = nn.Linear(
+            config.hidden_size, config.num_key_value_heads * head_dim, bias=False
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.q_proj.weight.device
+
+    def forward(self, hidden: Tensor, span: Span, cache: Cache | None = None) -> Tensor:
+        """Run the RPN's layers and both norms.
+
+        hidden: [B, N, C] behind backbone layer B-1. Returns [B, N, C], what the map head reads.
+        """
+        hidden = hidden.to(self.device)
+        hidden = run_layers(enumerate(self.layers), hidden, span.to(self.device), cache)
+        return self.map_norm(self.norm(hidden))
+
+    def image_keys(self, states: Tensor) -> Tensor:
+        """Keys of the image tokens, without rotary embedding: [B, T, C] -> [B, T, kv heads x d]."""
+        return self.k_proj(states)
+
+    def roi_logits(self, last: Tensor, image_keys: Tensor) -> Tensor:
+        """The map: dot products of the last prompt token's query with the image tokens' keys.
+
+        last: [B, C], image_keys: [B, T, kv heads x d]. Returns [B, T] in float32, row-major.
+        """
+        heads = self.config.num_attention_heads
+        query = self.q_proj(last).unflatten(-1, (heads, -1)).float()
+        keys = image_keys.unflatten(-1, (self.config.num_key_value_heads, -1)).float()
+        keys = keys.repeat_interleave(heads // self.config.num_key_value_heads, dim=-2)
+        products = torch.einsum("bhd,bthd->bth", query, keys)
+        if not self.config.multi_head:
+            return products.sum(-1)
+        return products.mean(-1) / query.shape[-1] ** 0.5
+
+    # --- where it comes from and goes to -----------------------------------------------------
+
+    @classmethod
+    def from_backbone(cls, llava: Llava, branch_layer: int = 15, depth: int = 3) -> Self:
+        """A fresh RPN whose every weight is a copy of the backbone's (METHOD section 2)."""
+        if branch_layer + depth > llava.num_layers:
+            raise ValueError(
+                f"branch_layer {branch_layer} + depth {depth} needs as many layers, "
+                f"the backbone has {llava.num_layers}"
+            )
+        config = RPNConfig(
+            branch_layer=branch_layer,
+            depth=depth,
+            base_model=llava.name,
+            **_shape_of(llava),
+        )
+        rpn = cls(config, llava.text_config._attn_implementation)
+        backbone = [layer for _, layer in llava.layers]
+        for own, theirs in zip(rpn.layers, backbone[branch_layer:], strict=False):
+            own.load_state_dict(theirs.state_dict())
+        head: Any = backbone[branch_layer + depth - 1]
+        rpn.norm.load_state_dict(llava.model.model.language_model.norm.state_dict())
+        rpn.map_norm.load_state_dict(head.input_layernorm.state_dict())
+        rpn.q_proj.load_state_dict(head.self_attn.q_proj.state_dict())
+        rpn.k_proj.load_state_dict(head.self_attn.k_proj.state_dict())
+        device = next(head.parameters()).device
+        return rpn.to(device=device, dtype=llava.dtype)
+
+    def check_fits(self, llava: Llava) -> None:
+        """Raise ValueError unless this RPN's sizes are the base model's."""
+        wrong = [
+            f"{name} {getattr(self.config, name)} (the model has {value})"
+            for name, value in _shape_of(llava).items()
+            if getattr(self.config, name) != value
+        ]
+        if self.config.branch_layer + self.config.depth > llava.num_layers:
+            reach = f"{self.config.branch_layer} + {self.config.depth} layers"
+            wrong.append(f"{reach} (the model has {llava.num_layers})")
+        if wrong:
+            base = self.config.base_model or "an unnamed base model"
+            raise ValueError(
+                f"this RPN was made for {base} and does not fit {llava.name}: it has "
+                + ", ".join(wrong)
+            )
+
+    def attach(self, llava: Llava) -> Self:
+        """Put the RPN where the backbone's layer B is, with its dtype and attention backend."""
+        self.check_fits(llava)
+        layer: Any = llava.layers[self.config.branch_layer][1]
+        for own in self.layers:
+            attention: Any = own.self_attn
+            attention.config = copy.copy(attention.config)
+            attention.config._attn_implementation = llava.text_config._attn_implementation
+        return self.to(device=next(layer.parameters()).device, dtype=llava.dtype)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        save_file(tensors, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        text = json.dumps(self.config.to_dict() | {"facts": self.facts}, indent=2)
+        (save_directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        # The mixin keeps a card that is already there; a retrained RPN needs its own.
+        (save_directory / "README.md").unlink(missing_ok=True)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The README of a saved RPN: what it belongs to and how it was trained."""
+        facts = "\n".join(f"- {name}: {value}" for name, value in self.facts.items())
+        return ModelCard(
+            CARD.format(
+                base_model=self.config.base_model or "unknown",
+                branch=self.config.branch_layer - 1,
+                depth=self.config.depth,
+                parameters=sum(p.numel() for p in self.parameters()),
+                facts=facts or "Not trained: a copy of the backbone's layers.",
+            )
+        )
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> Self:
+        kwargs.pop("config", None)
+        files = {name: _fetch(model_id, name, kwargs) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+        values = json.loads(Path(files[CONFIG_FILE]).read_text(encoding="utf-8"))
+        facts = values.pop("facts", {}) if isinstance(values, dict) else {}
+        try:
+            config = RPNConfig.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{model_id} is not an sdrpn RPN checkpoint: {error}") from error
+        rpn = cls(config)
+        rpn.facts = facts
+        tensors = load_file(files[WEIGHTS_FILE])
+        rpn.to(next(iter(tensors.values())).dtype)
+        try:
+            rpn.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{model_id}: weights and config disagree: {error}") from error
+        return rpn
+
+
+def _shape_of(llava: Llava) -> dict[str, Any]:
+    text = llava.text_config
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+    )
+    return {name: getattr(text, name) for name in names} | {"image_tokens": llava.image_tokens}
+
+
+def _fetch(model_id: str, name: str, kwargs: dict[str, Any]) -> str:
+    if os.path.isdir(model_id):
+        path = os.path.join(model_id, name)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{model_id} holds no {name}: it is not an RPN checkpoint")
+        return path
+    return hf_hub_download(repo_id=model_id, filename=name, **kwargs)

@@ -1,0 +1,300 @@
+"""ZoomLlava: read an image, look where the answer may be, zoom there, answer.
+
+zoom = ZoomLlava.from_pretrained("llava-hf/llava-1.5-7b-hf", rpn="path-or-hub-id")
+answer = zoom.ask(image, "What is the number on the player's shirt?")
+answer.text, answer.regions, answer.roi_map
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from sdrpn.answer import Suffix, generate, generate_plain, losses, losses_plain
+from sdrpn.config import PROPOSERS, LabelConfig, ZoomConfig, published_labels
+from sdrpn.crops import crop_tokens
+from sdrpn.llava import Llava
+from sdrpn.prefix import Prefix, PrefixCache, image_key, read
+from sdrpn.proposers import BY_NAME, Look, Models, Proposal
+from sdrpn.region import PixelBox, Region, given
+from sdrpn.rpn import RPN
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PREFIX_CACHE = 2 * 1024**3
+"""Bytes. A prefix of LLaVA-1.5-7B in half precision takes 0.3 GiB."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: its text (without `<image>`), its images, and how to zoom.
+
+    One image is looked at twice; none or several are answered as stock LLaVA would.
+    box: crop this box (source pixels) and ask no proposer. zoom: overrides the engine's settings.
+    """
+
+    text: str
+    images: tuple[Image.Image, ...] = ()
+    box: PixelBox | None = None
+    zoom: ZoomConfig | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and what it saw.
+
+    regions: crops taken, in source pixels; empty without a zoom, and `reason` then says why.
+    roi_map: [grid, grid] float32 in [0, 1], blurred, None where no map was asked for.
+    seconds: this question's share of its batch's time.
+    """
+
+    text: str
+    regions: tuple[PixelBox, ...]
+    roi_map: np.ndarray | None
+    reason: str | None
+    image_tokens: int
+    crop_tokens: int
+    question_tokens: int
+    new_tokens: int
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One question on its way through a batch."""
+
+    prefix: Prefix
+    question: tuple[int, ...]
+    proposal: Proposal
+    suffix: Suffix
+
+
+class ZoomLlava:
+    """LLaVA-1.5 with a second look. Set up once, ask many times; see the module's example.
+
+    proposer: rpn | attention | vicrop | none. zoom: default thresholds and policy; without one,
+    those the RPN was saved with. labels: which heads point, for the attention proposer.
+    prefix_cache: bytes of image prefixes kept for later questions, 0 turns it off.
+    """
+
+    def __init__(
+        self,
+        llava: Llava,
+        rpn: RPN | None = None,
+        *,
+        proposer: str = "rpn",
+        zoom: ZoomConfig | None = None,
+        labels: LabelConfig | None = None,
+        prefix_cache: int = DEFAULT_PREFIX_CACHE,
+    ) -> None:
+        if proposer not in PROPOSERS:
+            raise ValueError(f"proposer must be one of {', '.join(PROPOSERS)}, got {proposer!r}")
+        if proposer == "rpn" and rpn is None:
+            raise ValueError("proposer 'rpn' needs an RPN: pass rpn=, or another proposer")
+        self.llava = llava
+        self.rpn = rpn.attach(llava).eval().requires_grad_(False) if rpn else None
+        self.proposer = proposer
+        self.zoom = zoom or (rpn.config.zoom if rpn else ZoomConfig())
+        text = llava.text_config
+        labels = labels or (rpn.config.labels if rpn else None)
+        labels = labels or published_labels(text.num_hidden_layers, text.hidden_size)
+        self.models = Models(llava, self.rpn, labels)
+        self.prefixes = PrefixCache(prefix_cache)
+        self._told_plain = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained: str,
+        rpn: str | None = None,
+        *,
+        proposer: str = "rpn",
+        zoom: ZoomConfig | None = None,
+        labels: LabelConfig | None = None,
+        prefix_cache: int = DEFAULT_PREFIX_CACHE,
+        **load: Any,
+    ) -> Self:
+        """Load a LLaVA-1.5 and an RPN from folders or hub ids; `load` goes to `Llava.load`."""
+        network = RPN.from_pretrained(rpn) if rpn else None
+        llava = Llava.load(pretrained, **load)
+        return cls(
+            llava, network, proposer=proposer, zoom=zoom, labels=labels, prefix_cache=prefix_cache
+        )
+
+    # --- asking ------------------------------------------------------------------------------
+
+    def ask(
+        self, image: Image.Image, question: str, *, box: PixelBox | None = None, **generation: Any
+    ) -> Answer:
+        """Answer one question about one image; `generation` as in `ask_batch`."""
+        return self.ask_batch([Question(question, (image,), box)], generation)[0]
+
+    def ask_batch(
+        self, questions: Sequence[Question], generation: Mapping[str, Any] | None = None
+    ) -> list[Answer]:
+        """Answer a batch: any mixture of images, questions, lengths, zooms and plain prompts.
+
+        generation: arguments of transformers' generate() (max_new_tokens, do_sample, num_beams,
+        ...) and `stop`, a list of strings that end an answer. Greedy by default. Raises ValueError
+        for a prompt that does not fit the model's context, saying by how many tokens.
+        """
+        generation = dict(generation or {})
+        stop = generation.get("stop") or []
+
+        def answer(rows: Sequence[_Row]) -> list[list[int]]:
+            prefixes, suffixes = [r.prefix for r in rows], [r.suffix for r in rows]
+            return generate(self.llava, prefixes, suffixes, generation)
+
+        def answer_plain(asked: Sequence[Question]) -> list[list[int]]:
+            prompts = [self._plain_ids(q) for q in asked]
+            images = [image for q in asked for image in q.images]
+            return generate_plain(self.llava, prompts, images, generation)
+
+        def finish(answer: Answer, ids: list[int]) -> Answer:
+            text = self.llava.tokenizer.decode(ids, skip_special_tokens=True)
+            for string in stop:
+                text = text.split(string)[0]
+            return replace(answer, text=text.strip(), new_tokens=len(ids))
+
+        started = time.perf_counter()
+        results = self._in_two_ways(questions, answer, answer_plain)
+        share = (time.perf_counter() - started) / max(len(questions), 1)
+        return [replace(finish(seen, ids), seconds=share) for seen, ids in results]
+
+    def loss_batch(
+        self, questions: Sequence[Question], continuations: Sequence[str]
+    ) -> list[tuple[float, bool, Answer]]:
+        """Score given answers: (mean loss in nats a token, greedy would say it, what it saw)."""
+        wanted = [
+            self._continuation_ids(q, c) for q, c in zip(questions, continuations, strict=True)
+        ]
+        if not all(wanted):
+            raise ValueError("a continuation to score is empty")
+        one = [ids for q, ids in zip(questions, wanted, strict=True) if len(q.images) == 1]
+        others = [ids for q, ids in zip(questions, wanted, strict=True) if len(q.images) != 1]
+
+        def score(rows: Sequence[_Row]) -> list[tuple[float, bool]]:
+            prefixes, suffixes = [r.prefix for r in rows], [r.suffix for r in rows]
+            return losses(self.llava, prefixes, suffixes, one)
+
+        def score_plain(asked: Sequence[Question]) -> list[tuple[float, bool]]:
+            prompts = [self._plain_ids(q) for q in asked]
+            images = [image for q in asked for image in q.images]
+            return losses_plain(self.llava, prompts, images, others)
+
+        results = self._in_two_ways(questions, score, score_plain)
+        return [(loss, greedy, seen) for seen, (loss, greedy) in results]
+
+    # --- stations ----------------------------------------------------------------------------
+
+    def read(self, images: Sequence[Image.Image]) -> list[Prefix]:
+        """Read images into prefixes, each distinct one once, from the cache where it is warm."""
+        keys = [image_key(image) for image in images]
+        known = {key: self.prefixes.get(key) for key in keys}
+        fresh = [key for key, prefix in known.items() if prefix is None]
+        if fresh:
+            new = read(self.llava, self.rpn, [images[keys.index(key)] for key in fresh])
+            for key, prefix in zip(fresh, new, strict=True):
+                known[key] = prefix
+                self.prefixes.put(key, prefix)
+        return [prefix for key in keys if (prefix := known[key]) is not None]
+
+    def look(self, questions: Sequence[Question], prefixes: Sequence[Prefix]) -> list[Proposal]:
+        """Ask the proposer where the answers are; a given box is taken as it is."""
+        proposals: list[Proposal | None] = []
+        looks = []
+        for question, prefix in zip(questions, prefixes, strict=True):
+            view = self.llava.view(question.images[0])
+            if question.box is not None:
+                proposals.append(Proposal(given(question.box, view)))
+                continue
+            words = tuple(self.llava.question_ids(question.text))
+            looks.append(Look(prefix, view, words, question.zoom or self.zoom))
+            proposals.append(None)
+        found = iter(BY_NAME[self.proposer](self.models, looks) if looks else [])
+        return [next(found) if p is None else p for p in proposals]
+
+    def _rows(self, questions: Sequence[Question]) -> list[_Row]:
+        images = [q.images[0] for q in questions]
+        words = [tuple(self.llava.question_ids(q.text)) for q in questions]
+        before = len(self.llava.head_ids) + self.llava.image_tokens
+        rooms = [self._room(before + len(w)) for w in words]
+        prefixes = self.read(images)
+        proposals = self.look(questions, prefixes)
+        zooms = [q.zoom or self.zoom for q in questions]
+        regions = [p.region for p in proposals]
+        crops = crop_tokens(self.llava, images, regions, zooms, rooms)
+        rows = []
+        for prefix, word, proposal, crop in zip(prefixes, words, proposals, crops, strict=True):
+            if crop is None and proposal.region.boxes:
+                reason = "no crop token left: none kept by the mask, or no room in the context"
+                proposal = replace(proposal, region=Region(reason=reason))
+            rows.append(_Row(prefix, word, proposal, Suffix(word, crop)))
+        return rows
+
+    def _in_two_ways(self, questions: Sequence[Question], zoomed: Any, plain: Any) -> list[Any]:
+        """Split a batch into questions on one image and the others; results in the given order."""
+        one = [i for i, q in enumerate(questions) if len(q.images) == 1]
+        others = [i for i, q in enumerate(questions) if len(q.images) != 1]
+        results: dict[int, Any] = {}
+        if one:
+            rows = self._rows([questions[i] for i in one])
+            results |= zip(one, zip(map(self._seen, rows), zoomed(rows), strict=True), strict=True)
+        if others:
+            self._tell_plain_once()
+            asked = [questions[i] for i in others]
+            seen = [self._seen_plain(q) for q in asked]
+            results |= zip(others, zip(seen, plain(asked), strict=True), strict=True)
+        return [results[i] for i in range(len(questions))]
+
+    def _seen(self, row: _Row) -> Answer:
+        region = row.proposal.region
+        return Answer(
+            text="",
+            regions=region.boxes,
+            roi_map=row.proposal.roi_map,
+            reason=region.reason,
+            image_tokens=self.llava.image_tokens,
+            crop_tokens=row.suffix.crop_tokens,
+            question_tokens=len(row.question),
+            new_tokens=0,
+        )
+
+    def _seen_plain(self, question: Question) -> Answer:
+        reason = "several images" if question.images else "no image"
+        images = len(question.images) * self.llava.image_tokens
+        words = len(self._plain_ids(question)) - len(question.images)
+        self._room(words + images)
+        return Answer("", (), None, reason, images, 0, words, 0)
+
+    # --- prompts -----------------------------------------------------------------------------
+
+    def _plain_ids(self, question: Question) -> list[int]:
+        text = self.llava.prompt(question.text, len(question.images))
+        return self.llava.tokenizer(text)["input_ids"]
+
+    def _continuation_ids(self, question: Question, continuation: str) -> list[int]:
+        prompt = self.llava.prompt(question.text, len(question.images))
+        asked = self.llava.tokenizer(prompt)["input_ids"]
+        return self.llava.tokenizer(f"{prompt} {continuation.strip()}")["input_ids"][len(asked) :]
+
+    def _room(self, tokens: int) -> int:
+        """Tokens the context still holds behind a prompt, one kept for the answer."""
+        limit = self.llava.context_length
+        if tokens + 1 > limit:
+            raise ValueError(
+                f"the prompt has {tokens} tokens, {tokens + 1 - limit} too many for a context of "
+                f"{limit} with one token to answer: shorten the question"
+            )
+        return limit - tokens - 1
+
+    def _tell_plain_once(self) -> None:
+        if not self._told_plain and self.proposer != "none":
+            logger.warning("prompts with no image or several are answered without a second look")
+        self._told_plain = True

@@ -1,0 +1,165 @@
+"""`--model_args` of llava_sdrpn: what there is, of which type, and one error that lists it all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PRETRAINED_7B = "llava-hf/llava-1.5-7b-hf"
+PRETRAINED_13B = "llava-hf/llava-1.5-13b-hf"
+
+PUBLISHED_RPN = {
+    PRETRAINED_7B: "YuhengSSS/llava-v1.5-7b-roi-K15T3-152k-v1bf16Mheads-twiginit-filled",
+    PRETRAINED_13B: "YuhengSSS/llava-v1.5-13b-roi-K15T3-152k-v1bf16Mheads-twiginit",
+}
+"""The RPNs the paper's authors published, by base model."""
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {"proposer": "rpn", "policy": "mask", "padding": "pad", "token_budget": None},
+}
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("a number")
+    return float(value)
+
+
+def _fraction(value: Any) -> float:
+    if not 0 < _number(value) < 1:
+        raise ValueError("a number between 0 and 1")
+    return _number(value)
+
+
+def _above_zero(value: Any) -> float | None:
+    if isinstance(value, str) and value.lower() == "none":
+        return None
+    if _number(value) <= 0:
+        raise ValueError("a number above 0, or none")
+    return _number(value)
+
+
+def _text(value: Any) -> str:
+    """Text as it stands; lmms-eval has parsed what looks like a whole number, and keeps quotes."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError("text")
+    quoted = re.fullmatch(r"(['\"])(.*)\1", value, flags=re.DOTALL)
+    return quoted[2] if quoted else value
+
+
+def _one_of(*choices: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"one of {', '.join(choices)}")
+        return value
+
+    return check
+
+
+def _bytes(value: Any) -> int:
+    if value is False or (isinstance(value, str) and value.lower() == "none"):
+        return 0
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", str(value), flags=re.IGNORECASE)
+    if isinstance(value, bool) or not size:
+        raise ValueError("a size such as 512MB, 4GB, a number of bytes, or none")
+    return int(float(size[1]) * 1024 ** " KMG".index(size[2].upper() or " "))
+
+
+def _batch_size(value: Any) -> int | str:
+    if isinstance(value, str) and re.fullmatch(r"auto(:\d+)?", value):
+        return "auto"
+    if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d*", str(value)):
+        raise ValueError("a whole number of 1 or more, or auto")
+    return int(value)
+
+
+def _anything(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One name of `--model_args`: its default, how it is checked, what the listing says of it."""
+
+    default: Any
+    check: Callable[[Any], Any]
+    help: str
+
+
+ARGUMENTS: Mapping[str, Argument] = {
+    "pretrained": Argument(
+        PRETRAINED_7B, _anything, "folder, hub id, `tiny` (embedded), or a model in memory"
+    ),
+    "revision": Argument("main", _text, "branch, tag or commit of a hub id"),
+    "rpn": Argument(None, _anything, "folder or hub id of the RPN; default: the base model's own"),
+    "proposer": Argument(
+        "rpn",
+        _one_of("rpn", "attention", "vicrop", "none", "box"),
+        "who says where to look: rpn, attention, vicrop, none (stock), box (the document's own)",
+    ),
+    "threshold": Argument(None, _fraction, "for all tasks; default: the published one of each"),
+    "policy": Argument(
+        None, _one_of("mask", "bbox", "strongest"), "map to crops: mask, bbox, strongest"
+    ),
+    "token_budget": Argument(None, _above_zero, "crop tokens a side per cell of the box, or none"),
+    "padding": Argument("pad", _one_of("pad", "crop"), "pad to a square, or crop the centre"),
+    "system_prompt": Argument(None, _text, "sentence, or file with it; empty: none"),
+    "dtype": Argument(
+        "auto",
+        _one_of("auto", "float32", "bfloat16", "float16"),
+        "auto (float32 on the CPU, float16 on a GPU), float32, bfloat16, float16",
+    ),
+    "attn_implementation": Argument(None, _text, "as in transformers: sdpa, eager, ..."),
+    "device": Argument(None, _text, "cpu, cuda, cuda:1, ..."),
+    "device_map": Argument(None, _text, "as in transformers: auto, cuda:0, ..."),
+    "prefix_cache": Argument(None, _bytes, "memory for read images, such as 4GB, or none"),
+    "record": Argument(None, _anything, "folder for one line a question; none: no record"),
+    "preset": Argument(None, _one_of(*PRESETS), "a named set of the above: paper"),
+    "batch_size": Argument(1, _batch_size, "questions at a time, or auto"),
+    "max_batch_size": Argument(None, _batch_size, "where auto starts"),
+}
+
+HINTS: Mapping[str, str] = {
+    "chat_template": "the prompt is LLaVA-1.5's own (vicuna_v1), see system_prompt",
+    "use_cache": "the cache is always on",
+    "trust_remote_code": "no code from the hub is run",
+    "max_frames_num": "there is no video",
+}
+"""What users of llava_hf may bring along, and why it is refused."""
+
+
+def checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument with its value: the given one, else the preset's, else the default.
+
+    Raises one ValueError for all that is unknown or ill-typed; it lists what there is.
+    """
+    wrong = [f"unknown {_hint(name)}" for name in given if name not in ARGUMENTS]
+    values: dict[str, Any] = {}
+    for name, argument in ARGUMENTS.items():
+        if given.get(name) is None:
+            continue
+        try:
+            values[name] = argument.check(given[name])
+        except ValueError as needed:
+            wrong.append(f"{name} must be {needed}, got {given[name]!r}")
+    if wrong:
+        raise ValueError(f"llava_sdrpn: {'; '.join(wrong)}.\nArguments:\n{listing()}")
+    defaults = {name: argument.default for name, argument in ARGUMENTS.items()}
+    return defaults | dict(PRESETS.get(values.get("preset", ""), {})) | values
+
+
+def _hint(name: str) -> str:
+    return f"{name} ({HINTS[name]})" if name in HINTS else name
+
+
+def listing() -> str:
+    """The arguments, one a line."""
+    return "\n".join(
+        f"  {name}: {argument.help}"
+        + ("" if argument.default is None else f" [{argument.default}]")
+        for name, argument in ARGUMENTS.items()
+    )

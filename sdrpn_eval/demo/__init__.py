@@ -1,0 +1,1 @@
+"""The embedded demonstration: a tiny LLaVA, its scenes, its training and its benchmark."""

@@ -1,0 +1,70 @@
+"""lmms-eval's generation kwargs -> those of `ZoomLlava.ask_batch`."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from loguru import logger
+from transformers import GenerationConfig
+
+MAX_NEW_TOKENS = 1024
+"""Where a task names none; as llava_hf."""
+
+_SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+
+
+def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' `generate()` arguments plus `stop`; the mapping given is left as it is.
+
+    `until` becomes `stop`. Temperature 0 or none means greedy, as in llava_hf, and greedy drops
+    what only sampling reads. Names that `generate()` does not know are left out, said once.
+    """
+    known = {k: v for k, v in kwargs.items() if k != "until" and v is not None and _is_known(k)}
+    _warn_of_unknown(tuple(sorted(set(kwargs) - set(known) - {"until"} - _unset(kwargs))))
+    generation = {"max_new_tokens": MAX_NEW_TOKENS} | known
+    if "max_gen_toks" in kwargs and "max_new_tokens" not in kwargs:
+        generation["max_new_tokens"] = kwargs["max_gen_toks"]
+    generation["max_new_tokens"] = int(generation["max_new_tokens"])
+    temperature = known.get("temperature")
+    sample = bool(known.get("do_sample", temperature is not None and temperature > 0))
+    generation["do_sample"] = sample and temperature != 0
+    if not generation["do_sample"]:
+        generation = {k: v for k, v in generation.items() if k not in _SAMPLING_ONLY}
+    return generation | {"stop": stop_strings(kwargs.get("until"))}
+
+
+def stop_strings(until: Any) -> list[str]:
+    """`until` as a list: it comes as None, one string or several; empty ones stop nothing."""
+    if until is None:
+        return []
+    several = [until] if isinstance(until, str) else until
+    if not isinstance(several, list | tuple) or not all(isinstance(s, str) for s in several):
+        raise ValueError(f"until must be a string or a list of strings, got {until!r}")
+    return [s for s in several if s]
+
+
+def group_key(kwargs: Mapping[str, Any]) -> str:
+    """Equal for requests that may share a batch."""
+    return json.dumps(kwargs, sort_keys=True, default=str)
+
+
+@functools.cache
+def _known_names() -> frozenset[str]:
+    return frozenset(GenerationConfig().to_dict())
+
+
+def _is_known(name: str) -> bool:
+    return name in _known_names() and not name.startswith("_")
+
+
+def _unset(kwargs: Mapping[str, Any]) -> set[str]:
+    return {name for name, value in kwargs.items() if value is None or name == "max_gen_toks"}
+
+
+@functools.cache
+def _warn_of_unknown(names: tuple[str, ...]) -> None:
+    if names:
+        logger.warning(f"generation kwargs that transformers does not know: {', '.join(names)}")

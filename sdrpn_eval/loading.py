@@ -1,0 +1,101 @@
+"""Checked arguments -> a ZoomLlava, with errors that say what to do when weights are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from loguru import logger
+
+from sdrpn_eval.arguments import PRESETS, PUBLISHED_RPN
+
+TINY = "tiny"
+
+_LOADING = ("revision", "rpn", "padding", "system_prompt", "dtype", "attn_implementation")
+_LOADING += ("device", "device_map", "prefix_cache")
+
+
+def load_engine(values: Mapping[str, Any], given: Mapping[str, Any], device: torch.device) -> Any:
+    """The engine that answers: the one in memory where `pretrained` is one, else loaded.
+
+    values: all arguments, checked; given: those the user wrote.
+    Raises ValueError that names the arguments to change.
+    """
+    pretrained = values["pretrained"]
+    if not isinstance(pretrained, str):
+        return _in_memory(pretrained, values, given)
+    return _load(pretrained, values, device)
+
+
+def zoom_settings(engine: Any, values: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """The engine's own ZoomConfig with what the user or the preset changed, but the threshold."""
+    chosen = {*given, *PRESETS.get(values["preset"], {})} & {"policy", "token_budget"}
+    return replace(engine.zoom, **{name: values[name] for name in chosen})
+
+
+def _in_memory(model: Any, values: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    if not hasattr(model, "ask_batch"):
+        raise ValueError(
+            "pretrained must be a folder, a hub id, tiny or a ZoomLlava, got a "
+            f"{type(model).__name__}"
+        )
+    late = [name for name in given if name in _LOADING]
+    if "proposer" in given and values["proposer"] not in ("box", model.proposer):
+        late.append("proposer")
+    if late:
+        raise ValueError(f"{', '.join(late)}: set when the ZoomLlava was made; leave it out here")
+    return model
+
+
+def _load(pretrained: str, values: Mapping[str, Any], device: torch.device) -> Any:
+    from sdrpn.zoom import ZoomLlava
+
+    source, rpn = _sources(pretrained, values)
+    # The embedded model's answers are promised in float32, on every device.
+    dtype = "float32" if pretrained == TINY and values["dtype"] == "auto" else values["dtype"]
+    names = ("attn_implementation", "device_map", "padding", "prefix_cache", "revision")
+    options = {n: values[n] for n in (*names, "system_prompt") if values[n] is not None}
+    # With given boxes nobody is asked where to look.
+    proposer = "none" if values["proposer"] == "box" else values["proposer"]
+    try:
+        return ZoomLlava.from_pretrained(
+            source, rpn, proposer=proposer, dtype=dtype, device=device, **options
+        )
+    except (OSError, HfHubHTTPError) as error:
+        raise ValueError(
+            f"pretrained={pretrained}{f' with rpn={rpn}' if rpn else ''} cannot be loaded: {error}"
+            "\nGive folders with the weights, or pretrained=tiny (the embedded model) for a first "
+            "try."
+        ) from error
+
+
+def _sources(pretrained: str, values: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Where the base model and the RPN are; None for a proposer that needs no RPN."""
+    rpn = values["rpn"]
+    if pretrained == TINY:
+        from sdrpn_eval.demo import tiny_path
+
+        logger.info("pretrained=tiny: the embedded model, made for the task tiny_vstar")
+        folder = tiny_path()
+        return str(folder), rpn or str(folder / "rpn")
+    if values["proposer"] == "rpn" or rpn is not None:
+        _refuse_unreadable_rpn(pretrained, rpn)
+    return pretrained, rpn
+
+
+def _refuse_unreadable_rpn(pretrained: str, rpn: str | None) -> None:
+    instead = (
+        "Give rpn=FOLDER of one trained with `sdrpn train`, proposer=attention (needs no training) "
+        "or proposer=none (stock LLaVA); or pretrained=tiny (the embedded model) for a first try."
+    )
+    wanted = rpn or PUBLISHED_RPN.get(pretrained)
+    if wanted is None:
+        raise ValueError(f"no RPN is known for pretrained={pretrained}. {instead}")
+    if wanted in PUBLISHED_RPN.values():
+        raise ValueError(
+            f"the RPN of the paper's authors ({wanted}) is in the layout of the original LLaVA "
+            f"code, which this version does not read yet. {instead}"
+        )

@@ -1,0 +1,137 @@
+"""SDRPN_DATA: run a task on parquet files in a local folder instead of a dataset on the hub.
+
+`SDRPN_DATA/textvqa_val/*.parquet` serves the task `textvqa_val`; `SDRPN_DATA/vstar/*.parquet`
+serves every task of the group `vstar`. Files named as on the hub (`validation-00000-of-00001`)
+are taken for the split they name. The task itself stays lmms-eval's: a generated YAML includes it
+and says where the data is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+from lmms_eval.utils import load_yaml_config
+from loguru import logger
+
+from sdrpn_eval.tasks_info import parts
+
+VARIABLE = "SDRPN_DATA"
+
+TaskIndex = dict[str, dict[str, Any]]
+
+_NAMES_A_SPLIT = r"(train|validation|val|dev|test)(-.*)?|.+-\d+-of-\d+"
+
+
+def use_local_data(index: TaskIndex) -> TaskIndex:
+    """Point the tasks that have a folder under SDRPN_DATA at it; the others stay as they are.
+
+    index: task name -> {"type", "yaml_path", ...}, as lmms-eval builds it; a changed copy returns.
+    Raises ValueError that names the folder where it is missing, or holds nothing for its task.
+    """
+    root = os.environ.get(VARIABLE)
+    if not root:
+        return index
+    folder = Path(root).expanduser().resolve()
+    if not folder.is_dir():
+        raise ValueError(f"{VARIABLE}={root} is not a folder; make it, or unset {VARIABLE}")
+    local = _local_files(index, folder)
+    found = ", ".join(sorted(local)) or "no task"
+    logger.info(f"{VARIABLE}={root}: local data for {found}; every other task from the hub")
+    return index | {
+        task: {**index[task], "yaml_path": _write_yaml(task, index[task], *files)}
+        for task, files in local.items()
+    }
+
+
+def _local_files(index: TaskIndex, root: Path) -> dict[str, tuple[str, list[str]]]:
+    """Task -> (split, parquet files). A task's own folder goes before its group's."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+        entry = index.get(folder.name)
+        if entry is None:
+            logger.info(
+                f"{VARIABLE}: no task or group is named {folder.name}; {folder} is not used"
+            )
+        elif entry["type"] == "task":
+            found[folder.name] = _files_of_task(folder, entry)
+    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+        members = [] if folder.name in found else list(parts(folder.name, index))
+        splits = {_split(index[task]) for task in members}
+        for task in members:
+            split = _split(index[task])
+            files = _files_of_split(folder, split, alone=len(splits) == 1)
+            if files:
+                found.setdefault(task, (split, files))
+            elif task not in found:
+                logger.info(f"{VARIABLE}: {folder} has no {split} files; {task} comes from the hub")
+    return found
+
+
+def _files_of_task(folder: Path, entry: dict[str, Any]) -> tuple[str, list[str]]:
+    split = _split(entry)
+    files = _files_of_split(folder, split, alone=True)
+    if not files:
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise ValueError(
+            f"{VARIABLE}: {folder} has no parquet file of the split {split!r}, only {held}; put "
+            f"{split}-00000-of-00001.parquet (or any one NAME.parquet) there, or remove the folder"
+        )
+    return split, files
+
+
+def _files_of_split(folder: Path, split: str, *, alone: bool) -> list[str]:
+    """Files named for the split; files named for no split too where no other split is `alone`."""
+    every = sorted(folder.glob("*.parquet"))
+    named = [p for p in every if re.fullmatch(rf"{re.escape(split)}(-.*)?", p.stem)]
+    unnamed = [p for p in every if not re.fullmatch(_NAMES_A_SPLIT, p.stem)]
+    files = named or (unnamed if alone else [])
+    for path in files:
+        _check_images(path)
+    return [str(path) for path in files]
+
+
+def _check_images(path: Path) -> None:
+    """Images of a file without the Hugging Face schema would reach the task as plain dicts."""
+    schema = pq.read_schema(path)
+    image_like = [f.name for f in schema if str(f.type).startswith("struct<bytes: binary")]
+    if image_like and b"huggingface" not in (schema.metadata or {}):
+        raise ValueError(
+            f"{path} holds image bytes ({', '.join(image_like)}) without the Hugging Face schema "
+            "that says so; write it with datasets' Dataset.to_parquet"
+        )
+
+
+def _split(entry: dict[str, Any]) -> str:
+    """The split that lmms-eval scores: test where the task names one, else validation."""
+    config = load_yaml_config(entry["yaml_path"], mode="simple")
+    return config.get("test_split") or config["validation_split"]
+
+
+def _write_yaml(task: str, entry: dict[str, Any], split: str, files: list[str]) -> str:
+    """A YAML that is the original task on other data; returns its path."""
+    path = Path(_yaml_folder()) / f"{task}.yaml"
+    content = {
+        "include": str(entry["yaml_path"]),
+        "dataset_path": "parquet",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: files}},
+    }
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return str(path)
+
+
+@functools.cache
+def _yaml_folder() -> str:
+    """A folder of this process alone, removed when it ends."""
+    folder = tempfile.mkdtemp(prefix="sdrpn_tasks_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

@@ -1,0 +1,79 @@
+"""What lmms-eval's entry point calls: registers the model `llava_sdrpn` and our tasks.
+
+lmms-eval has an entry point for models and none for tasks. The callable below runs before the
+task index is built, so it wraps `TaskManager.initialize_tasks` once: our folder joins the include
+paths, and tasks with data under SDRPN_DATA are read from there. It is the one monkeypatch of this
+project. Where lmms-eval has changed in that place, a warning names the option that still works.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from sdrpn_eval.local_data import use_local_data
+
+# `lmms_eval.models` loads this module while it is itself being imported, and whoever imports it
+# from here first would find half a module there: so what needs it is imported where it is used.
+
+
+class TaskIndex:
+    """The index lmms-eval last built in this process, for telling early what a run will score."""
+
+    latest: dict[str, dict[str, Any]] | None = None
+
+
+def register() -> Any:
+    """Entry point of the group `lmms_eval.models`: hook up the tasks, return the ModelManifest."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    try:
+        add_tasks()
+    except Exception as error:  # a broken hook must not take the model away with it
+        _warn(f"{type(error).__name__}: {error}")
+    return ModelManifest("llava_sdrpn", simple_class_path="sdrpn_eval.llava_sdrpn.LlavaSdrpn")
+
+
+def tasks_folder() -> Path:
+    """The folder of our tasks: beside this file in a wheel, at the top of a checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "tasks", here.parent / "tasks"):
+        if (folder / "vstar").is_dir():
+            return folder
+    raise FileNotFoundError(f"the tasks of sdrpn are missing beside {here}; reinstall sdrpn")
+
+
+def add_tasks() -> None:
+    """Wrap `TaskManager.initialize_tasks`, once, so that every index holds our tasks."""
+    from lmms_eval.tasks import TaskManager
+
+    original = getattr(TaskManager, "initialize_tasks", None)
+    if getattr(original, "adds_sdrpn_tasks", False):
+        return
+    if original is None or "include_path" not in inspect.signature(original).parameters:
+        _warn("TaskManager.initialize_tasks(include_path=...) is gone")
+        return
+    TaskManager.initialize_tasks = _with_our_tasks(original)
+
+
+def _with_our_tasks(original: Any) -> Any:
+    @functools.wraps(original)
+    def initialize_tasks(self: Any, include_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        paths = [include_path] if isinstance(include_path, str) else list(include_path or [])
+        index = original(self, [*paths, str(tasks_folder())], *args, **kwargs)
+        TaskIndex.latest = use_local_data(index)
+        return TaskIndex.latest
+
+    initialize_tasks.adds_sdrpn_tasks = True  # type: ignore[attr-defined]
+    return initialize_tasks
+
+
+def _warn(reason: str) -> None:
+    logger.warning(
+        f"sdrpn could not add its tasks to this version of lmms-eval ({reason}); "
+        f"the model works, give --include_path {tasks_folder()} for the tasks"
+    )

@@ -1,0 +1,94 @@
+"""What is known of tasks by their names: published thresholds, and which parts have a score."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from lmms_eval.utils import load_yaml_config
+
+DEFAULT_THRESHOLD = 0.15
+"""For a task of no family below: the value published for most of them."""
+
+THRESHOLDS: Mapping[str, float] = {
+    # The paper's evaluation settings.
+    "textvqa": 0.15,
+    "infovqa": 0.15,
+    "chartqa": 0.15,
+    "pope": 0.15,
+    "docvqa": 0.1,
+    "vstar": 0.1,
+    "hrbench": 0.1,
+    "ocrbench": 0.05,
+    # Ours: the best one of the embedded model.
+    "tiny_vstar": 0.1,
+}
+
+
+def family(task: str) -> str | None:
+    """`textvqa_val`, `textvqa_val_lite`, `textvqa_ci` -> `textvqa`; None for an unknown family."""
+    for name in sorted(THRESHOLDS, key=len, reverse=True):
+        if re.fullmatch(rf"{name}(\d+k)?(_.*)?", task):  # hrbench4k, hrbench8k
+            return name
+    return None
+
+
+def threshold_of(task: str) -> float:
+    """The threshold published for the task's family, else DEFAULT_THRESHOLD."""
+    name = family(task)
+    return DEFAULT_THRESHOLD if name is None else THRESHOLDS[name]
+
+
+def has_score(metrics: Iterable[str]) -> bool:
+    """False where every metric only writes a file to hand in (`submission` and its like)."""
+    names = list(metrics)
+    return not names or not all(re.search("submission|passthrough", name) for name in names)
+
+
+def describe(scored: Mapping[str, bool]) -> str:
+    """One line for the log: which tasks (name -> has a score) will have one, and which not."""
+    with_score = ", ".join(name for name, yes in scored.items() if yes) or "none"
+    without = ", ".join(name for name, yes in scored.items() if not yes)
+    line = f"Tasks with a score: {with_score}."
+    if without:
+        line += (
+            f" For submission only: {without}: no public answers, so a file to hand in is written "
+            "and the score stays empty."
+        )
+    return line
+
+
+def requested(argv: list[str]) -> list[str]:
+    """The task names of `--tasks` on a command line; none where it has none."""
+    for i, word in enumerate(argv):
+        if word.startswith("--tasks="):
+            return word.removeprefix("--tasks=").split(",")
+        if word == "--tasks" and i + 1 < len(argv):
+            return argv[i + 1].split(",")
+    return []
+
+
+def scored_parts(names: Iterable[str], index: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
+    """The tasks behind names of tasks, groups and tags, each with whether it will have a score.
+
+    index: lmms-eval's task index. Names it does not hold are left to lmms-eval's own error.
+    """
+    return {task: has_score(_metrics(index[task])) for n in names for task in parts(n, index)}
+
+
+def parts(name: str, index: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The tasks of a group or tag, nested ones too; a task itself; nothing for an unknown name."""
+    entry = index.get(name, {})
+    if entry.get("type") == "task":
+        yield name
+    elif entry.get("type") == "tag":
+        yield from entry["task"]
+    elif entry.get("type") == "group":
+        for member in load_yaml_config(entry["yaml_path"], mode="simple")["task"]:
+            yield from parts(member if isinstance(member, str) else member.get("task", ""), index)
+
+
+def _metrics(entry: Mapping[str, Any]) -> list[str]:
+    config = load_yaml_config(entry["yaml_path"], mode="simple")
+    return [str(metric["metric"]) for metric in config.get("metric_list") or []]

@@ -1,0 +1,1 @@
+"""lmms-eval tasks of this project; installed as `sdrpn_eval.tasks`."""

@@ -1,0 +1,1 @@
+"""V* bench, scored by category and over all questions."""
