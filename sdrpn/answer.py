@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import StoppingCriteria
 
 from sdrpn.llava import Llava, run_layers
 from sdrpn.prefix import Prefix, pad_between, stack
@@ -33,6 +34,26 @@ class Suffix:
         return words if self.crop is None else torch.cat([self.crop, words])
 
 
+class StopAtStrings(StoppingCriteria):
+    """Ends a row once its new text holds one of the strings.
+
+    transformers' own criterion reads a BPE vocabulary and fails on a word-level tokenizer; this
+    one asks the tokenizer for the text, which is also what the answer is cut by.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
+        self.tokenizer, self.strings = tokenizer, strings
+        self.prompt_length: int | None = None
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        if self.prompt_length is None:
+            self.prompt_length = input_ids.shape[1] - 1
+        new = input_ids[:, self.prompt_length :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        done = [any(string in text for string in self.strings) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
 def generation_arguments(llava: Llava, generation: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a request's settings into arguments of generate(): greedy unless told to sample.
 
@@ -48,7 +69,7 @@ def generation_arguments(llava: Llava, generation: Mapping[str, Any]) -> dict[st
         # A checkpoint's generation config may carry sampling settings; greedy must not read them.
         arguments |= dict.fromkeys(SAMPLING)
     if stop:
-        arguments |= {"stop_strings": stop, "tokenizer": llava.tokenizer}
+        arguments["stopping_criteria"] = [StopAtStrings(llava.tokenizer, stop)]
     arguments.setdefault("pad_token_id", _pad_id(llava))
     return {"max_new_tokens": 128, "num_beams": 1} | arguments
 

@@ -203,11 +203,12 @@ class Llava:
         of a device. Raises ValueError when it is another kind of model, naming it, and
         WeightsUnavailable when there is nothing to load.
         """
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        fastest = "cuda" if torch.cuda.is_available() else "cpu"
+        target = torch.device(device or fastest)
         if device_map is None:
             device_map = {"": str(target)}
         else:
-            target = torch.device("cpu" if device_map == "cpu" else "cuda")
+            target = torch.device("cpu" if device_map == "cpu" else fastest)
         source: dict[str, Any] = {"revision": revision or "main"}
         try:
             config, _ = PreTrainedConfig.get_config_dict(pretrained, **source)

@@ -204,7 +204,7 @@ class RPN(nn.Module, ModelHubMixin):
             rpn.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"{model_id}: weights and config disagree: {error}") from error
-        return rpn
+        return rpn.eval().requires_grad_(False)
 
 
 def _shape_of(llava: Llava) -> dict[str, Any]:

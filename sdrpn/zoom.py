@@ -7,6 +7,7 @@ answer.text, answer.regions, answer.roi_map
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -98,6 +99,8 @@ class ZoomLlava:
         if proposer == "rpn" and rpn is None:
             raise ValueError("proposer 'rpn' needs an RPN: pass rpn=, or another proposer")
         self.llava = llava
+        if rpn and any(p.requires_grad for p in rpn.parameters()):
+            rpn = copy.deepcopy(rpn)  # one in training must not be frozen or cast under its trainer
         self.rpn = rpn.attach(llava).eval().requires_grad_(False) if rpn else None
         self.proposer = proposer
         self.zoom = zoom or (rpn.config.zoom if rpn else ZoomConfig())

@@ -17,6 +17,10 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from tqdm import tqdm
 
+from sdrpn.config import ZoomConfig
+from sdrpn.prefix import image_key
+from sdrpn.region import PixelBox
+from sdrpn.zoom import Answer, Question
 from sdrpn_eval import tasks_info
 from sdrpn_eval.arguments import checked
 from sdrpn_eval.generation import translate
@@ -62,7 +66,7 @@ class LlavaSdrpn(lmms):
         self.batch_size = auto if values["batch_size"] == "auto" else values["batch_size"]
         self.run_name = self._name_run()
         self._record: RecordWriter | None = None
-        self._zooms: dict[str, Any] = {}
+        self._zooms: dict[str, ZoomConfig] = {}
         self._announced = False
         self._announce_early()
         self.engine = load_engine(values, given, self._device)
@@ -157,26 +161,24 @@ class LlavaSdrpn(lmms):
 
     # One question
 
-    def _question(self, request: Request, documents: Documents) -> Any:
-        from sdrpn.zoom import Question
-
+    def _question(self, request: Request, documents: Documents) -> Question:
         row = documents.row(request)
         images = documents.visuals(request, row)
         box = self._box(request, row) if self.arguments["proposer"] == "box" else None
         text = question_text(request, len(images))
         return Question(text, images, box=box, zoom=self._zoom(request.task))
 
-    def _box(self, request: Request, row: Any) -> tuple[int, int, int, int]:
+    def _box(self, request: Request, row: Any) -> PixelBox:
+        """The document's own box."""
         if "box" not in row:
             raise ValueError(f"proposer=box needs documents with a `box`; {request.task} has none")
-        x0, y0, x1, y1 = (int(v) for v in row["box"])
-        return x0, y0, x1, y1
+        return PixelBox(*(int(v) for v in row["box"]))
 
     def _continuation(self, request: Request, documents: Documents) -> str:
         target = request.extra
         return target if isinstance(target, str) else str(target(documents.row(request)))
 
-    def _zoom(self, task: str) -> Any:
+    def _zoom(self, task: str) -> ZoomConfig:
         """The zoom settings for a task: `threshold=`, or the one published for its family."""
         if task not in self._zooms:
             threshold = self.arguments["threshold"] or tasks_info.threshold_of(task)
@@ -242,8 +244,8 @@ class LlavaSdrpn(lmms):
     def _write(
         self,
         batch: list[Request],
-        questions: list[Any],
-        answers: list[Any],
+        questions: list[Question],
+        answers: list[Answer],
         more: list[dict[str, Any]] | None = None,
     ) -> None:
         if self._record is None:
@@ -256,9 +258,7 @@ class LlavaSdrpn(lmms):
             if not request.padding_only
         )
 
-    def _line(self, request: Request, question: Any, answer: Any) -> dict[str, Any]:
-        from sdrpn.prefix import image_key
-
+    def _line(self, request: Request, question: Question, answer: Answer) -> dict[str, Any]:
         return {
             "task": request.task,
             "split": request.split,
@@ -266,12 +266,12 @@ class LlavaSdrpn(lmms):
             "images": [{"hash": image_key(i), "size": list(i.size)} for i in question.images],
             "prompt": question.text,
             "proposer": self.arguments["proposer"],
-            "policy": question.zoom.policy,
-            "threshold": question.zoom.threshold,
+            "policy": self._zoom(request.task).policy,
+            "threshold": self._zoom(request.task).threshold,
             **describe_answer(answer),
         }
 
 
-def _result(answer: Any) -> GenerationResult:
+def _result(answer: Answer) -> GenerationResult:
     prompt_tokens = answer.image_tokens + answer.crop_tokens + answer.question_tokens
     return GenerationResult(answer.text, TokenCounts(prompt_tokens, answer.new_tokens))

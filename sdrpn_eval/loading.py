@@ -10,7 +10,10 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from loguru import logger
 
+from sdrpn.config import ZoomConfig
+from sdrpn.zoom import ZoomLlava
 from sdrpn_eval.arguments import PRESETS, PUBLISHED_RPN
+from sdrpn_eval.demo import tiny_path
 
 TINY = "tiny"
 
@@ -18,7 +21,9 @@ _LOADING = ("revision", "rpn", "padding", "system_prompt", "dtype", "attn_implem
 _LOADING += ("device", "device_map", "prefix_cache")
 
 
-def load_engine(values: Mapping[str, Any], given: Mapping[str, Any], device: torch.device) -> Any:
+def load_engine(
+    values: Mapping[str, Any], given: Mapping[str, Any], device: torch.device
+) -> ZoomLlava:
     """The engine that answers: the one in memory where `pretrained` is one, else loaded.
 
     values: all arguments, checked; given: those the user wrote.
@@ -30,7 +35,9 @@ def load_engine(values: Mapping[str, Any], given: Mapping[str, Any], device: tor
     return _load(pretrained, values, device)
 
 
-def zoom_settings(engine: Any, values: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+def zoom_settings(
+    engine: ZoomLlava, values: Mapping[str, Any], given: Mapping[str, Any]
+) -> ZoomConfig:
     """The engine's own ZoomConfig with what the user or the preset changed, but the threshold."""
     chosen = {*given, *PRESETS.get(values["preset"], {})} & {"policy", "token_budget"}
     return replace(engine.zoom, **{name: values[name] for name in chosen})
@@ -50,9 +57,7 @@ def _in_memory(model: Any, values: Mapping[str, Any], given: Mapping[str, Any]) 
     return model
 
 
-def _load(pretrained: str, values: Mapping[str, Any], device: torch.device) -> Any:
-    from sdrpn.zoom import ZoomLlava
-
+def _load(pretrained: str, values: Mapping[str, Any], device: torch.device) -> ZoomLlava:
     source, rpn = _sources(pretrained, values)
     # The embedded model's answers are promised in float32, on every device.
     dtype = "float32" if pretrained == TINY and values["dtype"] == "auto" else values["dtype"]
@@ -76,8 +81,6 @@ def _sources(pretrained: str, values: Mapping[str, Any]) -> tuple[str, str | Non
     """Where the base model and the RPN are; None for a proposer that needs no RPN."""
     rpn = values["rpn"]
     if pretrained == TINY:
-        from sdrpn_eval.demo import tiny_path
-
         logger.info("pretrained=tiny: the embedded model, made for the task tiny_vstar")
         folder = tiny_path()
         return str(folder), rpn or str(folder / "rpn")

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from datasets import Dataset
+from datasets import Image as ImageColumn
 from loguru import logger
 from PIL import Image
 
+from sdrpn.prefix import image_key
 from sdrpn_eval.generation import group_key
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -46,10 +49,12 @@ class Request:
 
 def parse(requests: Sequence[Any]) -> list[Request]:
     """lmms-eval `Instance`s of either request type -> Requests in the same order."""
-    return [
-        Request(i, *instance.args, bool((instance.metadata or {}).get("__padding_only__")))
-        for i, instance in enumerate(requests)
-    ]
+    parsed = []
+    for i, instance in enumerate(requests):
+        prompt, extra, doc_to_visual, doc_id, task, split = instance.args
+        padding = bool((instance.metadata or {}).get("__padding_only__"))
+        parsed.append(Request(i, prompt, extra, doc_to_visual, doc_id, task, split, padding))
+    return parsed
 
 
 def batches(
@@ -108,8 +113,6 @@ class Documents:
         encoded = self._encoded(request)
         if encoded is not None:
             return hashlib.blake2b(encoded, digest_size=16).hexdigest()
-        from sdrpn.prefix import image_key
-
         return ",".join(image_key(image) for image in self.visuals(request, self.row(request)))
 
     def _encoded(self, request: Request) -> bytes | None:
@@ -126,13 +129,12 @@ class Documents:
 
 def _without_decoding(rows: Any) -> Any:
     """A view of a `datasets.Dataset` on its image columns alone, as bytes; None without any."""
-    from datasets import Dataset
-    from datasets import Image as ImageColumn
-
     if not isinstance(rows, Dataset):
         return None
     columns = [name for name, kind in rows.features.items() if isinstance(kind, ImageColumn)]
-    view = rows.select_columns(columns) if columns else None
+    if not columns:
+        return None
+    view = rows.select_columns(columns)
     for name in columns:
         view = view.cast_column(name, ImageColumn(decode=False))
     return view

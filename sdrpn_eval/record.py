@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from loguru import logger
 
+from sdrpn.zoom import Answer
+
 
 class RecordWriter:
     """Appends lines to `DIR/record_{task}_rank{r}.jsonl`, flushed after every batch.
@@ -55,8 +57,8 @@ def _is_cut_off(file: BinaryIO) -> bool:
     return file.read(1) != b"\n"
 
 
-def describe_answer(answer: Any) -> dict[str, Any]:
-    """The fields of a line that come from a `sdrpn.zoom.Answer`."""
+def describe_answer(answer: Answer) -> dict[str, Any]:
+    """The fields of a line that come from an answer."""
     return {
         "answer": answer.text,
         "regions": [[int(v) for v in box] for box in answer.regions],

@@ -25,7 +25,7 @@ PUBLISHED: Mapping[str, Any] = {
     "adam_beta2": 0.98,
     "weight_decay": 0.0,
     "lr_scheduler_type": "cosine",
-    "warmup_ratio": 0.03,
+    "warmup_steps": 0.03,  # below 1: a share of all steps
 }
 """Hyper-parameters of METHOD section 5 that hold on any machine."""
 

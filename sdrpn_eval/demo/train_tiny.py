@@ -200,18 +200,26 @@ def train(out: Path, *, seed: int, vision_steps: int, language_steps: int, pool:
     def clock(name: str) -> None:
         facts["seconds"][name] = round(time.monotonic() - start - sum(facts["seconds"].values()), 1)
 
-    scenes = sc.make_pool((seed, VISION_POOL), pool, webp_share=WEBP_SHARE)
-    clock("vision_scenes")
-    facts["vision"] = train_vision(model, processor, scenes, steps=vision_steps, seed=seed)
+    def scenes(which: int, count: int, webp_share: float) -> list[sc.Scene]:
+        drawn = sc.make_pool((seed, which), count, webp_share=webp_share)
+        clock(f"scenes_{which}")
+        return drawn
+
+    facts["vision"] = train_vision(
+        model, processor, scenes(VISION_POOL, pool, WEBP_SHARE), steps=vision_steps, seed=seed
+    )
     clock("vision")
-    scenes = sc.make_pool((seed, LANGUAGE_POOL), pool, webp_share=WEBP_SHARE)
-    held_out = sc.make_pool((seed, HELD_OUT_POOL), 120, webp_share=1.0)
-    clock("language_scenes")
+    held_out = scenes(HELD_OUT_POOL, 120, 1.0)
     facts["language"] = train_language(
-        model, turns, scenes, held_out, steps=language_steps, seed=seed
+        model,
+        turns,
+        scenes(LANGUAGE_POOL, pool, WEBP_SHARE),
+        held_out,
+        steps=language_steps,
+        seed=seed,
     )
     clock("language")
-    facts["probe"] = probe_heads(model, turns, sc.make_pool((seed, PROBE_POOL), 200))
+    facts["probe"] = probe_heads(model, turns, scenes(PROBE_POOL, 200, WEBP_SHARE))
     facts["grounding_heads"] = choose_heads(facts["probe"])
     clock("probe")
     save(model, processor, facts, out)
@@ -228,8 +236,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=0, help="decides scenes, weights and samples")
-    parser.add_argument("--vision-steps", type=int, default=400, help="optimizer steps of stage 0")
-    parser.add_argument("--language-steps", type=int, default=900, help="and of stage 1")
+    parser.add_argument("--vision-steps", type=int, default=300, help="optimizer steps of stage 0")
+    parser.add_argument("--language-steps", type=int, default=800, help="and of stage 1")
     parser.add_argument(
         "--pool", type=int, default=5000, help="scenes a stage (0.65 MB of memory each)"
     )

@@ -1,0 +1,88 @@
+"""Pictures of what the model saw: the image with map and boxes, the crops, the answers."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from sdrpn.region import PixelBox, View
+
+BOX_COLOUR = "#ff2fd0"
+TRUE_COLOUR = "#2fe05a"
+
+
+@dataclass(frozen=True)
+class Card:
+    """One question to draw: answers are lines of text by the name of who gave them.
+
+    roi_map: [grid, grid] in [0, 1] or None. truth: the true box where it is known.
+    """
+
+    image: Image.Image
+    question: str
+    answers: Mapping[str, str]
+    regions: Sequence[PixelBox]
+    view: View
+    roi_map: np.ndarray | None = None
+    truth: PixelBox | None = None
+    note: str = ""
+
+
+def heat(roi_map: np.ndarray, view: View) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """A RoI map and where it lies on the original: matplotlib's extent (left, right, bottom, top),
+
+    in source pixels; with padding it reaches beyond the image.
+    """
+    side = view.side / view.ratio
+    left, top = (-offset / view.ratio for offset in view.offset)
+    return roi_map, (left, left + side, top + side, top)
+
+
+def sheet(cards: Sequence[Card], out: Path | str, columns: int = 1) -> Path:
+    """Write cards as one picture: the whole image with map and box, the crop, the answers."""
+    rows = -(-len(cards) // columns)
+    figure = Figure(figsize=(7.2 * columns, 3.0 * rows), layout="constrained", dpi=110)
+    axes = figure.subplots(rows, 3 * columns, squeeze=False, width_ratios=[1, 1, 1.1] * columns)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for index, card in enumerate(cards):
+        row, column = divmod(index, columns)
+        _draw(card, axes[row, 3 * column : 3 * column + 3])
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+    return out
+
+
+def _draw(card: Card, axes: Sequence[Any]) -> None:
+    whole, cut, words = axes
+    rgb = card.image.convert("RGB")
+    whole.imshow(rgb)
+    if card.roi_map is not None:
+        values, extent = heat(card.roi_map, card.view)
+        strength = np.clip(values, 0, 1) * 0.6
+        whole.imshow(values, cmap="inferno", extent=extent, alpha=strength, vmin=0, vmax=1)
+    whole.set_xlim(0, rgb.width)
+    whole.set_ylim(rgb.height, 0)
+    for box, colour in [*((b, BOX_COLOUR) for b in card.regions), (card.truth, TRUE_COLOUR)]:
+        if box is not None:
+            x0, y0, x1, y1 = box
+            frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=2)
+            whole.add_patch(frame)
+    if card.regions:
+        cut.imshow(rgb.crop(tuple(card.regions[0])))
+    else:
+        cut.text(0.5, 0.5, "no zoom", ha="center", va="center", transform=cut.transAxes)
+    lines = [*textwrap.wrap(card.question, 34), ""]
+    for name, answer in card.answers.items():
+        lines += textwrap.wrap(f"{name}: {answer}", 34)
+    lines += ["", *textwrap.wrap(card.note, 34)]
+    words.text(0, 0.95, "\n".join(lines), va="top", fontsize=9, transform=words.transAxes)

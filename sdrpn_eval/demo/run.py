@@ -1,0 +1,192 @@
+"""`make demo`: tiny_vstar through lmms-eval, stock and with the second look, compared.
+
+Leaves lmms-eval's own output folders, the records, a contact sheet of eight questions and
+`summary.json` in the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+from rich.console import Console
+from rich.table import Table
+
+from sdrpn.draw import Card, sheet
+from sdrpn.region import PixelBox, View
+from sdrpn_eval.demo import BENCHMARK
+from sdrpn_eval.demo.scenes import GRID, VIEW_SIDE
+from sdrpn_eval.record import decode_map, read_records
+from sdrpn_eval.stats import Estimate, clustered
+
+TASK = "tiny_vstar"
+PROPOSERS = {"stock": "none", "rpn": "rpn", "attention": "attention"}
+"""What is run, by its name in the summary."""
+PATTERN = "**/*_samples_tiny_vstar.jsonl"
+
+
+class EvaluationFailed(RuntimeError):
+    """lmms-eval left no results; it exits with 0 all the same."""
+
+
+def evaluate(name: str, out: Path, batch_size: int, limit: int | None) -> float:
+    """Run lmms-eval with one proposer into out/name; returns the seconds it took."""
+    folder = out / name
+    arguments = f"pretrained=tiny,proposer={PROPOSERS[name]},record={folder / 'record'}"
+    command = [sys.executable, "-m", "lmms_eval", "--model", "llava_sdrpn", "--tasks", TASK]
+    command += ["--model_args", arguments, "--batch_size", str(batch_size)]
+    command += ["--output_path", str(folder), "--log_samples"]
+    if limit:
+        command += ["--limit", str(limit)]
+    before = set(folder.glob(PATTERN))
+    started = time.perf_counter()
+    log = folder / "log.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+    if not set(folder.glob(PATTERN)) - before:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise EvaluationFailed(f"lmms-eval wrote no results for {name}; {log} ends with:\n{tail}")
+    return time.perf_counter() - started
+
+
+def read_scores(folder: Path) -> dict[int, float]:
+    """Score by document of the latest run in an lmms-eval output folder."""
+    latest = max(folder.glob(PATTERN), key=lambda path: path.stat().st_mtime)
+    lines = [json.loads(line) for line in latest.read_text().splitlines()]
+    return {line["doc_id"]: line["accuracy"]["score"] for line in lines}
+
+
+def summarise(
+    scores: Mapping[str, Mapping[int, float]], rows: Any, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """Accuracies and gains, with 95 % intervals clustered by image."""
+    docs = sorted(scores["stock"])
+    images = [rows[i]["image_id"] for i in docs]
+    groups = {"all": docs} | {
+        group: [i for i in docs if rows[i]["category"] == group] for group in ("fine", "coarse")
+    }
+
+    def by_group(values: Mapping[int, float]) -> dict[str, list[float]]:
+        return {
+            group: _rounded(
+                clustered([values[i] for i in some], [rows[i]["image_id"] for i in some])
+            )
+            for group, some in groups.items()
+            if some
+        }
+
+    gain = {i: scores["rpn"][i] - scores["stock"][i] for i in docs}
+    overall = clustered([gain[i] for i in docs], images)
+    return {
+        "task": TASK,
+        "n": len(docs),
+        "images": len(set(images)),
+        "accuracy": {name: by_group(one)["all"][0] for name, one in scores.items()},
+        "accuracy_by_group": {name: by_group(one) for name, one in scores.items()},
+        "gain": round(overall.mean, 4),
+        "gain_interval_95": [round(overall.low, 4), round(overall.high, 4)],
+        "gain_by_group": by_group(gain),
+        "seconds": {name: round(s, 1) for name, s in seconds.items()},
+    }
+
+
+def _rounded(estimate: Estimate) -> list[float]:
+    return [round(value, 4) for value in estimate]
+
+
+def contact_sheet(out: Path, rows: Any, count: int = 8) -> Path:
+    """Draw questions that the second look changed, then others: image, box, crop, both answers."""
+    seen = {line["doc_id"]: line for line in read_records(out / "rpn" / "record")}
+    stock = {line["doc_id"]: line for line in read_records(out / "stock" / "record")}
+    changed = [i for i in seen if seen[i]["answer"] != stock[i]["answer"]]
+    chosen = _different_images([*changed, *seen], rows)[:count]
+    cards = []
+    for i in chosen:
+        row, image = rows[i], rows[i]["image"].convert("RGB")
+        cards.append(
+            Card(
+                image=image,
+                question=row["question"],
+                answers={
+                    "stock": stock[i]["answer"],
+                    "second look": seen[i]["answer"],
+                    "right": f"{row['colour']} {row['answer']}",
+                },
+                regions=[PixelBox(*box) for box in seen[i]["regions"]],
+                view=View(image.size, GRID, VIEW_SIDE),
+                roi_map=decode_map(seen[i]),
+                truth=PixelBox(*row["box"]),
+                note="pink: where it looked; green: the true box",
+            )
+        )
+    return sheet(cards, out / "contact_sheet.png", columns=2)
+
+
+def _different_images(docs: list[int], rows: Any) -> list[int]:
+    """Of each image the first document only, in the order given."""
+    first: dict[str, int] = {}
+    for i in docs:
+        first.setdefault(rows[i]["image_id"], i)
+    return list(first.values())
+
+
+def show(summary: Mapping[str, Any], console: Console) -> None:
+    """Print the comparison."""
+    table = Table(title=f"{TASK}: {summary['n']} questions on {summary['images']} images")
+    groups = list(summary["gain_by_group"])
+    for column in ("", *groups, "seconds"):
+        table.add_column(column)
+    for name, by_group in summary["accuracy_by_group"].items():
+        table.add_row(name, *(_cell(by_group[g]) for g in groups), str(summary["seconds"][name]))
+    table.add_section()
+    table.add_row("rpn - stock", *(_cell(summary["gain_by_group"][g]) for g in groups), "")
+    console.print(table)
+    console.print("Exact match, 95 % intervals clustered by image; seconds of the whole command.")
+
+
+def _cell(estimate: list[float]) -> str:
+    mean, low, high = (100 * value for value in estimate)
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def demo(out: Path, *, batch_size: int = 32, limit: int | None = None) -> dict[str, Any]:
+    """Evaluate every proposer, compare, draw; returns what summary.json holds."""
+    console = Console()
+    seconds = {}
+    for name in PROPOSERS:
+        with console.status(f"lmms-eval --model llava_sdrpn --tasks {TASK}: {name}"):
+            seconds[name] = evaluate(name, out, batch_size, limit)
+        console.print(f"{name}: {seconds[name]:.0f} s, {out / name}", highlight=False)
+    rows = load_dataset("parquet", data_files=str(BENCHMARK), split="train")
+    scores = {name: read_scores(out / name) for name in PROPOSERS}
+    summary = summarise(scores, rows, seconds)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    show(summary, console)
+    console.print(f"contact sheet: {contact_sheet(out, rows)}", highlight=False)
+    console.print(f"summary: {out / 'summary.json'}", highlight=False)
+    return summary
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="output folder")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--limit", type=int, help="first documents only, for a quick try")
+    args = parser.parse_args()
+    try:
+        demo(args.out, batch_size=args.batch_size, limit=args.limit)
+    except EvaluationFailed as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The table of proposers on tiny_vstar: `python -m sdrpn_eval.demo.score --out FILE.json`.
+
+Stock, the second look by every proposer, a sweep of the threshold, random boxes below and the true
+boxes as the ceiling, all on the shipped questions, by fine and coarse, with 95 % intervals
+clustered by image, and paired differences to stock and to `attention` at its best threshold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import load_dataset
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from sdrpn import Question, ZoomLlava
+from sdrpn.region import PixelBox
+from sdrpn_eval.demo import BENCHMARK, tiny_path
+from sdrpn_eval.demo.scenes import CELL, GRID, SCENE_SIDE
+from sdrpn_eval.stats import clustered
+
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+POLICIES = ("strongest", "mask", "bbox")
+ORACLE_SIDE = 168
+BATCH = 64
+GENERATION = {"max_new_tokens": 8}
+
+
+def oracle_box(row: Mapping[str, Any]) -> PixelBox:
+    """A square of 168 px (3 x 3 cells) around the true box, inside the image."""
+    x0, y0, x1, y1 = row["box"]
+    corner = [
+        min(max(round((low + high - ORACLE_SIDE) / 2), 0), SCENE_SIDE - ORACLE_SIDE)
+        for low, high in ((x0, x1), (y0, y1))
+    ]
+    return PixelBox(*corner, *(low + ORACLE_SIDE for low in corner))
+
+
+def random_box(rng: np.random.Generator) -> PixelBox:
+    """Any 3 x 3 cells."""
+    column, row = (int(v) * CELL for v in rng.integers(0, GRID - 2, 2))
+    return PixelBox(column, row, column + 3 * CELL, row + 3 * CELL)
+
+
+def is_right(text: str, row: Mapping[str, Any]) -> bool:
+    """Exact match of the pattern's word, with or without the colour before it."""
+    return text.split() in ([row["answer"]], [row["colour"], row["answer"]])
+
+
+class Scorer:
+    """Asks one model every question of the benchmark, one proposer after another."""
+
+    def __init__(self, model: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.rows = rows
+        loaded = ZoomLlava.from_pretrained(str(model), str(model / "rpn"), dtype="float32")
+        self.llava, self.rpn, self.zoom = loaded.llava, loaded.rpn, loaded.zoom
+        self.images = [row["image"].convert("RGB") for row in rows]
+        self.results: list[dict[str, Any]] = []
+        self.correct: dict[str, np.ndarray] = {}
+
+    def run(
+        self,
+        name: str,
+        proposer: str = "none",
+        threshold: float | None = None,
+        policy: str | None = None,
+        boxes: Sequence[PixelBox] | None = None,
+    ) -> None:
+        """Answer all questions one way and keep the scores under `name`."""
+        zoom = replace(
+            self.zoom,
+            threshold=threshold or self.zoom.threshold,
+            policy=policy or self.zoom.policy,
+        )
+        engine = ZoomLlava(self.llava, self.rpn, proposer=proposer, zoom=zoom)
+        started, answers = time.perf_counter(), []
+        for start in tqdm(range(0, len(self.rows), BATCH), name, leave=False):
+            batch = range(start, min(start + BATCH, len(self.rows)))
+            questions = [
+                Question(self.rows[i]["question"], (self.images[i],), boxes[i] if boxes else None)
+                for i in batch
+            ]
+            answers += engine.ask_batch(questions, GENERATION)
+        seconds = time.perf_counter() - started
+        right = [is_right(a.text, row) for a, row in zip(answers, self.rows, strict=True)]
+        self.correct[name] = np.array(right, dtype=float)
+        self.results.append(
+            {
+                "name": name,
+                "proposer": proposer if boxes is None else "box",
+                "threshold": threshold,
+                "policy": policy or self.zoom.policy,
+                **{group: self.estimate(self.correct[name], group) for group in GROUPS},
+                "zoomed": round(sum(bool(a.regions) for a in answers) / len(answers), 4),
+                "seconds_per_question": round(seconds / len(answers), 4),
+            }
+        )
+
+    def estimate(self, values: np.ndarray, group: str) -> list[float]:
+        """[mean, low, high] of one group of questions."""
+        chosen = [i for i, r in enumerate(self.rows) if group in ("all", r["category"])]
+        images = [self.rows[i]["image_id"] for i in chosen]
+        return [round(v, 4) for v in clustered([float(values[i]) for i in chosen], images)]
+
+    def difference(self, name: str, other: str) -> dict[str, list[float]]:
+        """Paired difference of two runs, by group."""
+        delta = self.correct[name] - self.correct[other]
+        return {group: self.estimate(delta, group) for group in GROUPS}
+
+
+GROUPS = ("all", "fine", "coarse")
+
+
+def score(model: Path, benchmark: Path) -> dict[str, Any]:
+    """Every row of the table, and the paired differences that the claim rests on."""
+    rows = list(load_dataset("parquet", data_files=str(benchmark), split="train"))
+    scorer = Scorer(model, rows)
+    rng = np.random.default_rng(0)
+    scorer.run("stock")
+    scorer.run("random 3 x 3 cells", boxes=[random_box(rng) for _ in rows])
+    scorer.run("oracle box, 168 px", boxes=[oracle_box(row) for row in rows])
+    scorer.run("vicrop", "vicrop")
+    for proposer in ("rpn", "attention"):
+        for threshold in THRESHOLDS:
+            scorer.run(f"{proposer}, t = {threshold}", proposer, threshold)
+    default = scorer.zoom.threshold
+    for policy in POLICIES[1:]:
+        scorer.run(f"rpn, t = {default}, {policy}", "rpn", default, policy)
+    best = max(
+        (f"attention, t = {t}" for t in THRESHOLDS), key=lambda name: scorer.correct[name].mean()
+    )
+    rpn = f"rpn, t = {default}"
+    return {
+        "questions": len(rows),
+        "images": len({row["image_id"] for row in rows}),
+        "fine_share": round(float(np.mean([row["category"] == "fine" for row in rows])), 4),
+        "rows": scorer.results,
+        "attention_best": best,
+        "rpn_minus_stock": scorer.difference(rpn, "stock"),
+        "rpn_minus_attention_best": scorer.difference(rpn, best),
+        "oracle_minus_rpn": scorer.difference("oracle box, 168 px", rpn),
+        "spread_over_thresholds": {
+            p: round(float(np.ptp([scorer.correct[f"{p}, t = {t}"].mean() for t in THRESHOLDS])), 4)
+            for p in ("rpn", "attention")
+        },
+    }
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Print the table."""
+    title = f"tiny_vstar: {result['questions']} questions, {result['images']} images"
+    table = Table(title=title)
+    for column in ("", *GROUPS, "zoomed"):
+        table.add_column(column)
+    for row in result["rows"]:
+        cells = [f"{m:.3f} [{low:.3f}, {high:.3f}]" for m, low, high in (row[g] for g in GROUPS)]
+        table.add_row(row["name"], *cells, f"{row['zoomed']:.2f}")
+    console = Console(width=130)
+    console.print(table)
+    for name in ("rpn_minus_stock", "rpn_minus_attention_best", "oracle_minus_rpn"):
+        console.print(name, result[name])
+    console.print("spread over thresholds", result["spread_over_thresholds"])
+
+
+def main() -> None:
+    """Read the command line, score, print and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder of a tiny model; default: the shipped")
+    parser.add_argument("--benchmark", type=Path, default=BENCHMARK, help="parquet file")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    result = score(args.model or tiny_path(), args.benchmark)
+    show(result)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

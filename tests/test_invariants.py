@@ -1,0 +1,588 @@
+"""The exactness the project promises, in float32 and greedy: no cache, batch or neighbour shows.
+
+Logits are read inside generate(), by a logits processor that changes nothing, so that what is
+compared is what answers are made of.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import by_hand
+import numpy as np
+import pytest
+import torch
+from conftest import QUESTIONS, THRESHOLD, make_llava, make_rpn
+from PIL import Image
+from transformers import LogitsProcessorList
+
+from sdrpn.config import ZoomConfig
+from sdrpn.llava import Llava
+from sdrpn.proposers import Look, roi_logits
+from sdrpn.region import PixelBox, blur
+from sdrpn.rpn import RPN
+from sdrpn.zoom import Answer, Question, ZoomLlava
+
+NEW_TOKENS = 6
+TOLERANCE = 1e-4
+MASK = ZoomConfig(threshold=THRESHOLD, policy="mask")
+BBOX = ZoomConfig(threshold=THRESHOLD, policy="bbox")
+
+
+class Recorder:
+    """A logits processor that keeps what it sees: [step][row, vocabulary]."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.steps.append(scores.clone())
+        return scores
+
+
+def ask(
+    zoom: ZoomLlava, questions: Sequence[Question], **generation: Any
+) -> list[tuple[Answer, torch.Tensor]]:
+    """Answer questions on one image each in one batch: (answer, logits [its own steps, V])."""
+    recorder = Recorder()
+    processors = LogitsProcessorList([recorder])
+    generation = {"max_new_tokens": NEW_TOKENS, "logits_processor": processors} | generation
+    answers = zoom.ask_batch(questions, generation)
+    steps = torch.stack(recorder.steps, dim=1)
+    return [
+        (answer, logits[: min(answer.new_tokens + 1, len(logits))])
+        for answer, logits in zip(answers, steps, strict=True)
+    ]
+
+
+def stock(llava: Llava, image: Image.Image, text: str, **generation: Any) -> tuple[str, Any]:
+    """What plain transformers says: its processor on the padded image, its generate()."""
+    edge = max(image.size)
+    square = Image.new("RGB", (edge, edge), (122, 116, 104))
+    square.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
+    # The torchvision processor rounds a bicubic resize unlike PIL: it gets the final size.
+    small = square.resize((llava.side, llava.side), Image.Resampling.BICUBIC)
+    prompt = by_hand.prompt(llava, text)
+    inputs = llava.processor(images=small, text=prompt, return_tensors="pt")
+    generation = {"max_new_tokens": NEW_TOKENS, "do_sample": False} | generation
+    output = llava.model.generate(
+        **inputs, **generation, output_logits=True, return_dict_in_generate=True
+    )
+    new = output.sequences[0, inputs["input_ids"].shape[1] :]
+    text = llava.tokenizer.decode(new, skip_special_tokens=True).strip()
+    return text, torch.stack(output.logits)[:, 0]
+
+
+def all_questions(images: Sequence[Image.Image], zoom: ZoomConfig | None = None) -> list[Question]:
+    return [Question(text, (image,), zoom=zoom) for image in images for text in QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def engine(llava: Llava, perturbed_rpn: RPN) -> ZoomLlava:
+    return ZoomLlava(llava, perturbed_rpn, zoom=MASK, prefix_cache=0)
+
+
+@pytest.fixture(scope="module")
+def alone(engine: ZoomLlava, images: list[Image.Image]) -> list[tuple[Answer, torch.Tensor]]:
+    """Every question asked alone, without any cache."""
+    return [ask(engine, [question])[0] for question in all_questions(images)]
+
+
+def agree(found: Sequence[tuple[Answer, Any]], expected: Sequence[tuple[Answer, Any]]) -> None:
+    """Same texts and regions; logits of every step within the tolerance."""
+    for (answer, logits), (other, reference) in zip(found, expected, strict=True):
+        assert (answer.text, answer.regions) == (other.text, other.regions)
+        assert (answer.reason, answer.crop_tokens) == (other.reason, other.crop_tokens)
+        assert answer.new_tokens == other.new_tokens
+        assert logits.shape == reference.shape
+        assert (logits - reference).abs().max() < TOLERANCE
+
+
+def test_the_fixture_is_worth_testing(alone: list[tuple[Answer, torch.Tensor]]) -> None:
+    """With and without a zoom, whole and masked crops, long and short answers, all different."""
+    answers = [answer for answer, _ in alone]
+    assert len({answer.text for answer in answers}) > len(answers) / 2
+    assert {bool(answer.regions) for answer in answers} == {True, False}
+    assert {0 < answer.crop_tokens < 64 for answer in answers if answer.regions} == {True, False}
+    assert len({answer.new_tokens for answer in answers}) > 1
+
+
+# --- no region is the stock model -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", QUESTIONS)
+@pytest.mark.parametrize("proposer", ["none", "rpn"])
+def test_no_region_is_stock(
+    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image], proposer: str, text: str
+) -> None:
+    """The same tokens, and logits within 1e-4, whether nobody looked or nothing was found."""
+    nothing = ZoomConfig(threshold=1 - 1e-9)
+    zoom = ZoomLlava(llava, perturbed_rpn, proposer=proposer, zoom=nothing)
+    found = ask(zoom, [Question(text, (image,)) for image in images])
+    for image, (answer, logits) in zip(images, found, strict=True):
+        expected, reference = stock(llava, image, text)
+        assert answer.text == expected
+        assert answer.regions == ()
+        assert answer.reason is not None
+        assert answer.crop_tokens == 0
+        assert (logits - reference).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [{"num_beams": 3}, {"repetition_penalty": 1.7}, {"num_beams": 2, "length_penalty": 2.0}],
+    ids=str,
+)
+def test_no_region_is_stock_under_other_settings(
+    llava: Llava, images: list[Image.Image], generation: dict[str, Any]
+) -> None:
+    """Beams and penalties read the whole prompt, which a cache could hide from them."""
+    zoom = ZoomLlava(llava, proposer="none")
+    questions = all_questions(images[:3])
+    generation = {"max_new_tokens": NEW_TOKENS} | generation
+    texts = [answer.text for answer in zoom.ask_batch(questions, generation)]
+    assert texts == [stock(llava, q.images[0], q.text, **generation)[0] for q in questions]
+    greedy = [answer.text for answer in zoom.ask_batch(questions, {"max_new_tokens": NEW_TOKENS})]
+    assert texts != greedy
+
+
+# --- with a region: reuse of the prefix is one full forward -----------------------------------
+
+
+def recompute(llava: Llava, answer: Answer, question: Question, zoom: ZoomConfig) -> Any:
+    """Ids and logits by full forwards over [text][image][crops][question], crops made by hand."""
+    image = question.images[0]
+    keep = None
+    if answer.roi_map is not None and zoom.policy == "mask":
+        over = answer.roi_map > zoom.threshold
+        masked = answer.crop_tokens < llava.image_tokens
+        keep = by_hand.kept(over, llava.grid) if masked else None
+    crops = [by_hand.crop_of(llava, image, box, keep) for box in answer.regions]
+    embeds, _ = by_hand.sequence(llava, image, question.text, torch.cat(crops))
+    return by_hand.greedy(llava, embeds, NEW_TOKENS)
+
+
+def check_full_forward(llava: Llava, found: Any, question: Question, zoom: ZoomConfig) -> None:
+    answer, logits = found
+    ids, reference = recompute(llava, answer, question, zoom)
+    assert answer.text == llava.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert answer.new_tokens == len(ids)
+    assert (logits - torch.stack(reference)).abs().max() < TOLERANCE
+
+
+def test_given_box_is_one_full_forward(llava: Llava, images: list[Image.Image]) -> None:
+    zoom = ZoomLlava(llava, proposer="none")
+    for image in images:
+        box = PixelBox(3, 5, image.width // 2, image.height)
+        question = Question(QUESTIONS[0], (image,), box)
+        (found,) = ask(zoom, [question])
+        assert found[0].regions == (box,)
+        assert found[0].crop_tokens == llava.image_tokens
+        check_full_forward(llava, found, question, zoom.zoom)
+        assert found[0].text != zoom.ask(image, question.text, max_new_tokens=NEW_TOKENS).text
+
+
+@pytest.mark.parametrize(
+    ("zoom", "kind"),
+    [(MASK, "one crop"), (MASK, "masked crop"), (BBOX, "two crops")],
+    ids=["one crop", "masked crop", "two crops"],
+)
+def test_zoom_is_one_full_forward(
+    llava: Llava, engine: ZoomLlava, images: list[Image.Image], zoom: ZoomConfig, kind: str
+) -> None:
+    questions = all_questions(images, zoom)
+    found = ask(engine, questions)
+    chosen = [
+        (one, question)
+        for one, question in zip(found, questions, strict=True)
+        if {
+            "one crop": one[0].crop_tokens == llava.image_tokens,
+            "masked crop": 0 < one[0].crop_tokens < llava.image_tokens,
+            "two crops": len(one[0].regions) == 2,
+        }[kind]
+    ]
+    assert len(chosen) >= 3
+    for one, question in chosen:
+        check_full_forward(llava, one, question, zoom)
+
+
+@pytest.mark.parametrize(("budget", "rows", "columns"), [(1.5, 3, 6), (0.1, 1, 1), (9, 8, 8)])
+def test_token_budget_is_one_full_forward(
+    llava: Llava, images: list[Image.Image], budget: float, rows: int, columns: int
+) -> None:
+    """The crop's grid is resized to cells of the box x budget: here the box has 2 x 4 cells."""
+    image = images[0]
+    box = PixelBox(14, 28, 14 * 5, 14 * 4)
+    config = ZoomConfig(token_budget=budget)
+    zoom = ZoomLlava(llava, proposer="none", zoom=config)
+    ((answer, logits),) = ask(zoom, [Question(QUESTIONS[2], (image,), box)])
+    assert answer.crop_tokens == rows * columns
+    tokens = by_hand.crop_of(llava, image, box).unflatten(0, (llava.grid, llava.grid))
+    small = torch.nn.functional.interpolate(
+        tokens.permute(2, 0, 1)[None], (rows, columns), mode="bilinear", align_corners=False
+    )
+    crop = small[0].flatten(1).T
+    embeds, _ = by_hand.sequence(llava, image, QUESTIONS[2], crop)
+    _, reference = by_hand.greedy(llava, embeds, NEW_TOKENS)
+    assert (logits - torch.stack(reference)).abs().max() < TOLERANCE
+
+
+# --- batches, orders, neighbours, caches ------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 20])
+@pytest.mark.parametrize("order", ["given", "shuffled"])
+def test_batches_do_not_show(
+    engine: ZoomLlava, images: list[Image.Image], alone: Any, size: int, order: str
+) -> None:
+    """Any batch size, order and neighbours give what each question gives alone."""
+    questions = all_questions(images)
+    places = list(range(len(questions)))
+    if order == "shuffled":
+        random.Random(size).shuffle(places)
+    for start in range(0, len(places), size):
+        batch = places[start : start + size]
+        agree(ask(engine, [questions[i] for i in batch]), [alone[i] for i in batch])
+
+
+def test_one_question_many_times(
+    engine: ZoomLlava, images: list[Image.Image], alone: Any
+) -> None:
+    """Rows of one image and one question in a batch: a prefix may stand in many rows."""
+    question = all_questions(images)[2]
+    agree(ask(engine, [question] * 3), [alone[2]] * 3)
+
+
+def test_caches_do_not_show(
+    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image], alone: Any
+) -> None:
+    """Cold, warm and too small a prefix cache give what no cache gives."""
+    questions = all_questions(images)
+    one = ZoomLlava(llava, perturbed_rpn, zoom=MASK).read(images[:1])[0].nbytes
+    for limit in (10 * one, 2 * one, one // 2):
+        zoom = ZoomLlava(llava, perturbed_rpn, zoom=MASK, prefix_cache=limit)
+        for _ in ("cold", "warm"):
+            for start in range(0, len(questions), 7):
+                rows = slice(start, start + 7)
+                agree(ask(zoom, questions[rows]), alone[rows])
+        assert len(zoom.prefixes) == min(limit // one, len(images))
+        assert zoom.prefixes.nbytes == len(zoom.prefixes) * one
+
+
+def test_answers_leave_the_cached_prefix_alone(
+    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image]
+) -> None:
+    """Nothing that is asked writes to what was read."""
+    zoom = ZoomLlava(llava, perturbed_rpn, zoom=MASK)
+    (prefix,) = zoom.read(images[1:2])
+    tensors = [t for pair in (*prefix.kv, *prefix.rpn_kv) for t in pair] + [prefix.rpn_keys]
+    before = [t.clone() for t in tensors]
+    questions = [Question(text, (images[1],)) for text in QUESTIONS]
+    zoom.ask_batch(questions, {"max_new_tokens": 3, "num_beams": 2})
+    zoom.ask_batch(questions[:1], {"max_new_tokens": 3})
+    assert zoom.read(images[1:2])[0] is prefix
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_prefix_cache_drops_the_least_recently_used(llava: Llava, images: Any) -> None:
+    one = ZoomLlava(llava, proposer="none").read(images[:1])[0].nbytes
+    zoom = ZoomLlava(llava, proposer="none", prefix_cache=2 * one)
+    first, second = zoom.read(images[:2])
+    assert zoom.read(images[:1])[0] is first
+    zoom.read(images[2:3])
+    assert zoom.read(images[:1])[0] is first
+    assert zoom.read(images[1:2])[0] is not second
+    with pytest.raises(ValueError, match="-1"):
+        ZoomLlava(llava, proposer="none", prefix_cache=-1)
+
+
+def count_tower(llava: Llava) -> tuple[list[int], Any]:
+    """Images shown to the vision tower, call by call, and the handle that ends the counting."""
+    calls: list[int] = []
+
+    def hook(_: Any, inputs: Any, keywords: Any, __: Any) -> None:
+        pixels = inputs[0] if inputs else keywords["pixel_values"]
+        calls.append(len(pixels))
+
+    handle = llava.model.model.vision_tower.register_forward_hook(hook, with_kwargs=True)
+    return calls, handle
+
+
+def test_questions_on_one_image_share_its_prefix(llava: Llava, images: Any) -> None:
+    """The tower sees an image once in a batch, once more for all crops, and never when warm."""
+    zoom = ZoomLlava(llava, proposer="none")
+    same = images[0].copy()
+    questions = [Question(text, (image,)) for text in QUESTIONS for image in (images[0], same)]
+    crops = [replace(question, box=PixelBox(0, 0, 50, 50)) for question in questions[:3]]
+    calls, handle = count_tower(llava)
+    try:
+        zoom.ask_batch(questions, {"max_new_tokens": 1})
+        assert calls == [1]
+        zoom.ask_batch(questions, {"max_new_tokens": 1})
+        assert calls == [1]
+        zoom.ask_batch([*crops, Question("yellow", (images[1],))], {"max_new_tokens": 1})
+        assert calls == [1, 1, 3]
+    finally:
+        handle.remove()
+
+
+def test_image_modes_do_not_show(engine: ZoomLlava) -> None:
+    """Grey, palette and transparent images are answered like their RGB pixels."""
+    grey = Image.fromarray(np.arange(100, dtype=np.uint8).reshape(10, 10) * 2)
+    for mode in ("L", "P", "RGBA", "LA"):
+        odd = grey.convert(mode)
+        box = PixelBox(2, 2, 9, 9)
+        pair = [Question("yellow", (one,), box) for one in (odd, odd.convert("RGB"))]
+        first, second = ask(engine, pair)
+        agree([first], [second])
+
+
+# --- the RPN's map ----------------------------------------------------------------------------
+
+
+def cached_maps(llava: Llava, rpn: RPN, images: Sequence[Image.Image]) -> np.ndarray:
+    """RoI logits of every question, all in one batch over cached prefixes."""
+    zoom = ZoomLlava(llava, rpn)
+    looks = []
+    for prefix, image in zip(zoom.read(images), images, strict=True):
+        for text in QUESTIONS:
+            words = tuple(llava.question_ids(text))
+            looks.append(Look(prefix, llava.view(image), words, zoom.zoom))
+    return roi_logits(zoom.models, looks)
+
+
+@pytest.mark.parametrize("multi_head", [True, False])
+@pytest.mark.parametrize("perturbed", [False, True], ids=["fresh", "perturbed"])
+@pytest.mark.parametrize("key_value_heads", [4, 2])
+def test_map_is_the_methods(
+    images: list[Image.Image], perturbed: bool, multi_head: bool, key_value_heads: int
+) -> None:
+    """METHOD section 2 by plain matrix products, uncached, whole sequence, against the engine."""
+    llava = make_llava(key_value_heads=key_value_heads)
+    rpn = make_rpn(llava, perturbed=perturbed, multi_head=multi_head)
+    found = cached_maps(llava, rpn, images)
+    pairs = [(image, text) for image in images for text in QUESTIONS]
+    expected = np.stack([by_hand.roi_logits(llava, rpn, *pair) for pair in pairs])
+    scale = max(1.0, np.abs(expected).max() / 10)
+    assert np.abs(found - expected).max() < TOLERANCE * scale
+    # Each is a map of its own: neither flat, nor the same for every question or image.
+    assert expected.std(axis=(1, 2)).min() > 0.05
+    assert np.abs(expected[:, None] - expected).max(axis=(2, 3))[~np.eye(20, dtype=bool)].min() > 0.01
+
+
+def test_every_weight_of_the_rpn_counts(llava: Llava, images: list[Image.Image]) -> None:
+    """Perturbation reaches every weight, and every weight moves the map."""
+    fresh, perturbed = (make_rpn(llava, perturbed=one) for one in (False, True))
+    changed = perturbed.state_dict()
+    assert all(not torch.equal(w, changed[name]) for name, w in fresh.state_dict().items())
+    before = cached_maps(llava, fresh, images[:1])
+    for name in fresh.state_dict():
+        rpn = make_rpn(llava, perturbed=False)
+        rpn.load_state_dict({name: changed[name]}, strict=False)
+        assert np.abs(cached_maps(llava, rpn, images[:1]) - before).max() > 1e-3, name
+
+
+def test_answers_carry_the_blurred_map(
+    llava: Llava, engine: ZoomLlava, perturbed_rpn: RPN, images: list[Image.Image], alone: Any
+) -> None:
+    for question, (answer, _) in zip(all_questions(images)[:6], alone, strict=False):
+        logits = by_hand.roi_logits(llava, perturbed_rpn, question.images[0], question.text)
+        expected = blur(1 / (1 + np.exp(-logits)))
+        assert answer.roi_map is not None
+        assert answer.roi_map.dtype == np.float32
+        assert np.abs(answer.roi_map - expected).max() < TOLERANCE
+
+
+def test_save_and_load_give_the_same_map(
+    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image], tmp_path: Any
+) -> None:
+    perturbed_rpn.save_pretrained(tmp_path / "rpn")
+    loaded = RPN.from_pretrained(str(tmp_path / "rpn"))
+    assert loaded.config == perturbed_rpn.config
+    assert np.array_equal(
+        cached_maps(llava, loaded, images), cached_maps(llava, perturbed_rpn, images)
+    )
+
+
+# --- generation -------------------------------------------------------------------------------
+
+
+def test_beams_over_a_zoom(engine: ZoomLlava, images: list[Image.Image]) -> None:
+    """Beams in a batch, with and without regions, are each row's own beams."""
+    questions = all_questions(images)[:8]
+    beams = {"max_new_tokens": NEW_TOKENS, "num_beams": 3}
+    together = engine.ask_batch(questions, beams)
+    assert {bool(answer.regions) for answer in together} == {True, False}
+    assert [a.text for a in together] == [engine.ask_batch([q], beams)[0].text for q in questions]
+    greedy = engine.ask_batch(questions, {"max_new_tokens": NEW_TOKENS})
+    assert [a.text for a in together] != [a.text for a in greedy]
+
+
+def test_sampling_follows_the_seed(engine: ZoomLlava, images: list[Image.Image]) -> None:
+    questions = all_questions(images)[:4]
+    generation = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "max_new_tokens": NEW_TOKENS}
+
+    def sample(seed: int) -> list[str]:
+        torch.manual_seed(seed)
+        return [answer.text for answer in engine.ask_batch(questions, generation)]
+
+    assert sample(0) == sample(0)
+    assert sample(0) != sample(1)
+
+
+def test_temperature_zero_is_greedy(engine: ZoomLlava, images: list[Image.Image]) -> None:
+    questions = all_questions(images)[:4]
+    generation = {"do_sample": True, "temperature": 0, "max_new_tokens": NEW_TOKENS}
+    expected = [a.text for a in engine.ask_batch(questions, {"max_new_tokens": NEW_TOKENS})]
+    assert [a.text for a in engine.ask_batch(questions, generation)] == expected
+
+
+def test_stop_strings_end_each_row(engine: ZoomLlava, images: list[Image.Image], alone: Any) -> None:
+    """A row ends before its stop string; rows without one go on."""
+    questions = all_questions(images)
+    whole = [answer.text for answer, _ in alone]
+    stop = whole[0].split()[2]
+    stopped = engine.ask_batch(questions, {"max_new_tokens": NEW_TOKENS, "stop": [stop, "\n\n"]})
+    assert [answer.text for answer in stopped] == [text.split(stop)[0].strip() for text in whole]
+    assert stopped[0].new_tokens < NEW_TOKENS
+    assert any(stop not in text for text in whole)
+
+
+def test_settings_are_not_changed(engine: ZoomLlava, images: list[Image.Image]) -> None:
+    """lmms-eval reads the settings again after generation: nothing may be popped from them."""
+    generation = {"max_new_tokens": 2, "stop": ["\n\n"], "temperature": 0, "do_sample": False}
+    before = {**generation, "stop": ["\n\n"]}
+    engine.ask_batch(all_questions(images)[:1], generation)
+    assert generation == before
+
+
+def test_several_returned_sequences_are_refused(engine: ZoomLlava, images: Any) -> None:
+    with pytest.raises(ValueError, match="num_return_sequences must be 1"):
+        engine.ask(images[0], "yellow", num_return_sequences=2, do_sample=True)
+
+
+# --- prompts with no image or several ---------------------------------------------------------
+
+
+def plain_stock(llava: Llava, question: Question) -> str:
+    """Plain transformers on any number of images of the model's own size."""
+    holders = " ".join(["<image>"] * len(question.images))
+    text = f"{holders}\n{question.text}" if holders else question.text
+    prompt = by_hand.prompt(llava, "").replace("<image>\n ASSISTANT:", f"{text} ASSISTANT:")
+    images = list(question.images) or None
+    inputs = llava.processor(images=images, text=prompt, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    output = llava.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    return llava.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+@pytest.fixture(scope="module")
+def squares(images: list[Image.Image]) -> list[Image.Image]:
+    return [image.resize((112, 112)) for image in images]
+
+
+def mixture(squares: list[Image.Image]) -> list[Question]:
+    return [
+        Question(QUESTIONS[0]),
+        Question(QUESTIONS[1], (squares[1],)),
+        Question(QUESTIONS[2], (squares[0], squares[2])),
+        Question(QUESTIONS[3], (squares[3],)),
+        Question(QUESTIONS[3]),
+        Question(QUESTIONS[1], tuple(squares[:3])),
+    ]
+
+
+def test_no_or_several_images_are_stock(
+    engine: ZoomLlava, llava: Llava, squares: list[Image.Image]
+) -> None:
+    asked = [question for question in mixture(squares) if len(question.images) != 1]
+    answers = engine.ask_batch(asked, {"max_new_tokens": NEW_TOKENS})
+    assert [answer.text for answer in answers] == [plain_stock(llava, q) for q in asked]
+    assert [a.reason for a in answers] == ["no image", "several images", "no image", "several images"]
+    assert [a.image_tokens for a in answers] == [0, 128, 0, 192]
+    assert all(answer.regions == () and answer.roi_map is None for answer in answers)
+
+
+def test_one_warning_a_run(
+    llava: Llava, perturbed_rpn: RPN, squares: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    zoom = ZoomLlava(llava, perturbed_rpn)
+    with caplog.at_level(logging.WARNING, logger="sdrpn"):
+        zoom.ask(squares[0], "yellow", max_new_tokens=1)
+        assert caplog.records == []
+        for _ in range(2):
+            zoom.ask_batch(mixture(squares), {"max_new_tokens": 1})
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1
+    assert "without a second look" in messages[0]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 3, 1, 4, 2, 0], [1, 3], [2, 0]])
+def test_mixtures_keep_their_order(
+    engine: ZoomLlava, squares: list[Image.Image], order: list[int]
+) -> None:
+    questions = mixture(squares)
+    settings = {"max_new_tokens": NEW_TOKENS}
+    each = [engine.ask_batch([question], settings)[0] for question in questions]
+    assert len({answer.text for answer in each}) == len(each)
+    together = engine.ask_batch([questions[i] for i in order], settings)
+    assert [answer.text for answer in together] == [each[i].text for i in order]
+    assert [answer.regions for answer in together] == [each[i].regions for i in order]
+
+
+def test_no_questions_no_answers(engine: ZoomLlava) -> None:
+    assert engine.ask_batch([]) == []
+
+
+# --- losses -----------------------------------------------------------------------------------
+
+
+def test_losses_are_one_full_forward(
+    engine: ZoomLlava, llava: Llava, squares: list[Image.Image], images: list[Image.Image]
+) -> None:
+    """Mean loss of a continuation and whether greedy gives it, zoomed, stock and without images."""
+    box = PixelBox(4, 4, 60, 60)
+    questions = [
+        Question(QUESTIONS[0], (images[0],), box),
+        Question(QUESTIONS[3]),
+        Question(QUESTIONS[2], (images[0],), box),
+        Question(QUESTIONS[1], (squares[0], squares[1])),
+    ]
+    said = [a.text for a in engine.ask_batch(questions, {"max_new_tokens": 2})]
+    wanted = [said[0], "red", "level checked purple", said[3]]
+    results = engine.loss_batch(questions, wanted)
+    assert [greedy for _, greedy, _ in results] == [True, False, False, True]
+    assert [seen.regions for _, _, seen in results] == [(box,), (), (box,), ()]
+    crop = by_hand.crop_of(llava, images[0], box)
+    for i in (0, 2):
+        embeds, _ = by_hand.sequence(llava, images[0], questions[i].text, crop)
+        target = torch.tensor(llava.tokenizer(wanted[i])["input_ids"][1:])
+        rows = torch.cat([embeds, llava.model.get_input_embeddings().weight[target]])
+        logits = llava.model(inputs_embeds=rows[None]).logits[0, -len(target) - 1 : -1]
+        expected = torch.nn.functional.cross_entropy(logits, target)
+        assert results[i][0] == pytest.approx(float(expected), abs=TOLERANCE)
+    ids = llava.tokenizer(by_hand.prompt(llava, "").replace("<image>\n", f"{QUESTIONS[3]}"))
+    ids = torch.tensor([[*ids["input_ids"], *llava.tokenizer("red")["input_ids"][1:]]])
+    logits = llava.model(input_ids=ids).logits[0, -2]
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, -1])
+    assert results[1][0] == pytest.approx(float(expected), abs=TOLERANCE)
+
+
+def test_an_empty_continuation_is_refused(engine: ZoomLlava, images: Any) -> None:
+    with pytest.raises(ValueError, match="continuation to score is empty"):
+        engine.loss_batch([Question("yellow", (images[0],))], [" "])
+
+
+# --- construction -----------------------------------------------------------------------------
+
+
+def test_proposers_are_checked(llava: Llava) -> None:
+    with pytest.raises(ValueError, match="got 'magic'"):
+        ZoomLlava(llava, proposer="magic")
+    with pytest.raises(ValueError, match="needs an RPN"):
+        ZoomLlava(llava)
