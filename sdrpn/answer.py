@@ -135,7 +135,7 @@ def _loss(llava: Llava, hidden: Tensor, continuation: Sequence[int]) -> tuple[fl
 
 def _plain_inputs(
     llava: Llava, rows: Sequence[Sequence[int]], images: Sequence[Image.Image]
-) -> dict[str, Tensor | None]:
+) -> dict[str, Tensor]:
     spread = [
         [t for i in ids for t in [i] * (llava.image_tokens if i == llava.image_token_id else 1)]
         for ids in rows
@@ -146,8 +146,10 @@ def _plain_inputs(
     for row, tokens in enumerate(spread):
         ids[row, longest - len(tokens) :] = torch.tensor(tokens)
         mask[row, longest - len(tokens) :] = 1
-    pixels = llava.pixels(images).to(llava.device, llava.dtype) if images else None
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if images:
+        inputs["pixel_values"] = llava.pixels(images).to(llava.device, llava.dtype)
+    return inputs
 
 
 @torch.no_grad()
@@ -161,7 +163,7 @@ def generate_plain(
     arguments = generation_arguments(llava, generation)
     inputs = _plain_inputs(llava, prompts, images)
     output = llava.model.generate(**inputs, **arguments)
-    width = _columns(inputs)
+    width = inputs["input_ids"].shape[1]
     return [_until_end(llava, row, arguments) for row in output[:, width:].tolist()]
 
 
@@ -185,20 +187,18 @@ def losses_plain(
     return results
 
 
-def _columns(inputs: Mapping[str, Tensor | None]) -> int:
-    ids = inputs["input_ids"]
-    assert ids is not None
-    return ids.shape[1]
-
-
 def _pad_id(llava: Llava) -> int:
     pad = llava.tokenizer.pad_token_id
     return llava.eos_token_id if pad is None else pad
 
 
 def _until_end(llava: Llava, ids: list[int], arguments: Mapping[str, Any]) -> list[int]:
-    ends = {llava.eos_token_id, arguments["pad_token_id"]}
-    for position, token in enumerate(ids):
-        if token in ends:
-            return ids[:position]
+    """An answer's own tokens: up to its end token, and without what pads a row that ended early.
+
+    Padding inside an answer is something the model said, and does not end it.
+    """
+    if llava.eos_token_id in ids:
+        ids = ids[: ids.index(llava.eos_token_id)]
+    while ids and ids[-1] == arguments["pad_token_id"]:
+        ids = ids[:-1]
     return ids

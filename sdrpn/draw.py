@@ -62,7 +62,7 @@ def sheet(cards: Sequence[Card], out: Path | str, columns: int = 1) -> Path:
     return out
 
 
-def _draw(card: Card, axes: Sequence[Any]) -> None:
+def _draw(card: Card, axes: Any) -> None:
     whole, cut, words = axes
     rgb = card.image.convert("RGB")
     whole.imshow(rgb)
@@ -78,7 +78,8 @@ def _draw(card: Card, axes: Sequence[Any]) -> None:
             frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=2)
             whole.add_patch(frame)
     if card.regions:
-        cut.imshow(rgb.crop(tuple(card.regions[0])))
+        x0, y0, x1, y1 = card.regions[0]
+        cut.imshow(rgb.crop((x0, y0, x1, y1)))
     else:
         cut.text(0.5, 0.5, "no zoom", ha="center", va="center", transform=cut.transAxes)
     lines = [*textwrap.wrap(card.question, 34), ""]

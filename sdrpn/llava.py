@@ -121,9 +121,10 @@ def check_is_llava15(config: dict[str, Any], name: str) -> None:
             )
         if (text, vision) == ("llama", "clip_vision_model"):
             strategy = config.get("vision_feature_select_strategy", "default")
-            if strategy == "default" and isinstance(config.get("vision_feature_layer", -2), int):
+            layer = config.get("vision_feature_layer", -2)
+            if strategy == "default" and isinstance(layer, int):
                 return
-            kind = f"llava with vision_feature_select_strategy {strategy!r}"
+            kind = f"llava with image features {strategy!r} of layer {layer}"
         else:
             kind = f"llava with a {text} language model and a {vision} vision tower"
     raise ValueError(
@@ -147,7 +148,7 @@ class Llava:
     """A frozen LLaVA-1.5 with its processor and its prompt.
 
     padding: `pad` shows the whole image on a square, as LLaVA-1.5 was trained and scored; `crop`
-    uses the checkpoint's own image processor, which on the hub cuts the sides off.
+    uses the checkpoint's own image processor without padding, which cuts the sides off.
     """
 
     def __init__(
@@ -166,7 +167,7 @@ class Llava:
         self.padding = padding
         self.system_prompt = system_prompt
         self.name = name or model.config._name_or_path
-        vision = model.config.vision_config
+        vision: Any = model.config.vision_config
         self.side: int = vision.image_size
         self.grid: int = vision.image_size // vision.patch_size
         self.image_tokens = self.grid**2
@@ -175,7 +176,7 @@ class Llava:
         self.image_token_id: int = model.config.image_token_id
         own = self.processor.image_processor
         square = {"height": self.side, "width": self.side}
-        self._padder = LlavaImageProcessorPil(
+        self._padder: Any = LlavaImageProcessorPil(
             do_pad=True,
             size=square,
             crop_size=square,
@@ -244,9 +245,16 @@ class Llava:
     def prompt(self, question: str, images: int = 1) -> str:
         """The vicuna_v1 prompt of METHOD section 1, with `images` placeholders before the question.
 
-        A question that already holds that many placeholders keeps them where they are.
+        A question on several images that holds their placeholders keeps them where they are. Raises
+        ValueError when it holds another number than there are images.
         """
-        if images and question.count(IMAGE_TOKEN) != images:
+        named = question.count(IMAGE_TOKEN)
+        if named not in (0, images):
+            raise ValueError(f"the question names {named} {IMAGE_TOKEN}, but has {images} image(s)")
+        if named == 1:
+            # As LLaVA-1.5's own training data did: a single image always goes in front.
+            question = question.replace(IMAGE_TOKEN, "").strip()
+        if images and named <= 1:
             question = " ".join([IMAGE_TOKEN] * images) + "\n" + question
         system = f"{self.system_prompt} " if self.system_prompt else ""
         return f"{system}USER: {question} ASSISTANT:"
@@ -277,13 +285,14 @@ class Llava:
         own = self.processor.image_processor
         processor = self._padder if self.padding == "pad" else own
         images = [image.convert("RGB") for image in images]
-        return processor(images=images, return_tensors="pt")["pixel_values"]
+        ready = processor(images=images, do_pad=self.padding == "pad", return_tensors="pt")
+        return ready["pixel_values"]
 
     def crop_pixels(self, crops: Sequence[tuple[Image.Image, PixelBox]]) -> Tensor:
         """Boxes cut from original images and stretched to a square: [n, 3, side, side]."""
         cut = [crop(image.convert("RGB"), box, self.side) for image, box in crops]
-        plain = {"do_pad": False, "do_resize": False}
-        return self._padder(images=cut, return_tensors="pt", **plain)["pixel_values"]
+        ready = self._padder(images=cut, do_pad=False, do_resize=False, return_tensors="pt")
+        return ready["pixel_values"]
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Vision tower and projector: [n, 3, side, side] -> [n, T, C] image tokens."""

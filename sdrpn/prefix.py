@@ -10,6 +10,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -84,7 +85,8 @@ def read(llava: Llava, rpn: RPN | None, images: Sequence[Image.Image]) -> list[P
 
 def _row(cache: DynamicCache, row: int, alone: bool) -> tuple[KV, ...]:
     # A slice would keep the whole batch's tensors alive in the cache of prefixes.
-    pairs = [(layer.keys[row : row + 1], layer.values[row : row + 1]) for layer in cache.layers]
+    layers: Any = cache.layers
+    pairs = [(layer.keys[row : row + 1], layer.values[row : row + 1]) for layer in layers]
     return tuple(pairs if alone else [(k.clone(), v.clone()) for k, v in pairs])
 
 

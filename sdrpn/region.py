@@ -7,7 +7,7 @@ Two frames, both (x0, y0, x1, y1) and half-open: `GridBox` counts cells of the R
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -125,7 +125,7 @@ def components(over: np.ndarray, zoom: ZoomConfig) -> list[tuple[GridBox, np.nda
     over: bool [grid, grid]. Returns (box, bool mask of the component) for each that is neither too
     small nor too large; boxes of components under 4 cells are grown to at least 3 x 3.
     """
-    labelled, _ = ndimage.label(over, structure=EIGHT_NEIGHBOURS)
+    labelled: Any = ndimage.label(over, structure=EIGHT_NEIGHBOURS)[0]  # type: ignore[index]
     largest = round(zoom.max_cells_fraction * over.size)
     found = []
     for index, (rows, columns) in enumerate(ndimage.find_objects(labelled), start=1):
@@ -187,7 +187,7 @@ def crop(image: Image.Image, box: PixelBox, side: int) -> Image.Image:
     # Columns first, then rows, as every Pillow did that published numbers were made with: newer
     # ones start with the cheaper direction, which moves the rounding of tall crops.
     bilinear = Image.Resampling.BILINEAR
-    cut = image.crop(tuple(box))
+    cut = image.crop((box.x0, box.y0, box.x1, box.y1))
     return cut.resize((side, cut.height), bilinear).resize((side, side), bilinear)
 
 

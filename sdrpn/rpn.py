@@ -45,15 +45,16 @@ zoom = ZoomLlava.from_pretrained("{base_model}", rpn="path-or-id-of-this-folder"
 
 def llama_config(config: RPNConfig, attn_implementation: str) -> LlamaConfig:
     """The LLaMA shape of the RPN's decoder layers."""
-    return LlamaConfig(
+    shape = LlamaConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
         rms_norm_eps=config.rms_norm_eps,
         num_hidden_layers=config.depth - 1,
-        attn_implementation=attn_implementation,
     )
+    shape._attn_implementation = attn_implementation
+    return shape
 
 
 class RPN(nn.Module, ModelHubMixin):

@@ -64,17 +64,28 @@ def recorded() -> Any:
     return np.load(DATA / "outputs.npz")
 
 
+LLAMA_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
 def load_llava() -> Llava:
     own = json.loads((DATA / "config.json").read_text())
     vision = CLIPVisionConfig(**json.loads((DATA / "vision_tower" / "config.json").read_text()))
-    names = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads max_position_embeddings rms_norm_eps rope_theta "
-        "bos_token_id eos_token_id pad_token_id"
-    ).split()
     config = LlavaConfig(
         vision_config=vision,
-        text_config=LlamaConfig(**{n: own[n] for n in names}),
+        text_config=LlamaConfig(**{name: own[name] for name in LLAMA_FIELDS}),
         image_token_index=IMAGE_TOKEN_ID,
         vision_feature_layer=own["mm_vision_select_layer"],
     )

@@ -249,9 +249,7 @@ def test_batches_do_not_show(
         agree(ask(engine, [questions[i] for i in batch]), [alone[i] for i in batch])
 
 
-def test_one_question_many_times(
-    engine: ZoomLlava, images: list[Image.Image], alone: Any
-) -> None:
+def test_one_question_many_times(engine: ZoomLlava, images: list[Image.Image], alone: Any) -> None:
     """Rows of one image and one question in a batch: a prefix may stand in many rows."""
     question = all_questions(images)[2]
     agree(ask(engine, [question] * 3), [alone[2]] * 3)
@@ -371,7 +369,9 @@ def test_map_is_the_methods(
     assert np.abs(found - expected).max() < TOLERANCE * scale
     # Each is a map of its own: neither flat, nor the same for every question or image.
     assert expected.std(axis=(1, 2)).min() > 0.05
-    assert np.abs(expected[:, None] - expected).max(axis=(2, 3))[~np.eye(20, dtype=bool)].min() > 0.01
+    assert (
+        np.abs(expected[:, None] - expected).max(axis=(2, 3))[~np.eye(20, dtype=bool)].min() > 0.01
+    )
 
 
 def test_every_weight_of_the_rpn_counts(llava: Llava, images: list[Image.Image]) -> None:
@@ -441,7 +441,9 @@ def test_temperature_zero_is_greedy(engine: ZoomLlava, images: list[Image.Image]
     assert [a.text for a in engine.ask_batch(questions, generation)] == expected
 
 
-def test_stop_strings_end_each_row(engine: ZoomLlava, images: list[Image.Image], alone: Any) -> None:
+def test_stop_strings_end_each_row(
+    engine: ZoomLlava, images: list[Image.Image], alone: Any
+) -> None:
     """A row ends before its stop string; rows without one go on."""
     questions = all_questions(images)
     whole = [answer.text for answer, _ in alone]
@@ -503,7 +505,12 @@ def test_no_or_several_images_are_stock(
     asked = [question for question in mixture(squares) if len(question.images) != 1]
     answers = engine.ask_batch(asked, {"max_new_tokens": NEW_TOKENS})
     assert [answer.text for answer in answers] == [plain_stock(llava, q) for q in asked]
-    assert [a.reason for a in answers] == ["no image", "several images", "no image", "several images"]
+    assert [a.reason for a in answers] == [
+        "no image",
+        "several images",
+        "no image",
+        "several images",
+    ]
     assert [a.image_tokens for a in answers] == [0, 128, 0, 192]
     assert all(answer.regions == () and answer.roi_map is None for answer in answers)
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sdrpn_eval.demo import scenes as sc
 
 BENCHMARK_SEED = (20260, 1)
+IMAGES = 125
 FINE_SHARE = 0.78
 QUALITY = 92
 FEATURES = Features(
@@ -58,7 +59,9 @@ def scene_rows(scene: sc.Scene, image_id: str, quality: int = QUALITY) -> list[d
     ]
 
 
-def benchmark_rows(images: int, seed: tuple[int, ...] = BENCHMARK_SEED) -> list[dict[str, Any]]:
+def benchmark_rows(
+    images: int = IMAGES, seed: tuple[int, ...] = BENCHMARK_SEED
+) -> list[dict[str, Any]]:
     """Rows of `images` scenes with 5 or 6 discs each."""
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
@@ -85,7 +88,7 @@ def main() -> None:
     """Write the file, read it back and print what is in it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="parquet file to write")
-    parser.add_argument("--images", type=int, default=125, help="scenes (default: 125)")
+    parser.add_argument("--images", type=int, default=IMAGES, help=f"scenes (default: {IMAGES})")
     args = parser.parse_args()
     write(benchmark_rows(args.images), args.out)
     back = load_dataset("parquet", data_files={"test": str(args.out)}, split="test")

@@ -53,7 +53,7 @@ def probe_heads(
         "hits": torch.cat(hits, 1).float().mean(1),
         "mean_cell": torch.cat(cells_seen, 1).mean(1).amax(-1),
     }
-    return {name: np.round(values.numpy(), 4).tolist() for name, values in report.items()}
+    return {name: np.round(values.double().numpy(), 4).tolist() for name, values in report.items()}
 
 
 def choose_heads(report: dict[str, Any], share_of_best: float = 0.8) -> dict[str, list[int]]:

@@ -121,7 +121,7 @@ GROUPS = ("all", "fine", "coarse")
 
 def score(model: Path, benchmark: Path) -> dict[str, Any]:
     """Every row of the table, and the paired differences that the claim rests on."""
-    rows = list(load_dataset("parquet", data_files=str(benchmark), split="train"))
+    rows: Any = list(load_dataset("parquet", data_files=str(benchmark), split="train"))
     scorer = Scorer(model, rows)
     rng = np.random.default_rng(0)
     scorer.run("stock")
@@ -143,15 +143,38 @@ def score(model: Path, benchmark: Path) -> dict[str, Any]:
         "images": len({row["image_id"] for row in rows}),
         "fine_share": round(float(np.mean([row["category"] == "fine" for row in rows])), 4),
         "rows": scorer.results,
+        "rpn": rpn,
         "attention_best": best,
         "rpn_minus_stock": scorer.difference(rpn, "stock"),
         "rpn_minus_attention_best": scorer.difference(rpn, best),
         "oracle_minus_rpn": scorer.difference("oracle box, 168 px", rpn),
+        "correct": {
+            name: "".join(str(int(v)) for v in scorer.correct[name]) for name in ("stock", rpn)
+        },
         "spread_over_thresholds": {
             p: round(float(np.ptp([scorer.correct[f"{p}, t = {t}"].mean() for t in THRESHOLDS])), 4)
             for p in ("rpn", "attention")
         },
     }
+
+
+def headline(result: Mapping[str, Any]) -> list[str]:
+    """Names of the rows that the README shows."""
+    first = ["stock", "random 3 x 3 cells", "vicrop", result["attention_best"], result["rpn"]]
+    return [*first, "oracle box, 168 px"]
+
+
+def markdown(result: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
+    """The table of chosen rows (default: all) in percent, with 95 % intervals by image."""
+    rows = {row["name"]: row for row in result["rows"]}
+    lines = ["| proposer | all | fine | coarse | zoomed |", "|---|---|---|---|---|"]
+    for row in (rows[name] for name in names or rows):
+        cells = (
+            f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+            for mean, low, high in (row[group] for group in GROUPS)
+        )
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {100 * row['zoomed']:.0f} % |")
+    return "\n".join(lines)
 
 
 def show(result: Mapping[str, Any]) -> None:

@@ -41,6 +41,9 @@ from sdrpn_eval.demo.tiny_model import (
 
 VISION_POOL, LANGUAGE_POOL, HELD_OUT_POOL, PROBE_POOL = range(4)
 """Second number of a scene pool's seed: the pools of one run share no scene."""
+VISION_STEPS, LANGUAGE_STEPS = 300, 800
+POOL = 5000
+"""Scenes drawn for each stage; each takes 0.65 MB of memory."""
 WEBP_SHARE = 0.25
 """Share of the training scenes that went through a lossy WebP file, as the benchmark's did."""
 PROJECTOR_SCALE = 0.11
@@ -188,7 +191,14 @@ def save(
     (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def train(out: Path, *, seed: int, vision_steps: int, language_steps: int, pool: int) -> None:
+def train(
+    out: Path,
+    *,
+    seed: int = 0,
+    vision_steps: int = VISION_STEPS,
+    language_steps: int = LANGUAGE_STEPS,
+    pool: int = POOL,
+) -> None:
     """Both stages and the probe; leaves the model and `training.json` in the folder `out`."""
     start = time.monotonic()
     torch.manual_seed(seed)
@@ -236,11 +246,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=0, help="decides scenes, weights and samples")
-    parser.add_argument("--vision-steps", type=int, default=300, help="optimizer steps of stage 0")
-    parser.add_argument("--language-steps", type=int, default=800, help="and of stage 1")
-    parser.add_argument(
-        "--pool", type=int, default=5000, help="scenes a stage (0.65 MB of memory each)"
-    )
+    parser.add_argument("--vision-steps", type=int, default=VISION_STEPS, help="of stage 0")
+    parser.add_argument("--language-steps", type=int, default=LANGUAGE_STEPS, help="of stage 1")
+    parser.add_argument("--pool", type=int, default=POOL, help="scenes drawn for each stage")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
