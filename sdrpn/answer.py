@@ -193,12 +193,13 @@ def _pad_id(llava: Llava) -> int:
 
 
 def _until_end(llava: Llava, ids: list[int], arguments: Mapping[str, Any]) -> list[int]:
-    """An answer's own tokens: up to its end token, and without what pads a row that ended early.
+    """An answer's own tokens: up to its end token.
 
-    Padding inside an answer is something the model said, and does not end it.
+    A row that a stopping criterion ended has none, but padding behind it. Elsewhere padding is
+    something the model said, which does not end an answer.
     """
     if llava.eos_token_id in ids:
-        ids = ids[: ids.index(llava.eos_token_id)]
-    while ids and ids[-1] == arguments["pad_token_id"]:
+        return ids[: ids.index(llava.eos_token_id)]
+    while arguments.get("stopping_criteria") and ids and ids[-1] == arguments["pad_token_id"]:
         ids = ids[:-1]
     return ids

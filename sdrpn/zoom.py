@@ -208,17 +208,24 @@ class ZoomLlava:
                 self.prefixes.put(key, prefix)
         return [prefix for key in keys if (prefix := known[key]) is not None]
 
-    def look(self, questions: Sequence[Question], prefixes: Sequence[Prefix]) -> list[Proposal]:
-        """Ask the proposer where the answers are; a given box is taken as it is."""
+    def look(
+        self,
+        questions: Sequence[Question],
+        prefixes: Sequence[Prefix],
+        words: Sequence[tuple[int, ...]],
+    ) -> list[Proposal]:
+        """Ask the proposer where the answers are; a given box is taken as it is.
+
+        words: token ids behind the image, question by question.
+        """
         proposals: list[Proposal | None] = []
         looks = []
-        for question, prefix in zip(questions, prefixes, strict=True):
+        for question, prefix, ids in zip(questions, prefixes, words, strict=True):
             view = self.llava.view(question.images[0])
             if question.box is not None:
                 proposals.append(Proposal(given(question.box, view)))
                 continue
-            words = tuple(self.llava.question_ids(question.text))
-            looks.append(Look(prefix, view, words, question.zoom or self.zoom))
+            looks.append(Look(prefix, view, ids, question.zoom or self.zoom))
             proposals.append(None)
         found = iter(BY_NAME[self.proposer](self.models, looks) if looks else [])
         return [next(found) if p is None else p for p in proposals]
@@ -229,7 +236,7 @@ class ZoomLlava:
         before = len(self.llava.head_ids) + self.llava.image_tokens
         rooms = [self._room(before + len(w)) for w in words]
         prefixes = self.read(images)
-        proposals = self.look(questions, prefixes)
+        proposals = self.look(questions, prefixes, words)
         zooms = [q.zoom or self.zoom for q in questions]
         regions = [p.region for p in proposals]
         crops = crop_tokens(self.llava, images, regions, zooms, rooms)

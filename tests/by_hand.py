@@ -174,8 +174,6 @@ def roi_logits(llava: Llava, rpn: RPN, image: Image.Image, question: str) -> np.
     k = heads(x[start : start + llava.image_tokens] @ w["k_proj.weight"].T, groups)
     k = k.repeat_interleave(count // groups, dim=0)
     products = (q @ k.transpose(1, 2))[:, 0]
-    if rpn.config.multi_head:
-        logits = (products / q.shape[-1] ** 0.5).mean(0)
-    else:
-        logits = products.sum(0)
+    scaled = products / q.shape[-1] ** 0.5
+    logits = scaled.mean(0) if rpn.config.multi_head else products.sum(0)
     return logits.reshape(llava.grid, llava.grid).numpy()

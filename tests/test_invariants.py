@@ -150,6 +150,22 @@ def test_no_region_is_stock_under_other_settings(
     assert texts != greedy
 
 
+def test_penalties_count_each_rows_own_words(llava: Llava, images: list[Image.Image]) -> None:
+    """In a batch of different lengths, padding between prefix and question is no word said."""
+    zoom = ZoomLlava(llava, proposer="none")
+    questions = [Question(text, (images[0],)) for text in QUESTIONS]
+    penalised = ask(zoom, questions, repetition_penalty=1.7)
+    plain = ask(zoom, questions)
+    for question, (_, scores), (_, logits) in zip(questions, penalised, plain, strict=True):
+        # Penalties come before the recorder: logits of the words in the prompt are moved, as
+        # transformers documents it, and only theirs.
+        ids = llava.tokenizer(by_hand.prompt(llava, question.text))["input_ids"]
+        expected = logits[0].clone()
+        said = expected[sorted(set(ids))]
+        expected[sorted(set(ids))] = torch.where(said < 0, said * 1.7, said / 1.7)
+        assert (scores[0] - expected).abs().max() < TOLERANCE
+
+
 # --- with a region: reuse of the prefix is one full forward -----------------------------------
 
 
@@ -183,7 +199,8 @@ def test_given_box_is_one_full_forward(llava: Llava, images: list[Image.Image]) 
         assert found[0].regions == (box,)
         assert found[0].crop_tokens == llava.image_tokens
         check_full_forward(llava, found, question, zoom.zoom)
-        assert found[0].text != zoom.ask(image, question.text, max_new_tokens=NEW_TOKENS).text
+        ((_, without),) = ask(zoom, [replace(question, box=None)])
+        assert (found[1][0] - without[0]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -296,6 +313,20 @@ def test_prefix_cache_drops_the_least_recently_used(llava: Llava, images: Any) -
     assert zoom.read(images[1:2])[0] is not second
     with pytest.raises(ValueError, match="-1"):
         ZoomLlava(llava, proposer="none", prefix_cache=-1)
+
+
+def test_images_are_known_by_their_pixels_and_size(llava: Llava) -> None:
+    """Equal pixels share a prefix; the same bytes in another shape, or one pixel more, do not."""
+    zoom = ZoomLlava(llava, proposer="none")
+    values = np.arange(96, dtype=np.uint8)
+    first = Image.fromarray(values.reshape(4, 8, 3))
+    turned = Image.fromarray(values.reshape(8, 4, 3))
+    brighter = first.copy()
+    brighter.putpixel((7, 3), (255, 255, 255))
+    prefixes = zoom.read([first, turned, brighter, first.copy()])
+    assert prefixes[0] is prefixes[3]
+    assert len({id(prefix) for prefix in prefixes}) == 3
+    assert len(zoom.prefixes) == 3
 
 
 def count_tower(llava: Llava) -> tuple[list[int], Any]:
@@ -472,7 +503,8 @@ def test_several_returned_sequences_are_refused(engine: ZoomLlava, images: Any) 
 
 def plain_stock(llava: Llava, question: Question) -> str:
     """Plain transformers on any number of images of the model's own size."""
-    holders = " ".join(["<image>"] * len(question.images))
+    missing = 0 if "<image>" in question.text else len(question.images)
+    holders = " ".join(["<image>"] * missing)
     text = f"{holders}\n{question.text}" if holders else question.text
     prompt = by_hand.prompt(llava, "").replace("<image>\n ASSISTANT:", f"{text} ASSISTANT:")
     images = list(question.images) or None
@@ -540,6 +572,25 @@ def test_mixtures_keep_their_order(
     together = engine.ask_batch([questions[i] for i in order], settings)
     assert [answer.text for answer in together] == [each[i].text for i in order]
     assert [answer.regions for answer in together] == [each[i].regions for i in order]
+
+
+def test_placeholders_in_a_question(llava: Llava, squares: list[Image.Image]) -> None:
+    """One image goes in front, as in LLaVA-1.5's training; several stay; a wrong number fails."""
+    zoom = ZoomLlava(llava, proposer="none")
+
+    def say(text: str, count: int) -> str:
+        question = Question(text, tuple(squares[:count]))
+        return zoom.ask_batch([question], {"max_new_tokens": NEW_TOKENS})[0].text
+
+    assert say("is the <image> red ?", 1) == say("is the  red ?", 1) != say("red ?", 1)
+    assert llava.prompt("<image>\nred ?") == llava.prompt("red ?")
+    assert say("<image> <image>\nred ?", 2) == say("red ?", 2)
+    between = "<image> what pattern is on the red disc ? <image> and on the blue ?"
+    assert say(between, 2) == plain_stock(llava, Question(between, tuple(squares[:2])))
+    assert say(between, 2) != say(between.replace("<image> ", ""), 2)
+    for count in (0, 1, 3):
+        with pytest.raises(ValueError, match=rf"names 2 <image>, but has {count} image"):
+            say("<image> red <image> ?", count)
 
 
 def test_no_questions_no_answers(engine: ZoomLlava) -> None:

@@ -18,10 +18,9 @@ from tqdm import tqdm
 
 from sdrpn_eval.demo import scenes as sc
 
-BENCHMARK_SEED = (20260, 1)
+BENCHMARK_SEED = (20260, 99)
 IMAGES = 125
 FINE_SHARE = 0.78
-QUALITY = 92
 FEATURES = Features(
     {
         "question_id": Value("string"),
@@ -77,7 +76,7 @@ def benchmark_rows(
 def write(rows: list[dict[str, Any]], out: Path) -> None:
     """Write the rows as parquet; the dictionary stores a picture once for all of its questions."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    table = Dataset.from_list(rows, features=FEATURES).with_format("arrow")[:]
+    table: Any = Dataset.from_list(rows, features=FEATURES).with_format("arrow")[:]
     table = table.replace_schema_metadata(FEATURES.arrow_schema.metadata)
     parquet.write_table(
         table, out, compression="zstd", use_dictionary=True, dictionary_pagesize_limit=2**24

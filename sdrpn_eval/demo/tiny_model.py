@@ -6,6 +6,8 @@ tiny model is asked in exactly the words that LLaVA-1.5-7B is asked in.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -33,7 +35,7 @@ def prompt_of(question: str) -> str:
     return f"{VICUNA_SYSTEM_PROMPT} USER: <image>\n{question} ASSISTANT:"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> Any:
     """A word-level tokenizer; like LLaMA's it puts <s> first and leaves </s> to the caller."""
     splitter = pre_tokenizers.Whitespace()
     texts = [
@@ -79,7 +81,7 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+def build_model(tokenizer: Any) -> LlavaForConditionalGeneration:
     """The untrained model; torch's global seed decides its weights."""
     vision = CLIPVisionConfig(
         hidden_size=HIDDEN,
@@ -111,8 +113,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         image_seq_length=(VIEW_SIDE // PATCH) ** 2,
-        pad_token_id=tokenizer.pad_token_id,
     )
+    config.pad_token_id = tokenizer.pad_token_id
     model = LlavaForConditionalGeneration(config)
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -132,7 +134,8 @@ def pixel_values(views: np.ndarray, processor: LlavaProcessor) -> torch.Tensor:
 
 def encode(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
     """Projected image tokens of a batch of views, (n, 64, hidden)."""
-    return torch.stack(list(model.model.get_image_features(pixels).pooler_output))
+    output: Any = model.model.get_image_features(pixels)  # type: ignore[arg-type]
+    return torch.stack(list(output.pooler_output))
 
 
 def split_prompt(processor: LlavaProcessor, question: str) -> tuple[list[int], list[int]]:

@@ -72,7 +72,7 @@ def train_vision(
 ) -> list[dict[str, float]]:
     """Stage 0; trains tower and projector in place and returns the log."""
     ids = processor.tokenizer.convert_tokens_to_ids
-    words = model.get_input_embeddings().weight.detach()
+    words: Any = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
     colour_words, pattern_words = words[ids(list(sc.COLOURS))], words[ids(list(sc.PATTERNS))]
     ground = torch.nn.Parameter(0.06 * torch.randn(1, words.shape[1]))
     heat = torch.nn.Parameter(torch.tensor(math.log(10.0)))

@@ -1,0 +1,165 @@
+"""Pseudo-labels on attention maps drawn by hand, and on the twenty recorded from the authors' code.
+
+Maps: a digit n is n / 10 of the maximum, `#` the maximum, `*` a sink that looks stronger than all.
+Labels: `1` foreground, `0` background, `.` ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from parity import DATA
+
+from sdrpn.config import LABELS_7B, LABELS_13B, LabelConfig, LayerHeads, published_labels
+from sdrpn.distill.pseudo_labels import IGNORED, pseudo_labels, remove_sinks
+
+CONFIG = LABELS_7B
+SCALE = 0.01
+"""Attention shares of single tokens are small; nothing may depend on their scale."""
+
+
+def label(*rows: str, config: LabelConfig = CONFIG, scale: float = SCALE) -> list[str]:
+    """Draw a map, label it, draw the labels."""
+    values = {"#": 1.0, "*": 5.0, ".": 0.0} | {str(n): n / 10 for n in range(10)}
+    grounding = np.array([values[cell] for row in rows for cell in row], dtype=np.float32) * scale
+    sink = np.array([0.5 if cell == "*" else 1e-4 for row in rows for cell in row])
+    found = pseudo_labels(grounding, sink, config)
+    assert found.dtype == np.int8
+    names = {1: "1", 0: "0", IGNORED: "."}
+    drawn = "".join(names[int(value)] for value in found)
+    width = len(rows[0])
+    return [drawn[start : start + width] for start in range(0, len(drawn), width)]
+
+
+def ignored(rows: int) -> list[str]:
+    return ["." * rows] * rows
+
+
+def test_foreground_background_and_the_uncertain() -> None:
+    """Over 0.2 of the maximum: 1. Under 0.1 and outside the box: 0. The rest: ignored."""
+    assert label(
+        "......",
+        ".#3...",
+        ".5....",
+        "......",
+        "...1..",
+        "....2.",
+    ) == [
+        "000000",
+        "011000",
+        "01.000",
+        "000000",
+        "000.00",
+        "0000.0",
+    ]
+
+
+def test_cells_inside_the_box_are_never_background() -> None:
+    assert label("#....", ".....", "..#..", ".....", ".....") == [
+        "1..00",
+        "...00",
+        "..100",
+        "00000",
+        "00000",
+    ]
+
+
+def test_one_cell() -> None:
+    assert label("....", "..#.", "....", "....") == ["0000", "0010", "0000", "0000"]
+
+
+def test_the_border() -> None:
+    assert label("....", "....", "....", "..##") == ["0000", "0000", "0000", "0011"]
+    assert label("#...", "#...", "....", "....") == ["1000", "1000", "0000", "0000"]
+
+
+def test_empty_and_full_maps_are_ignored() -> None:
+    assert label("....", "....", "....", "....") == ignored(4)
+    assert label("####", "####", "####", "####") == ignored(4)
+    # Level everywhere is full at any height.
+    assert label("3333", "3333", "3333", "3333") == ignored(4)
+
+
+def test_all_sinks_are_ignored() -> None:
+    assert label("****", "****", "****", "****") == ignored(4)
+
+
+def test_sinks_neither_point_nor_set_the_scale() -> None:
+    """A sink is background like any cell without attention; 3 is foreground once it is gone."""
+    assert label("*...", ".6..", ".3..", "...*") == ["0000", "0100", "0100", "0000"]
+    # A sink at the edge does not widen the box, one inside it is ignored.
+    assert label("6...", "*...", "6...", "....") == ["1000", ".000", "1000", "0000"]
+
+
+def test_the_sink_threshold_is_reached_by_equality() -> None:
+    grounding = np.array([0.5, 0.5, 0.5, 0.5])
+    sink = np.array([1e-3, 0.9e-3, 1.0, 0.0])
+    assert remove_sinks(grounding, sink, 1e-3).tolist() == [0, 0.5, 0, 0.5]
+    assert grounding.tolist() == [0.5] * 4
+
+
+def test_a_box_of_half_the_grid_is_ignored() -> None:
+    """8 of 16 cells are half and out; 6 of 16 are in. The box counts, not its cells."""
+    assert label("#...", "...#", "....", "....") == ignored(4)
+    assert label("#...", "..#.", "....", "....") == ["1..0", "..10", "0000", "0000"]
+    assert label("#...", "...#", "....", "....", config=replace(CONFIG, max_box_fraction=0.6)) == [
+        "1...",
+        "...1",
+        "0000",
+        "0000",
+    ]
+
+
+def test_lines_are_drawn_by_over_and_under() -> None:
+    """Exactly 0.2 of the maximum is not foreground, exactly 0.1 not background."""
+    grounding = np.zeros(16)
+    grounding[[0, 3, 12, 15]] = 1.0, 0.25, 0.125, 0.1249
+    config = replace(CONFIG, foreground=0.25, background=0.125)
+    found = pseudo_labels(grounding, np.zeros(16), config)
+    assert found[[0, 3, 12, 15]].tolist() == [1, IGNORED, IGNORED, 0]
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e4])
+def test_scale_does_not_matter(scale: float) -> None:
+    rows = ("#3..", "12..", "...1", "....")
+    assert label(*rows, scale=scale) == label(*rows)
+
+
+def test_odd_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="10 image tokens do not make a square grid"):
+        pseudo_labels(np.zeros(10), np.zeros(10), CONFIG)
+    with pytest.raises(ValueError, match="one length"):
+        pseudo_labels(np.zeros(9), np.zeros(16), CONFIG)
+    with pytest.raises(ValueError, match="one length"):
+        pseudo_labels(np.zeros((3, 3)), np.zeros((3, 3)), CONFIG)
+
+
+@pytest.mark.parametrize("case", [f"{i:02d}" for i in range(20)])
+def test_recorded_labels(case: str) -> None:
+    """The authors' labels, exactly."""
+    record = np.load(DATA / "pseudo_labels.npz")
+    found = pseudo_labels(record[f"{case}/attention"], record[f"{case}/sink"], CONFIG)
+    assert np.array_equal(found, record[f"{case}/labels"])
+
+
+def test_the_record_holds_all_kinds() -> None:
+    record = np.load(DATA / "pseudo_labels.npz")
+    kinds = [tuple(np.unique(record[f"{i:02d}/labels"])) for i in range(20)]
+    assert (IGNORED, 0, 1) in kinds
+    assert (IGNORED,) in kinds
+
+
+def test_published_heads() -> None:
+    assert published_labels(32, 4096) is LABELS_7B
+    assert published_labels(40, 5120) is LABELS_13B
+    assert published_labels(6, 128) is None
+    assert LABELS_7B.grounding == (LayerHeads(14, (13, 24, 26)),)
+    assert sum(len(choice.heads or ()) for choice in LABELS_13B.grounding) == 7
+
+
+def test_label_settings_survive_json() -> None:
+    for config in (LABELS_7B, LABELS_13B):
+        assert LabelConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
