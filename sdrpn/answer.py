@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import StoppingCriteria
 
-from sdrpn.llava import Llava, run_layers
+from sdrpn.layers import run_layers
+from sdrpn.llava import Llava
 from sdrpn.prefix import Prefix, pad_between, stack
 
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -69,7 +70,8 @@ def generation_arguments(llava: Llava, generation: Mapping[str, Any]) -> dict[st
         # A checkpoint's generation config may carry sampling settings; greedy must not read them.
         arguments |= dict.fromkeys(SAMPLING)
     if stop:
-        arguments["stopping_criteria"] = [StopAtStrings(llava.tokenizer, stop)]
+        given = arguments.get("stopping_criteria") or []
+        arguments["stopping_criteria"] = [*given, StopAtStrings(llava.tokenizer, stop)]
     arguments.setdefault("pad_token_id", _pad_id(llava))
     return {"max_new_tokens": 128, "num_beams": 1} | arguments
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from sdrpn.config import LayerHeads
-from sdrpn.llava import KV, Llava, run_layers
+from sdrpn.layers import KV, run_layers
+from sdrpn.llava import Llava
 from sdrpn.prefix import Prefix, pad_between, stack
 
 

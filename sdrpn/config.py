@@ -85,6 +85,8 @@ class LabelConfig:
     sink_threshold: an image token with at least this much attention in the sink map is a sink.
     foreground, background: shares of the map's maximum.
     max_box_fraction: a foreground box of this share of the grid or more discards the sample.
+    max_components: a foreground of more connected components discards the sample, since attention
+        that points at several places is often wrong; None (published) keeps all. Ours.
     max_new_tokens: length of the answers whose attention is read.
     """
 
@@ -95,6 +97,7 @@ class LabelConfig:
     foreground: float = 0.2
     background: float = 0.1
     max_box_fraction: float = 0.5
+    max_components: int | None = None
     max_new_tokens: int = 128
 
     @classmethod

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from sdrpn.llava import KV, Llava, cache_of, run_layers
+from sdrpn.layers import KV, cache_of, run_layers
+from sdrpn.llava import Llava
 from sdrpn.rpn import RPN
 
 

@@ -16,7 +16,8 @@ from sdrpn.answer import Suffix, generate
 from sdrpn.attention import Rows, read_rows
 from sdrpn.config import LabelConfig, ZoomConfig
 from sdrpn.distill.pseudo_labels import remove_sinks
-from sdrpn.llava import Llava, run_layers
+from sdrpn.layers import run_layers
+from sdrpn.llava import Llava
 from sdrpn.prefix import Prefix, pad_between, stack
 from sdrpn.region import Region, View, blur, propose
 from sdrpn.rpn import RPN
@@ -82,6 +83,16 @@ def by_rpn(models: Models, looks: Sequence[Look]) -> list[Proposal]:
     return _from_maps(maps, looks)
 
 
+def known_labels(models: Models) -> LabelConfig:
+    """Which heads point at the answer; ValueError where that is not known of this model."""
+    if models.labels is None:
+        raise ValueError(
+            f"it is not known which attention heads of {models.llava.name} point at the answer: "
+            "pass labels=LabelConfig(...), or an RPN that was trained with them"
+        )
+    return models.labels
+
+
 def response_attention(
     models: Models, looks: Sequence[Look], responses: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -89,12 +100,7 @@ def response_attention(
 
     Raises ValueError where it is not known which heads of this model point.
     """
-    labels = models.labels
-    if labels is None:
-        raise ValueError(
-            f"it is not known which attention heads of {models.llava.name} point at the answer: "
-            "pass labels=LabelConfig(...), or an RPN that was trained with them"
-        )
+    labels = known_labels(models)
     rows = read_rows(
         models.llava,
         [look.prefix for look in looks],
@@ -111,17 +117,15 @@ def _numpy(rows: Rows, labels: LabelConfig, which: str) -> np.ndarray:
 
 def by_attention(models: Models, looks: Sequence[Look]) -> list[Proposal]:
     """Where the model's own answer looked: the grounding map, sinks removed, over its maximum."""
-    llava, labels = models.llava, models.labels
-    limit = labels.max_new_tokens if labels else 1
+    llava, labels = models.llava, known_labels(models)
     prefixes, words = [look.prefix for look in looks], [Suffix(look.question) for look in looks]
-    responses = generate(llava, prefixes, words, {"max_new_tokens": limit})
+    responses = generate(llava, prefixes, words, {"max_new_tokens": labels.max_new_tokens})
     proposals = [Proposal(Region(reason="the model's first answer was empty")) for _ in looks]
     spoken = [i for i, response in enumerate(responses) if response]
     if not spoken:
         return proposals
     asked = [looks[i] for i in spoken]
     grounding, sink = response_attention(models, asked, [responses[i] for i in spoken])
-    assert labels is not None
     maps = []
     for one, sinks in zip(grounding, sink, strict=True):
         clean = remove_sinks(one, sinks, labels.sink_threshold)

@@ -167,7 +167,9 @@ def propose(blurred: np.ndarray, view: View, zoom: ZoomConfig) -> Region:
     if not found:
         return Region(reason="no component within the size limits")
     if zoom.policy == "strongest":
-        found = [max(found, key=lambda one: float(blurred[one[1]].max()))]
+        # A peak in the padding must not hide one in the picture.
+        seen = [one for one in found if view.to_pixels(one[0]).area > 0] or found
+        found = [max(seen, key=lambda one: float(blurred[one[1]].max()))]
     if len(found) > 2:
         return Region(reason=f"{len(found)} components, more than two")
     return _to_source([box for box, _ in found], view)

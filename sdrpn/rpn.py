@@ -17,7 +17,8 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from sdrpn.config import RPNConfig
-from sdrpn.llava import Llava, Span, run_layers
+from sdrpn.layers import Span, run_layers
+from sdrpn.llava import Llava
 
 WEIGHTS_FILE = "rpn.safetensors"
 CONFIG_FILE = "config.json"

@@ -45,6 +45,10 @@ class Question:
     box: PixelBox | None = None
     zoom: ZoomConfig | None = None
 
+    def __post_init__(self) -> None:
+        if self.box is not None and len(self.images) != 1:
+            raise ValueError(f"a box needs one image to be cut from, got {len(self.images)}")
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -76,6 +80,13 @@ class _Row:
     suffix: Suffix
 
 
+def _frozen(rpn: RPN, llava: Llava) -> RPN:
+    """The RPN, ready to be asked; of one in training a copy, which its trainer does not notice."""
+    if any(p.requires_grad for p in rpn.parameters()):
+        rpn = copy.deepcopy(rpn)
+    return rpn.attach(llava).eval().requires_grad_(False)
+
+
 class ZoomLlava:
     """LLaVA-1.5 with a second look. Set up once, ask many times; see the module's example.
 
@@ -99,9 +110,8 @@ class ZoomLlava:
         if proposer == "rpn" and rpn is None:
             raise ValueError("proposer 'rpn' needs an RPN: pass rpn=, or another proposer")
         self.llava = llava
-        if rpn and any(p.requires_grad for p in rpn.parameters()):
-            rpn = copy.deepcopy(rpn)  # one in training must not be frozen or cast under its trainer
-        self.rpn = rpn.attach(llava).eval().requires_grad_(False) if rpn else None
+        # Other proposers read an RPN's settings, and must not pay for running it.
+        self.rpn = _frozen(rpn, llava) if rpn and proposer == "rpn" else None
         self.proposer = proposer
         self.zoom = zoom or (rpn.config.zoom if rpn else ZoomConfig())
         text = llava.text_config

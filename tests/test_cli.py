@@ -68,8 +68,9 @@ def test_a_truncated_image_is_named(picture: Path) -> None:
 
 
 def test_help_teaches() -> None:
-    assert "lmms-eval --model llava_sdrpn" in runner.invoke(app, ["--help"]).output
-    assert "--model tiny" in runner.invoke(app, ["look", "--help"]).output
+    for command, lesson in (([], "lmms-eval --model llava_sdrpn"), (["look"], "--model tiny")):
+        shown = runner.invoke(app, [*command, "--help"], env={"COLUMNS": "200"}).output
+        assert lesson in " ".join(shown.split())
 
 
 def test_the_embedded_model_is_found_by_its_name() -> None:

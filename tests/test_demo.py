@@ -11,7 +11,7 @@ import pytest
 from datasets import load_dataset
 
 from sdrpn import Question, ZoomLlava
-from sdrpn_eval.demo import BENCHMARK, HERE, run, score, tiny_model, tiny_path
+from sdrpn_eval.demo import BENCHMARK, HERE, embedded_model, run, score, tiny_path
 
 README = Path(__file__).parent.parent / "README.md"
 SUBSET = 100
@@ -57,7 +57,7 @@ def test_the_published_claims_hold(published: dict) -> None:
 
 
 def test_headline_number_is_recomputed_on_a_subset(rows: list, published: dict) -> None:
-    folder, rpn = tiny_model()
+    folder, rpn = embedded_model()
     loaded = ZoomLlava.from_pretrained(folder, rpn, dtype="float32")
     stock = ZoomLlava(loaded.llava, proposer="none")
     name = next(n for n in published["correct"] if n != "stock")

@@ -644,3 +644,24 @@ def test_proposers_are_checked(llava: Llava) -> None:
         ZoomLlava(llava, proposer="magic")
     with pytest.raises(ValueError, match="needs an RPN"):
         ZoomLlava(llava)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_box_needs_one_image(squares: list[Image.Image], count: int) -> None:
+    with pytest.raises(ValueError, match=f"a box needs one image .* got {count}"):
+        Question("what ?", tuple(squares[:count]), box=PixelBox(0, 0, 5, 5))
+
+
+def test_only_the_rpn_proposer_pays_for_an_rpn(
+    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image]
+) -> None:
+    stock = ZoomLlava(llava, perturbed_rpn, proposer="none", zoom=MASK)
+    assert stock.read(images[:1])[0].rpn_kv == ()
+
+
+def test_an_rpn_in_training_is_left_alone(llava: Llava) -> None:
+    rpn = make_rpn(llava, perturbed=True).train().requires_grad_(True)
+    zoom = ZoomLlava(llava, rpn)
+    assert rpn.training
+    assert all(p.requires_grad for p in rpn.parameters())
+    assert zoom.rpn is not rpn

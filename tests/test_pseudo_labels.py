@@ -57,6 +57,17 @@ def test_foreground_background_and_the_uncertain() -> None:
     ]
 
 
+def test_attention_that_points_at_several_places_can_be_ignored() -> None:
+    """Ours, off as published: two components are one too many for `max_components=1`."""
+    apart = ("#.....", "......", "......", "......", "5.....", "......")
+    touching = ("#.....", ".5....", "......", "......", "......", "......")
+    one = replace(CONFIG, max_components=1)
+    assert label(*apart, config=one) == ignored(6)
+    assert label(*apart) != ignored(6)
+    assert label(*apart, config=replace(CONFIG, max_components=2)) == label(*apart)
+    assert label(*touching, config=one) == label(*touching)
+
+
 def test_cells_inside_the_box_are_never_background() -> None:
     assert label("#....", ".....", "..#..", ".....", ".....") == [
         "1..00",

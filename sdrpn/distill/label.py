@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sdrpn.answer import Suffix, generate
 from sdrpn.distill.pseudo_labels import IGNORED, pseudo_labels
-from sdrpn.proposers import Look, response_attention
+from sdrpn.proposers import Look, known_labels, response_attention
 from sdrpn.zoom import Question, ZoomLlava
 
 
@@ -43,9 +43,7 @@ def label(
 
 
 def _label_batch(zoom: ZoomLlava, questions: Sequence[Question]) -> list[Labelled]:
-    llava, config = zoom.llava, zoom.models.labels
-    if config is None:
-        raise ValueError(f"pass labels=LabelConfig(...): no heads are known for {llava.name}")
+    llava, config = zoom.llava, known_labels(zoom.models)
     prefixes = zoom.read([q.images[0] for q in questions])
     looks = [
         Look(prefix, llava.view(q.images[0]), tuple(llava.question_ids(q.text)), zoom.zoom)
@@ -69,7 +67,11 @@ def _label_batch(zoom: ZoomLlava, questions: Sequence[Question]) -> list[Labelle
             results.append(Labelled(text, nothing, nothing, ignored, "empty response"))
             continue
         labels = pseudo_labels(*maps[i], config)
-        reason = None if (labels != IGNORED).any() else "no foreground, or half of the image"
+        reason = (
+            None
+            if (labels != IGNORED).any()
+            else "no foreground, half of the image, or several places"
+        )
         half = [one.astype(np.float16) for one in maps[i]]
         results.append(Labelled(text, half[0], half[1], labels, reason))
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import ndimage
 
 from sdrpn.config import LabelConfig
 
@@ -22,8 +23,8 @@ def pseudo_labels(grounding: np.ndarray, sink: np.ndarray, config: LabelConfig) 
     """Label every image token: 1 foreground, 0 background, -100 ignored (METHOD section 4).
 
     grounding, sink: [tokens] of a square grid, row-major. Returns int8 [tokens]; all of them are
-    ignored when the map is empty once its sinks are gone, or when the foreground's bounding box
-    holds `max_box_fraction` of the grid or more.
+    ignored when the map is empty once its sinks are gone, when the foreground's bounding box holds
+    `max_box_fraction` of the grid or more, or when it has more than `max_components` components.
     """
     if grounding.shape != sink.shape or grounding.ndim != 1:
         raise ValueError(
@@ -42,6 +43,10 @@ def pseudo_labels(grounding: np.ndarray, sink: np.ndarray, config: LabelConfig) 
     height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
     if height * width >= config.max_box_fraction * len(grounding):
         return labels
+    if config.max_components is not None:
+        _, parts = ndimage.label(foreground.reshape(side, side), np.ones((3, 3)))  # type: ignore[misc]
+        if parts > config.max_components:
+            return labels
     outside = np.ones((side, side), dtype=bool)
     outside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = False
     labels[outside.ravel() & (attention < config.background * peak)] = 0

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from sdrpn.distill.pseudo_labels import IGNORED
-from sdrpn.llava import Llava, run_layers
+from sdrpn.layers import run_layers
+from sdrpn.llava import Llava
 from sdrpn.rpn import RPN
 
 PUBLISHED: Mapping[str, Any] = {

@@ -19,6 +19,6 @@ def tiny_path() -> Path:
     return folder
 
 
-def tiny_model() -> tuple[str, str]:
+def embedded_model() -> tuple[str, str]:
     """The embedded model and its RPN, as `sdrpn look --model tiny` finds them by entry point."""
     return str(tiny_path()), str(tiny_path() / "rpn")

@@ -21,6 +21,7 @@ from sdrpn_eval.demo import scenes as sc
 BENCHMARK_SEED = (20260, 99)
 IMAGES = 125
 FINE_SHARE = 0.78
+QUALITY = 92
 FEATURES = Features(
     {
         "question_id": Value("string"),

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from sdrpn import Question, ZoomLlava
+from sdrpn import RPN, Question, ZoomLlava
+from sdrpn.llava import Llava
 from sdrpn.region import PixelBox
 from sdrpn_eval.demo import BENCHMARK, tiny_path
 from sdrpn_eval.demo.scenes import CELL, GRID, SCENE_SIDE
@@ -60,8 +61,9 @@ class Scorer:
 
     def __init__(self, model: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         self.rows = rows
-        loaded = ZoomLlava.from_pretrained(str(model), str(model / "rpn"), dtype="float32")
-        self.llava, self.rpn, self.zoom = loaded.llava, loaded.rpn, loaded.zoom
+        self.llava = Llava.load(str(model), dtype="float32")
+        self.rpn = RPN.from_pretrained(str(model / "rpn"))
+        self.zoom = self.rpn.config.zoom
         self.images = [row["image"].convert("RGB") for row in rows]
         self.results: list[dict[str, Any]] = []
         self.correct: dict[str, np.ndarray] = {}

@@ -46,6 +46,7 @@ def label_config(model: Path) -> LabelConfig:
         sink=(LayerHeads(first),),
         vicrop_layer=first,
         sink_threshold=NO_SINKS,
+        max_components=1,
         max_new_tokens=4,
     )
 
@@ -78,12 +79,12 @@ def label_quality(labelled: Sequence[Labelled], discs: Sequence[sc.Disc]) -> dic
 
 
 def distil(
-    model: Path, *, seed: int = 0, scenes: int = 2000, steps: int = 1000, lr: float = 1e-3
+    model: Path, *, seed: int = 0, scenes: int = 2000, steps: int = 900, lr: float = 1e-3
 ) -> tuple[RPN, dict[str, Any]]:
     """Label `scenes` scenes and train an RPN for `steps` steps of 64; returns it and the facts."""
     labels = label_config(model)
     llava = Llava.load(str(model), dtype="float32")
-    llava.name = "the embedded tiny LLaVA"
+    llava.name = "tiny"
     zoom = ZoomLlava(llava, proposer="none", labels=labels, prefix_cache=0)
     pool = sc.make_pool((seed, LABEL_POOL), scenes, webp_share=1.0, quality=92)
     questions, discs = questions_on(pool)
@@ -131,7 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to save; default: MODEL/rpn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=2000, help="scenes to label")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of 64 questions")
+    parser.add_argument("--steps", type=int, default=900, help="training steps of 64 questions")
     args = parser.parse_args()
     rpn, facts = distil(args.model, seed=args.seed, scenes=args.scenes, steps=args.steps)
     rpn.half().save_pretrained(args.out or args.model / "rpn")
