@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import StoppingCriteria
 
-from sdrpn.layers import run_layers
+from sdrpn.layers import cache_argument, run_layers
 from sdrpn.llava import Llava
 from sdrpn.prefix import Prefix, pad_between, stack
 
@@ -103,7 +103,7 @@ def generate(
         ids[row, :length] = torch.tensor(prefix.ids)
         ids[row, -len(suffix.question) :] = torch.tensor(suffix.question)
     output = llava.model.generate(
-        input_ids=ids, attention_mask=mask, past_key_values=cache, **arguments
+        input_ids=ids, attention_mask=mask, **cache_argument(cache), **arguments
     )
     return [_until_end(llava, row, arguments) for row in output[:, ids.shape[1] :].tolist()]
 

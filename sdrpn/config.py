@@ -32,10 +32,13 @@ class ZoomConfig:
 
     threshold: on the blurred map, in (0, 1).
     policy: `mask` (published results), `bbox` (published alternative) or `strongest` (ours).
-    token_budget: crop tokens per side, in tokens per cell of the box, at most the model's grid;
-        None inserts the whole grid (576 tokens for LLaVA-1.5), as published.
+    token_budget: crop tokens per side, in tokens per cell of the box, at most the model's grid, so
+        that a small region costs few; None inserts the whole grid (576 tokens for LLaVA-1.5), as
+        published.
     min_cells: smaller connected components are dropped (published: 2, on a 24 x 24 grid).
     max_cells_fraction: components larger than this share of the grid are dropped.
+    skip_above: no zoom where the boxes hold this share of the image or more, since the first look
+        saw as much; None zooms always, as published.
     """
 
     threshold: float = 0.15
@@ -43,6 +46,7 @@ class ZoomConfig:
     token_budget: float | None = None
     min_cells: int = 2
     max_cells_fraction: float = 225 / 576
+    skip_above: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
@@ -51,6 +55,8 @@ class ZoomConfig:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         if self.token_budget is not None and self.token_budget <= 0:
             raise ValueError(f"token_budget must be above 0 or None, got {self.token_budget}")
+        if self.skip_above is not None and not 0 < self.skip_above <= 1:
+            raise ValueError(f"skip_above must be in (0, 1] or None, got {self.skip_above}")
         if self.min_cells < 1:
             raise ValueError(f"min_cells must be 1 or more, got {self.min_cells}")
         if not 0 < self.max_cells_fraction <= 1:
@@ -59,6 +65,20 @@ class ZoomConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         return cls(**_from_mapping(cls, values))
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """`threshold=0.1,policy=strongest` -> settings; empty text gives the defaults."""
+        pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+        values: dict[str, Any] = {name.strip(): value.strip() for name, _, value in pairs}
+        checked = _from_mapping(cls, values)
+        try:
+            for name in checked.keys() - {"policy"}:
+                number = int if name == "min_cells" else float
+                checked[name] = None if checked[name] == "none" else number(checked[name])
+        except ValueError as error:
+            raise ValueError(f"zoom settings {text!r}: {error}") from None
+        return cls(**checked)
 
 
 @dataclass(frozen=True)
@@ -130,7 +150,9 @@ class RPNConfig:
     branch_layer (B): the backbone layers 0..B-1 feed it. depth (R): R-1 decoder layers and a map
     head. The sizes are the backbone's. image_tokens: cells of the RoI map, a square grid.
     multi_head: mean over heads of q.k/sqrt(d); False: one unscaled dot product over the width.
-    zoom: how its maps are best turned into crops. labels: how its training labels were made.
+    base_model, base_hash: the base it was trained on, by name and by `fingerprint.base_hash`; no
+        hash where that is not known. zoom: how its maps are best turned into crops.
+    labels: how its training labels were made.
     """
 
     hidden_size: int
@@ -143,6 +165,7 @@ class RPNConfig:
     depth: int = 3
     multi_head: bool = True
     base_model: str = ""
+    base_hash: str = ""
     zoom: ZoomConfig = field(default_factory=ZoomConfig)
     labels: LabelConfig | None = None
     sdrpn_version: str = ""

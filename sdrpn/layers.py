@@ -5,6 +5,7 @@ Shapes: B rows, N new tokens, P cached tokens, C hidden size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+_CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(LlamaDecoderLayer.forward).parameters
+)
 
 KV = tuple[Tensor, Tensor]
 """Keys and values of one layer, each [B, heads, tokens, head_dim]."""
@@ -41,6 +49,11 @@ class Span:
         return Span(
             self.attention_mask.to(device), mask, positions, (cos.to(device), sin.to(device))
         )
+
+
+def cache_argument(cache: Cache | None) -> dict[str, Any]:
+    """A KV cache under the name transformers takes it by, which 5.24 changed."""
+    return {_CACHE: cache}
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:
@@ -79,9 +92,9 @@ def run_layers(
             hidden,
             attention_mask=span.mask,
             position_ids=span.positions,
-            past_key_values=cache,
             use_cache=cache is not None,
             position_embeddings=span.rotary,
+            **cache_argument(cache),
         )
         if tap is not None:
             tap(index, entering, span.rotary)

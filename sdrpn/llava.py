@@ -5,7 +5,8 @@ Shapes: B rows, N new tokens, P cached tokens, C hidden size, T image tokens (57
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoProcessor,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
     LlavaProcessor,
@@ -20,9 +22,11 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
+from transformers.utils import logging
 
+from sdrpn.adapters import four_bits, with_adapter
 from sdrpn.config import VICUNA_SYSTEM_PROMPT
-from sdrpn.layers import Span, positions_of
+from sdrpn.layers import Span, cache_argument, positions_of
 from sdrpn.region import PixelBox, View, crop
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -42,8 +46,9 @@ def check_is_llava15(config: dict[str, Any], name: str) -> None:
         vision = (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
         if kind == "llava_llama" or "mm_vision_tower" in config:
             raise ValueError(
-                f"{name} is in the original LLaVA layout (model_type {kind!r}), which is not read "
-                "yet; give the Hugging Face layout, such as llava-hf/llava-1.5-7b-hf"
+                f"{name} is in the original LLaVA layout (model_type {kind!r}); convert it once "
+                f"with `sdrpn convert base {name} --out FOLDER`, or give one in the Hugging Face "
+                "layout, such as llava-hf/llava-1.5-7b-hf"
             )
         if (text, vision) == ("llama", "clip_vision_model"):
             strategy = config.get("vision_feature_select_strategy", "default")
@@ -68,6 +73,30 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]
+
+
+@contextmanager
+def _first_layers(
+    config: dict[str, Any], name: str, num_layers: int | None
+) -> Iterator[dict[str, Any]]:
+    """Arguments of from_pretrained that read the first decoder layers only; all by default."""
+    if num_layers is None:
+        yield {}
+        return
+    shape = LlavaConfig.from_dict(config)
+    text: Any = shape.text_config
+    if num_layers > text.num_hidden_layers:
+        raise ValueError(
+            f"{name} has {text.num_hidden_layers} decoder layers, {num_layers} are needed"
+        )
+    text.num_hidden_layers = num_layers
+    # The layers left out would be listed as unexpected, one warning of many lines.
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield {"config": shape}
+    finally:
+        logging.set_verbosity(level)
 
 
 class Llava:
@@ -121,13 +150,18 @@ class Llava:
         device_map: str | dict[str, Any] | None = None,
         attn_implementation: str | None = None,
         revision: str | None = None,
+        num_layers: int | None = None,
+        peft: str | None = None,
+        load_in_4bit: bool = False,
         padding: str = "pad",
         system_prompt: str = VICUNA_SYSTEM_PROMPT,
     ) -> Self:
         """Load a LLaVA-1.5 and its processor from a folder or a hub id.
 
         device: one device (default: the GPU where there is one). device_map: accelerate's, instead
-        of a device. Raises ValueError when it is another kind of model, naming it, and
+        of a device. num_layers: read only the first decoder layers, for training an RPN over them;
+        such a model cannot answer. peft: a PEFT adapter to put on it. load_in_4bit: its language
+        model, with bitsandbytes. Raises ValueError when it is another kind of model, naming it, and
         WeightsUnavailable when there is nothing to load.
         """
         fastest = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,23 +171,29 @@ class Llava:
         else:
             target = torch.device("cpu" if device_map in ("cpu", {"": "cpu"}) else fastest)
         source: dict[str, Any] = {"revision": revision or "main"}
+        weights = pick_dtype(dtype, target)
         try:
             config, _ = PreTrainedConfig.get_config_dict(pretrained, **source)
             if not config:
                 raise OSError("there is no config.json")
             check_is_llava15(config, pretrained)
             processor = AutoProcessor.from_pretrained(pretrained, **source)
-            model = LlavaForConditionalGeneration.from_pretrained(
-                pretrained,
-                dtype=pick_dtype(dtype, target),
-                device_map=device_map,
-                attn_implementation=attn_implementation,
-                **source,
-            )
+            with _first_layers(config, pretrained, num_layers) as shape:
+                model = LlavaForConditionalGeneration.from_pretrained(
+                    pretrained,
+                    dtype=weights,
+                    device_map=device_map,
+                    attn_implementation=attn_implementation,
+                    **(four_bits(weights) if load_in_4bit else {}),
+                    **shape,
+                    **source,
+                )
         except OSError as error:
             raise WeightsUnavailable(
                 f"cannot load {pretrained!r}: {str(error).splitlines()[0]}"
             ) from error
+        if peft is not None:
+            model = with_adapter(model, peft, merge=not load_in_4bit)
         return cls(
             model, processor, padding=padding, system_prompt=system_prompt, name=str(pretrained)
         )
@@ -254,8 +294,8 @@ class Llava:
             config=self.text_config,
             inputs_embeds=embeds,
             attention_mask=attention_mask,
-            past_key_values=cache,
             position_ids=positions,
+            **cache_argument(cache),
         )
         rotary = self.model.model.language_model.rotary_emb(embeds, position_ids=positions)
         return Span(attention_mask, mask, positions, rotary)

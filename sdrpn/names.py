@@ -9,6 +9,14 @@ from importlib.metadata import entry_points
 
 GROUP = "sdrpn.models"
 
+LLAVA_7B = "llava-hf/llava-1.5-7b-hf"
+LLAVA_13B = "llava-hf/llava-1.5-13b-hf"
+PUBLISHED_RPN = {
+    LLAVA_7B: "YuhengSSS/llava-v1.5-7b-roi-K15T3-152k-v1bf16Mheads-twiginit-filled",
+    LLAVA_13B: "YuhengSSS/llava-v1.5-13b-roi-K15T3-152k-v1bf16Mheads-twiginit",
+}
+"""The RPNs the paper's authors published, by base model."""
+
 
 def resolve(model: str, rpn: str | None) -> tuple[str, str | None]:
     """Where a model and its RPN are; anything that is not a short name stays as it is."""

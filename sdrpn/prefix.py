@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
 from torch import Tensor
@@ -50,10 +51,10 @@ class Prefix:
 
 
 @torch.no_grad()
-def read(llava: Llava, rpn: RPN | None, images: Sequence[Image.Image]) -> list[Prefix]:
-    """Read images in one batch: each becomes a Prefix."""
-    features = llava.encode(llava.pixels(images))
-    head = llava.embed(llava.head_ids).expand(len(images), -1, -1)
+def read(llava: Llava, rpn: RPN | None, pixels: Tensor) -> list[Prefix]:
+    """Read images in one batch: each becomes a Prefix. pixels: [n, 3, side, side], normalised."""
+    features = llava.encode(pixels)
+    head = llava.embed(llava.head_ids).expand(len(pixels), -1, -1)
     embeds = torch.cat([head, features], dim=1)
     seen = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     cache = cache_of([])
@@ -71,7 +72,7 @@ def read(llava: Llava, rpn: RPN | None, images: Sequence[Image.Image]) -> list[P
         states = rpn(branch[rpn.config.branch_layer], span, rpn_cache)
         keys = rpn.image_keys(states[:, start:])
     ids = (*llava.head_ids, *[llava.image_token_id] * llava.image_tokens)
-    alone = len(images) == 1
+    alone = len(pixels) == 1
     return [
         Prefix(
             kv=_row(cache, i, alone),
@@ -80,7 +81,7 @@ def read(llava: Llava, rpn: RPN | None, images: Sequence[Image.Image]) -> list[P
             ids=ids,
             image_start=start,
         )
-        for i in range(len(images))
+        for i in range(len(pixels))
     ]
 
 
@@ -127,6 +128,13 @@ def image_key(image: Image.Image) -> str:
     return digest.hexdigest()
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device, or on the machine for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 class PrefixCache:
     """Prefixes by image content, least recently used out first, bounded in bytes (0: off)."""
 
@@ -139,6 +147,9 @@ class PrefixCache:
 
     def __len__(self) -> int:
         return len(self._prefixes)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._prefixes
 
     def get(self, key: str) -> Prefix | None:
         if key in self._prefixes:

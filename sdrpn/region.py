@@ -163,7 +163,7 @@ def propose(blurred: np.ndarray, view: View, zoom: ZoomConfig) -> Region:
         return Region(reason=f"no cell over the threshold {zoom.threshold:g}")
     found = components(over, zoom)
     if zoom.policy == "mask" and len(found) >= 2:
-        return _to_source([_around(over)], view, keep=over)
+        return _to_source([_around(over)], view, zoom, keep=over)
     if not found:
         return Region(reason="no component within the size limits")
     if zoom.policy == "strongest":
@@ -172,7 +172,7 @@ def propose(blurred: np.ndarray, view: View, zoom: ZoomConfig) -> Region:
         found = [max(seen, key=lambda one: float(blurred[one[1]].max()))]
     if len(found) > 2:
         return Region(reason=f"{len(found)} components, more than two")
-    return _to_source([box for box, _ in found], view)
+    return _to_source([box for box, _ in found], view, zoom)
 
 
 def given(box: PixelBox, view: View) -> Region:
@@ -210,10 +210,15 @@ def _around(mask: np.ndarray) -> GridBox:
     return GridBox(*(int(edge) for edge in box))
 
 
-def _to_source(boxes: list[GridBox], view: View, keep: np.ndarray | None = None) -> Region:
+def _to_source(
+    boxes: list[GridBox], view: View, zoom: ZoomConfig, keep: np.ndarray | None = None
+) -> Region:
     """Map to source pixels; boxes that lie in the padding alone hold no pixel and are left out."""
     pairs = [(box, view.to_pixels(box)) for box in boxes]
     pairs = [(box, pixels) for box, pixels in pairs if pixels.area > 0]
     if not pairs:
         return Region(reason="the region lies in the padding, outside the image")
+    share = sum(pixels.area for _, pixels in pairs) / (view.size[0] * view.size[1])
+    if zoom.skip_above is not None and share >= zoom.skip_above:
+        return Region(reason=f"the region is {share:.0%} of the image, which was seen already")
     return Region(tuple(p for _, p in pairs), tuple(b for b, _ in pairs), keep=keep)

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
-import os
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from safetensors.torch import load_file, save_file
+from huggingface_hub import ModelCard, ModelHubMixin
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from sdrpn.config import RPNConfig
+from sdrpn.config import LabelConfig, RPNConfig, ZoomConfig
+from sdrpn.convert import published
+from sdrpn.convert.checkpoint import Source, read_all
+from sdrpn.fingerprint import base_hash
 from sdrpn.layers import Span, run_layers
 from sdrpn.llava import Llava
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS_FILE = "rpn.safetensors"
 CONFIG_FILE = "config.json"
+WHAT = "an RPN checkpoint"
 
 CARD = """---
 library_name: sdrpn
@@ -115,8 +123,19 @@ class RPN(nn.Module, ModelHubMixin):
     # --- where it comes from and goes to -----------------------------------------------------
 
     @classmethod
-    def from_backbone(cls, llava: Llava, branch_layer: int = 15, depth: int = 3) -> Self:
-        """A fresh RPN whose every weight is a copy of the backbone's (METHOD section 2)."""
+    def from_backbone(
+        cls,
+        llava: Llava,
+        branch_layer: int = 15,
+        depth: int = 3,
+        *,
+        zoom: ZoomConfig | None = None,
+        labels: LabelConfig | None = None,
+    ) -> Self:
+        """A fresh RPN whose every weight is a copy of the backbone's (METHOD section 2).
+
+        zoom, labels: noted in its config, for those who use it.
+        """
         if branch_layer + depth > llava.num_layers:
             raise ValueError(
                 f"branch_layer {branch_layer} + depth {depth} needs as many layers, "
@@ -126,6 +145,9 @@ class RPN(nn.Module, ModelHubMixin):
             branch_layer=branch_layer,
             depth=depth,
             base_model=llava.name,
+            base_hash=base_hash(llava, branch_layer),
+            zoom=zoom or ZoomConfig(),
+            labels=labels,
             **_shape_of(llava),
         )
         rpn = cls(config, llava.text_config._attn_implementation)
@@ -157,15 +179,33 @@ class RPN(nn.Module, ModelHubMixin):
                 + ", ".join(wrong)
             )
 
-    def attach(self, llava: Llava) -> Self:
-        """Put the RPN where the backbone's layer B is, with its dtype and attention backend."""
+    def attach(self, llava: Llava, dtype: torch.dtype | None = None) -> Self:
+        """Put the RPN where the backbone's layer B is, with its attention backend.
+
+        dtype: default the backbone's; training keeps float32 weights over a half backbone. Warns
+        where the backbone's weights are not those it was trained on.
+        """
         self.check_fits(llava)
+        self._tell_of_another_base(llava)
         layer: Any = llava.layers[self.config.branch_layer][1]
         for own in self.layers:
             attention: Any = own.self_attn
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation = llava.text_config._attn_implementation
-        return self.to(device=next(layer.parameters()).device, dtype=llava.dtype)
+        return self.to(device=next(layer.parameters()).device, dtype=dtype or llava.dtype)
+
+    def _tell_of_another_base(self, llava: Llava) -> None:
+        own = self.config.base_hash
+        found = base_hash(llava, self.config.branch_layer) if own else ""
+        if found and found != own:
+            logger.warning(
+                "this RPN was trained on %s (weights %s) and now reads %s (weights %s): its maps "
+                "may be off; train one for this base with `sdrpn train`",
+                self.config.base_model or "an unnamed base model",
+                own,
+                llava.name,
+                found,
+            )
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
@@ -189,23 +229,44 @@ class RPN(nn.Module, ModelHubMixin):
         )
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> Self:
-        kwargs.pop("config", None)
-        files = {name: _fetch(model_id, name, kwargs) for name in (CONFIG_FILE, WEIGHTS_FILE)}
-        values = json.loads(Path(files[CONFIG_FILE]).read_text(encoding="utf-8"))
-        facts = values.pop("facts", {}) if isinstance(values, dict) else {}
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **download: Any) -> Self:
+        """Load an RPN from a folder or hub id: ours, or one published by the paper's authors.
+
+        download: hf_hub_download's revision, cache_dir, token, ... Raises FileNotFoundError where
+        something is missing, ValueError where a name, a shape or a setting does not fit.
+        """
+        source = Source(str(pretrained_model_name_or_path), **download)
+        values = source.config(WHAT)
+        if published.is_published(values):
+            return cls._from_published(values, source)
+        weights = source.fetch(WEIGHTS_FILE, WHAT)
+        facts = values.pop("facts", {})
         try:
             config = RPNConfig.from_dict(values)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{model_id} is not an sdrpn RPN checkpoint: {error}") from error
-        rpn = cls(config)
-        rpn.facts = facts
-        tensors = load_file(files[WEIGHTS_FILE])
-        rpn.to(next(iter(tensors.values())).dtype)
+            raise ValueError(f"{source.name} is not an sdrpn RPN checkpoint: {error}") from error
         try:
-            rpn.load_state_dict(tensors)
+            return cls._of(config, read_all(weights), facts)
         except RuntimeError as error:
-            raise ValueError(f"{model_id}: weights and config disagree: {error}") from error
+            raise ValueError(f"{source.name}: weights and config disagree: {error}") from error
+
+    @classmethod
+    def _from_published(cls, values: Mapping[str, Any], source: Source) -> Self:
+        """An RPN out of a checkpoint in the original LLaVA layout."""
+        config = published.read_config(values, source)
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+        tensors = published.read_tensors(source, config.depth, shapes)
+        return cls._of(config, tensors, {"converted from": source.name})
+
+    @classmethod
+    def _of(cls, config: RPNConfig, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
+        """An RPN with these weights, frozen, in the widest of their types."""
+        dtype = functools.reduce(torch.promote_types, {t.dtype for t in tensors.values()})
+        with torch.device("meta"):
+            rpn = cls(config)
+        rpn.load_state_dict({k: t.to(dtype) for k, t in tensors.items()}, assign=True)
+        rpn.facts = facts
         return rpn.eval().requires_grad_(False)
 
 
@@ -219,12 +280,3 @@ def _shape_of(llava: Llava) -> dict[str, Any]:
         "rms_norm_eps",
     )
     return {name: getattr(text, name) for name in names} | {"image_tokens": llava.image_tokens}
-
-
-def _fetch(model_id: str, name: str, kwargs: dict[str, Any]) -> str:
-    if os.path.isdir(model_id):
-        path = os.path.join(model_id, name)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{model_id} holds no {name}: it is not an RPN checkpoint")
-        return path
-    return hf_hub_download(repo_id=model_id, filename=name, **kwargs)

@@ -12,24 +12,28 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from sdrpn.answer import Suffix, generate, generate_plain, losses, losses_plain
 from sdrpn.config import PROPOSERS, LabelConfig, ZoomConfig, published_labels
 from sdrpn.crops import crop_tokens
 from sdrpn.llava import Llava
-from sdrpn.prefix import Prefix, PrefixCache, image_key, read
+from sdrpn.prefix import Prefix, PrefixCache, free_memory, image_key, read
 from sdrpn.proposers import BY_NAME, Look, Models, Proposal
 from sdrpn.region import PixelBox, Region, given
 from sdrpn.rpn import RPN
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PREFIX_CACHE = 2 * 1024**3
-"""Bytes. A prefix of LLaVA-1.5-7B in half precision takes 0.3 GiB."""
+PREFIX_CACHE_SHARE = 0.25
+"""Of the memory that is free once the model is loaded, unless a number is given. A prefix of
+LLaVA-1.5-7B in half precision takes 0.3 GiB."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Question:
     def __post_init__(self) -> None:
         if self.box is not None and len(self.images) != 1:
             raise ValueError(f"a box needs one image to be cut from, got {len(self.images)}")
+
+    @cached_property
+    def image_keys(self) -> tuple[str, ...]:
+        """A name for each image's content, see `image_key`; made once."""
+        return tuple(image_key(image) for image in self.images)
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,8 @@ class ZoomLlava:
 
     proposer: rpn | attention | vicrop | none. zoom: default thresholds and policy; without one,
     those the RPN was saved with. labels: which heads point, for the attention proposer.
-    prefix_cache: bytes of image prefixes kept for later questions, 0 turns it off.
+    prefix_cache: bytes of image prefixes kept for later questions; default: a quarter of the memory
+    that is free; 0 turns it off.
     """
 
     def __init__(
@@ -103,7 +113,7 @@ class ZoomLlava:
         proposer: str = "rpn",
         zoom: ZoomConfig | None = None,
         labels: LabelConfig | None = None,
-        prefix_cache: int = DEFAULT_PREFIX_CACHE,
+        prefix_cache: int | None = None,
     ) -> None:
         if proposer not in PROPOSERS:
             raise ValueError(f"proposer must be one of {', '.join(PROPOSERS)}, got {proposer!r}")
@@ -118,7 +128,10 @@ class ZoomLlava:
         labels = labels or (rpn.config.labels if rpn else None)
         labels = labels or published_labels(text.num_hidden_layers, text.hidden_size)
         self.models = Models(llava, self.rpn, labels)
+        if prefix_cache is None:
+            prefix_cache = int(PREFIX_CACHE_SHARE * free_memory(llava.device))
         self.prefixes = PrefixCache(prefix_cache)
+        self._pixels: dict[str, Tensor] = {}
         self._told_plain = False
 
     @classmethod
@@ -130,10 +143,13 @@ class ZoomLlava:
         proposer: str = "rpn",
         zoom: ZoomConfig | None = None,
         labels: LabelConfig | None = None,
-        prefix_cache: int = DEFAULT_PREFIX_CACHE,
+        prefix_cache: int | None = None,
         **load: Any,
     ) -> Self:
-        """Load a LLaVA-1.5 and an RPN from folders or hub ids; `load` goes to `Llava.load`."""
+        """Load a LLaVA-1.5 and an RPN from folders or hub ids; `load` goes to `Llava.load`.
+
+        rpn: ours, or a checkpoint published by the paper's authors, as it is.
+        """
         network = RPN.from_pretrained(rpn) if rpn else None
         llava = Llava.load(pretrained, **load)
         return cls(
@@ -208,15 +224,33 @@ class ZoomLlava:
 
     def read(self, images: Sequence[Image.Image]) -> list[Prefix]:
         """Read images into prefixes, each distinct one once, from the cache where it is warm."""
-        keys = [image_key(image) for image in images]
+        return self._read(images, [image_key(image) for image in images])
+
+    def _read(self, images: Sequence[Image.Image], keys: Sequence[str]) -> list[Prefix]:
         known = {key: self.prefixes.get(key) for key in keys}
+        ready = {key: self._pixels.pop(key, None) for key in known}
         fresh = [key for key, prefix in known.items() if prefix is None]
         if fresh:
-            new = read(self.llava, self.rpn, [images[keys.index(key)] for key in fresh])
+            pixels = [self._prepared(ready[key], images[keys.index(key)]) for key in fresh]
+            new = read(self.llava, self.rpn, torch.cat(pixels))
             for key, prefix in zip(fresh, new, strict=True):
                 known[key] = prefix
                 self.prefixes.put(key, prefix)
         return [prefix for key in keys if (prefix := known[key]) is not None]
+
+    def _prepared(self, pixels: Tensor | None, image: Image.Image) -> Tensor:
+        return self.llava.pixels([image]) if pixels is None else pixels
+
+    def prepare(self, questions: Sequence[Question]) -> None:
+        """Pad, resize and normalise the images of questions to come, ahead of time.
+
+        Meant for a thread beside the one that asks: it touches the images, not the model.
+        """
+        for question in questions:
+            if len(question.images) == 1:
+                (key,) = question.image_keys
+                if key not in self.prefixes and key not in self._pixels:
+                    self._pixels[key] = self.llava.pixels(question.images)
 
     def look(
         self,
@@ -245,7 +279,7 @@ class ZoomLlava:
         words = [tuple(self.llava.question_ids(q.text)) for q in questions]
         before = len(self.llava.head_ids) + self.llava.image_tokens
         rooms = [self._room(before + len(w)) for w in words]
-        prefixes = self.read(images)
+        prefixes = self._read(images, [q.image_keys[0] for q in questions])
         proposals = self.look(questions, prefixes, words)
         zooms = [q.zoom or self.zoom for q in questions]
         regions = [p.region for p in proposals]

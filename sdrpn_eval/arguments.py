@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PRETRAINED_7B = "llava-hf/llava-1.5-7b-hf"
-PRETRAINED_13B = "llava-hf/llava-1.5-13b-hf"
-
-PUBLISHED_RPN = {
-    PRETRAINED_7B: "YuhengSSS/llava-v1.5-7b-roi-K15T3-152k-v1bf16Mheads-twiginit-filled",
-    PRETRAINED_13B: "YuhengSSS/llava-v1.5-13b-roi-K15T3-152k-v1bf16Mheads-twiginit",
-}
-"""The RPNs the paper's authors published, by base model."""
+from sdrpn.names import LLAVA_7B
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {"proposer": "rpn", "policy": "mask", "padding": "pad", "token_budget": None},
+    "paper": {
+        "proposer": "rpn",
+        "policy": "mask",
+        "padding": "pad",
+        "token_budget": None,
+        "skip_above": None,
+    },
+    # Chosen on the embedded model (docs/fast.md): fewer crop tokens, no answer lost.
+    "fast": {"proposer": "rpn", "padding": "pad", "token_budget": 2.0, "skip_above": 0.7},
 }
 
 
@@ -77,6 +78,12 @@ def _batch_size(value: Any) -> int | str:
     return int(value)
 
 
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("True or False")
+    return value
+
+
 def _anything(value: Any) -> Any:
     return value
 
@@ -92,10 +99,16 @@ class Argument:
 
 ARGUMENTS: Mapping[str, Argument] = {
     "pretrained": Argument(
-        PRETRAINED_7B, _anything, "folder, hub id, `tiny` (embedded), or a model in memory"
+        LLAVA_7B, _anything, "folder, hub id, `tiny` (embedded), or a model in memory"
     ),
     "revision": Argument("main", _text, "branch, tag or commit of a hub id"),
-    "rpn": Argument(None, _anything, "folder or hub id of the RPN; default: the base model's own"),
+    "rpn": Argument(
+        None,
+        _anything,
+        "folder or hub id of the RPN, ours or the authors'; default: the base's published one",
+    ),
+    "peft": Argument(None, _text, "folder or hub id of a PEFT adapter for the base (needs peft)"),
+    "load_in_4bit": Argument(False, _flag, "the base's language model, with bitsandbytes"),
     "proposer": Argument(
         "rpn",
         _one_of("rpn", "attention", "vicrop", "none", "box"),
@@ -106,6 +119,9 @@ ARGUMENTS: Mapping[str, Argument] = {
         None, _one_of("mask", "bbox", "strongest"), "map to crops: mask, bbox, strongest"
     ),
     "token_budget": Argument(None, _above_zero, "crop tokens a side per cell of the box, or none"),
+    "skip_above": Argument(
+        None, _above_zero, "no zoom where the region is this share of the image or more, or none"
+    ),
     "padding": Argument("pad", _one_of("pad", "crop"), "pad to a square, or crop the centre"),
     "system_prompt": Argument(None, _text, "sentence, or file with it; empty: none"),
     "dtype": Argument(
@@ -118,7 +134,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     "device_map": Argument(None, _text, "as in transformers: auto, cuda:0, ..."),
     "prefix_cache": Argument(None, _bytes, "memory for read images, such as 4GB, or none"),
     "record": Argument(None, _anything, "folder for one line a question; none: no record"),
-    "preset": Argument(None, _one_of(*PRESETS), "a named set of the above: paper"),
+    "preset": Argument(None, _one_of(*PRESETS), "a named set of the above: paper, fast"),
     "batch_size": Argument(1, _batch_size, "questions at a time, or auto"),
     "max_batch_size": Argument(None, _batch_size, "where auto starts"),
 }

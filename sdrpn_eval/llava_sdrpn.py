@@ -18,7 +18,6 @@ from loguru import logger
 from tqdm import tqdm
 
 from sdrpn.config import ZoomConfig
-from sdrpn.prefix import image_key
 from sdrpn.region import PixelBox
 from sdrpn.zoom import Answer, Question
 from sdrpn_eval import tasks_info
@@ -26,7 +25,7 @@ from sdrpn_eval.arguments import checked
 from sdrpn_eval.generation import translate
 from sdrpn_eval.loading import TINY, load_engine, zoom_settings
 from sdrpn_eval.plugin import TaskIndex
-from sdrpn_eval.questions import Documents, Request, batches, parse, question_text
+from sdrpn_eval.questions import Documents, Request, ahead, batches, parse, question_text
 from sdrpn_eval.record import RecordWriter, describe_answer
 
 AUTO_BATCH_SIZE = 32
@@ -98,8 +97,7 @@ class LlavaSdrpn(lmms):
     def generate_until(self, requests: list[Any]) -> list[GenerationResult]:
         """Answer questions, in any order and mixture; answers come back in the order given."""
 
-        def answer(batch: list[Request], documents: Documents) -> list[Any]:
-            questions = [self._question(r, documents) for r in batch]
+        def answer(batch: list[Request], questions: list[Question]) -> list[Any]:
             answers = self.engine.ask_batch(questions, generation=translate(batch[0].extra))
             self._write(batch, questions, answers)
             return [_result(a) for a in answers]
@@ -112,9 +110,8 @@ class LlavaSdrpn(lmms):
         The loss and not its negative: lmms-eval's multiple-choice tasks take the smallest.
         """
 
-        def score(batch: list[Request], documents: Documents) -> list[Any]:
-            questions = [self._question(r, documents) for r in batch]
-            continuations = [self._continuation(r, documents) for r in batch]
+        def score(batch: list[Request], questions: list[Question]) -> list[Any]:
+            continuations = [self._continuation(r) for r in batch]
             scored = self.engine.loss_batch(questions, continuations)
             more = [
                 {"continuation": c, "loss": loss, "greedy": greedy}
@@ -136,19 +133,26 @@ class LlavaSdrpn(lmms):
         self._announce(requests)
         documents = Documents(self.task_dict)
         results: dict[int, Any] = {}
+
+        def question(request: Request) -> Question:
+            made = self._question(request, documents)
+            self.engine.prepare([made])
+            return made
+
+        groups = batches(requests, self.batch_size, documents)
         with tqdm(total=len(requests), disable=self.rank != 0, desc="Questions") as progress:
-            for batch in batches(requests, self.batch_size, documents):
-                for request, result in self._answer_batch(batch, documents, answer):
+            for batch, questions in ahead(groups, question):
+                for request, result in self._answer_batch(batch, questions, answer):
                     results[request.index] = result
                     progress.update()
         return [results[i] for i in range(len(requests))]
 
     def _answer_batch(
-        self, batch: list[Request], documents: Documents, answer: Callable[..., list[Any]]
+        self, batch: list[Request], questions: list[Question], answer: Callable[..., list[Any]]
     ) -> list[tuple[Request, Any]]:
         """Answer a batch, in halves where `batch_size=auto` was too much for the GPU."""
         try:
-            return list(zip(batch, answer(batch, documents), strict=True))
+            return list(zip(batch, answer(batch, questions), strict=True))
         except torch.OutOfMemoryError:
             if self.arguments["batch_size"] != "auto" or len(batch) == 1:
                 raise
@@ -156,8 +160,8 @@ class LlavaSdrpn(lmms):
         half = (len(batch) + 1) // 2
         self.batch_size = min(self.batch_size, half)
         logger.info(f"batch_size=auto: {len(batch)} questions do not fit, going on with {half}")
-        first = self._answer_batch(batch[:half], documents, answer)
-        return first + self._answer_batch(batch[half:], documents, answer)
+        first = self._answer_batch(batch[:half], questions[:half], answer)
+        return first + self._answer_batch(batch[half:], questions[half:], answer)
 
     # One question
 
@@ -174,9 +178,11 @@ class LlavaSdrpn(lmms):
             raise ValueError(f"proposer=box needs documents with a `box`; {request.task} has none")
         return PixelBox(*(int(v) for v in row["box"]))
 
-    def _continuation(self, request: Request, documents: Documents) -> str:
+    def _continuation(self, request: Request) -> str:
         target = request.extra
-        return target if isinstance(target, str) else str(target(documents.row(request)))
+        if isinstance(target, str):
+            return target
+        return str(target(self.task_dict[request.task][request.split][request.doc_id]))
 
     def _zoom(self, task: str) -> ZoomConfig:
         """The zoom settings for a task: `threshold=`, or the one published for its family."""
@@ -263,7 +269,10 @@ class LlavaSdrpn(lmms):
             "task": request.task,
             "split": request.split,
             "doc_id": request.doc_id,
-            "images": [{"hash": image_key(i), "size": list(i.size)} for i in question.images],
+            "images": [
+                {"hash": key, "size": list(image.size)}
+                for key, image in zip(question.image_keys, question.images, strict=True)
+            ],
             "prompt": question.text,
             "proposer": self.arguments["proposer"],
             "policy": self._zoom(request.task).policy,

@@ -11,14 +11,15 @@ from huggingface_hub.errors import HfHubHTTPError
 from loguru import logger
 
 from sdrpn.config import ZoomConfig
+from sdrpn.names import PUBLISHED_RPN
 from sdrpn.zoom import ZoomLlava
-from sdrpn_eval.arguments import PRESETS, PUBLISHED_RPN
+from sdrpn_eval.arguments import PRESETS
 from sdrpn_eval.demo import tiny_path
 
 TINY = "tiny"
 
 _LOADING = ("revision", "rpn", "padding", "system_prompt", "dtype", "attn_implementation")
-_LOADING += ("device", "device_map", "prefix_cache")
+_LOADING += ("device", "device_map", "prefix_cache", "peft", "load_in_4bit")
 
 
 def load_engine(
@@ -39,7 +40,7 @@ def zoom_settings(
     engine: ZoomLlava, values: Mapping[str, Any], given: Mapping[str, Any]
 ) -> ZoomConfig:
     """The engine's own ZoomConfig with what the user or the preset changed, but the threshold."""
-    chosen = {*given, *PRESETS.get(values["preset"], {})} & {"policy", "token_budget"}
+    chosen = {*given, *PRESETS.get(values["preset"], {})} & {"policy", "token_budget", "skip_above"}
     return replace(engine.zoom, **{name: values[name] for name in chosen})
 
 
@@ -61,8 +62,9 @@ def _load(pretrained: str, values: Mapping[str, Any], device: torch.device) -> Z
     source, rpn = _sources(pretrained, values)
     # The embedded model's answers are promised in float32, on every device.
     dtype = "float32" if pretrained == TINY and values["dtype"] == "auto" else values["dtype"]
-    names = ("attn_implementation", "device_map", "padding", "prefix_cache", "revision")
-    options = {n: values[n] for n in (*names, "system_prompt") if values[n] is not None}
+    names = ("attn_implementation", "device_map", "padding", "prefix_cache", "revision", "peft")
+    names += ("load_in_4bit", "system_prompt")
+    options = {n: values[n] for n in names if values[n] is not None}
     # With given boxes nobody is asked where to look.
     proposer = "none" if values["proposer"] == "box" else values["proposer"]
     try:
@@ -84,21 +86,13 @@ def _sources(pretrained: str, values: Mapping[str, Any]) -> tuple[str, str | Non
         logger.info("pretrained=tiny: the embedded model, made for the task tiny_vstar")
         folder = tiny_path()
         return str(folder), rpn or str(folder / "rpn")
-    if values["proposer"] == "rpn" or rpn is not None:
-        _refuse_unreadable_rpn(pretrained, rpn)
+    if values["proposer"] == "rpn" and rpn is None:
+        rpn = PUBLISHED_RPN.get(pretrained)
+        if rpn is None:
+            raise ValueError(
+                f"no RPN is known for pretrained={pretrained}. Give rpn=FOLDER of one trained with "
+                "`sdrpn train`, proposer=attention (needs no training) or proposer=none (stock "
+                "LLaVA); or pretrained=tiny (the embedded model) for a first try."
+            )
+        logger.info(f"rpn={rpn}, as published by the paper's authors")
     return pretrained, rpn
-
-
-def _refuse_unreadable_rpn(pretrained: str, rpn: str | None) -> None:
-    instead = (
-        "Give rpn=FOLDER of one trained with `sdrpn train`, proposer=attention (needs no training) "
-        "or proposer=none (stock LLaVA); or pretrained=tiny (the embedded model) for a first try."
-    )
-    wanted = rpn or PUBLISHED_RPN.get(pretrained)
-    if wanted is None:
-        raise ValueError(f"no RPN is known for pretrained={pretrained}. {instead}")
-    if wanted in PUBLISHED_RPN.values():
-        raise ValueError(
-            f"the RPN of the paper's authors ({wanted}) is in the layout of the original LLaVA "
-            f"code, which this version does not read yet. {instead}"
-        )

@@ -7,10 +7,11 @@ read once; within an image and between images the longest prompts go first.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import Dataset
 from datasets import Image as ImageColumn
@@ -21,6 +22,7 @@ from sdrpn.prefix import image_key
 from sdrpn_eval.generation import group_key
 
 IMAGE_PLACEHOLDER = "<image>"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,26 @@ def batches(
         members = list(same)
         for start in range(0, len(members), batch_size):
             yield members[start : start + batch_size]
+
+
+def ahead(
+    groups: Iterable[list[Request]], make: Callable[[Request], T]
+) -> Iterator[tuple[list[Request], list[T]]]:
+    """Each group with what `make` makes of its requests, made in a thread while the last one is
+    worked on: images are decoded beside the model, not before it."""
+
+    def all_of(group: list[Request]) -> list[T]:
+        return [make(request) for request in group]
+
+    with ThreadPoolExecutor(1, thread_name_prefix="images") as pool:
+        coming: tuple[list[Request], Future[list[T]]] | None = None
+        for group in groups:
+            following = group, pool.submit(all_of, group)
+            if coming is not None:
+                yield coming[0], coming[1].result()
+            coming = following
+        if coming is not None:
+            yield coming[0], coming[1].result()
 
 
 def _kwargs_key(request: Request) -> str:

@@ -25,6 +25,7 @@ class FakeEngine:
         self.say = say
         self.batches: list[list[Question]] = []
         self.generations: list[Mapping[str, Any]] = []
+        self.prepared = 0
 
     def _answer(self, q: Question) -> Answer:
         roi_map = np.linspace(0, 0.5, 64, dtype=np.float32).reshape(8, 8) if q.images else None
@@ -39,6 +40,9 @@ class FakeEngine:
             new_tokens=2,
             seconds=0.5,
         )
+
+    def prepare(self, questions: Sequence[Question]) -> None:
+        self.prepared += len(questions)
 
     def ask_batch(
         self, questions: Sequence[Question], generation: Mapping[str, Any] | None = None

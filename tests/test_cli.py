@@ -37,7 +37,7 @@ def test_look_says_what_it_saw_and_draws_it(picture: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["nowhere.png", QUESTION, "--model", "tiny"], "there is no image at nowhere.png"),
+        (["nowhere.png", QUESTION, "--model", "tiny"], "nowhere.png: missing"),
         (["{picture}", QUESTION, "--model", "nowhere"], "--model tiny"),
         (["{picture}", QUESTION, "--model", "tiny", "--threshold", "7"], "threshold must be in"),
         (["{picture}", QUESTION, "--model", "tiny", "--policy", "best"], "policy must be one of"),
@@ -57,14 +57,14 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     broken.write_bytes(b"not an image")
     result = runner.invoke(app, ["look", str(broken), QUESTION, "--model", "tiny"])
     assert result.exit_code == 2
-    assert "cannot be read as an image" in result.output
+    assert "broken.png: not an image" in result.output
 
 
 def test_a_truncated_image_is_named(picture: Path) -> None:
     picture.write_bytes(picture.read_bytes()[:200])
     result = runner.invoke(app, ["look", str(picture), QUESTION, "--model", "tiny"])
     assert result.exit_code == 2
-    assert "cannot be read as an image" in result.output
+    assert "scene.png: truncated or unreadable" in result.output
 
 
 def test_help_teaches() -> None:

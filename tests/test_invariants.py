@@ -315,6 +315,31 @@ def test_prefix_cache_drops_the_least_recently_used(llava: Llava, images: Any) -
         ZoomLlava(llava, proposer="none", prefix_cache=-1)
 
 
+def test_images_made_ready_ahead_do_not_show(
+    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image], alone: Any
+) -> None:
+    """Pixels prepared beforehand are what would have been made, and are made once."""
+    questions = all_questions(images)
+    zoom = ZoomLlava(llava, perturbed_rpn, zoom=MASK)
+    zoom.prepare(questions)
+    prepared = {key: pixels.clone() for key, pixels in zoom._pixels.items()}
+    assert len(prepared) == len(images)
+    for image, pixels in zip(images, prepared.values(), strict=True):
+        torch.testing.assert_close(pixels, llava.pixels([image]), rtol=0, atol=0)
+    agree(ask(zoom, questions), alone)
+    assert not zoom._pixels  # what was used is let go
+    zoom.prepare(questions)
+    assert not zoom._pixels  # and what is read already needs no pixels
+
+
+def test_the_prefix_cache_is_a_share_of_free_memory(
+    llava: Llava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdrpn.zoom.free_memory", lambda device: 1000)
+    assert ZoomLlava(llava, proposer="none").prefixes.max_bytes == 250
+    assert ZoomLlava(llava, proposer="none", prefix_cache=7).prefixes.max_bytes == 7
+
+
 def test_images_are_known_by_their_pixels_and_size(llava: Llava) -> None:
     """Equal pixels share a prefix; the same bytes in another shape, or one pixel more, do not."""
     zoom = ZoomLlava(llava, proposer="none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sdrpn.config import ZoomConfig
 from sdrpn_eval import arguments, generation, loading
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 from sdrpn_eval.plugin import add_tasks, register
-from sdrpn_eval.questions import Documents, batches, parse
+from sdrpn_eval.questions import Documents, ahead, batches, parse
 from sdrpn_eval.record import decode_map, encode_map, read_records
 
 LIMIT = {"max_new_tokens": 4}
@@ -175,9 +176,10 @@ def test_a_preset_yields_to_what_is_given() -> None:
 
 
 def test_the_default_says_what_is_missing_and_names_tiny() -> None:
-    with pytest.raises(ValueError, match="does not read yet") as error:
+    rpn = "YuhengSSS/llava-v1.5-7b-roi-K15T3-152k-v1bf16Mheads-twiginit-filled"
+    missing = f"pretrained=llava-hf/llava-1.5-7b-hf with rpn={rpn} cannot be loaded: {rpn} is no"
+    with pytest.raises(ValueError, match=missing) as error:
         LlavaSdrpn(device="cpu")
-    assert "YuhengSSS/llava-v1.5-7b-roi-K15T3-152k-v1bf16Mheads-twiginit-filled" in str(error.value)
     assert "pretrained=tiny" in str(error.value)
 
 
@@ -496,3 +498,44 @@ def test_record_stands_beside_lmms_eval_s_output(engine: FakeEngine, tmp_path: P
 def test_engine_settings_with_a_preset(engine: FakeEngine) -> None:
     given = {"preset": "paper"}
     assert loading.zoom_settings(engine, arguments.checked(given), given).policy == "mask"
+
+
+# Images ahead of time
+
+
+def test_the_next_batch_is_made_while_this_one_is_answered() -> None:
+    requests = parse([ask("mytask", i, "?") for i in range(6)])
+    made: list[int] = []
+
+    def make(request: Any) -> int:
+        made.append(request.index)
+        return request.index * 10
+
+    groups = [requests[:2], requests[2:4], requests[4:]]
+    seen = []
+    for group, values in ahead(iter(groups), make):
+        assert values == [r.index * 10 for r in group]
+        deadline = time.monotonic() + 5
+        while len(made) < min(len(seen) + 4, 6) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        seen += values
+        assert len(made) == min(len(seen) + 2, 6)  # this batch and the next, no further
+    assert seen == [0, 10, 20, 30, 40, 50]
+    assert list(ahead([], make)) == []
+
+
+def test_an_error_in_the_making_reaches_the_caller() -> None:
+    def make(request: Any) -> int:
+        raise ValueError("document 3 is broken")
+
+    with pytest.raises(ValueError, match="document 3 is broken"):
+        list(ahead([parse([ask("mytask", 0, "?")])], make))
+
+
+def test_the_fast_preset_keeps_the_rpn_s_own_policy(engine: FakeEngine) -> None:
+    given = {"preset": "fast"}
+    settings = loading.zoom_settings(engine, arguments.checked(given), given)  # type: ignore[arg-type]
+    assert settings == ZoomConfig(policy="strongest", token_budget=2.0, skip_above=0.7)
+    paper = {"preset": "paper"}
+    settings = loading.zoom_settings(engine, arguments.checked(paper), paper)  # type: ignore[arg-type]
+    assert settings == ZoomConfig(policy="mask")

@@ -589,3 +589,28 @@ def test_the_published_settings_are_the_defaults() -> None:
     zoom = ZoomConfig()
     assert (zoom.threshold, zoom.policy, zoom.token_budget) == (0.15, "mask", None)
     assert (zoom.min_cells, round(zoom.max_cells_fraction * 576)) == (2, 225)
+
+
+def test_a_region_as_large_as_the_image_is_not_zoomed_where_told() -> None:
+    """9 of 16 cells: skipped from 9/16 on, and looked at again where nothing is said."""
+    rows = ("....", ".###", ".###", ".###")
+    assert boxes(look(*rows, zoom=replace(ANY_SIZE, skip_above=0.57))) == [(1, 1, 4, 4)]
+    skipped = look(*rows, zoom=replace(ANY_SIZE, skip_above=0.56))
+    assert not skipped.boxes
+    assert skipped.reason == "the region is 56% of the image, which was seen already"
+    assert boxes(look(*rows)) == [(1, 1, 4, 4)]
+    with pytest.raises(ValueError, match="skip_above must be in"):
+        replace(ANY_SIZE, skip_above=1.5)
+
+
+def test_settings_from_text() -> None:
+    assert ZoomConfig.from_text("") == ZoomConfig()
+    text = "threshold=0.2, policy=strongest,min_cells=1,token_budget=none,skip_above=0.7"
+    assert ZoomConfig.from_text(text) == ZoomConfig(0.2, "strongest", None, 1, skip_above=0.7)
+    for wrong, message in (
+        ("treshold=0.2", r"unknown key\(s\) treshold"),
+        ("threshold=high", "zoom settings 'threshold=high'"),
+        ("threshold=2", "threshold must be in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ZoomConfig.from_text(wrong)

@@ -9,9 +9,11 @@ import numpy as np
 from tqdm import tqdm
 
 from sdrpn.answer import Suffix, generate
-from sdrpn.distill.pseudo_labels import IGNORED, pseudo_labels
+from sdrpn.distill.pseudo_labels import IGNORED, judge
 from sdrpn.proposers import Look, known_labels, response_attention
 from sdrpn.zoom import Question, ZoomLlava
+
+EMPTY_RESPONSE = "empty response"
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,12 @@ def label(
     with tqdm(total=len(questions), desc="Labelling") as progress:
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
-            yield from _label_batch(zoom, batch)
+            yield from label_batch(zoom, batch)
             progress.update(len(batch))
 
 
-def _label_batch(zoom: ZoomLlava, questions: Sequence[Question]) -> list[Labelled]:
+def label_batch(zoom: ZoomLlava, questions: Sequence[Question]) -> list[Labelled]:
+    """Label one batch: answer greedily, then read the chosen attention rows of the answers."""
     llava, config = zoom.llava, known_labels(zoom.models)
     prefixes = zoom.read([q.images[0] for q in questions])
     looks = [
@@ -64,14 +67,10 @@ def _label_batch(zoom: ZoomLlava, questions: Sequence[Question]) -> list[Labelle
         if i not in maps:
             nothing = np.zeros(llava.image_tokens, np.float16)
             ignored = np.full(llava.image_tokens, IGNORED, np.int8)
-            results.append(Labelled(text, nothing, nothing, ignored, "empty response"))
+            results.append(Labelled(text, nothing, nothing, ignored, EMPTY_RESPONSE))
             continue
-        labels = pseudo_labels(*maps[i], config)
-        reason = (
-            None
-            if (labels != IGNORED).any()
-            else "no foreground, half of the image, or several places"
-        )
+        # From the maps as they are kept, so that relabelling gives the same again.
         half = [one.astype(np.float16) for one in maps[i]]
+        labels, reason = judge(half[0].astype(np.float32), half[1].astype(np.float32), config)
         results.append(Labelled(text, half[0], half[1], labels, reason))
     return results

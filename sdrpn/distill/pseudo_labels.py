@@ -10,6 +10,10 @@ from sdrpn.config import LabelConfig
 IGNORED = -100
 """Label of tokens that do not train the RPN; torch's and transformers' usual value."""
 
+NO_ATTENTION = "no attention left without the sinks"
+TOO_LARGE = "foreground over too much of the image"
+SEVERAL_PLACES = "foreground at several places"
+
 
 def remove_sinks(grounding: np.ndarray, sink: np.ndarray, sink_threshold: float) -> np.ndarray:
     """Set the attention on sink tokens to 0 (METHOD section 4, "sink map").
@@ -22,10 +26,44 @@ def remove_sinks(grounding: np.ndarray, sink: np.ndarray, sink_threshold: float)
 def pseudo_labels(grounding: np.ndarray, sink: np.ndarray, config: LabelConfig) -> np.ndarray:
     """Label every image token: 1 foreground, 0 background, -100 ignored (METHOD section 4).
 
-    grounding, sink: [tokens] of a square grid, row-major. Returns int8 [tokens]; all of them are
-    ignored when the map is empty once its sinks are gone, when the foreground's bounding box holds
-    `max_box_fraction` of the grid or more, or when it has more than `max_components` components.
+    grounding, sink: [tokens] of a square grid, row-major. Returns int8 [tokens]; see `judge`.
     """
+    return judge(grounding, sink, config)[0]
+
+
+def judge(
+    grounding: np.ndarray, sink: np.ndarray, config: LabelConfig
+) -> tuple[np.ndarray, str | None]:
+    """The labels, and why there are none where there are none.
+
+    All tokens are ignored when the map is empty once its sinks are gone, when the foreground's
+    bounding box holds `max_box_fraction` of the grid or more, or when it has more than
+    `max_components` components. Raises ValueError for maps that are no square grid.
+    """
+    side = _side(grounding, sink)
+    nothing = np.full(len(grounding), IGNORED, dtype=np.int8)
+    attention = remove_sinks(grounding, sink, config.sink_threshold)
+    peak = attention.max()
+    if not peak > 0:
+        return nothing, NO_ATTENTION
+    foreground = attention > config.foreground * peak
+    rows, columns = np.nonzero(foreground.reshape(side, side))
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    if height * width >= config.max_box_fraction * len(grounding):
+        return nothing, TOO_LARGE
+    if config.max_components is not None:
+        _, parts = ndimage.label(foreground.reshape(side, side), np.ones((3, 3)))  # type: ignore[misc]
+        if parts > config.max_components:
+            return nothing, SEVERAL_PLACES
+    outside = np.ones((side, side), dtype=bool)
+    outside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = False
+    labels = nothing.copy()
+    labels[outside.ravel() & (attention < config.background * peak)] = 0
+    labels[foreground] = 1
+    return labels, None
+
+
+def _side(grounding: np.ndarray, sink: np.ndarray) -> int:
     if grounding.shape != sink.shape or grounding.ndim != 1:
         raise ValueError(
             f"maps must be two vectors of one length, got {grounding.shape} and {sink.shape}"
@@ -33,22 +71,4 @@ def pseudo_labels(grounding: np.ndarray, sink: np.ndarray, config: LabelConfig) 
     side = round(len(grounding) ** 0.5)
     if side * side != len(grounding):
         raise ValueError(f"{len(grounding)} image tokens do not make a square grid")
-    labels = np.full(len(grounding), IGNORED, dtype=np.int8)
-    attention = remove_sinks(grounding, sink, config.sink_threshold)
-    peak = attention.max()
-    if not peak > 0:
-        return labels
-    foreground = attention > config.foreground * peak
-    rows, columns = np.nonzero(foreground.reshape(side, side))
-    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
-    if height * width >= config.max_box_fraction * len(grounding):
-        return labels
-    if config.max_components is not None:
-        _, parts = ndimage.label(foreground.reshape(side, side), np.ones((3, 3)))  # type: ignore[misc]
-        if parts > config.max_components:
-            return labels
-    outside = np.ones((side, side), dtype=bool)
-    outside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = False
-    labels[outside.ravel() & (attention < config.background * peak)] = 0
-    labels[foreground] = 1
-    return labels
+    return side

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,26 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerState
 
+from sdrpn.distill.metrics import MapMetrics
 from sdrpn.distill.pseudo_labels import IGNORED
 from sdrpn.layers import run_layers
 from sdrpn.llava import Llava
 from sdrpn.rpn import RPN
+
+GLOBAL_BATCH = 512
+"""Questions a step, over all processes (METHOD section 5)."""
+
+_CHECKPOINTING = next(
+    f.name
+    for f in fields(TrainingArguments)
+    if f.name in ("activation_checkpointing", "gradient_checkpointing")
+)
+"""transformers 5.2x renamed it."""
 
 PUBLISHED: Mapping[str, Any] = {
     "num_train_epochs": 1,
@@ -30,21 +45,63 @@ PUBLISHED: Mapping[str, Any] = {
 }
 """Hyper-parameters of METHOD section 5 that hold on any machine."""
 
+STATE_FILE = "trainer_state.json"
+"""Written last into a checkpoint, so one without it was cut off."""
+
+
+def defaults(measured: bool) -> dict[str, Any]:
+    """What the command line sets where the user does not: the published values and good habits.
+
+    measured: there is a held-out set, so the best checkpoint can be told.
+    """
+    gpu = torch.cuda.is_available()
+    values = {
+        **PUBLISHED,
+        "remove_unused_columns": False,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 16,
+        "bf16": gpu,
+        _CHECKPOINTING: gpu,
+        "use_cpu": not gpu,
+        "dataloader_num_workers": 4 if gpu else 0,
+        "logging_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": 0.1,
+        "save_total_limit": 2,
+    }
+    if measured:
+        values |= {
+            "eval_strategy": "steps",
+            "eval_steps": 0.1,
+            "batch_eval_metrics": True,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+        }
+    return values
+
 
 def training_arguments(out: Path | str, **overrides: Any) -> TrainingArguments:
     """The published hyper-parameters; every field of TrainingArguments can be overridden."""
     return TrainingArguments(
-        output_dir=str(out), remove_unused_columns=False, **{**PUBLISHED, **overrides}
+        output_dir=str(out),
+        remove_unused_columns=False,
+        batch_eval_metrics=True,
+        **{**PUBLISHED, **overrides},
     )
 
 
 class RPNForTraining(nn.Module):
-    """An RPN over its frozen backbone; only the RPN is a submodule, so only it is trained."""
+    """An RPN over its frozen backbone; only the RPN is a submodule, so only it is trained.
+
+    Its weights are float32, whatever the backbone's are; under bf16 the Trainer's autocast
+    computes in bfloat16.
+    """
 
     def __init__(self, llava: Llava, rpn: RPN) -> None:
         super().__init__()
         self.llava = llava
-        self.rpn = rpn.attach(llava).requires_grad_(True)
+        self.rpn = rpn.attach(llava, torch.float32).requires_grad_(True)
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
@@ -65,6 +122,20 @@ class RPNForTraining(nn.Module):
         each = binary_cross_entropy_with_logits(logits, targets, reduction="none")
         loss = (each * labelled).sum() / labelled.sum().clamp(min=1)
         return {"loss": loss, "logits": logits}
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute each RPN layer in the backward pass; the Trainer asks for it by argument."""
+        chosen = next(
+            (v for k, v in options.items() if k.endswith("checkpointing_kwargs") and v), {}
+        )
+        run = functools.partial(checkpoint, **{"use_reentrant": False, **chosen})
+        layers: Any = self.rpn.layers
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = run
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+    """Its name in older versions of transformers."""
 
     def _states(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What the map head reads, over [text before the image][image][padding][question]."""
@@ -115,25 +186,74 @@ def train(
     rpn: RPN,
     rows: Sequence[Mapping[str, Any]] | Any,
     arguments: TrainingArguments,
+    *,
+    held_out: Sequence[Mapping[str, Any]] | Any | None = None,
+    tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train `rpn` in place on labelled rows (see RPNSamples); returns and notes the facts."""
+    """Train `rpn` in place on labelled rows (see RPNSamples); returns and notes the facts.
+
+    held_out: rows that are only measured: loss, average precision and IoU of the map against the
+    pseudo-labels. Goes on from the last whole checkpoint in `arguments.output_dir`, with the same
+    curve as without the interruption.
+    """
     trainer = Trainer(
         model=RPNForTraining(llava, rpn),
         args=arguments,
         train_dataset=RPNSamples(rows, llava),
+        eval_dataset=RPNSamples(held_out, llava) if held_out is not None else None,
+        compute_metrics=MapMetrics() if held_out is not None else None,
         data_collator=collate,
     )
-    result = trainer.train()
-    rpn.facts |= {
-        "samples": len(rows),
+    last = last_checkpoint(Path(str(arguments.output_dir)))
+    if last is not None:
+        tell(f"going on from {last}")
+    result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    measured = trainer.evaluate() if held_out is not None else {}
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.is_world_process_zero() and state:
+        weights = {name.removeprefix("rpn."): tensor for name, tensor in state.items()}
+        rpn.to("cpu").load_state_dict(weights)
+    rpn.facts |= _facts(trainer, len(rows), result) | _held_out_facts(measured, held_out)
+    return rpn.facts
+
+
+def _facts(trainer: Trainer, samples: int, result: Any) -> dict[str, Any]:
+    arguments = trainer.args
+    accumulated = arguments.gradient_accumulation_steps * arguments.world_size
+    return {
+        "samples": samples,
         "steps": result.global_step,
+        "epochs": round(trainer.state.epoch or 0, 3),
         "final loss": round(_last_loss(trainer), 4),
         "learning rate": arguments.learning_rate,
-        "batch size": arguments.train_batch_size * arguments.gradient_accumulation_steps,
+        "batch size": arguments.train_batch_size * accumulated,
         "seed": arguments.seed,
         "seconds": round(result.metrics["train_runtime"], 1),
     }
-    return rpn.facts
+
+
+def _held_out_facts(measured: Mapping[str, float], held_out: Any) -> dict[str, Any]:
+    if not measured:
+        return {}
+    names = {"loss": "loss", "average_precision": "average precision", "iou": "IoU"}
+    return {"held-out samples": len(held_out)} | {
+        f"held-out {said}": round(measured[f"eval_{name}"], 4) for name, said in names.items()
+    }
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder; one that was cut off while written is passed by."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
+    whole = [path for path in whole if _is_whole(path)]
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        TrainerState.load_from_json(str(folder / STATE_FILE))
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def _last_loss(trainer: Trainer) -> float:

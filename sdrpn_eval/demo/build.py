@@ -1,7 +1,8 @@
 """Make the embedded model, benchmark and table anew: `python -m sdrpn_eval.demo.build`.
 
 Seeded, one command, in this order: train the tiny LLaVA (stages 0 and 1), draw the benchmark,
-distil the RPN from the model's own attention (stages 2 and 3), score every proposer.
+distil the RPN from the model's own attention with the commands that anyone trains with (stages 2
+and 3), score every proposer.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ def build(out: Path, seed: int) -> None:
     model, benchmark = out / "tiny", out / "data" / "tiny_vstar.parquet"
     train_tiny.train(model, seed=seed)
     make_benchmark.write(make_benchmark.benchmark_rows(make_benchmark.IMAGES), benchmark)
-    rpn, facts = train_rpn.distil(model, seed=seed)
-    rpn.half().save_pretrained(model / "rpn")
+    facts = train_rpn.distil(model, out / "distil", model / "rpn", seed=seed)
     result = score.score(model, benchmark)
     result["labels_and_rpn"] = facts
     result["build_minutes"] = round((time.monotonic() - started) / 60, 1)

@@ -132,15 +132,10 @@ def two_view_batch(
     return Batch(np.stack(views), torch.tensor(keep), *turns.of(asked))
 
 
-def batch_logits(
-    model: LlavaForConditionalGeneration, turns: Turns, batch: Batch, *, attentions: bool = False
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Logits of the response tokens and </s>, (n, k, 3, vocabulary), and attention if asked for."""
+def batch_logits(model: LlavaForConditionalGeneration, turns: Turns, batch: Batch) -> torch.Tensor:
+    """Logits of the response tokens and </s>: (n, k, 3, vocabulary)."""
     tokens = encode(
         model, pixel_values(batch.views.reshape(-1, *batch.views.shape[2:]), turns.processor)
     )
     tokens = tokens.view(len(batch.views), -1, tokens.shape[-1])
-    logits, rows = answer_logits(
-        model, turns.prefix, tokens, batch.keep, batch.turns, attentions=attentions
-    )
-    return logits[:, :, -3:], rows
+    return answer_logits(model, turns.prefix, tokens, batch.keep, batch.turns)[:, :, -3:]

@@ -9,7 +9,6 @@ size of a disc says nothing about its fineness. All patterns have the same mean 
 from __future__ import annotations
 
 import io
-import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -18,57 +17,29 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-SCENE_SIDE = 448
+from sdrpn.distill import probes
+from sdrpn.distill.probes import COARSE_PERIOD, COLOURS, PATTERNS, PixelBox, disc_cover
+
+SCENE_SIDE = probes.SIDE
 VIEW_SIDE = 112
 GRID = 8
 CELL = SCENE_SIDE // GRID
 WHOLE = (0, 0, SCENE_SIDE, SCENE_SIDE)
-
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (225, 35, 35),
-    "green": (35, 170, 50),
-    "blue": (50, 90, 240),
-    "yellow": (240, 225, 45),
-    "purple": (150, 50, 190),
-    "orange": (245, 140, 25),
-    "cyan": (40, 210, 220),
-    "pink": (250, 140, 195),
-}
-PATTERNS = ("level", "upright", "rising", "falling", "checked", "dotted")
-RADIUS = (22.0, 49.0)
-COARSE_PERIOD = (15.0, 18.0)
 FINE_PERIOD = (5.0, 6.2)
-DARK = 0.35
 READABLE_PERIOD = 2.6
 """Shortest period, in pixels of a 112 px view, that training asks the vision tower to name."""
-
-QUESTION = "what pattern is on the {colour} disc ?"
+QUESTION = probes.QUESTION
 RESPONSE = "{colour} {pattern}"
-PixelBox = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Disc:
-    """One disc; centre and radius in scene pixels, period of its pattern in scene pixels."""
-
-    colour: str
-    pattern: str
-    fine: bool
-    centre: tuple[float, float]
-    radius: float
-    period: float
+class Disc(probes.Disc):
+    """A disc of a scene: coarse or fine, with the answer that the tiny model is taught."""
 
     @property
-    def box(self) -> PixelBox:
-        """The disc's bounding box, half-open (x0, y0, x1, y1) in scene pixels."""
-        (x, y), r = self.centre, self.radius
-        low, high = math.floor, math.ceil
-        return low(x - r), low(y - r), high(x + r) + 1, high(y + r) + 1
-
-    @property
-    def question(self) -> str:
-        """The question that asks for this disc's pattern."""
-        return QUESTION.format(colour=self.colour)
+    def fine(self) -> bool:
+        """Whether the first look cannot show its pattern."""
+        return self.period <= FINE_PERIOD[1]
 
     @property
     def response(self) -> str:
@@ -85,84 +56,14 @@ class Scene:
     discs: tuple[Disc, ...]
 
 
-def _ground(rng: np.random.Generator) -> np.ndarray:
-    """A smooth ground of 7 x 7 subdued colours, float32 (448, 448, 3)."""
-    knots = rng.uniform(40, 215, (7, 7, 3))
-    knots = 0.45 * knots + 0.55 * knots.mean(axis=2, keepdims=True)
-    small = Image.fromarray(knots.astype(np.uint8))
-    return np.asarray(small.resize((SCENE_SIDE, SCENE_SIDE), Image.Resampling.BICUBIC))
-
-
-def _wave(position: np.ndarray, period: float, phase: float) -> np.ndarray:
-    return np.sin(2 * math.pi * position / period + phase)
-
-
-def _texture(
-    pattern: str, x: np.ndarray, y: np.ndarray, period: float, phase: tuple[float, float]
-) -> np.ndarray:
-    """Brightness in [0, 1], mean about a half, of `pattern` at the pixel positions x and y."""
-    along, across, half = (x + y) / math.sqrt(2), (x - y) / math.sqrt(2), math.sqrt(2)
-    if pattern == "level":
-        wave = _wave(y, period, phase[0])
-    elif pattern == "upright":
-        wave = _wave(x, period, phase[0])
-    elif pattern == "rising":
-        wave = _wave(along, period, phase[0])
-    elif pattern == "falling":
-        wave = _wave(across, period, phase[0])
-    elif pattern == "checked":  # its diagonal waves have the period that the stripes have
-        wave = 1.6 * _wave(x, period * half, phase[0]) * _wave(y, period * half, phase[1])
-    elif pattern == "dotted":  # round dots of half the area
-        shift = period / (2 * math.pi)
-        from_dot = [
-            (p + a * shift) % period - period / 2 for p, a in ((x, phase[0]), (y, phase[1]))
-        ]
-        return np.clip(0.4 * period - np.hypot(*from_dot) + 0.5, 0, 1)
-    else:
-        raise ValueError(f"unknown pattern {pattern!r}; use one of {', '.join(PATTERNS)}")
-    return 0.5 + 0.5 * np.clip(2.0 * wave, -1, 1)
-
-
-def _paint(canvas: np.ndarray, disc: Disc, rng: np.random.Generator) -> None:
-    """Draw `disc` on `canvas`, uint8 (448, 448, 3), in place."""
-    x0, y0, x1, y1 = disc.box
-    ys, xs = np.mgrid[y0:y1, x0:x1].astype(np.float32)
-    phase = tuple(rng.uniform(0, 2 * math.pi, 2))
-    bright = _texture(disc.pattern, xs, ys, disc.period, phase)
-    colour = np.asarray(COLOURS[disc.colour]) + rng.uniform(-10, 10, 3)
-    fill = (DARK + (1 - DARK) * bright)[..., None] * np.clip(colour, 0, 255)
-    distance = np.hypot(xs - disc.centre[0], ys - disc.centre[1])
-    cover = np.clip(disc.radius + 0.5 - distance, 0, 1)[..., None]
-    patch = canvas[y0:y1, x0:x1]
-    canvas[y0:y1, x0:x1] = (cover * fill + (1 - cover) * patch + 0.5).astype(np.uint8)
-
-
-def _place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-    """Centres and radii of `count` discs (or as many as found room) that do not touch."""
-    placed: list[tuple[float, float, float]] = []
-    for _ in range(60 * count):
-        if len(placed) == count:
-            break
-        r = rng.uniform(*RADIUS)
-        x, y = rng.uniform(r + 3, SCENE_SIDE - r - 3, 2)
-        if all(math.hypot(x - a, y - b) > r + c + 5 for a, b, c in placed):
-            placed.append((float(x), float(y), float(r)))
-    return placed
-
-
 def make_scene(rng: np.random.Generator, fine_share: float = 0.4) -> Scene:
     """Draw one scene; each disc is fine with probability `fine_share`."""
-    places = _place(rng, int(rng.integers(3, 7)))
-    colours = rng.permutation(list(COLOURS))
-    canvas = _ground(rng).copy()
-    discs = []
-    for colour, (x, y, r) in zip(colours, places, strict=False):
-        fine = bool(rng.random() < fine_share)
-        period = float(rng.uniform(*(FINE_PERIOD if fine else COARSE_PERIOD)))
-        disc = Disc(str(colour), str(rng.choice(PATTERNS)), fine, (x, y), r, period)
-        _paint(canvas, disc, rng)
-        discs.append(disc)
-    return Scene(canvas, full_view(canvas), tuple(discs))
+
+    def period(rng: np.random.Generator) -> float:
+        return float(rng.uniform(*(FINE_PERIOD if rng.random() < fine_share else COARSE_PERIOD)))
+
+    canvas, drawn = probes.draw(rng, period)
+    return Scene(canvas, full_view(canvas), tuple(Disc(**vars(disc)) for disc in drawn))
 
 
 def webp_bytes(image: np.ndarray, quality: int) -> bytes:
@@ -251,14 +152,7 @@ def random_zoom_box(rng: np.random.Generator, disc: Disc) -> PixelBox:
 
 def patch_covers(discs: tuple[Disc, ...], box: PixelBox) -> np.ndarray:
     """The share of each patch of the view of `box` that each disc covers: (discs, 8, 8)."""
-    x0, y0, x1, y1 = box
-    steps = (np.arange(4 * GRID) + 0.5) / (4 * GRID)
-    xs, ys = x0 + steps * (x1 - x0), y0 + steps * (y1 - y0)
-    covers = np.zeros((len(discs), GRID, GRID))
-    for i, disc in enumerate(discs):
-        inside = np.hypot(xs[None] - disc.centre[0], ys[:, None] - disc.centre[1]) < disc.radius
-        covers[i] = inside.reshape(GRID, 4, GRID, 4).mean(axis=(1, 3))
-    return covers
+    return np.stack([disc_cover(disc, box, GRID) for disc in discs])
 
 
 def patch_labels(discs: tuple[Disc, ...], box: PixelBox) -> tuple[np.ndarray, np.ndarray]:

@@ -151,17 +151,13 @@ def answer_logits(
     image_tokens: torch.Tensor,
     keep: torch.Tensor,
     turns: torch.Tensor,
-    *,
-    attentions: bool = False,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Hidden logits after every turn token, each turn on its own over one shared prefix.
+) -> torch.Tensor:
+    """Logits after every turn token, each turn on its own over one shared prefix.
 
     prefix: the ids before the image. image_tokens: (n, t, hidden); keep: bool (n, t), tokens that
     are false are left out and positions are counted through as if they were not there. turns:
     (n, k, m) ids that follow the image; the k turns of a sample do not see one another, so each is
-    what the model would meet as a prompt of its own. Returns logits (n, k, m, vocabulary) and,
-    when asked for, the attention of the turn tokens to the image tokens: (n, k, m, heads, t) for
-    every layer (this needs the eager attention).
+    what the model would meet as a prompt of its own. Returns logits (n, k, m, vocabulary).
     """
     n, t = keep.shape
     k, m = turns.shape[1:]
@@ -185,13 +181,6 @@ def answer_logits(
         attention_mask=mask,
         position_ids=positions,
         use_cache=False,
-        output_attentions=attentions,
     )
     hidden = out.last_hidden_state[:, p + t :].unflatten(1, (k, m))
-    rows = ()
-    if attentions:
-        rows = tuple(
-            a[:, :, p + t :, p : p + t].permute(0, 2, 1, 3).unflatten(1, (k, m))
-            for a in out.attentions
-        )
-    return model.lm_head(hidden), rows
+    return model.lm_head(hidden)

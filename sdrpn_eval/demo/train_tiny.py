@@ -22,7 +22,6 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from sdrpn_eval.demo import scenes as sc
-from sdrpn_eval.demo.probe import choose_heads, probe_heads
 from sdrpn_eval.demo.samples import (
     Batch,
     Turns,
@@ -39,7 +38,7 @@ from sdrpn_eval.demo.tiny_model import (
     pixel_values,
 )
 
-VISION_POOL, LANGUAGE_POOL, HELD_OUT_POOL, PROBE_POOL = range(4)
+VISION_POOL, LANGUAGE_POOL, HELD_OUT_POOL = range(3)
 """Second number of a scene pool's seed: the pools of one run share no scene."""
 VISION_STEPS, LANGUAGE_STEPS = 300, 800
 POOL = 5000
@@ -139,7 +138,7 @@ def train_language(
         count = sum(int((b.targets >= 0).sum()) for b in batches)
         total = 0.0
         for batch in batches:
-            logits, _ = batch_logits(model, turns, batch)
+            logits = batch_logits(model, turns, batch)
             loss = F.cross_entropy(logits.flatten(0, 2), batch.targets.flatten(), reduction="sum")
             (loss / count).backward()
             total += loss.item() / count
@@ -169,7 +168,7 @@ def evaluate(
             ]
             keep = torch.ones(len(some), sc.GRID**2 * len(views[0]), dtype=torch.bool)
             batch = Batch(np.array(views), keep, *turns.of([[d] for _, d in some]))
-            logits, _ = batch_logits(model, turns, batch)
+            logits = batch_logits(model, turns, batch)
             hits = (logits.argmax(-1) == batch.targets).all(-1)[:, 0]
             for (_, disc), hit in zip(some, hits, strict=True):
                 right.setdefault(f"{kind}_{'fine' if disc.fine else 'coarse'}", []).append(
@@ -178,17 +177,11 @@ def evaluate(
     return {name: float(np.mean(hits)) for name, hits in sorted(right.items())}
 
 
-def save(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    facts: dict[str, Any],
-    out: Path,
-) -> None:
-    """Write float16 weights, the processor and `training.json` to the folder `out`."""
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
+    """Write float16 weights and the processor to the folder `out`; the model keeps their values."""
     model.half().save_pretrained(out)
     model.float()
     processor.save_pretrained(out)
-    (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def train(
@@ -199,7 +192,7 @@ def train(
     language_steps: int = LANGUAGE_STEPS,
     pool: int = POOL,
 ) -> None:
-    """Both stages and the probe; leaves the model and `training.json` in the folder `out`."""
+    """Both stages; leaves the model and `training.json` in the folder `out`."""
     start = time.monotonic()
     torch.manual_seed(seed)
     processor = build_processor()
@@ -229,11 +222,8 @@ def train(
         seed=seed,
     )
     clock("language")
-    facts["probe"] = probe_heads(model, turns, scenes(PROBE_POOL, 200, WEBP_SHARE))
-    facts["grounding_heads"] = choose_heads(facts["probe"])
-    clock("probe")
-    save(model, processor, facts, out)
-    print(f"grounding heads (layer: heads): {facts['grounding_heads']}")
+    save(model, processor, out)
+    (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(f"held out: {facts['language'][-1]}")
     print(f"saved to {out} after {time.monotonic() - start:.0f} s")
 

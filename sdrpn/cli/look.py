@@ -1,4 +1,4 @@
-"""The command line: `sdrpn look` shows what the model sees."""
+"""`sdrpn look`: what the model sees, as a picture and as text."""
 
 from __future__ import annotations
 
@@ -6,46 +6,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from PIL import Image, UnidentifiedImageError
-from rich.console import Console
+from PIL import Image
 
 from sdrpn import names
+from sdrpn.cli.shared import MODEL_HELP, errors_as_sentences, open_image, say
 from sdrpn.config import POLICIES, PROPOSERS
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    help="A second, closer look for LLaVA-1.5. Evaluate with: lmms-eval --model llava_sdrpn ...",
-)
-console = Console()
 
-
-@app.callback()
-def _root() -> None:
-    """Keeps `look` a subcommand while it is the only one."""
-
-
-def _fail(message: str) -> typer.Exit:
-    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False)
-    return typer.Exit(2)
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except FileNotFoundError:
-        raise _fail(f"there is no image at {path}") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise _fail(f"{path} cannot be read as an image: {error}") from None
-
-
-@app.command()
 def look(
     image: Annotated[Path, typer.Argument(help="An image file.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
-    model: Annotated[
-        str, typer.Option(help="LLaVA-1.5: a folder, a hub id, or `tiny`, the embedded toy.")
-    ] = "llava-hf/llava-1.5-7b-hf",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = names.LLAVA_7B,
     rpn: Annotated[
         str | None, typer.Option(help="RPN: a folder or a hub id; `tiny` brings its own.")
     ] = None,
@@ -63,14 +34,12 @@ def look(
 
     Example: sdrpn look scene.png "what pattern is on the red disc ?" --model tiny
     """
-    picture = _open(image)
-    try:
+    picture = open_image(image)
+    hint = "" if model in names.known() else "\nFor a first try without weights: --model tiny"
+    with errors_as_sentences(hint):
         text, path = _look(picture, question, model, rpn, out, proposer, threshold, policy, dtype)
-    except (OSError, ValueError) as error:
-        hint = "" if model in names.known() else "\nFor a first try without weights: --model tiny"
-        raise _fail(f"{error}{hint}") from None
-    console.print(text, highlight=False, markup=False)
-    console.print(f"picture: {path}", highlight=False, markup=False)
+    say(text)
+    say(f"picture: {path}")
 
 
 def _look(
@@ -90,6 +59,8 @@ def _look(
     from sdrpn.draw import Card, sheet
     from sdrpn.zoom import Question, ZoomLlava
 
+    if proposer == "rpn":
+        rpn = rpn or names.PUBLISHED_RPN.get(model)
     folder, network = names.resolve(model, rpn)
     zoom = ZoomLlava.from_pretrained(folder, network, proposer=proposer, dtype=dtype)
     chosen = {"threshold": threshold, "policy": policy}

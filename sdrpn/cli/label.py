@@ -1,0 +1,167 @@
+"""`sdrpn label` and `sdrpn relabel`: pseudo-labels from the model's own attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdrpn import names
+from sdrpn.cli.shared import MODEL_HELP, errors_as_sentences, say
+from sdrpn.config import LabelConfig
+
+
+def label(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="LLaVA's conversation JSON, JSON lines (`image`, `question`), or a `datasets` set "
+            "(.parquet, a saved folder, a hub id) with columns `image` and `question`."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the labels; a begun one is gone on with.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = names.LLAVA_7B,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that the image paths in DATA start from.")
+    ] = None,
+    subset: Annotated[
+        str, typer.Option(help="Only images below these folders, such as gqa,ocr_vqa.")
+    ] = "",
+    samples: Annotated[int | None, typer.Option(help="So many questions, drawn at random.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides which samples, and the preview.")] = 0,
+    heads: Annotated[
+        Path | None,
+        typer.Option(help="Heads that point, from `sdrpn heads`; the published ones for 7B, 13B."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time, each process.")] = 16,
+    shard_size: Annotated[
+        int, typer.Option(help="Questions a file: what is redone at most.")
+    ] = 512,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    preview: Annotated[int, typer.Option(help="Draw so many samples to OUT/preview.png.")] = 0,
+) -> None:
+    """Let the frozen model answer, and keep where its answers looked: labels without annotation.
+
+    Example: sdrpn label --data llava_v1_5_mix665k.json --images images/ --subset gqa,ocr_vqa
+    --samples 10000 --out labels/
+
+    Several GPUs: accelerate launch -m sdrpn.cli label ...  Stopped at any moment, the same command
+    goes on where it was. OUT/summary.json tells what was kept and why the rest was not.
+    """
+    # Imported here, so that --help and a wrong path answer at once.
+    with errors_as_sentences():
+        if images is not None and not images.is_dir():
+            raise ValueError(
+                f"there is no folder {images}; give the one the image paths start from"
+            )
+        from accelerate import PartialState
+
+        from sdrpn.distill.labelling import LabelJob
+        from sdrpn.distill.questions import fingerprint, read_items
+        from sdrpn.fingerprint import base_hash
+
+        chosen = [name.strip() for name in subset.split(",") if name.strip()]
+        items = read_items(data, subset=chosen, samples=samples, seed=seed)
+        embedded = all(item.content for item in items)
+        if images is None and not embedded:
+            raise ValueError(f"{data} names image files: give their folder with --images")
+        state = PartialState()
+        zoom = _engine(model, heads, dtype, state.device)
+        job = LabelJob(
+            zoom,
+            items,
+            out,
+            images=None if embedded else images,
+            batch_size=batch_size,
+            shard_size=shard_size,
+            about={
+                "model": model,
+                "model_hash": base_hash(zoom.llava, zoom.llava.num_layers),
+                "dtype": str(zoom.llava.dtype).removeprefix("torch."),
+                "data": data,
+                "data_hash": fingerprint(items),
+            },
+        )
+        job.run()
+        if state.is_main_process:
+            _finish(out, preview, seed)
+
+
+def _engine(model: str, heads: Path | None, dtype: str, device: Any) -> Any:
+    from sdrpn.distill.heads import load_label_config
+    from sdrpn.rpn import RPN
+    from sdrpn.zoom import ZoomLlava
+
+    folder, rpn = names.resolve(model, None)
+    labels = load_label_config(heads) if heads else None
+    if labels is None and rpn:
+        labels = RPN.from_pretrained(rpn).config.labels
+    zoom = ZoomLlava.from_pretrained(
+        folder, proposer="none", labels=labels, dtype=dtype, device=device
+    )
+    zoom.llava.name = model
+    if zoom.models.labels is None:
+        raise ValueError(
+            f"which attention heads of {model} point at the answer is not known: find them with "
+            f"`sdrpn heads --model {model} --out heads/` and pass --heads heads/heads.json"
+        )
+    return zoom
+
+
+def _finish(out: Path, preview: int, seed: int) -> None:
+    """Write and print the summary; ValueError where too many images could not be used."""
+    from sdrpn.distill import labelling
+    from sdrpn.distill.claim import write_json
+    from sdrpn.distill.dataset import SUMMARY_FILE
+
+    found = labelling.report(out)
+    write_json(out / SUMMARY_FILE, found)
+    say(f"{found['kept']} of {found['questions']} questions gave labels")
+    for reason, count in found["ignored"].items():
+        say(f"  ignored, {reason}: {count}")
+    say(f"mean foreground share of the kept: {found['mean_foreground_share']:.1%}")
+    if preview and found["kept"]:
+        say(f"preview: {labelling.preview(out, preview, seed)}")
+    say(f"labels: {out}")
+    if found["bad_image_share"] > labelling.MAX_BAD_SHARE:
+        raise ValueError(
+            f"{found['bad_image_share']:.1%} of the images could not be used; see the reasons "
+            f"above and in {out / SUMMARY_FILE}, and check --images"
+        )
+
+
+def relabel(
+    labels: Annotated[Path, typer.Argument(help="A finished folder of `sdrpn label`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new labels.")],
+    sink_threshold: Annotated[float | None, typer.Option(help="From here on it is a sink.")] = None,
+    foreground: Annotated[float | None, typer.Option(help="Share of the maximum.")] = None,
+    background: Annotated[float | None, typer.Option(help="Share of the maximum.")] = None,
+    max_box_fraction: Annotated[
+        float | None, typer.Option(help="A foreground box of this share of the grid is too much.")
+    ] = None,
+    max_components: Annotated[
+        int | None, typer.Option(help="Foreground at more places than this is dropped.")
+    ] = None,
+) -> None:
+    """Make labels anew from the kept maps, with other thresholds and without the model.
+
+    Example: sdrpn relabel labels/ --out labels-strict/ --foreground 0.3
+    """
+    given = {
+        "sink_threshold": sink_threshold,
+        "foreground": foreground,
+        "background": background,
+        "max_box_fraction": max_box_fraction,
+        "max_components": max_components,
+    }
+    changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    with errors_as_sentences():
+        from sdrpn.distill.dataset import read_settings
+        from sdrpn.distill.labelling import relabel as run
+
+        earlier = LabelConfig.from_dict(read_settings(labels)["labels"])
+        run(labels, out, replace(earlier, **changes))
+        say(f"changed: {changes or 'nothing'}")
+        _finish(out, preview=0, seed=0)

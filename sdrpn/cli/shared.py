@@ -1,0 +1,46 @@
+"""What the commands share: the console, errors of one sentence, files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.text import Text
+
+MODEL_HELP = "LLaVA-1.5: a folder, a hub id, or `tiny`, the embedded toy."
+
+console = Console()
+
+
+def fail(message: str) -> typer.Exit:
+    """Say on stderr what was wrong; raise what returns, and the command ends with 2."""
+    text = Text.assemble(("error: ", "bold red"), message)
+    Console(stderr=True).print(text, soft_wrap=True)
+    return typer.Exit(2)
+
+
+@contextmanager
+def errors_as_sentences(hint: str = "") -> Iterator[None]:
+    """Wrong values and files end the command with what they say, and a hint; no traceback."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise fail(f"{error}{hint}") from None
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file as RGB; ends the command with a sentence that names the file."""
+    # Imported here, so that --help answers at once.
+    from sdrpn.images import load_image
+
+    with errors_as_sentences():
+        return load_image(path)
+
+
+def say(text: str) -> None:
+    """Print a line as it stands."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,153 @@
+"""`sdrpn train`: from labels to an RPN checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdrpn import names
+from sdrpn.cli.shared import MODEL_HELP, errors_as_sentences, say
+from sdrpn.config import LabelConfig, ZoomConfig
+
+CHECKPOINTS = "checkpoints"
+
+
+def train(
+    context: typer.Context,
+    labels: Annotated[Path, typer.Option(help="A finished folder of `sdrpn label`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the RPN; a begun one is gone on with.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = names.LLAVA_7B,
+    images: Annotated[
+        Path | None, typer.Option(help="Image folder, where it is no longer where it was labelled.")
+    ] = None,
+    branch_layer: Annotated[int, typer.Option(help="B: backbone layers below the RPN.")] = 15,
+    depth: Annotated[int, typer.Option(help="R: R-1 decoder layers and the map head.")] = 3,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the images kept back to measure on; 0 for none.")
+    ] = 0.02,
+    samples: Annotated[
+        int | None, typer.Option(help="Train on so many labels only, drawn at random.")
+    ] = None,
+    global_batch: Annotated[
+        int, typer.Option(help="Questions a step over all processes, by accumulation.")
+    ] = 512,
+    zoom: Annotated[
+        str,
+        typer.Option(help="Zoom settings to note in the RPN: threshold=0.1,policy=strongest,..."),
+    ] = "",
+    dtype: Annotated[
+        str, typer.Option(help="Of the frozen model: auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    save_dtype: Annotated[
+        str, typer.Option(help="Of the saved RPN; auto: bfloat16 on a GPU, else float32.")
+    ] = "auto",
+) -> None:
+    """Train an RPN on labels, with the published hyper-parameters unless told otherwise.
+
+    Every field of transformers' TrainingArguments can be set too, such as --learning_rate 1e-4,
+    --per_device_train_batch_size 8, --max_steps 100, --report_to wandb, --bf16 false.
+
+    Example: sdrpn train --labels labels/ --out rpn-7b/
+
+    Several GPUs: accelerate launch -m sdrpn.cli train ...  Stopped at any moment, the same command
+    goes on from its last checkpoint; --resume_from_checkpoint is not needed.
+    """
+    with errors_as_sentences():
+        # Imported here, so that --help and a wrong path answer at once.
+        from sdrpn.distill.claim import claim, write_json
+        from sdrpn.distill.dataset import LabelledImages, image_root, load_labels, read_settings
+
+        settings = read_settings(labels)
+        rows = LabelledImages(load_labels(labels), image_root(labels, images))
+        noted = ZoomConfig.from_text(zoom)
+        arguments = training_arguments(
+            context.args, out / CHECKPOINTS, global_batch, measured=held_out > 0
+        )
+        from sdrpn.distill.split import split_by_image
+        from sdrpn.distill.train import train as run
+        from sdrpn.llava import Llava
+        from sdrpn.rpn import RPN
+
+        trained, kept_back = split_by_image(rows, held_out, samples, arguments.seed)
+        folder, _ = names.resolve(model, None)
+        layers = branch_layer + depth
+        llava = Llava.load(folder, dtype=dtype, device=arguments.device, num_layers=layers)
+        llava.name = model
+        check_same_grid(llava, settings, labels)
+        made = LabelConfig.from_dict(settings["labels"])
+        rpn = RPN.from_backbone(llava, branch_layer, depth, zoom=noted, labels=made)
+        if arguments.process_index == 0:
+            chosen = {
+                "model": model,
+                "base_hash": rpn.config.base_hash,
+                "labels": settings.get("data_hash"),
+                "made_by": settings["labels"],
+                "branch_layer": branch_layer,
+                "depth": depth,
+                "held_out": held_out,
+                "samples": samples,
+                "global_batch": global_batch,
+                "arguments": context.args,
+            }
+            claim(out / CHECKPOINTS / "settings.json", chosen)
+        facts = run(llava, rpn, trained, arguments, held_out=kept_back, tell=say)
+        rpn.facts = {"labels": settings.get("data", str(labels)), **facts}
+        if arguments.process_index == 0:
+            rpn.to(pick_save_dtype(save_dtype, arguments.device.type)).save_pretrained(out)
+            write_json(out / "training.json", rpn.facts)
+            for name, value in rpn.facts.items():
+                say(f"{name}: {value}")
+            say(f"RPN: {out}")
+
+
+def training_arguments(more: list[str], out: Path, global_batch: int, measured: bool) -> Any:
+    """The published hyper-parameters, then what the command line says, as TrainingArguments."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    from sdrpn.distill.train import defaults
+
+    kind: Any = TrainingArguments
+    parser = HfArgumentParser(kind, prog="sdrpn train", add_help=False)
+    given = {word.lstrip("-").split("=")[0] for word in more if word.startswith("--")}
+    wanted = {"output_dir": str(out), **defaults(measured)}
+    words = [w for k, v in wanted.items() if k not in given for w in (f"--{k}", str(v))]
+    try:
+        (arguments,) = parser.parse_args_into_dataclasses([*words, *more], look_for_args_file=False)
+    except SystemExit:
+        raise ValueError(
+            f"not all of {' '.join(more)} is known: give options of `sdrpn train --help` or fields "
+            "of transformers' TrainingArguments"
+        ) from None
+    if "gradient_accumulation_steps" not in given:
+        at_once = arguments.per_device_train_batch_size * arguments.world_size
+        if global_batch % at_once:
+            raise ValueError(
+                f"global_batch {global_batch} is no multiple of the {at_once} questions that "
+                f"{arguments.world_size} process(es) take at once; set "
+                "--per_device_train_batch_size or --global-batch"
+            )
+        arguments.gradient_accumulation_steps = global_batch // at_once
+    return arguments
+
+
+def check_same_grid(llava: Any, settings: dict[str, Any], labels: Path) -> None:
+    """Refuse labels of another grid of image tokens than the model's."""
+    cells = settings.get("image_tokens")
+    if cells != llava.image_tokens:
+        raise ValueError(
+            f"{labels} labels {cells} image tokens, {llava.name} has {llava.image_tokens}: label "
+            "with this model"
+        )
+
+
+def pick_save_dtype(name: str, device: str) -> Any:
+    """torch's dtype; `auto` is bfloat16 where training ran on a GPU."""
+    from sdrpn.llava import DTYPES
+
+    if name == "auto":
+        name = "float32" if device == "cpu" else "bfloat16"
+    if name not in DTYPES:
+        raise ValueError(f"save_dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]

@@ -1,0 +1,231 @@
+"""A LLaVA-1.5 in its authors' layout, or a LoRA fine-tune of one, -> the Hugging Face layout."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from sdrpn.convert import lora
+from sdrpn.convert.checkpoint import Source, Weights, reason
+from sdrpn.convert.published import LLAVA_TYPES, tower_of
+from sdrpn.convert.tokenizer import read_tokenizer
+from sdrpn.convert.weight_maps import Names, base_names, rename, require
+from sdrpn.llava import IMAGE_TOKEN
+
+SHARD = "5GB"
+VOCABULARY_MULTIPLE = 64
+"""The vocabulary grows to a multiple of this, as in the published conversions: 32000 -> 32064."""
+
+TEXT_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+)
+"""What config.json says of the language model, under the names that transformers still uses."""
+
+LIKE_LLAVA15: Mapping[str, Any] = {
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_feature": "patch",
+    "mm_use_im_start_end": False,
+    "tie_word_embeddings": False,
+}
+"""Settings that make a LLaVA a 1.5; one with others computes something else."""
+
+TOWER_PREFIX = "model.vision_tower."
+
+
+def convert_base(
+    source: str, out: Path, *, base: str | None = None, vision_tower: str | None = None
+) -> None:
+    """Write a folder that transformers and `Llava.load` read: model, tokenizer, image processor.
+
+    source: folder or hub id. base: for a LoRA fine-tune, what it was trained on. vision_tower: the
+    CLIP's folder or hub id, where config.json names one that is not to be had. Raises ValueError
+    or FileNotFoundError that names what is missing or does not fit.
+    """
+    folder = Source(source)
+    # The dear part last: everything that can be missing is asked for first.
+    tokenizer = read_tokenizer(folder, base)
+    config = read_config(folder)
+    tower = vision_tower or tower_of(config, folder)
+    images = _from_tower(CLIPImageProcessor, tower)
+    model = read_base(source, base=base, vision_tower=vision_tower)
+    grow_vocabulary(model, tokenizer)
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=model.config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out, max_shard_size=SHARD)
+    processor.save_pretrained(out)
+
+
+def read_base(source: str, *, base: str | None = None, vision_tower: str | None = None) -> Any:
+    """The model, weights and all, with the vocabulary it came with; arguments as in convert_base.
+
+    Returns a LlavaForConditionalGeneration on the CPU, in the checkpoint's own precision.
+    """
+    folder = Source(source)
+    own = read_config(folder)
+    tower = vision_tower or tower_of(own, folder)
+    config: Any = _model_config(own, _from_tower(CLIPVisionConfig, tower), folder)
+    layers = config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers
+    depth = own.get("twig_T")
+    names = base_names(*layers, rpn_depth=depth if isinstance(depth, int) else 0)
+    tensors = _tensors(folder, base, names)
+    ours = {to: tensors[name] for name, to in rename(tensors, names, source).items()}
+    if not any(name.startswith(TOWER_PREFIX) for name in ours):
+        ours |= _tower_tensors(tower)
+    with init_empty_weights():
+        model = LlavaForConditionalGeneration(config)
+    _check(ours, model.state_dict(), names, source)
+    dtype = _main_dtype(ours)
+    model.load_state_dict({k: t.to(dtype) for k, t in ours.items()}, assign=True)
+    model.config.dtype = dtype
+    return model.eval()
+
+
+def read_config(folder: Source) -> dict[str, Any]:
+    """config.json of an original-layout LLaVA-1.5; ValueError says what else it is."""
+    config = folder.config("a LLaVA in the original layout")
+    if "mm_vision_tower" not in config or config.get("model_type") not in LLAVA_TYPES:
+        there = (
+            "is already in the Hugging Face layout"
+            if "vision_config" in config
+            else (
+                f"is no LLaVA in the original layout but {config.get('model_type')!r}, without "
+                "mm_vision_tower in its config.json"
+            )
+        )
+        raise ValueError(f"{folder.name} {there}")
+    for key, value in LIKE_LLAVA15.items():
+        if config.get(key, value) != value:
+            raise ValueError(
+                f"{folder.name} is not a LLaVA-1.5: {key} is {config[key]!r}, not {value!r}"
+            )
+    return config
+
+
+def _model_config(own: Mapping[str, Any], vision: Any, folder: Source) -> LlavaConfig:
+    text = {key: own[key] for key in TEXT_KEYS if own.get(key) is not None}
+    missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers") if key not in text]
+    if missing:
+        raise ValueError(f"{folder.name}: config.json has no {missing[0]}")
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**text),
+        vision_feature_layer=own.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="default",
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        # Until the vocabulary has one: behind its end, where no text has a token.
+        image_token_index=text["vocab_size"],
+    )
+
+
+def _tensors(folder: Source, base: str | None, names: Names) -> dict[str, Tensor]:
+    """The checkpoint's tensors under its own names, a LoRA fine-tune's merged into its base's."""
+    tuned = lora.is_lora(folder)
+    if tuned and base is None:
+        raise ValueError(
+            f"{folder.name} is a LoRA fine-tune ({lora.CONFIG_FILE} is there): say with --base "
+            "what it was trained on, such as liuhaotian/llava-v1.5-7b"
+        )
+    if base is not None and not tuned:
+        raise ValueError(
+            f"{folder.name} holds no {lora.CONFIG_FILE}: it is no LoRA fine-tune, leave --base out"
+        )
+    weights = Weights(Source(base) if base is not None else folder)
+    tensors = weights.load(rename(weights.names, names, weights.source.name))
+    return lora.merge(tensors, folder) if tuned else tensors
+
+
+def _tower_tensors(tower: str) -> dict[str, Tensor]:
+    """A CLIP's own weights, where a checkpoint brings none, under the names of LLaVA's tower."""
+    model = _from_tower(CLIPVisionModel, tower)
+    state = {name.removeprefix("vision_model."): t for name, t in model.state_dict().items()}
+    return {f"{TOWER_PREFIX}{name}": tensor for name, tensor in state.items()}
+
+
+def _from_tower(kind: Any, tower: str) -> Any:
+    try:
+        return kind.from_pretrained(tower)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the vision tower {tower} cannot be had; give its folder or hub id with "
+            f"--vision-tower ({reason(error)})"
+        ) from None
+
+
+def _check(
+    ours: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: Names, source: str
+) -> None:
+    """Compare with the model's own names and shapes; errors name what the checkpoint calls it."""
+    theirs = {to: name for name, to in names.items() if to is not None}
+    held = {theirs.get(name, name) for name in ours}
+    mend = "; a pruned model is no base: convert the one it was cut from"
+    require(held, (theirs.get(name, name) for name in expected), source, mend)
+    for name, tensor in ours.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{source}: {theirs.get(name, name)} has the shape {list(tensor.shape)}, but "
+                f"config.json asks for {list(expected[name].shape)}"
+            )
+
+
+def _main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The type of most weights: a projector trained in another one is no reason to grow."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype] += tensor.numel()
+    return sizes.most_common(1)[0][0]
+
+
+def grow_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Make room for the tokenizer's image and padding token, as the published conversions do.
+
+    The new rows are the mean of the others, which as a logit is never the largest: no added token
+    is ever the greedy answer.
+    """
+    before = model.config.text_config.vocab_size
+    size = max(before, len(tokenizer))
+    model.resize_token_embeddings(size, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        rows = table.weight.data
+        rows[before:] = rows[:before].float().mean(0).to(rows.dtype)
+    model.config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    for config in (model.config, model.config.text_config, model.generation_config):
+        config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -1,0 +1,205 @@
+"""Weights as others store them: a folder or a hub id, one file or shards, .safetensors or .bin.
+
+Nothing is unpickled freely, and no file is fetched or read that is not asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+CONFIG_FILE = "config.json"
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class Source:
+    """A folder or a repository of the hub, whose files are had one by one.
+
+    download: arguments of hf_hub_download, such as revision. Raises FileNotFoundError for a name
+    that can only be a folder and is none.
+    """
+
+    def __init__(self, name: str, **download: Any) -> None:
+        self.name, self.download = name, download
+        self.folder = Path(name) if Path(name).is_dir() else None
+        self._unreachable = False
+        if self.folder is None and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+            raise FileNotFoundError(f"there is no folder {name}")
+
+    def find(self, file: str) -> Path | None:
+        """Where a file lies, fetched first where that is needed; None where there is none."""
+        if self.folder is not None:
+            path = self.folder / file
+            return path if path.is_file() else None
+        try:
+            return Path(hf_hub_download(self.name, file, **self.download))
+        except LocalEntryNotFoundError:
+            self._unreachable = True
+        except EntryNotFoundError:
+            pass
+        except RepositoryNotFoundError:
+            raise FileNotFoundError(
+                f"{self.name} is no folder, and the hub shows no repository of that name"
+            ) from None
+        except HFValidationError:
+            raise FileNotFoundError(f"{self.name} is neither a folder nor a hub id") from None
+        return None
+
+    def fetch(self, file: str, what: str = "a checkpoint") -> Path:
+        """As `find`; raises FileNotFoundError that names the file where there is none."""
+        path = self.find(file)
+        if path is None:
+            raise self.lacks(file, what)
+        return path
+
+    def lacks(self, files: str, what: str) -> FileNotFoundError:
+        """The error for missing files; says where the hub could not be asked."""
+        if self._unreachable:
+            return FileNotFoundError(
+                f"{self.name} is no folder, and {files} can neither be fetched from the hub nor "
+                "found in its local cache"
+            )
+        return FileNotFoundError(f"{self.name} holds no {files}: it is not {what}")
+
+    def config(self, what: str = "a checkpoint") -> dict[str, Any]:
+        """Its config.json."""
+        return read_object(self.fetch(CONFIG_FILE, what))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises ValueError that names the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}")
+    return values
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an error says, for a sentence of our own."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+class Weights:
+    """The tensors of a checkpoint by name, read from their files when they are asked for.
+
+    files: stems to look for instead of a whole model's, such as adapter_model.safetensors.
+    Raises FileNotFoundError where there are none, ValueError for an index that makes no sense.
+    """
+
+    def __init__(self, source: Source, files: tuple[str, ...] = SINGLE_FILES) -> None:
+        self.source = source
+        self._where = self._from_index() if files is SINGLE_FILES else None
+        if self._where is None:
+            self._where = self._from_single(files)
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._where.keys() if self._where else ()
+
+    def _from_index(self) -> dict[str, str] | None:
+        for file in INDEXES:
+            path = self.source.find(file)
+            if path is not None:
+                return _weight_map(path)
+        return None
+
+    def _from_single(self, files: tuple[str, ...]) -> dict[str, str]:
+        for file in files:
+            path = self.source.find(file)
+            if path is not None:
+                return dict.fromkeys(_names(path), file)
+        looked = (*INDEXES, *files) if files is SINGLE_FILES else files
+        raise self.source.lacks(f"weights ({', '.join(looked)})", "a checkpoint")
+
+    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, on the CPU; touches only the files that hold them."""
+        where = self._where or {}
+        shards: dict[str, list[str]] = {}
+        for name in names:
+            shards.setdefault(where[name], []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for file, inside in shards.items():
+            tensors |= _read(self.source.fetch(file), inside)
+        return tensors
+
+
+def read_all(path: Path) -> dict[str, Tensor]:
+    """Every tensor of one file, on the CPU; raises ValueError that names the file."""
+    return _read(path, _names(path))
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    where = read_object(path).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{path} has no weight_map, which says where each tensor is")
+    for name, file in where.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{path} puts {name} into {file!r}, which is no file beside it")
+    return where
+
+
+def _names(path: Path) -> list[str]:
+    if path.suffix != ".safetensors":
+        return list(_unpickled(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def _read(path: Path, names: list[str]) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        state = _unpickled(path)
+        missing = [name for name in names if name not in state]
+        tensors = {name: state[name] for name in names if name in state}
+    else:
+        held = set(_names(path))
+        missing = [name for name in names if name not in held]
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in names if name in held}
+    if missing:
+        raise ValueError(f"{path} lacks {missing[0]}, which its index puts there")
+    wrong = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if wrong:
+        raise ValueError(
+            f"{path}: {wrong[0]} is {tensors[wrong[0]].dtype}; quantised weights are not read"
+        )
+    return tensors
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """A .bin file's tensors, mapped from the disk where its format allows; never its code."""
+    try:
+        state = _torch_load(path)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many kinds for a file that is broken or hostile
+        raise ValueError(f"{path} is not a file of tensors: {reason(error)}") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} is not a file of tensors by name")
+    return state
+
+
+def _torch_load(path: Path) -> Any:
+    with open(path, "rb") as file:
+        # Files of torch before 1.6 are no zip archives, and only those can be mapped.
+        zipped = file.read(4) == b"PK\x03\x04"
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)

@@ -1,0 +1,167 @@
+"""The pseudo-labels published by the paper's authors, a pickle, -> a folder of labels of ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from sdrpn.config import LABELS_7B, LabelConfig
+from sdrpn.convert import safe_pickle
+from sdrpn.distill.dataset import (
+    SUMMARY_FILE,
+    label_row,
+    load_labels,
+    shard_path,
+    summarise,
+    write_settings,
+    write_shard,
+)
+from sdrpn.distill.pseudo_labels import judge
+from sdrpn.llava import IMAGE_TOKEN
+
+KEYS = ("question_id", "prompt", "text", "image", "sink_attn", "grounding_attn_o2i")
+"""What a record must have (METHOD section 7); more is let be."""
+
+SHARD_SIZE = 4096
+PATCH = 14
+"""Pixels a side of LLaVA-1.5's image tokens."""
+
+
+def convert_labels(
+    file: Path, out: Path, *, images: Path | None = None, config: LabelConfig = LABELS_7B
+) -> dict[str, Any]:
+    """Write a folder of labels as `sdrpn label` does, and return its summary.
+
+    file: a pickle of a list of records with KEYS; read without running what it asks for. images:
+    the folder its image paths start from, noted for training. config: heads for the record and the
+    thresholds that make the labels. Raises ValueError that names the file and the record.
+    """
+    records = safe_pickle.load(file)
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{file} must hold a list of records, got {_kind(records)}")
+    # Under another name until it is whole: a bad record must not leave half a folder.
+    part = out.with_name(f"{out.name}.part{os.getpid()}")
+    part.mkdir(parents=True)
+    try:
+        found = _write(file, records, part, images, config)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return found
+
+
+def _write(
+    file: Path, records: list[Any], out: Path, images: Path | None, config: LabelConfig
+) -> dict[str, Any]:
+    first = f"{file}, record 0"
+    tokens = len(_map(_checked(records[0], first), "sink_attn", first))
+    shards = -(-len(records) // SHARD_SIZE)
+    for k in tqdm(range(shards), desc="Converting", unit="shard", disable=None):
+        numbers = range(len(records))[k * SHARD_SIZE : (k + 1) * SHARD_SIZE]
+        rows = [_row(records[n], f"{file}, record {n}", tokens, images, config) for n in numbers]
+        write_shard(rows, shard_path(out, k, shards))
+    write_settings(out, _settings(file, images, config, len(records), shards, tokens))
+    found = summarise(load_labels(out))
+    (out / SUMMARY_FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def _settings(
+    file: Path, images: Path | None, config: LabelConfig, records: int, shards: int, tokens: int
+) -> dict[str, Any]:
+    return {
+        "images": None if images is None else str(images.resolve()),
+        "questions": records,
+        "shards": shards,
+        "shard_size": SHARD_SIZE,
+        "image_tokens": tokens,
+        "side": round(tokens**0.5) * PATCH,
+        "padding": "pad",
+        "labels": asdict(config),
+        "data": file.name,
+    }
+
+
+def _row(
+    record: Any, where: str, tokens: int, images: Path | None, config: LabelConfig
+) -> dict[str, Any]:
+    checked = _checked(record, where)
+    sink, grounding = (_map(checked, key, where) for key in ("sink_attn", "grounding_attn_o2i"))
+    if not len(sink) == len(grounding) == tokens:
+        raise ValueError(
+            f"{where} has maps of {len(sink)} and {len(grounding)} image tokens, but record 0 of "
+            f"{tokens}"
+        )
+    try:
+        labels, reason = judge(grounding, sink, config)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return label_row(
+        str(checked["question_id"]),
+        _image(_text(checked, "image", where), where, images),
+        _text(checked, "prompt", where).replace(IMAGE_TOKEN, "").strip(),
+        _text(checked, "text", where).strip(),
+        grounding=grounding,
+        sink=sink,
+        labels=labels,
+        reason=reason,
+    )
+
+
+def _checked(record: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} must be a dict with {', '.join(KEYS)}, got {_kind(record)}")
+    missing = [key for key in KEYS if key not in record]
+    if missing:
+        raise ValueError(f"{where} has no {missing[0]}; it has {', '.join(map(str, record))}")
+    return record
+
+
+def _map(record: Mapping[str, Any], key: str, where: str) -> np.ndarray:
+    """A map as numbers: a vector, or a list of them."""
+    value = record[key]
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        try:
+            value = np.array(value, dtype=np.float32)
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}: {key} is a list of something else than numbers") from None
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
+        raise ValueError(f"{where}: {key} must be an array of numbers, got {_kind(value)}")
+    if value.ndim != 1 or not np.isfinite(value).all():
+        raise ValueError(
+            f"{where}: {key} must be one vector of finite numbers, got the shape {value.shape}"
+            + ("" if value.ndim != 1 else " with others among them")
+        )
+    return value
+
+
+def _text(record: Mapping[str, Any], key: str, where: str) -> str:
+    if not isinstance(record[key], str):
+        raise ValueError(f"{where}: {key} must be text, got {_kind(record[key])}")
+    return record[key]
+
+
+def _image(path: str, where: str, images: Path | None) -> str:
+    """An image's path below the image folder."""
+    if os.path.isabs(path) and images is not None:
+        path = os.path.relpath(path, images.resolve())
+    if not path or os.path.isabs(path) or ".." in PurePosixPath(path).parts:
+        raise ValueError(
+            f"{where}: image {path!r} is not below "
+            + (f"{images}" if images else "an image folder; give the folder with --images")
+        )
+    return path
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,78 @@
+"""A LoRA fine-tune in the original LLaVA code: its weights merged into its base (W + a/r B A)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sdrpn.convert.checkpoint import Source, Weights, read_all, read_object
+
+CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+TRAINED_WHOLE = "non_lora_trainables.bin"
+"""The projector, and whatever else was trained as it is."""
+
+PREFIX = "base_model.model."
+"""What PEFT puts before every name."""
+
+UNKNOWN_KINDS = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
+"""Settings of LoRA that LLaVA's code never makes and the plain formula does not cover."""
+
+
+def is_lora(source: Source) -> bool:
+    return source.find(CONFIG_FILE) is not None
+
+
+def merge(tensors: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
+    """The base's tensors with the fine-tune's changes, under the base's names.
+
+    Raises ValueError that names a setting or tensor that is unknown, unpaired or does not fit.
+    """
+    scale = _scale(read_object(source.fetch(CONFIG_FILE, "a LoRA fine-tune")), source)
+    whole = source.find(TRAINED_WHOLE)
+    merged = tensors | ({_plain(n): t for n, t in read_all(whole).items()} if whole else {})
+    weights = Weights(source, ADAPTER_FILES)
+    changes = weights.load(weights.names)
+    for stem in sorted({name.rpartition(".lora_")[0] for name in changes if ".lora_" in name}):
+        target = f"{_plain(stem)}.weight"
+        if target not in merged:
+            raise ValueError(f"{source.name} changes {target}, which its base does not have")
+        a, b = (changes.pop(f"{stem}.lora_{x}.weight", None) for x in "AB")
+        merged[target] = _added(merged[target], a, b, scale, f"{source.name}: {stem}")
+    if changes:
+        raise ValueError(
+            f"{source.name} holds a tensor {next(iter(changes))}, which is no LoRA weight"
+        )
+    return merged
+
+
+def _added(weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float, where: str) -> Tensor:
+    """weight [out, in] + scale x b [out, r] a [r, in], computed in float32."""
+    if a is None or b is None:
+        raise ValueError(f"{where} lacks its lora_{'A' if a is None else 'B'}.weight")
+    if (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
+        raise ValueError(
+            f"{where} has the shapes {list(b.shape)} and {list(a.shape)}, which do not fit "
+            f"{list(weight.shape)}"
+        )
+    return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+
+
+def _scale(config: Mapping[str, Any], source: Source) -> float:
+    odd = [key for key in UNKNOWN_KINDS if config.get(key)]
+    if odd or config.get("peft_type", "LORA") != "LORA":
+        what = f"{odd[0]} {config[odd[0]]!r}" if odd else f"peft_type {config['peft_type']!r}"
+        raise ValueError(f"{source.name}: {CONFIG_FILE} has {what}; only plain LoRA can be merged")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise ValueError(
+            f"{source.name}: {CONFIG_FILE} needs r and lora_alpha, got {rank}, {alpha}"
+        )
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _plain(name: str) -> str:
+    """A name as the base has it: without PEFT's prefix."""
+    return name.removeprefix(PREFIX)

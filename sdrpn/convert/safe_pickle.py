@@ -1,0 +1,144 @@
+"""Pickles of plain values and numpy arrays, read without running anything they ask for.
+
+A pickle may name any function of any module and have it called. Here it may name the handful that
+numpy arrays are pickled with, and gets stand-ins for them: not even numpy's own code, which trusts
+what it is given, sees a byte before it was checked.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+KINDS = "biuf"
+"""Kinds of numbers that an array may hold: booleans, integers, floats."""
+
+
+class Refused(ValueError):
+    """A pickle that asks for something which is not among plain values and arrays."""
+
+
+class _DType:
+    """Stands for numpy.dtype: a number's kind and size, such as f4, and its byte order."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        try:
+            self.dtype = np.dtype(code) if isinstance(code, str) else None
+        except TypeError:
+            self.dtype = None
+        if self.dtype is None or self.dtype.kind not in KINDS:
+            raise Refused(f"an array of {code!r}, which are not plain numbers")
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
+            raise Refused("a number type of unknown make")
+        assert self.dtype is not None
+        if state[1] != "|":
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for a numpy array until its state has come."""
+
+    array: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise Refused("an array of unknown make")
+        _, shape, dtype, fortran, data = state
+        self.array = _array(data, dtype, shape, "F" if fortran else "C")
+
+
+def _array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    whole = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
+    if not isinstance(dtype, _DType) or not isinstance(data, bytes | bytearray) or not whole:
+        raise Refused("an array of unknown make")
+    assert dtype.dtype is not None
+    if len(data) != math.prod(shape) * dtype.dtype.itemsize:
+        raise Refused(f"an array of shape {shape} with {len(data)} bytes")
+    return np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> np.ndarray:
+    return _array(data, dtype, shape, order)
+
+
+def _scalar(dtype: Any, data: Any = b"") -> Any:
+    return _array(data, dtype, (), "C")[()]
+
+
+def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+    """How protocols below 3 write bytes."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise Refused("text in an unusual encoding")
+    return text.encode("latin1")
+
+
+def _ndarray(*_: Any) -> Any:
+    raise Refused("an array of unknown make")
+
+
+ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
+    # numpy 1 and numpy 2 keep them in different places.
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
+    ("numpy", "ndarray"): _ndarray,
+    ("numpy", "dtype"): _DType,
+    ("_codecs", "encode"): _encode,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in ADMITTED:
+            return ADMITTED[module, name]
+        hint = ""
+        if module.split(".")[0] == "torch":
+            hint = "; save its torch tensors as numpy arrays"
+        raise Refused(f"{module}.{name}, which is not allowed in a pickle of plain arrays{hint}")
+
+
+def load(path: Path) -> Any:
+    """What a pickle file holds: numbers, text, lists, tuples, dicts, numpy arrays.
+
+    Raises ValueError that names the file, and what it asked for where that is refused.
+    """
+    with open(path, "rb") as file:
+        try:
+            return _finished(_Unpickler(file).load(), {})
+        except Refused as error:
+            raise ValueError(f"{path} is refused: it asks for {error}") from None
+        except MemoryError:
+            raise ValueError(f"{path} does not fit into memory") from None
+        except Exception as error:  # a broken pickle can fail in any way that Python can
+            told = str(error) or type(error).__name__
+            raise ValueError(f"{path} cannot be read as a pickle: {told}") from None
+
+
+def _finished(value: Any, seen: dict[int, Any]) -> Any:
+    """The same with arrays for their stand-ins, wherever they are; what is shared stays shared."""
+    if id(value) not in seen:
+        seen[id(value)] = _unwrapped(value, seen)
+    return seen[id(value)]
+
+
+def _unwrapped(value: Any, seen: dict[int, Any]) -> Any:
+    if isinstance(value, _Array):
+        if value.array is None:
+            raise Refused("an array of unknown make")
+        return value.array
+    if isinstance(value, dict):
+        return {_finished(k, seen): _finished(v, seen) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_finished(v, seen) for v in value)
+    return value

@@ -1,0 +1,123 @@
+"""Weight maps: the original LLaVA layout's tensor names -> ours; None for what is dropped.
+
+Plain tables of whole names, so that a name in none of them is an error and not a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+LAYER = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+"""The weights of a LLaMA decoder layer."""
+
+INV_FREQ = "self_attn.rotary_emb.inv_freq"
+"""A constant that transformers kept in checkpoints until 4.31."""
+
+MAP_HEAD = {
+    "input_layernorm": "map_norm.weight",
+    "self_attn.q_proj": "q_proj.weight",
+    "self_attn.k_proj": "k_proj.weight",
+}
+"""What is used of the last RPN layer, which gives only the map (METHOD section 2)."""
+
+TOWER_LAYER = (
+    "layer_norm1",
+    "layer_norm2",
+    "mlp.fc1",
+    "mlp.fc2",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.out_proj",
+)
+TOWER_REST = (
+    "embeddings.class_embedding",
+    "embeddings.patch_embedding.weight",
+    "embeddings.position_embedding.weight",
+    *(
+        f"{norm}.{kind}"
+        for norm in ("pre_layrnorm", "post_layernorm")
+        for kind in ("weight", "bias")
+    ),
+)
+
+Names = dict[str, str | None]
+
+
+def rpn_names(depth: int) -> Names:
+    """The authors' RPN tensors -> state dict names of `RPN` (METHOD section 7)."""
+    names: Names = {"model.twig_norm.weight": "norm.weight"}
+    for i in range(depth):
+        layer = f"model.twig_layers.{i}"
+        for part in LAYER:
+            last = i == depth - 1
+            names[f"{layer}.{part}.weight"] = (
+                MAP_HEAD.get(part) if last else f"layers.{i}.{part}.weight"
+            )
+        names[f"{layer}.{INV_FREQ}"] = None
+    # A copy of the language-model head that nothing reads.
+    return names | {"twig_head.weight": None, "model.twig_head.weight": None}
+
+
+def base_names(layers: int, tower_layers: int, rpn_depth: int = 0) -> Names:
+    """An original LLaVA-1.5's tensors -> state dict names of transformers' LLaVA.
+
+    An RPN among them is dropped: it is a checkpoint of its own.
+    """
+    names: Names = {
+        "lm_head.weight": "lm_head.weight",
+        "model.embed_tokens.weight": "model.language_model.embed_tokens.weight",
+        "model.norm.weight": "model.language_model.norm.weight",
+    }
+    for i in range(layers):
+        theirs, ours = f"model.layers.{i}", f"model.language_model.layers.{i}"
+        names |= {f"{theirs}.{part}.weight": f"{ours}.{part}.weight" for part in LAYER}
+        names[f"{theirs}.{INV_FREQ}"] = None
+    for number, linear in (("0", "linear_1"), ("2", "linear_2")):
+        for kind in ("weight", "bias"):
+            ours = f"model.multi_modal_projector.{linear}.{kind}"
+            names[f"model.mm_projector.{number}.{kind}"] = ours
+    dropped = dict.fromkeys(rpn_names(rpn_depth)) if rpn_depth else {}
+    return names | tower_names(tower_layers) | dropped
+
+
+def tower_names(
+    layers: int, prefix: str = "model.vision_tower.vision_tower.vision_model."
+) -> Names:
+    """A CLIP tower's tensors, as original LLaVA keeps them, -> those of transformers' LLaVA."""
+    parts = list(TOWER_REST)
+    for i in range(layers):
+        for part in TOWER_LAYER:
+            parts += [f"encoder.layers.{i}.{part}.{kind}" for kind in ("weight", "bias")]
+    names: Names = {prefix + part: f"model.vision_tower.{part}" for part in parts}
+    # A range of numbers that transformers kept in checkpoints until 4.31.
+    return names | {f"{prefix}embeddings.position_ids": None}
+
+
+def rename(found: Iterable[str], names: Names, where: str) -> dict[str, str]:
+    """The names found -> ours, without the dropped; raises ValueError that names an unknown one."""
+    found = list(found)
+    unknown = [name for name in found if name not in names]
+    if unknown:
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        raise ValueError(f"{where} holds a tensor {unknown[0]}{more}, which has no place here")
+    return {name: ours for name in found if (ours := names[name]) is not None}
+
+
+def require(found: Iterable[str], wanted: Iterable[str], where: str, mend: str = "") -> None:
+    """Raise ValueError that names the first missing tensor."""
+    held = set(found)
+    missing = [name for name in wanted if name not in held]
+    if missing:
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise ValueError(f"{where} lacks {missing[0]}{more}{mend}")

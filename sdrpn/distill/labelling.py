@@ -1,0 +1,244 @@
+"""The labelling job: many questions, several processes, killed and started again at will.
+
+The questions are cut into shards before anything runs, the same way however many processes there
+are. A process takes its share of the shards that are not there yet and writes each when it is
+complete, so nothing finished is lost or done twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from sdrpn.config import LabelConfig
+from sdrpn.distill.claim import claim
+from sdrpn.distill.dataset import (
+    IMAGES_FOLDER,
+    SETTINGS_FILE,
+    image_root,
+    label_row,
+    load_labels,
+    read_settings,
+    read_shard,
+    shard_path,
+    shards_of,
+    summarise,
+    write_settings,
+    write_shard,
+)
+from sdrpn.distill.label import EMPTY_RESPONSE, label_batch
+from sdrpn.distill.pseudo_labels import judge
+from sdrpn.distill.questions import Item
+from sdrpn.draw import Card, sheet
+from sdrpn.images import BadImage, inside, load_image
+from sdrpn.prefix import image_key
+from sdrpn.proposers import known_labels
+from sdrpn.region import View
+from sdrpn.zoom import Question, ZoomLlava
+
+MAX_BAD_SHARE = 0.05
+"""More unreadable images than this are an error at the end: the image folder is likely wrong."""
+BAD_IMAGE = "image "
+"""How the reasons of rows begin whose image could not be used."""
+
+
+class LabelJob:
+    """Label `items` into the folder `out`; see `run`.
+
+    images: the folder their paths start from; None where they came inside a data set. shard_size:
+    questions a shard, the unit of restarting. about: what else was chosen, noted in the settings.
+    Raises ValueError where `out` holds labels made with other settings, naming what differs.
+    """
+
+    def __init__(
+        self,
+        zoom: ZoomLlava,
+        items: Sequence[Item],
+        out: Path,
+        *,
+        images: Path | None,
+        batch_size: int = 16,
+        shard_size: int = 512,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        if batch_size < 1 or shard_size < 1:
+            raise ValueError(
+                f"batch_size and shard_size must be above 0: {batch_size}, {shard_size}"
+            )
+        self.zoom, self.items, self.out, self.images = zoom, items, out, images
+        self.batch_size, self.shard_size = batch_size, shard_size
+        self.shards = -(-len(items) // shard_size)
+        self.state = PartialState()
+        self.settings = {
+            "images": None if images is None else str(images.resolve()),
+            "questions": len(items),
+            "shards": self.shards,
+            "shard_size": shard_size,
+            "image_tokens": zoom.llava.image_tokens,
+            "side": zoom.llava.side,
+            "padding": zoom.llava.padding,
+            "labels": asdict(known_labels(zoom.models)),
+            **(about or {}),
+        }
+
+    def run(self) -> None:
+        """Write every shard that is missing; returns when those of all processes are there."""
+        if self.state.is_main_process:
+            self._claim()
+        self.state.wait_for_everyone()
+        missing = [k for k in range(self.shards) if not self._path(k).exists()]
+        # Nobody writes a shard before everybody has seen which are missing.
+        self.state.wait_for_everyone()
+        own = missing[self.state.process_index :: self.state.num_processes]
+        total = sum(len(self._items(k)) for k in own)
+        title = "Labelling" if self.state.num_processes == 1 else "Labelling (this process)"
+        hidden = not self.state.is_main_process
+        with tqdm(total=total, desc=title, unit="question", disable=hidden) as progress:
+            for k in own:
+                write_shard(list(self._label(self._items(k), progress)), self._path(k))
+        self.state.wait_for_everyone()
+
+    def _path(self, shard: int) -> Path:
+        return shard_path(self.out, shard, self.shards)
+
+    def _items(self, shard: int) -> Sequence[Item]:
+        return self.items[shard * self.shard_size : (shard + 1) * self.shard_size]
+
+    def _claim(self) -> None:
+        """Note the settings; refuse a folder that was begun with others."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        for part in self.out.glob("*.part*"):  # of a run that was killed while writing
+            part.unlink()
+        claim(self.out / SETTINGS_FILE, self.settings)
+
+    def _label(self, items: Sequence[Item], progress: tqdm) -> Iterator[dict[str, Any]]:
+        """Rows of one shard, in their order. Images of the next batch are read meanwhile."""
+        starts = range(0, len(items), self.batch_size)
+        batches = [items[s : s + self.batch_size] for s in starts]
+        with ThreadPoolExecutor(4) as pool, ThreadPoolExecutor(1) as ahead:
+            coming = ahead.submit(lambda b: list(pool.map(self._open, b)), batches[0])
+            for number, batch in enumerate(batches):
+                opened = coming.result()
+                if number + 1 < len(batches):
+                    following = batches[number + 1]
+                    coming = ahead.submit(lambda b: list(pool.map(self._open, b)), following)
+                yield from self._rows(batch, opened)
+                progress.update(len(batch))
+
+    def _open(self, item: Item) -> tuple[str, Image.Image] | BadImage:
+        try:
+            if item.content is not None:
+                return self._keep(item.content(), item.id)
+            assert self.images is not None
+            return item.image, load_image(inside(self.images, item.image))
+        except BadImage as error:
+            return error
+
+    def _keep(self, content: bytes, name: str) -> tuple[str, Image.Image]:
+        """An image that came inside a data set, kept as a file that training can read."""
+        image = load_image(content, name)
+        file = f"{image_key(image)}.png"
+        path = self.out / IMAGES_FOLDER / file
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            part = path.with_suffix(f".part{self.state.process_index}-{name.replace('/', '_')}")
+            image.save(part, "PNG")
+            part.replace(path)
+        return file, image
+
+    def _rows(
+        self, items: Sequence[Item], opened: Sequence[tuple[str, Image.Image] | BadImage]
+    ) -> list[dict[str, Any]]:
+        good = [i for i, one in enumerate(opened) if not isinstance(one, BadImage)]
+        pictures: Any = opened
+        asked = [Question(items[i].question, (pictures[i][1],)) for i in good]
+        labelled = dict(zip(good, label_batch(self.zoom, asked) if asked else [], strict=True))
+        rows = []
+        for i, (item, one) in enumerate(zip(items, opened, strict=True)):
+            if isinstance(one, BadImage):
+                reason = f"{BAD_IMAGE}{one.reason}"
+                rows.append(label_row(item.id, item.image, item.question, reason=reason))
+                continue
+            made = labelled[i]
+            rows.append(
+                label_row(
+                    item.id,
+                    one[0],
+                    item.question,
+                    made.response,
+                    grounding=made.grounding,
+                    sink=made.sink,
+                    labels=made.labels,
+                    reason=made.reason,
+                )
+            )
+        return rows
+
+
+def relabel(source: Path, out: Path, config: LabelConfig) -> None:
+    """Make labels anew from the maps that were kept, with other thresholds; no model is needed.
+
+    source: a finished folder of labels. out: another folder; its settings say where the labels
+    came from. Rows that had no map keep their reason.
+    """
+    if out.resolve() == source.resolve():
+        raise ValueError(f"{out} is where the labels come from; relabel into another folder")
+    settings = read_settings(source)
+    root = image_root(source).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for path in tqdm(shards_of(source), desc="Relabelling", unit="shard"):
+        rows: Any = read_shard(path)
+        write_shard([_judge_anew(row, config) for row in rows], out / path.name)
+    made = {"labels": asdict(config), "images": str(root), "relabelled_from": str(source.resolve())}
+    write_settings(out, settings | made)
+
+
+def _judge_anew(row: dict[str, Any], config: LabelConfig) -> dict[str, Any]:
+    if not row["grounding"] or row["reason"] == EMPTY_RESPONSE:
+        return row
+    grounding, sink = (np.array(row[n], np.float32) for n in ("grounding", "sink"))
+    labels, reason = judge(grounding, sink, config)
+    words = (row[name] for name in ("id", "image", "question", "response"))
+    return label_row(*words, grounding=grounding, sink=sink, labels=labels, reason=reason)
+
+
+def report(out: Path) -> dict[str, Any]:
+    """The summary of a finished folder, with the share of images that could not be used."""
+    found = summarise(load_labels(out))
+    bad = sum(n for reason, n in found["ignored"].items() if reason.startswith(BAD_IMAGE))
+    return found | {"bad_image_share": round(bad / max(found["questions"], 1), 4)}
+
+
+def preview(out: Path, count: int, seed: int = 0) -> Path:
+    """Draw `count` kept samples: the image with its grounding map, question and response."""
+    settings, rows = read_settings(out), load_labels(out)
+    kept = [i for i, reason in enumerate(rows["reason"]) if reason is None]
+    if not kept:
+        raise ValueError(f"{out} holds no sample with a label, so there is nothing to draw")
+    chosen = np.random.default_rng(seed).permutation(kept)[:count]
+    cards = [_card(rows[int(i)], settings, image_root(out)) for i in sorted(chosen)]
+    return sheet(cards, out / "preview.png", columns=2)
+
+
+def _card(row: dict[str, Any], settings: Mapping[str, Any], root: Path) -> Card:
+    image = load_image(inside(root, row["image"]))
+    side = round(len(row["labels"]) ** 0.5)
+    view = View(image.size, side, settings["side"], settings["padding"])
+    foreground = (np.array(row["labels"]) == 1).reshape(side, side).astype(float)
+    return Card(
+        image,
+        row["question"],
+        {"answer": row["response"]},
+        [],
+        view,
+        foreground,
+        note=f"{row['foreground']} foreground cells, {row['background']} background",
+    )

@@ -1,0 +1,91 @@
+"""A frozen model answers probe questions, and every head's attention to the image is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from sdrpn.answer import Suffix, generate
+from sdrpn.attention import Rows, read_rows
+from sdrpn.distill.probes import Probe, box_cover, disc_cover
+from sdrpn.distill.scores import Targets
+from sdrpn.zoom import ZoomLlava
+
+COVERED = 0.1
+"""A cell shows an object that covers this share of it."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question on its way: its picture, its token ids, where one should look, the response."""
+
+    image: Image.Image
+    question: str
+    words: tuple[int, ...]
+    target: Targets
+    response: tuple[int, ...] = ()
+
+
+class Listener:
+    """Puts questions to a model in batches. Memory does not grow with their number."""
+
+    def __init__(self, zoom: ZoomLlava, batch_size: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        self.zoom, self.llava, self.batch_size = zoom, zoom.llava, batch_size
+
+    def questions(self, probes: Sequence[Probe]) -> list[Asked]:
+        """One question a disc, unanswered, picture by picture."""
+        grid, asked = self.llava.grid, []
+        for number, probe in enumerate(probes):
+            side = probe.image.width
+            # The picture is square, so the model's view is the whole of it.
+            covers = [disc_cover(d, (0, 0, side, side), grid).ravel() for d in probe.discs]
+            objects = np.any([cover > COVERED for cover in covers], axis=0)
+            for disc, cover in zip(probe.discs, covers, strict=True):
+                box = box_cover(disc.box, side, grid).ravel()
+                target = Targets(cover > COVERED, box, objects, number)
+                words = tuple(self.llava.question_ids(disc.question))
+                asked.append(Asked(probe.image, disc.question, words, target))
+        return asked
+
+    def answer(self, asked: Sequence[Asked], max_new_tokens: int) -> list[Asked]:
+        """The questions with the model's greedy responses; those without a word are left out."""
+        answered = []
+        for some in self._batches(asked, "Answering probes"):
+            prefixes = self.zoom.read([one.image for one in some])
+            words = [Suffix(one.words) for one in some]
+            said = generate(self.llava, prefixes, words, {"max_new_tokens": max_new_tokens})
+            answered += [replace(one, response=tuple(r)) for one, r in zip(some, said, strict=True)]
+        return [one for one in answered if one.response]
+
+    def listen(
+        self, asked: Sequence[Asked], layers: Sequence[int], title: str
+    ) -> Iterator[tuple[Sequence[Asked], Rows]]:
+        """Attention of the responses to the image, mean over their tokens, batch by batch."""
+        for some in self._batches(asked, title):
+            prefixes = self.zoom.read([one.image for one in some])
+            suffixes = [(*one.words, *one.response) for one in some]
+            counts = [len(one.response) for one in some]
+            yield some, read_rows(self.llava, prefixes, suffixes, counts, layers)
+
+    def text(self, one: Asked) -> str:
+        """What the model said."""
+        return self.llava.tokenizer.decode(one.response, skip_special_tokens=True).strip()
+
+    def _batches(self, asked: Sequence[Asked], title: str) -> Iterator[Sequence[Asked]]:
+        with tqdm(total=len(asked), desc=title) as progress:
+            for start in range(0, len(asked), self.batch_size):
+                some = asked[start : start + self.batch_size]
+                yield some
+                progress.update(len(some))
+
+
+def stacked(rows: Rows, layers: Sequence[int]) -> np.ndarray:
+    """Rows of a batch as one array: float32 [B, L, H, T]."""
+    return torch.stack([rows.by_layer[layer] for layer in layers], dim=1).cpu().numpy()

@@ -1,0 +1,38 @@
+"""Which labels train and which only measure: split by image, so that none is on both sides."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch.utils.data import Subset
+
+from sdrpn.distill.dataset import LabelledImages
+
+
+def split_by_image(
+    rows: LabelledImages, held_out: float, samples: int | None, seed: int
+) -> tuple[Subset, Subset | None]:
+    """(rows to train on, rows to measure on or None). held_out: share of the images kept back.
+
+    samples: train on so many rows, drawn with `seed`; a larger number draws a superset. Raises
+    ValueError where nothing is left to train or to measure on.
+    """
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must be a share in [0, 1), got {held_out}")
+    if not len(rows):
+        raise ValueError("no sample has a label, so there is nothing to train on")
+    images = list(dict.fromkeys(rows.rows["image"]))
+    order = np.random.default_rng(seed).permutation(len(images))
+    back = {images[i] for i in order[: round(held_out * len(images))]}
+    if held_out and not back:
+        raise ValueError(
+            f"held_out {held_out} of {len(images)} images is none: raise it, or set it to 0"
+        )
+    named = rows.rows["image"]
+    measured = [i for i, image in enumerate(named) if image in back]
+    trained = [i for i, image in enumerate(named) if image not in back]
+    if samples is not None:
+        if not 1 <= samples <= len(trained):
+            raise ValueError(f"samples must be 1 to {len(trained)}, the labels there are")
+        trained = [trained[i] for i in np.random.default_rng(seed).permutation(len(trained))]
+        trained = sorted(trained[:samples])
+    return Subset(rows, trained), Subset(rows, measured) if back else None  # type: ignore[arg-type]

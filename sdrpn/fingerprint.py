@@ -1,0 +1,42 @@
+"""A short fingerprint of a base model's weights, to notice an RPN on another base than its own."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from sdrpn.llava import Llava
+
+ROWS = 64
+"""Rows looked at of each matrix: a few MB in all, and fine-tuning moves every row."""
+
+
+def base_hash(llava: Llava, branch_layer: int) -> str:
+    """A hash of what an RPN behind layer `branch_layer` - 1 reads: those layers and the projector.
+
+    Made of the weights' signs, which no rounding between float32, float16 and bfloat16 changes;
+    training flips those of small weights, and there are many. Empty where the weights cannot be
+    read as numbers (4-bit, or offloaded), which compares with nothing.
+    """
+    modules = [llava.model.model.multi_modal_projector]
+    modules += [layer for _, layer in llava.layers[:branch_layer]]
+    digest = hashlib.blake2b(digest_size=8)
+    for matrix in _matrices(modules):
+        if matrix.is_meta or not matrix.is_floating_point():
+            return ""
+        rows = matrix[:: max(1, len(matrix) // ROWS)]
+        digest.update(str(tuple(matrix.shape)).encode())
+        digest.update(torch.signbit(rows).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _matrices(modules: list[nn.Module]) -> list[Tensor]:
+    """Weight matrices in the order of their names."""
+    return [
+        weight.detach()
+        for module in modules
+        for _, weight in sorted(module.named_parameters())
+        if weight.ndim > 1
+    ]

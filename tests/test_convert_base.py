@@ -1,0 +1,489 @@
+"""LLaVA-1.5 in its authors' layout, LoRA fine-tunes too -> the Hugging Face layout, in small."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import original_layout as original
+import pytest
+import torch
+from conftest import QUESTIONS, make_llava
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+)
+from typer.testing import CliRunner
+
+from sdrpn.cli import app
+from sdrpn.config import VICUNA_SYSTEM_PROMPT
+from sdrpn.convert.base import convert_base, read_base
+from sdrpn.convert.checkpoint import Source
+from sdrpn.convert.tokenizer import read_tokenizer
+from sdrpn.llava import Llava
+from sdrpn.rpn import RPN
+from sdrpn.zoom import ZoomLlava
+
+runner = CliRunner()
+WORDS = " ".join([VICUNA_SYSTEM_PROMPT, "USER: ASSISTANT:", *QUESTIONS])
+TOWER = "tower"
+
+
+def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with what Vicuna's has, and without tokens for images or padding."""
+    splitter = pre_tokenizers.Whitespace()
+    words = [word for word, _ in splitter.pre_tokenize_str(WORDS)]
+    vocabulary = {w: i for i, w in enumerate(dict.fromkeys(["<unk>", "<s>", "</s>", *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    made.save_pretrained(folder)
+    return made
+
+
+def write_tower(folder: Path, vision: Any, weights: Any = None) -> None:
+    """A CLIP as it is published: with a text tower that LLaVA does not use."""
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 1, "vocab_size": 9, "projection_dim": vision.projection_dim}
+    config = CLIPConfig(
+        text_config=text, vision_config=vision.to_dict(), projection_dim=vision.projection_dim
+    )
+    if weights is None:
+        config.save_pretrained(folder)
+    else:
+        clip: Any = CLIPModel(config)
+        clip.vision_model.load_state_dict(weights)
+        clip.save_pretrained(folder)
+    square = {"height": vision.image_size, "width": vision.image_size}
+    CLIPImageProcessor(size={"shortest_edge": vision.image_size}, crop_size=square).save_pretrained(
+        folder
+    )
+
+
+@pytest.fixture(scope="module")
+def random(tmp_path_factory: pytest.TempPathFactory) -> Llava:
+    """What the checkpoint holds, as a model that no converter has touched.
+
+    As in LLaVA's own layout its vocabulary ends where the tokenizer's does.
+    """
+    llava = make_llava()
+    words = len(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    llava.model.resize_token_embeddings(words, mean_resizing=False)
+    return llava
+
+
+@pytest.fixture
+def tensors(random: Llava) -> original.Tensors:
+    return original.base_tensors(random.model)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, random: Llava, tensors: original.Tensors) -> Path:
+    path = tmp_path / "original"
+    original.write_config(path, original.config_of(random, mm_vision_tower=TOWER))
+    original.one_safetensors(path, tensors)
+    write_tokenizer(path)
+    write_tower(path / TOWER, random.model.config.vision_config)
+    return path
+
+
+def embeds(random: Llava, before: list[int], image: Any, after: list[int]) -> Tensor:
+    """A prompt put together by hand: words, the image's tokens, words. [1, tokens, C]"""
+    image_tokens = random.encode(random.pixels([image]))
+    return torch.cat([random.embed([before]), image_tokens, random.embed([after])], dim=1)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+# --- a whole model -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", original.WRITERS)
+def test_every_layout_gives_the_model(
+    folder: Path, random: Llava, tensors: original.Tensors, write: Callable[..., None]
+) -> None:
+    (folder / "model.safetensors").unlink()
+    write(folder, tensors)
+    found, expected = read_base(str(folder)).state_dict(), random.model.state_dict()
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_is_written_loads_and_answers(
+    folder: Path, random: Llava, tmp_path: Path, images: list[Any]
+) -> None:
+    out = tmp_path / "converted"
+    convert_base(str(folder), out)
+    llava = Llava.load(str(out), dtype="float32", device="cpu")
+    before = random.text_config.vocab_size
+    assert (llava.side, llava.image_tokens) == (112, 64)
+    assert llava.model.config.vision_feature_layer == -2
+    rows = llava.model.get_input_embeddings().weight
+    assert rows.shape[0] == llava.text_config.vocab_size == 64 * -(-before // 64) > before
+    assert torch.equal(rows[:before], random.model.get_input_embeddings().weight)
+
+    assert torch.equal(llava.pixels(images[:1]), random.pixels(images[:1]))
+    prompt = embeds(random, [1, 9, 12], images[0], [5, 20, 7])
+    with torch.no_grad():
+        expected = random.model(inputs_embeds=prompt).logits
+        found = llava.model(inputs_embeds=prompt).logits
+    assert (found[..., :before] - expected).abs().max() < 1e-5
+    assert (found.argmax(-1) == expected.argmax(-1)).all(), "an added token is never the answer"
+
+
+def test_its_answers_are_those_of_the_source(
+    folder: Path, random: Llava, tmp_path: Path, images: list[Any]
+) -> None:
+    convert_base(str(folder), tmp_path / "converted")
+    llava = Llava.load(str(tmp_path / "converted"), dtype="float32", device="cpu")
+    answers = []
+    for question in QUESTIONS:
+        before, after = llava.prompt_ids(question)
+        prompt = embeds(random, before, images[1], after)
+        ids = random.model.generate(
+            inputs_embeds=prompt, max_new_tokens=6, do_sample=False, eos_token_id=2
+        )[0]
+        expected = llava.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        answer = ZoomLlava(llava, proposer="none").ask(images[1], question, max_new_tokens=6)
+        assert answer.text == expected
+        answers.append(answer.text)
+    assert len(set(answers)) > 1
+
+
+def test_the_tokenizer_gains_two_tokens(folder: Path, tmp_path: Path) -> None:
+    plain = PreTrainedTokenizerFast.from_pretrained(folder)
+    convert_base(str(folder), tmp_path / "converted")
+    llava = Llava.load(str(tmp_path / "converted"), device="cpu")
+    assert llava.tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [
+        len(plain),
+        len(plain) + 1,
+    ]
+    assert llava.image_token_id == len(plain)
+    assert llava.tokenizer.pad_token_id == llava.text_config.pad_token_id == len(plain) + 1
+    assert llava.model.generation_config.pad_token_id == len(plain) + 1
+    assert (llava.tokenizer.bos_token_id, llava.eos_token_id) == (1, 2)
+    head, rest = llava.prompt_ids(QUESTIONS[0])
+    assert head == plain(f"{VICUNA_SYSTEM_PROMPT} USER:")["input_ids"]
+    assert rest == plain(f"{QUESTIONS[0]} ASSISTANT:")["input_ids"][1:]
+
+
+def test_precision_stays(folder: Path, tensors: original.Tensors, tmp_path: Path) -> None:
+    """float16, though the projector was trained in float32."""
+    half = {
+        name: tensor if "mm_projector" in name else tensor.half()
+        for name, tensor in tensors.items()
+    }
+    original.one_safetensors(folder, half)
+    convert_base(str(folder), tmp_path / "converted")
+    stored = load_file(tmp_path / "converted" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    config = json.loads((tmp_path / "converted" / "config.json").read_text())
+    assert config["dtype"] == "float16"
+
+
+def test_big_models_are_written_in_shards(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random: Llava
+) -> None:
+    monkeypatch.setattr("sdrpn.convert.base.SHARD", "1MB")
+    convert_base(str(folder), tmp_path / "converted")
+    assert len(list((tmp_path / "converted").glob("model-*.safetensors"))) > 3
+    loaded = Llava.load(str(tmp_path / "converted"), dtype="float32", device="cpu")
+    name = "model.language_model.layers.5.mlp.up_proj.weight"
+    assert torch.equal(loaded.model.state_dict()[name], random.model.state_dict()[name])
+
+
+def test_the_tower_comes_from_its_clip(
+    folder: Path, tensors: original.Tensors, random: Llava, tmp_path: Path
+) -> None:
+    weights = random.model.model.vision_tower.state_dict()
+    own = {name: t for name, t in tensors.items() if "vision_tower" not in name}
+    assert len(own) < len(tensors)
+    original.one_safetensors(folder, own)
+    clip = tmp_path / "clip"
+    write_tower(clip, random.model.config.vision_config, weights)
+    edit(folder, mm_vision_tower="/home/authors/clip-vit")
+    found = read_base(str(folder), vision_tower=str(clip)).state_dict()
+    expected = random.model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_rpn_inside_is_left_out(
+    folder: Path, tensors: original.Tensors, perturbed_rpn: RPN, random: Llava
+) -> None:
+    constants = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(6)}
+    tower = "model.vision_tower.vision_tower.vision_model.embeddings.position_ids"
+    more = constants | {tower: torch.ones(1, 65)} | original.rpn_tensors(perturbed_rpn)
+    original.one_safetensors(folder, tensors | more)
+    edit(folder, twig_K=2, twig_T=3, roi_multi_head=True)
+    found = read_base(str(folder)).state_dict()
+    assert set(found) == set(random.model.state_dict())
+
+
+# --- a sentencepiece tokenizer -------------------------------------------------------------------
+
+
+def test_prompts_are_cut_as_llava_cuts_them(folder: Path, tmp_path: Path) -> None:
+    """LLaVA's code encodes what stands before and behind the image each for itself, in pieces."""
+    pieces: Any = pytest.importorskip("sentencepiece")
+    for path in folder.glob("token*"):
+        path.unlink()
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join([WORDS, *QUESTIONS] * 20))
+    pieces.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=330,
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = read_tokenizer(Source(str(folder)))
+    plain = pieces.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [330, 331]
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for question in (*QUESTIONS, "Where  are 3 naïve\n猫 ?"):
+        head, rest = f"{VICUNA_SYSTEM_PROMPT} USER: ", f"\n{question} ASSISTANT:"
+        expected = [1, *plain.encode(head), 330, *plain.encode(rest)]
+        for one in (tokenizer, again):
+            assert one(f"{head}<image>{rest}")["input_ids"] == expected
+        assert again.decode(expected[len(plain.encode(head)) + 2 :]).strip() == rest.strip()
+
+
+# --- LoRA ----------------------------------------------------------------------------------------
+
+TARGETS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+RANK, ALPHA = 4, 10
+
+
+def lora_weights(random: Llava) -> original.Tensors:
+    """A and B for some matrices of every layer, under PEFT's names over LLaVA's."""
+    weights = {}
+    for i, layer in random.layers:
+        for part in TARGETS:
+            out, into = layer.get_submodule(part).weight.shape
+            stem = f"base_model.model.model.layers.{i}.{part}"
+            weights[f"{stem}.lora_A.weight"] = torch.randn(RANK, into)
+            weights[f"{stem}.lora_B.weight"] = torch.randn(out, RANK)
+    return weights
+
+
+def write_lora(folder: Path, random: Llava, binary: bool = False, **settings: Any) -> None:
+    torch.manual_seed(3)
+    original.write_config(folder, original.config_of(random, mm_vision_tower=TOWER))
+    write_tower(folder / TOWER, random.model.config.vision_config)
+    adapter = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none"} | settings
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    weights = lora_weights(random)
+    if binary:
+        torch.save(weights, folder / "adapter_model.bin")
+    else:
+        save_file(weights, folder / "adapter_model.safetensors")
+    projector = random.model.model.multi_modal_projector.linear_1
+    trained = {
+        "base_model.model.model.mm_projector.0.weight": projector.weight + 1,
+        "base_model.model.model.mm_projector.0.bias": projector.bias + 2,
+    }
+    torch.save(trained, folder / "non_lora_trainables.bin")
+
+
+def load_lora(folder: Path) -> original.Tensors:
+    path = folder / "adapter_model.safetensors"
+    return load_file(path) if path.exists() else torch.load(folder / "adapter_model.bin")
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_lora_fine_tune_is_merged(
+    folder: Path, tmp_path: Path, random: Llava, binary: bool, rslora: bool
+) -> None:
+    tuned = tmp_path / "tuned"
+    write_lora(tuned, random, binary, use_rslora=rslora)
+    found = read_base(str(tuned), base=str(folder)).state_dict()
+    expected = {name: tensor.clone() for name, tensor in random.model.state_dict().items()}
+    weights = load_lora(tuned)
+    scale = ALPHA / RANK**0.5 if rslora else ALPHA / RANK
+    for i in range(6):
+        for part in TARGETS:
+            stem = f"base_model.model.model.layers.{i}.{part}"
+            change = weights[f"{stem}.lora_B.weight"] @ weights[f"{stem}.lora_A.weight"]
+            expected[f"model.language_model.layers.{i}.{part}.weight"] += scale * change
+    expected["model.multi_modal_projector.linear_1.weight"] += 1
+    expected["model.multi_modal_projector.linear_1.bias"] += 2
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, rtol=1e-5, atol=1e-4), name
+
+
+def test_a_lora_fine_tune_of_vicuna(
+    folder: Path, tmp_path: Path, random: Llava, tensors: original.Tensors
+) -> None:
+    """A base without projector or tower: those are the fine-tune's and the CLIP's."""
+    vicuna, tuned = tmp_path / "vicuna", tmp_path / "tuned"
+    vicuna.mkdir()
+    words = {n: t for n, t in tensors.items() if "mm_projector" not in n and "vision" not in n}
+    original.one_bin(vicuna, words)
+    write_tokenizer(vicuna)
+    write_lora(tuned, random)
+    tower = random.model.model.vision_tower.state_dict()
+    write_tower(tuned / TOWER, random.model.config.vision_config, tower)
+    with pytest.raises(ValueError, match=r"lacks model.mm_projector.2.weight"):
+        read_base(str(tuned), base=str(vicuna))
+    projector = {n: t + 3 for n, t in tensors.items() if "mm_projector" in n}
+    whole = {f"base_model.model.{name}": tensor for name, tensor in projector.items()}
+    torch.save(whole, tuned / "non_lora_trainables.bin")
+    out = tmp_path / "converted"
+    done = runner.invoke(
+        app, ["convert", "base", str(tuned), "--base", str(vicuna), "--out", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    found = Llava.load(str(out), dtype="float32", device="cpu").model.state_dict()
+    name = "model.multi_modal_projector.linear_2.bias"
+    assert torch.equal(found[name], random.model.state_dict()[name] + 3)
+    name = "model.vision_tower.pre_layrnorm.weight"
+    assert torch.equal(found[name], random.model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_alpha": None}, "adapter_config.json needs r and lora_alpha, got 4, None"),
+        ({"use_dora": True}, "adapter_config.json has use_dora True; only plain LoRA"),
+        ({"rank_pattern": {"q": 8}}, "has rank_pattern"),
+        ({"peft_type": "IA3"}, "has peft_type 'IA3'"),
+    ],
+)
+def test_other_adapters_are_refused(
+    folder: Path, tmp_path: Path, random: Llava, change: dict[str, Any], message: str
+) -> None:
+    write_lora(tmp_path / "tuned", random, **change)
+    with pytest.raises(ValueError, match=message):
+        read_base(str(tmp_path / "tuned"), base=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.layers.9.self_attn.q_proj.lora_A.weight", torch.zeros(4, 128), "changes model.lay"),
+        ("model.layers.0.self_attn.q_proj.lora_A.weight", None, "lacks its lora_A.weight"),
+        ("model.layers.0.self_attn.q_proj.lora_B.weight", torch.zeros(128, 5), "do not fit"),
+        ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", torch.zeros(5), "is no LoRA we"),
+        ("model.embed_tokens.lora_embedding_A", torch.zeros(5), "lacks its|changes|is no LoRA we"),
+    ],
+)
+def test_adapters_that_do_not_fit(
+    folder: Path, tmp_path: Path, random: Llava, name: str, tensor: Tensor | None, message: str
+) -> None:
+    tuned = tmp_path / "tuned"
+    write_lora(tuned, random)
+    weights = load_lora(tuned)
+    weights.pop(f"base_model.model.{name}", None)
+    if tensor is not None:
+        weights[f"base_model.model.{name}"] = tensor
+    save_file(weights, tuned / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        read_base(str(tuned), base=str(folder))
+
+
+def test_a_base_is_for_lora_only(folder: Path, tmp_path: Path, random: Llava) -> None:
+    write_lora(tmp_path / "tuned", random)
+    with pytest.raises(ValueError, match=r"is a LoRA fine-tune .* say with --base what it was"):
+        read_base(str(tmp_path / "tuned"))
+    with pytest.raises(ValueError, match="it is no LoRA fine-tune, leave --base out"):
+        read_base(str(folder), base=str(folder))
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def said(*words: str) -> str:
+    """The one sentence with which `sdrpn convert base` ends."""
+    done = runner.invoke(app, ["convert", "base", *words])
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.output
+    return " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mm_vision_tower": None}, "no LLaVA in the original layout but 'llava_llama'"),
+        ({"model_type": "mistral"}, "no LLaVA in the original layout but 'mistral'"),
+        ({"vision_config": {}, "mm_vision_tower": None}, "is already in the Hugging Face layout"),
+        (
+            {"mm_projector_type": "linear"},
+            "not a LLaVA-1.5: mm_projector_type is 'linear', not 'ml",
+        ),
+        ({"mm_use_im_start_end": True}, "not a LLaVA-1.5: mm_use_im_start_end is True, not False"),
+        ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
+        ({"mm_vision_tower": "no/clip"}, "the vision tower no/clip cannot be had; give its folder"),
+        ({"vocab_size": None}, "config.json has no vocab_size"),
+        (
+            {"num_hidden_layers": 7},
+            "lacks model.layers.6.self_attn.q_proj.weight and 8 more tensors",
+        ),
+        ({"num_hidden_layers": 5}, "holds a tensor model.layers.5.input_layernorm.weight (and 8"),
+        (
+            {"intermediate_size": 300},
+            "down_proj.weight has the shape [128, 345], but config.json asks for [128, 300]",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit(folder, **changes)
+    told = said(str(folder), "--out", str(tmp_path / "out"))
+    assert message in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_loading_it_as_it_is_names_the_command(folder: Path) -> None:
+    with pytest.raises(ValueError, match=f"`sdrpn convert base {folder} --out FOLDER`"):
+        Llava.load(str(folder), device="cpu")
+
+
+def test_tensors_that_do_not_fit(folder: Path, tensors: original.Tensors, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    original.one_safetensors(folder, tensors | {"model.image_newline": torch.zeros(3)})
+    assert "holds a tensor model.image_newline, which has no" in said(str(folder), "--out", out)
+    lacking = dict(tensors)
+    del lacking["model.mm_projector.2.bias"]
+    original.one_safetensors(folder, lacking)
+    told = said(str(folder), "--out", out)
+    assert "lacks model.mm_projector.2.bias; a pruned model is no base" in told
+
+
+def test_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    assert "holds something already" in said(str(folder), "--out", str(folder))
+    assert "there is no folder /no/llava" in said("/no/llava", "--out", out)
+    for path in folder.glob("token*"):
+        path.unlink()
+    told = said(str(folder), "--out", out)
+    assert "holds no tokenizer: put tokenizer.json or tokenizer.model" in told
+    (folder / "tokenizer.model").write_text("not a model")
+    assert "cannot be read as a sentencepiece model" in said(str(folder), "--out", out)

@@ -1,0 +1,483 @@
+"""Which heads point: the probes' pixels, scores on maps drawn by hand, and the tiny model."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+from PIL import Image
+from typer.testing import CliRunner
+
+from sdrpn import LabelConfig, Question, ZoomLlava
+from sdrpn.attention import Rows
+from sdrpn.cli import app
+from sdrpn.config import LABELS_13B, LayerHeads
+from sdrpn.distill import probes
+from sdrpn.distill.heads import CHOSEN, ELSEWHERE, Findings, find_heads, load_label_config
+from sdrpn.distill.label import label
+from sdrpn.distill.listening import Asked, Listener
+from sdrpn.distill.probes import (
+    COLOURS,
+    DARK,
+    PATTERNS,
+    Disc,
+    box_cover,
+    disc_cover,
+    draw_probes,
+    texture,
+)
+from sdrpn.distill.scores import (
+    Targets,
+    branch_layer,
+    find_sinks,
+    iou,
+    join_heads,
+    ranked,
+    score_maps,
+)
+from sdrpn.llava import Llava
+from sdrpn_eval.demo import BENCHMARK, tiny_path
+from sdrpn_eval.demo.make_benchmark import benchmark_rows
+
+runner = CliRunner()
+CONFIG = LabelConfig(grounding=(), sink=(), vicrop_layer=0, sink_threshold=0.5)
+
+
+# --- the pictures ------------------------------------------------------------------------------
+
+
+def ground_of(seed: int, index: int, side: int) -> np.ndarray:
+    """The ground of a probe before any disc was painted, drawn in the same order."""
+    rng = np.random.default_rng((seed, index, probes.STREAM))
+    probes._place(rng, int(rng.integers(3, 7)), side)
+    rng.permutation(list(COLOURS))
+    return probes._ground(rng, side)
+
+
+@pytest.mark.parametrize("side", [448, 672])
+def test_every_box_holds_its_disc_and_nothing_else_is_painted(side: int) -> None:
+    for index, probe in enumerate(draw_probes(3, 8, side)):
+        image, ground = np.asarray(probe.image).astype(int), ground_of(3, index, side)
+        painted = (np.abs(image - ground) > 2).any(-1)
+        assert 3 <= len(probe.discs) <= 6
+        assert len({disc.colour for disc in probe.discs}) == len(probe.discs)
+        for disc in probe.discs:
+            x0, y0, x1, y1 = disc.box
+            assert 0 <= x0 < x1 <= side
+            assert 0 <= y0 < y1 <= side
+            rows, columns = np.nonzero(painted[y0:y1, x0:x1])
+            for edges, length in ((columns, x1 - x0), (rows, y1 - y0)):
+                assert edges.min() <= 3
+                assert edges.max() >= length - 4
+            painted[y0:y1, x0:x1] = False
+        assert not painted.any()
+
+
+def test_a_disc_has_the_colour_it_is_asked_for() -> None:
+    seen = set()
+    for probe in draw_probes(0, 12):
+        image = np.asarray(probe.image).astype(float)
+        ys, xs = np.mgrid[0:448, 0:448]
+        for disc in probe.discs:
+            inside = np.hypot(xs - disc.centre[0], ys - disc.centre[1]) < disc.radius - 1
+            colour = np.array(COLOURS[disc.colour])
+            assert np.abs(image[inside].max(0) - colour).max() <= 11
+            assert np.abs(image[inside].min(0) - DARK * colour).max() <= 5
+            assert disc.question == f"what pattern is on the {disc.colour} disc ?"
+            seen |= {disc.colour, disc.pattern}
+    assert seen == {*COLOURS, *PATTERNS}
+
+
+def test_patterns_by_hand() -> None:
+    """Period 4, phase of a quarter: bright at 0, dark at 2, half-way between."""
+    y, x = np.mgrid[0:5, 0:5].astype(float)
+    wave = np.array([1, 0.5, 0, 0.5, 1])
+    quarter = (np.pi / 2, np.pi / 2)
+    assert np.allclose(texture("level", x, y, 4, quarter), wave[:, None] * np.ones(5))
+    assert np.allclose(texture("upright", x, y, 4, quarter), wave[None] * np.ones((5, 1)))
+    rising = texture("rising", x, y, 4 / np.sqrt(2), quarter)
+    falling = texture("falling", x, y, 4 / np.sqrt(2), quarter)
+    rows, columns = np.mgrid[0:5, 0:5]
+    assert np.allclose(rising, wave[(rows + columns) % 4])
+    assert np.allclose(falling, wave[(rows - columns) % 4])
+    checked = texture("checked", x, y, 4 / np.sqrt(2), quarter)
+    assert np.allclose([checked[0, 0], checked[0, 2], checked[2, 2]], [1, 0, 1])
+    assert np.allclose([checked[0, 1], checked[1, 1]], 0.5)
+    y, x = np.mgrid[0:64, 0:64].astype(float)
+    dots = texture("dotted", x, y, 16, (np.pi, np.pi))  # a dot of radius 6.4 round (0, 0)
+    assert (dots[0, 0], dots[0, 5], dots[4, 4], dots[0, 8], dots[8, 8]) == (1, 1, 1, 0, 0)
+    for pattern in PATTERNS:
+        assert texture(pattern, x, y, 16, quarter).mean() == pytest.approx(0.5, abs=0.06), pattern
+    with pytest.raises(ValueError, match="unknown pattern 'wavy'"):
+        texture("wavy", x, y, 4, quarter)
+
+
+def test_a_seed_always_draws_the_same_and_a_side_scales_all() -> None:
+    few, more, other = draw_probes(0, 2), draw_probes(0, 5), draw_probes(1, 2)
+    for one, two in zip(few, more, strict=False):
+        assert one.discs == two.discs
+        assert np.array_equal(np.asarray(one.image), np.asarray(two.image))
+    assert few[0].discs != other[0].discs
+    discs = [disc for probe in draw_probes(0, 10, 896) for disc in probe.discs]
+    assert all(44 <= disc.radius <= 98 and 30 <= disc.period <= 36 for disc in discs)
+    with pytest.raises(ValueError, match="112 px or more, got 50"):
+        draw_probes(0, 1, 50)
+
+
+def test_covers_by_hand() -> None:
+    """A picture of 16 px on 4 x 4 cells of 4 px."""
+    assert box_cover((0, 0, 8, 4), 16, 4).tolist() == [[1, 1, 0, 0], *[[0] * 4] * 3]
+    quarter = [[0.25, 0.25, 0, 0]] * 2
+    assert box_cover((2, 2, 6, 6), 16, 4).tolist() == [*quarter, *[[0] * 4] * 2]
+    disc = Disc("red", "level", (10.0, 6.0), 2.0, 4.0)
+    cover = disc_cover(disc, (0, 0, 16, 16), 4)
+    assert np.argwhere(cover).tolist() == [[1, 2]]
+    assert cover[1, 2] == pytest.approx(np.pi * 4 / 16, abs=0.1)
+    assert np.argwhere(disc_cover(disc, (8, 4, 12, 8), 2)).tolist() == [
+        [0, 0], [0, 1], [1, 0], [1, 1],
+    ]  # fmt: skip
+
+
+def test_the_shipped_benchmark_is_still_drawn_by_this_code() -> None:
+    shipped = load_dataset("parquet", data_files=str(BENCHMARK), split="train")
+    drawn = benchmark_rows(2)
+    assert len(drawn) >= 10
+    for old, new in zip(shipped, drawn, strict=False):
+        for key in ("question_id", "question", "answer", "category", "box"):
+            assert old[key] == new[key]
+    with Image.open(io.BytesIO(drawn[0]["image"]["bytes"])) as again:
+        pixels = np.asarray(again.convert("RGB")).astype(int)
+    before = np.asarray(shipped[0]["image"].convert("RGB"))
+    assert np.abs(pixels - before).mean() < 0.5
+
+
+# --- scores on maps drawn by hand --------------------------------------------------------------
+
+
+def cells(*tokens: int, side: int = 4) -> np.ndarray:
+    found = np.zeros(side * side, bool)
+    found[list(tokens)] = True
+    return found
+
+
+def looks(**shares: float) -> np.ndarray:
+    """A map on 4 x 4 cells: t5=0.6 puts 0.6 on token 5."""
+    found = np.zeros(16)
+    for token, share in shares.items():
+        found[int(token[1:])] = share
+    return found
+
+
+AT_5 = Targets(cells(5), cells(5).astype(float), cells(5, 10), 0)
+
+
+def test_scores_tell_the_head_that_points() -> None:
+    right, level, wrong = looks(t5=0.6), np.full(16, 0.06), looks(t10=0.6)
+    half = looks(t5=0.4, t6=0.4)
+    nothing = np.zeros(16)
+    maps = np.stack([right, level, wrong, half, nothing])
+    found = score_maps(maps, np.zeros(16), AT_5, CONFIG)
+    expected = [
+        [1, 1, 1, 1],
+        [1 / 16, 0, 0, 0],  # foreground everywhere: no labels
+        [0, 0, 0, 1],
+        [0.5, 1, 0.5, 1],
+        [0, 0, 0, 0],
+    ]
+    assert np.allclose(found, expected)
+
+
+def test_scores_leave_sinks_out() -> None:
+    sunk = looks(t5=0.1, t15=0.9)
+    sink = looks(t15=0.7)
+    assert score_maps(sunk[None], sink, AT_5, CONFIG)[0].tolist() == [1, 1, 1, 1]
+    deaf = replace(CONFIG, sink_threshold=0.8)
+    mass, hit, overlap, kept = score_maps(sunk[None], sink, AT_5, deaf)[0]
+    assert (round(mass, 6), hit, overlap, kept) == (0.1, 0, 0, 1)
+
+
+def test_iou_is_of_areas() -> None:
+    """The box covers a cell and half of the next; the foreground is that half cell and another."""
+    box = looks(t5=1.0, t6=0.5)
+    assert iou(cells(6, 7), box) == pytest.approx(0.5 / (2 + 1.5 - 0.5))
+    assert iou(cells(5, 6), box) == pytest.approx(1.5 / 2)
+    assert iou(cells(0), box) == 0
+
+
+def test_ranking_is_by_iou_then_by_mass() -> None:
+    ious = np.array([[0.1, 0.3, 0.0], [0.3, 0.2, 0.0]])
+    masses = np.array([[0.9, 0.1, 0.0], [0.2, 0.1, 0.1]])
+    assert ranked(ious, masses, 4) == [(1, 0), (0, 1), (1, 1), (0, 0)]
+    assert ranked(ious, masses, 5)[4] == (1, 2)
+
+
+def test_heads_join_while_they_help() -> None:
+    """The object fills cells 5 and 6; two heads see one cell each, the third looks elsewhere."""
+    target = Targets(cells(5, 6), cells(5, 6).astype(float), cells(5, 6), 0)
+    maps = np.stack([looks(t5=0.5), looks(t12=0.5), looks(t6=0.5), looks(t5=0.5)])[None]
+    sinks = np.zeros((1, 16))
+    assert join_heads(maps, sinks, [target], CONFIG) == [(0, 0.5), (2, 1.0)]
+    assert join_heads(maps, sinks, [target], CONFIG, most=1) == [(0, 0.5)]
+    alone = np.stack([looks(t5=0.5, t6=0.5), looks(t6=0.5)])[None]
+    assert join_heads(alone, sinks, [target], CONFIG) == [(0, 1.0)]
+
+
+# --- sinks on maps drawn by hand ---------------------------------------------------------------
+
+OBJECTS = (5, 10, 18)
+"""Tokens of 6 x 6 that hold the three things asked about on every image."""
+
+
+def questions(images: int = 4) -> list[Targets]:
+    objects = cells(*OBJECTS, side=6)
+    return [
+        Targets(cells(token, side=6), cells(token, side=6).astype(float), objects, image)
+        for image in range(images)
+        for token in OBJECTS
+    ]
+
+
+def heard(targets: list[Targets], sink: float, asked: float, objects: float = 0.01) -> np.ndarray:
+    """Maps of one layer, [n, 36]: image i has its sink at token 30 + i."""
+    maps = np.full((len(targets), 36), 0.002)
+    for row, target in zip(maps, targets, strict=True):
+        row[target.objects] = objects
+        row[target.inside] = asked
+        row[30 + target.image] = sink
+    return maps
+
+
+def test_sinks_are_found_where_they_stand_out_most() -> None:
+    targets = questions()
+    layers = [(0.002, 0.002), (0.25, 0.01), (0.25, 0.1), (0.25, 0.5)]
+    means = np.stack([heard(targets, *layer) for layer in layers], axis=1)
+    found = find_sinks(means, targets)
+    assert (found.layer, found.threshold, found.per_image) == (1, 0.05, 1)
+    assert "in layer 1 1.0 tokens an image take 0.25 or more" in found.why
+    for row, target in zip(means[:, 1], targets, strict=True):
+        assert np.flatnonzero(row >= found.threshold).tolist() == [30 + target.image]
+    assert find_sinks(means[:, 2:], targets).layer == 0
+
+
+def test_what_depends_on_the_question_or_was_asked_for_is_no_sink() -> None:
+    targets = questions()
+    pointing = heard(targets, sink=0.002, asked=0.5)
+    salient = heard(targets, sink=0.002, asked=0.2, objects=0.2)
+    moving = heard(targets, sink=0.002, asked=0.002)
+    moving[np.arange(12), 24 + np.arange(12) % 3] = 0.3
+    drowned = heard(targets, sink=0.25, asked=0.5)
+    for maps in (pointing, salient, moving, drowned):
+        found = find_sinks(maps[:, None], targets)
+        assert (found.layer, found.threshold, found.per_image) == (None, 1.0, 0)
+
+
+def test_sinks_of_few_images_or_single_questions_do_not_count() -> None:
+    targets = questions()
+    maps = heard(targets, 0.25, 0.01)
+    some = maps.copy()
+    some[[t.image > 0 for t in targets], 30:] = 0.002
+    assert find_sinks(some[:, None], targets).layer is None
+    assert find_sinks(maps[::3, None], targets[::3]).layer is None
+    assert find_sinks(maps[:, None], targets).layer == 0
+
+
+def test_branch_layer_is_just_past_the_best_head() -> None:
+    assert branch_layer(14, 32, 3)[0] == 15
+    assert branch_layer(0, 6, 3)[0] == 1
+    deep, reason = branch_layer(5, 6, 3)
+    assert deep == 3
+    assert "R = 3 layers must be left of 6" in reason
+    with pytest.raises(ValueError, match="depth 6 needs more than the 6 layers"):
+        branch_layer(0, 6, 6)
+
+
+# --- the tiny model ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ZoomLlava:
+    return ZoomLlava.from_pretrained(str(tiny_path()), proposer="none", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def found(tiny: ZoomLlava) -> Findings:
+    return find_heads(tiny, scenes=16, batch_size=16)
+
+
+def test_the_tiny_models_heads_are_found(found: Findings) -> None:
+    """The head that its own RPN was trained from, and no sinks."""
+    facts = json.loads((tiny_path() / "training.json").read_text())
+    chosen = {str(one.layer): list(one.heads or ()) for one in found.labels.grounding}
+    assert chosen == facts["grounding_heads"] == {"0": [3]}
+    assert found.scores["iou"].shape == (6, 4)
+    assert np.unravel_index(found.scores["iou"].argmax(), (6, 4)) == (0, 3)
+    assert (found.sinks.layer, found.labels.sink_threshold) == (None, 1.0)
+    assert (found.branch_layer, found.labels.vicrop_layer) == (1, 0)
+    assert found.follows_question
+    assert found.held_out[ELSEWHERE]["iou"] < 0.05 < found.held_out[CHOSEN]["iou"]
+
+
+def test_the_choice_does_not_depend_on_the_batch(tiny: ZoomLlava, found: Findings) -> None:
+    again = find_heads(tiny, scenes=16, batch_size=7)
+    assert again.labels == found.labels
+    for name, values in found.scores.items():
+        assert np.abs(again.scores[name] - values).max() < 0.02, name
+
+
+def overlap(labels: np.ndarray, disc: Disc) -> float:
+    """IoU of foreground cells and box, counted pixel by pixel."""
+    foreground = np.kron(labels.reshape(8, 8) == 1, np.ones((56, 56), bool))
+    x0, y0, x1, y1 = disc.box
+    box = np.zeros((448, 448), bool)
+    box[y0:y1, x0:x1] = True
+    return float((foreground & box).sum() / (foreground | box).sum())
+
+
+def test_labels_from_the_chosen_heads_are_better_than_from_the_whole_layer(
+    tiny: ZoomLlava, found: Findings
+) -> None:
+    """On scenes that chose nothing; a question that gives no labels counts 0."""
+    asked = [(probe.image, disc) for probe in draw_probes(5, 30) for disc in probe.discs]
+    assert len(asked) > 100
+    questions = [Question(disc.question, (image,)) for image, disc in asked]
+    layer = found.labels.grounding[0].layer
+    means = {}
+    for name, heads in (("chosen", found.labels.grounding), ("all", (LayerHeads(layer),))):
+        labels = replace(found.labels, grounding=heads)
+        zoom = ZoomLlava(tiny.llava, proposer="none", labels=labels)
+        made = label(zoom, questions)
+        each = [overlap(one.labels, disc) for one, (_, disc) in zip(made, asked, strict=True)]
+        means[name] = np.mean(each)
+    assert means["chosen"] > 0.4
+    assert means["chosen"] > means["all"] + 0.03
+
+
+def planted(self: Listener, asked: list[Asked], layers: list[int], title: str):
+    """Heads 2.1 and 4.0 each see half of what was asked; a ground token drowns every map."""
+    for one in asked:
+        sink = int(np.flatnonzero(~one.target.objects)[0])
+        found = torch.full((6, 1, 4, 64), 1e-4)
+        found[:, :, :, sink] = 0.3
+        for (layer, head), first in (((2, 1), 0), ((4, 0), 1)):
+            found[layer, 0, head, np.flatnonzero(one.target.inside)[first::2]] = 0.1
+        yield [one], Rows({layer: found[layer] for layer in layers})
+
+
+def test_planted_heads_and_sinks_are_found(
+    tiny: ZoomLlava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Listener, "listen", planted)
+    found = find_heads(tiny, scenes=8)
+    (first, alone), (second, together) = found.joined
+    assert {first, second} == {(2, 1), (4, 0)}
+    assert together > 1.3 * alone > 0
+    assert found.labels.grounding == (LayerHeads(2, (1,)), LayerHeads(4, (0,)))
+    assert found.labels.sink == (LayerHeads(0),)  # the first of the layers that do not point
+    assert found.labels.sink_threshold == 0.0055  # between the sink, 0.3, and all else, 1e-4
+    assert found.sinks.per_image == 1
+    assert found.branch_layer == min(first[0] + 1, 3)
+    assert found.scores["hits"][2, 1] == 1  # only because the sink was taken out
+    assert found.held_out[CHOSEN]["hits"] == found.held_out[CHOSEN]["kept"] == 1
+    assert found.follows_question
+
+
+def test_a_random_model_is_not_trusted(llava: Llava) -> None:
+    zoom = ZoomLlava(llava, proposer="none")
+    found = find_heads(zoom, scenes=12, batch_size=32, max_new_tokens=6)
+    assert not found.follows_question
+    assert found.held_out[CHOSEN]["iou"] < 0.05
+
+
+# --- files and the command ---------------------------------------------------------------------
+
+
+def test_heads_command(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "heads"
+    arguments = ["heads", "--model", "tiny", "--scenes", "6", "--out", str(out)]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    for line in ("heads that point: layer 0: (3,)", "all heads of layer 0: IoU", "B = 1: the best"):
+        assert line in result.output
+    written = json.loads((out / "heads.json").read_text())
+    assert set(written) == {field.name for field in fields(LabelConfig)}
+    labels = load_label_config(out)
+    assert labels == load_label_config(out / "heads.json")
+    assert labels.grounding == (LayerHeads(0, (3,)),)
+    assert labels.max_new_tokens == 128
+    report = json.loads((out / "report.json").read_text())
+    assert report["model"] == "tiny"
+    assert report["probes"] == {"seed": 0, "scenes": 6, "side": 448}
+    assert np.array(report["scores"]["mass"]).shape == (6, 4)
+    assert report["held_out"][CHOSEN]["iou"] > 0.2
+    with Image.open(out / "heads.png") as picture:
+        assert picture.width > 1000
+        colours = picture.convert("RGB").getcolors(picture.width * picture.height)
+        assert len(colours or ()) > 50
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--scenes", "3"], "scenes must be 4, max_heads 1 or more, got 3, 7"),
+        (["--side", "50"], "side of the probe pictures must be 112 px or more, got 50"),
+        (["--depth", "6"], "depth 6 needs more than the 6 layers"),
+        (["--batch-size", "0"], "batch_size must be 1 or more, got 0"),
+        (["--dtype", "int8"], "dtype must be"),
+        (["--model", "nowhere"], "For a first try without weights: --model tiny"),
+    ],
+)
+def test_bad_input_gets_one_sentence(tmp_path: Path, change: list[str], message: str) -> None:
+    arguments = ["heads", "--model", "tiny", "--out", str(tmp_path), *change]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_teaches() -> None:
+    shown = runner.invoke(app, ["heads", "--help"], env={"COLUMNS": "200"}).output
+    assert "sdrpn heads --model tiny --out heads/" in " ".join(shown.split())
+
+
+def test_label_configs_come_back_whole(tmp_path: Path) -> None:
+    path = tmp_path / "heads.json"
+    path.write_text(json.dumps(asdict(LABELS_13B)))
+    assert load_label_config(path) == LABELS_13B
+    assert load_label_config(tmp_path) == LABELS_13B
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": 1}, "unknown key.*colour"),
+        ({"sink": [{"heads": [1]}]}, "'layer' is missing"),
+        ({"grounding": []}, "names no head"),
+        ({"grounding": [{"layer": 1, "heads": []}]}, "names no head"),
+        ({"grounding": 3}, "is no head list"),
+    ],
+)
+def test_broken_head_lists_are_named(tmp_path: Path, change: dict, message: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(asdict(LABELS_13B) | change))
+    with pytest.raises(ValueError, match=rf"mine\.json is no head list.*{message}|{message}"):
+        load_label_config(path)
+
+
+def test_missing_and_foreign_head_lists_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no head list at .*heads\.json; make one"):
+        load_label_config(tmp_path)
+    path = tmp_path / "mine.json"
+    for text, message in (("{", "mine.json is no head list"), ("[]", "mine.json is no head list")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_label_config(path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"mine\.json is no head list: 'grounding' is missing"):
+        load_label_config(path)
