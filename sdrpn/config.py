@@ -26,6 +26,13 @@ def _from_mapping(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
+_READ: Mapping[str, Any] = {
+    "min_cells": int,
+    "relative": {"true": True, "false": False}.__getitem__,
+}
+"""How text becomes a setting, where that is not a float."""
+
+
 @dataclass(frozen=True)
 class ZoomConfig:
     """How a RoI map becomes crops (paper section 3.3; METHOD of the README).
@@ -39,6 +46,8 @@ class ZoomConfig:
     max_cells_fraction: components larger than this share of the grid are dropped.
     skip_above: no zoom where the boxes hold this share of the image or more, since the first look
         saw as much; None zooms always, as published.
+    relative: the RPN's map is divided by its maximum before the blur, as the attention proposer's
+        always is, so that even an RPN that is unsure looks somewhere. Ours; published: False.
     """
 
     threshold: float = 0.15
@@ -47,6 +56,7 @@ class ZoomConfig:
     min_cells: int = 2
     max_cells_fraction: float = 225 / 576
     skip_above: float | None = None
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
@@ -74,9 +84,9 @@ class ZoomConfig:
         checked = _from_mapping(cls, values)
         try:
             for name in checked.keys() - {"policy"}:
-                number = int if name == "min_cells" else float
-                checked[name] = None if checked[name] == "none" else number(checked[name])
-        except ValueError as error:
+                read = _READ.get(name, float)
+                checked[name] = None if checked[name] == "none" else read(checked[name])
+        except (KeyError, ValueError) as error:
             raise ValueError(f"zoom settings {text!r}: {error}") from None
         return cls(**checked)
 

@@ -23,7 +23,8 @@ TRUE_COLOUR = "#2fe05a"
 class Card:
     """One question to draw: answers are lines of text by the name of who gave them.
 
-    roi_map: [grid, grid] in [0, 1] or None. truth: the true box where it is known.
+    roi_map: [grid, grid] in [0, 1] or None. truth: the true box where it is known. second_map:
+    drawn over the image once more, where the crop would stand.
     """
 
     image: Image.Image
@@ -34,6 +35,7 @@ class Card:
     roi_map: np.ndarray | None = None
     truth: PixelBox | None = None
     note: str = ""
+    second_map: np.ndarray | None = None
 
 
 def heat(roi_map: np.ndarray, view: View) -> tuple[np.ndarray, tuple[float, float, float, float]]:
@@ -65,19 +67,15 @@ def sheet(cards: Sequence[Card], out: Path | str, columns: int = 1) -> Path:
 def _draw(card: Card, axes: Any) -> None:
     whole, cut, words = axes
     rgb = card.image.convert("RGB")
-    whole.imshow(rgb)
-    if card.roi_map is not None:
-        values, extent = heat(card.roi_map, card.view)
-        strength = np.clip(values, 0, 1) * 0.6
-        whole.imshow(values, cmap="inferno", extent=extent, alpha=strength, vmin=0, vmax=1)
-    whole.set_xlim(0, rgb.width)
-    whole.set_ylim(rgb.height, 0)
+    _draw_image(whole, rgb, card.roi_map, card.view)
     for box, colour in [*((b, BOX_COLOUR) for b in card.regions), (card.truth, TRUE_COLOUR)]:
         if box is not None:
             x0, y0, x1, y1 = box
             frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=2)
             whole.add_patch(frame)
-    if card.regions:
+    if card.second_map is not None:
+        _draw_image(cut, rgb, card.second_map, card.view)
+    elif card.regions:
         x0, y0, x1, y1 = card.regions[0]
         cut.imshow(rgb.crop((x0, y0, x1, y1)))
     else:
@@ -87,3 +85,14 @@ def _draw(card: Card, axes: Any) -> None:
         lines += textwrap.wrap(f"{name}: {answer}", 34)
     lines += ["", *textwrap.wrap(card.note, 34)]
     words.text(0, 0.95, "\n".join(lines), va="top", fontsize=9, transform=words.transAxes)
+
+
+def _draw_image(axis: Any, rgb: Image.Image, roi_map: np.ndarray | None, view: View) -> None:
+    """The whole image, with a map over it where there is one."""
+    axis.imshow(rgb)
+    if roi_map is not None:
+        values, extent = heat(roi_map, view)
+        strength = np.clip(values, 0, 1) * 0.6
+        axis.imshow(values, cmap="inferno", extent=extent, alpha=strength, vmin=0, vmax=1)
+    axis.set_xlim(0, rgb.width)
+    axis.set_ylim(rgb.height, 0)

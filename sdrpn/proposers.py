@@ -79,8 +79,17 @@ def roi_logits(models: Models, looks: Sequence[Look]) -> np.ndarray:
 def by_rpn(models: Models, looks: Sequence[Look]) -> list[Proposal]:
     """Sigmoid, blur, threshold, boxes (METHOD section 3)."""
     logits = roi_logits(models, looks)
-    maps = [blur(torch.sigmoid(torch.from_numpy(one)).numpy()) for one in logits]
-    return _from_maps(maps, looks)
+    maps = [torch.sigmoid(torch.from_numpy(one)).numpy() for one in logits]
+    shown = [
+        blur(_over_its_maximum(one) if look.zoom.relative else one)
+        for one, look in zip(maps, looks, strict=True)
+    ]
+    return _from_maps(shown, looks)
+
+
+def _over_its_maximum(values: np.ndarray) -> np.ndarray:
+    peak = values.max()
+    return values / peak if peak > 0 else values
 
 
 def known_labels(models: Models) -> LabelConfig:
@@ -129,9 +138,7 @@ def by_attention(models: Models, looks: Sequence[Look]) -> list[Proposal]:
     maps = []
     for one, sinks in zip(grounding, sink, strict=True):
         clean = remove_sinks(one, sinks, labels.sink_threshold)
-        peak = clean.max()
-        shares = clean / peak if peak > 0 else clean
-        maps.append(blur(shares.reshape(llava.grid, llava.grid)))
+        maps.append(blur(_over_its_maximum(clean).reshape(llava.grid, llava.grid)))
     for i, proposal in zip(spoken, _from_maps(maps, asked), strict=True):
         proposals[i] = proposal
     return proposals

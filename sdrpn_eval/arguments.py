@@ -16,9 +16,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "padding": "pad",
         "token_budget": None,
         "skip_above": None,
+        "relative": False,
     },
     # Chosen on the embedded model (docs/fast.md): fewer crop tokens, no answer lost.
-    "fast": {"proposer": "rpn", "padding": "pad", "token_budget": 2.0, "skip_above": 0.7},
+    "fast": {"proposer": "rpn", "padding": "pad", "token_budget": 2.5, "skip_above": 0.7},
 }
 
 
@@ -121,6 +122,9 @@ ARGUMENTS: Mapping[str, Argument] = {
     "token_budget": Argument(None, _above_zero, "crop tokens a side per cell of the box, or none"),
     "skip_above": Argument(
         None, _above_zero, "no zoom where the region is this share of the image or more, or none"
+    ),
+    "relative": Argument(
+        None, _flag, "threshold in shares of the map's maximum: true or false (published)"
     ),
     "padding": Argument("pad", _one_of("pad", "crop"), "pad to a square, or crop the centre"),
     "system_prompt": Argument(None, _text, "sentence, or file with it; empty: none"),

@@ -22,6 +22,9 @@ _LOADING = ("revision", "rpn", "padding", "system_prompt", "dtype", "attn_implem
 _LOADING += ("device", "device_map", "prefix_cache", "peft", "load_in_4bit")
 
 
+ZOOM_ARGUMENTS = ("policy", "token_budget", "skip_above", "relative")
+
+
 def load_engine(
     values: Mapping[str, Any], given: Mapping[str, Any], device: torch.device
 ) -> ZoomLlava:
@@ -40,7 +43,7 @@ def zoom_settings(
     engine: ZoomLlava, values: Mapping[str, Any], given: Mapping[str, Any]
 ) -> ZoomConfig:
     """The engine's own ZoomConfig with what the user or the preset changed, but the threshold."""
-    chosen = {*given, *PRESETS.get(values["preset"], {})} & {"policy", "token_budget", "skip_above"}
+    chosen = {*given, *PRESETS.get(values["preset"], {})} & set(ZOOM_ARGUMENTS)
     return replace(engine.zoom, **{name: values[name] for name in chosen})
 
 

@@ -76,7 +76,7 @@ def test_headline_number_is_recomputed_on_a_subset(rows: list, published: dict) 
 
 def test_rpn_knows_its_model_and_facts() -> None:
     card = (tiny_path() / "rpn" / "README.md").read_text()
-    for fact in ("samples", "steps", "final loss", "label precision"):
+    for fact in ("samples", "steps", "final loss", "held-out IoU"):
         assert fact in card
 
 

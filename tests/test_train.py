@@ -287,7 +287,8 @@ def test_the_command_leaves_an_rpn_that_says_how_it_was_made(labels: Path, tmp_p
     # The same command again: nothing is left to do, and the same comes out.
     before = (out / "rpn.safetensors").read_bytes()
     result = runner.invoke(app, words(labels, out, *zoom, "--learning_rate", "1e-3"))
-    assert "going on from" in result.output
+    assert "nothing is left to do" in result.output
+    assert json.loads((out / "training.json").read_text()) == facts
     assert (out / "rpn.safetensors").read_bytes() == before
     result = runner.invoke(app, words(labels, out, *zoom, "--learning_rate", "2e-3"))
     assert result.exit_code == 2

@@ -12,6 +12,7 @@ from sdrpn.cli.shared import MODEL_HELP, errors_as_sentences, say
 from sdrpn.config import LabelConfig, ZoomConfig
 
 CHECKPOINTS = "checkpoints"
+FACTS = "training.json"
 
 
 def train(
@@ -56,7 +57,7 @@ def train(
     """
     with errors_as_sentences():
         # Imported here, so that --help and a wrong path answer at once.
-        from sdrpn.distill.claim import claim, write_json
+        from sdrpn.distill.claim import claim, read_json, write_json
         from sdrpn.distill.dataset import LabelledImages, image_root, load_labels, read_settings
 
         settings = read_settings(labels)
@@ -93,10 +94,12 @@ def train(
             }
             claim(out / CHECKPOINTS / "settings.json", chosen)
         facts = run(llava, rpn, trained, arguments, held_out=kept_back, tell=say)
+        earlier = read_json(out / FACTS) if (out / FACTS).exists() else {}
         rpn.facts = {"labels": settings.get("data", str(labels)), **facts}
+        rpn.facts.setdefault("seconds", earlier.get("seconds"))
         if arguments.process_index == 0:
             rpn.to(pick_save_dtype(save_dtype, arguments.device.type)).save_pretrained(out)
-            write_json(out / "training.json", rpn.facts)
+            write_json(out / FACTS, rpn.facts)
             for name, value in rpn.facts.items():
                 say(f"{name}: {value}")
             say(f"RPN: {out}")

@@ -232,6 +232,7 @@ def _card(row: dict[str, Any], settings: Mapping[str, Any], root: Path) -> Card:
     image = load_image(inside(root, row["image"]))
     side = round(len(row["labels"]) ** 0.5)
     view = View(image.size, side, settings["side"], settings["padding"])
+    grounding = np.array(row["grounding"], np.float32).reshape(side, side)
     foreground = (np.array(row["labels"]) == 1).reshape(side, side).astype(float)
     return Card(
         image,
@@ -240,5 +241,6 @@ def _card(row: dict[str, Any], settings: Mapping[str, Any], root: Path) -> Card:
         [],
         view,
         foreground,
-        note=f"{row['foreground']} foreground cells, {row['background']} background",
+        note=f"left: {row['foreground']} foreground cells; right: the attention they are made of",
+        second_map=grounding / max(grounding.max(), 1e-9),
     )

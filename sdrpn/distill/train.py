@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
@@ -205,30 +206,52 @@ def train(
         data_collator=collate,
     )
     last = last_checkpoint(Path(str(arguments.output_dir)))
-    if last is not None:
-        tell(f"going on from {last}")
-    result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    seconds = None
+    if last is not None and _is_finished(last):
+        # Asked to go on from its last step, the Trainer would add one.
+        tell(f"{last} is the end of this training; nothing is left to do")
+        _load_end(trainer, last)
+    else:
+        if last is not None:
+            tell(f"going on from {last}")
+        result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+        seconds = round(result.metrics["train_runtime"], 1)
     measured = trainer.evaluate() if held_out is not None else {}
     state = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_world_process_zero() and state:
         weights = {name.removeprefix("rpn."): tensor for name, tensor in state.items()}
         rpn.to("cpu").load_state_dict(weights)
-    rpn.facts |= _facts(trainer, len(rows), result) | _held_out_facts(measured, held_out)
+    rpn.facts |= _facts(trainer, len(rows), seconds) | _held_out_facts(measured, held_out)
     return rpn.facts
 
 
-def _facts(trainer: Trainer, samples: int, result: Any) -> dict[str, Any]:
+def _is_finished(checkpoint: Path) -> bool:
+    state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    return state.global_step >= state.max_steps
+
+
+def _load_end(trainer: Trainer, checkpoint: Path) -> None:
+    """What a finished training ended with: its state, and the weights it took as the best."""
+    trainer.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    weights = Path(best or checkpoint) / "model.safetensors"
+    model: Any = trainer.model
+    model.load_state_dict(load_file(weights if weights.exists() else checkpoint / weights.name))
+
+
+def _facts(trainer: Trainer, samples: int, seconds: float | None) -> dict[str, Any]:
+    """What the card says. seconds: of this run, None where there was nothing to do."""
     arguments = trainer.args
     accumulated = arguments.gradient_accumulation_steps * arguments.world_size
     return {
         "samples": samples,
-        "steps": result.global_step,
+        "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0, 3),
         "final loss": round(_last_loss(trainer), 4),
         "learning rate": arguments.learning_rate,
         "batch size": arguments.train_batch_size * accumulated,
         "seed": arguments.seed,
-        "seconds": round(result.metrics["train_runtime"], 1),
+        **({} if seconds is None else {"seconds": seconds}),
     }
 
 

@@ -1,0 +1,88 @@
+"""What more labels buy: RPNs of the tiny model trained on 100, 1 K and 10 K labels.
+
+    python -m sdrpn_eval.demo.train_rpn --model sdrpn_eval/demo/tiny --work out/distil --out out/rpn
+    python benchmarks/data_size.py --work out/distil --docs docs
+
+Same held-out images, same steps, the checkpoint with the lowest held-out loss each time; then all
+questions of tiny_vstar with each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+from matplotlib.figure import Figure
+
+from sdrpn import RPN
+from sdrpn_eval.demo import BENCHMARK, tiny_path
+from sdrpn_eval.demo.score import Scorer
+from sdrpn_eval.demo.train_rpn import commands, run
+
+SIZES = (100, 1000, 10000)
+STEPS = 500
+
+
+def measure(work: Path, sizes: tuple[int, ...], steps: int) -> list[dict[str, Any]]:
+    """Train on each number of labels and score; one row each."""
+    rows: Any = list(load_dataset("parquet", data_files=str(BENCHMARK), split="train"))
+    scorer = Scorer(tiny_path(), rows)
+    scorer.run("stock")
+    found = []
+    for size in sizes:
+        out = work / f"rpn-{size}"
+        run(commands(tiny_path(), work, out, steps=steps, samples=size)["train"])
+        facts = json.loads((out / "training.json").read_text())
+        scorer.rpn = RPN.from_pretrained(str(out))
+        scorer.run(f"{size} labels", "rpn")
+        found.append(
+            {
+                "labels": size,
+                "held_out": {k.removeprefix("held-out "): v for k, v in facts.items() if "-" in k},
+                "accuracy": scorer.results[-1]["all"],
+                "zoomed": scorer.results[-1]["zoomed"],
+                "seconds": facts["seconds"],
+            }
+        )
+    return [{"labels": 0, "accuracy": scorer.results[0]["all"]}, *found]
+
+
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
+    """Exact match on tiny_vstar, and average precision on held-out labels, over labels."""
+    stock, trained = rows[0], rows[1:]
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained", dpi=120)
+    axis = figure.subplots()
+    x = [row["labels"] for row in trained]
+    mean, low, high = zip(*[[100 * v for v in row["accuracy"]] for row in trained], strict=True)
+    axis.plot(x, mean, marker="o", color="#c2185b", label="tiny_vstar, exact match")
+    axis.fill_between(x, low, high, color="#c2185b", alpha=0.15, lw=0)
+    precision = [100 * row["held_out"]["average precision"] for row in trained]
+    axis.plot(x, precision, marker="s", color="#1565c0", label="held-out labels, average precision")
+    axis.axhline(100 * stock["accuracy"][0], color="grey", ls=":", label="tiny_vstar, stock")
+    axis.set_xscale("log")
+    axis.set_xlabel("labels trained on")
+    axis.set_ylabel("%")
+    axis.legend(fontsize=8, loc="lower right")
+    figure.savefig(out)
+
+
+def main() -> None:
+    """Read the command line, measure, draw and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder of train_rpn's --work")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder to write to")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    args = parser.parse_args()
+    rows = measure(args.work, tuple(args.sizes), args.steps)
+    result = {"steps": args.steps, "batch_size": 64, "rows": rows}
+    (args.docs / "data_size.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(rows, args.docs / "data_size.png")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""The throughput benchmark's JSON as a figure and as Markdown tables.
+
+    python benchmarks/plot_throughput.py docs/throughput.json --docs docs/
+
+writes docs/throughput.png and docs/throughput.md and prints the tables. --name tells another run
+apart (docs/NAME.png, docs/NAME.md). What a page holds outside its two marker comments is kept, so
+that prose can stand around the tables. --into FILE puts the first table between the same markers of
+another page, such as the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+
+LINES = {
+    ("sdrpn", "fast"): ("sdrpn, fast", "#0072b2", "-"),
+    ("sdrpn", "paper"): ("sdrpn, paper", "#56b4e9", "-"),
+    ("none", None): ("no second look, ours", "#009e73", "-"),
+    ("two_pass", "paper"): ("two passes, as published", "#d55e00", "--"),
+    ("vicrop", None): ("ViCrop, over our prefix", "#cc79a7", "--"),
+}
+"""How each system is called and drawn, in the order of the tables; stock is the line at 1."""
+
+BEGIN, END = "<!-- throughput -->", "<!-- end of throughput -->"
+
+
+def column_of(row: Row) -> str:
+    """What a row's column of the table is called."""
+    mean = f"{row['questions_per_image']:g}"
+    return f"{row['mix']}, {mean}" if row["mix"] else mean
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(column_of(row) for row in rows))
+
+
+def find(rows: Sequence[Row], key: tuple[str, str | None], batch: int, column: str) -> Row | None:
+    """The row of a system at a batch size, in a column; None where it was not measured."""
+    wanted = (*key, batch, column)
+    own = ((r["system"], r["preset"], r["batch_size"], column_of(r)) for r in rows)
+    return next((row for row, k in zip(rows, own, strict=True) if k == wanted), None)
+
+
+def batches_of(rows: Sequence[Row]) -> list[int]:
+    """Batch sizes that something beside stock was measured at."""
+    return sorted({row["batch_size"] for row in rows if row["system"] != "stock"})
+
+
+# --- figure ----------------------------------------------------------------------------------
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    """Throughput over stock at equal batch size, one panel a batch size, against questions."""
+    rows = result["rows"]
+    batches, columns = batches_of(rows), columns_of(rows)
+    drawn = Figure(figsize=(2.2 + 2.4 * len(batches), 3.9), layout="constrained", dpi=130)
+    panels = drawn.subplots(1, len(batches), sharey=True, squeeze=False)[0]
+    for panel, batch in zip(panels, batches, strict=True):
+        panel.axhline(1, color="0.35", linewidth=1)
+        for key, (name, colour, dashes) in LINES.items():
+            _draw_line(panel, rows, key, batch, columns, name, colour, dashes)
+        panel.set_title(f"batch size {batch}", fontsize=10)
+        panel.set_xticks(range(len(columns)), columns, fontsize=8)
+        panel.set_xlabel("questions an image", fontsize=9)
+        panel.grid(axis="y", color="0.9")
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("questions a second, stock = 1", fontsize=9)
+    where = {"transform": panels[0].get_yaxis_transform(), "ha": "center", "va": "center"}
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    panels[0].text(0.5, 1, "stock", fontsize=8, color="0.3", bbox=white, **where)
+    # The first panel has every line: some systems are shown at batch size 1 alone.
+    handles, labels = panels[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return drawn
+
+
+def _draw_line(
+    panel: Any,
+    rows: Sequence[Row],
+    key: tuple[str, str | None],
+    batch: int,
+    columns: Sequence[str],
+    name: str,
+    colour: str,
+    dashes: str,
+) -> None:
+    found = [(i, find(rows, key, batch, column)) for i, column in enumerate(columns)]
+    points = [(i, row) for i, row in found if row is not None]
+    if not points:
+        return
+    ratios = [row["ratio_to_stock"] for _, row in points]
+    below = [row["ratio_to_stock"] - row["ratio_spread"][0] for _, row in points]
+    above = [row["ratio_spread"][1] - row["ratio_to_stock"] for _, row in points]
+    panel.errorbar(
+        [i for i, _ in points],
+        ratios,
+        yerr=[below, above],
+        label=name,
+        color=colour,
+        linestyle=dashes,
+        marker="o",
+        markersize=4,
+        linewidth=1.6,
+        capsize=2,
+    )
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] * len(head)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
+
+
+def _by_batch(rows: Sequence[Row], cell: Callable[[Row], str], *, stock: str) -> str:
+    """A table of systems by columns, batch size after batch size. stock: what its rows show."""
+    columns, lines = columns_of(rows), []
+    keys: list[tuple[tuple[str, str | None], str]] = [(key, LINES[key][0]) for key in LINES]
+    for batch in sorted({row["batch_size"] for row in rows}):
+        for key, name in [(("stock", None), stock), *keys]:
+            found = [find(rows, key, batch, column) for column in columns]
+            if any(found):
+                cells = [cell(row) if row else "" for row in found]
+                lines.append([str(batch), name, *cells])
+    head = ["batch size", "system", *(f"{column} an image" for column in columns)]
+    return _table(head, lines)
+
+
+def ratio_table(result: dict[str, Any]) -> str:
+    """Throughput over stock at equal batch size, spread of the repeats; stock over batch 1."""
+
+    def cell(row: Row) -> str:
+        if row["system"] == "stock":
+            return f"{row['ratio_to_stock_batch1']:.2f} ({row['seconds_per_question']:.3g} s)"
+        low, high = row["ratio_spread"]
+        value = f"{row['ratio_to_stock']:.2f}"
+        shown = f"**{value}**" if row["ratio_to_stock"] >= 1 else value
+        return f"{shown} ({low:.2f} to {high:.2f})"
+
+    return _by_batch(result["rows"], cell, stock="*stock, over stock at batch size 1*")
+
+
+def today_table(result: dict[str, Any]) -> str:
+    """Throughput over stock at batch size 1, which is what lmms-eval's llava_hf offers."""
+    return _by_batch(
+        result["rows"], lambda row: f"{row['ratio_to_stock_batch1']:.2f}", stock="stock"
+    )
+
+
+def work_table(result: dict[str, Any]) -> str:
+    """Operations counted, the floor, and how far above its floor the time is."""
+
+    def cell(row: Row) -> str:
+        counted, least = row["flops_per_question"] / 1e9, row["flops_floor"] / 1e9
+        return f"{counted:,.0f} / {least:,.0f} / {row['time_over_floor']:.1f}"
+
+    return _by_batch(result["rows"], cell, stock="stock")
+
+
+def facts(result: dict[str, Any]) -> str:
+    """One paragraph: the machine, the shape, the work."""
+    machine, shape, settings = result["machine"], result["shape"], result["settings"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} thread(s)"
+    zoomed = [row for row in result["rows"] if row["system"] == "sdrpn"]
+    budgets = {row["preset"]: row["crop_tokens"] for row in zoomed}
+    crops = ", ".join(f"{tokens} crop tokens ({preset})" for preset, tokens in budgets.items())
+    return (
+        f"Measured on {where}, torch {machine['torch']}, {shape['name']} ({shape['layers']} "
+        f"layers, hidden size {shape['hidden']}, {shape['dtype']}, {shape['attention']}), B = "
+        f"{shape['branch_layer']}, R = {shape['rpn_depth']}; {shape['image_tokens']} image tokens, "
+        f"{settings['question_tokens']} of the question, {settings['new_tokens']} new ones"
+        f"{', ' + crops if crops else ''}; medians of {settings['repeats']} repeats."
+    )
+
+
+def short_page(result: dict[str, Any]) -> str:
+    """The first table with its facts: what a README shows."""
+    return "\n\n".join(
+        [
+            "Questions a second relative to stock LLaVA **at equal batch size**, 1 is stock "
+            "(lowest to highest repeat).",
+            ratio_table(result),
+            facts(result),
+        ]
+    )
+
+
+def page(result: dict[str, Any], picture: str) -> str:
+    """All tables."""
+    rate = result["achievable_flops_per_second"] / 1e9
+    parts = [
+        f"![Throughput over stock at equal batch size]({picture})",
+        short_page(result),
+        "### Relative to stock at batch size 1",
+        "What users have today: lmms-eval's `llava_hf` refuses larger batches.",
+        today_table(result),
+        "### Work",
+        "GFLOP a question as counted / the floor, what must be computed at least (each image once, "
+        "each look, crop tokens and question once, one step a new token, no key that is masked) / "
+        f"time over the floor's time at {rate:,.0f} GFLOP/s, the best of this machine's large "
+        "matrix products in the same run.",
+        work_table(result),
+    ]
+    memory = [r for r in result["rows"] if r.get("peak_memory_bytes")]
+    if memory:
+        table = _by_batch(
+            memory, lambda row: f"{row['peak_memory_bytes'] / 2**30:.1f}", stock="stock"
+        )
+        parts += ["### Peak memory of the GPU, GiB", table]
+    for preset, stations in result.get("profile", {}).items():
+        lines = [[name, *_station_cells(row)] for name, row in stations.items()]
+        head = ["station", "ms", "floor, ms", "over floor"]
+        parts += [f"### One question by station, preset {preset}", _table(head, lines)]
+    return "\n\n".join(parts)
+
+
+def _station_cells(row: dict[str, float]) -> list[str]:
+    own, least = row["seconds"] * 1e3, row["floor_seconds"] * 1e3
+    return [f"{own:.1f}", f"{least:.1f}", f"{own / least:.1f}" if least else ""]
+
+
+def put(path: Path, text: str, *, title: str | None = None) -> None:
+    """Put text between the markers of a page; with a title, a page that is not there is made.
+
+    Raises ValueError where the page has no markers.
+    """
+    if title is not None and not path.exists():
+        path.write_text(f"# {title}\n\n{BEGIN}\n{END}\n")
+    page_text = path.read_text()
+    before, begin, rest = page_text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{path} has no lines {BEGIN} and {END} to put the table between")
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw, print, write."""
+    form = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    p.add_argument("file", type=Path, help="what throughput.py wrote")
+    p.add_argument("--docs", type=Path, default=Path("docs"), help="folder of figure and page")
+    p.add_argument("--name", default="throughput", help="of figure and page")
+    p.add_argument("--into", type=Path, help="another page, for the first table")
+    args = p.parse_args(arguments)
+    result = json.loads(args.file.read_text())
+    if not result["rows"]:
+        p.error(f"{args.file} holds no rows: its run ended before the first cell did")
+    args.docs.mkdir(parents=True, exist_ok=True)
+    picture = args.docs / f"{args.name}.png"
+    figure(result).savefig(picture)
+    whole = page(result, picture.name)
+    put(args.docs / f"{args.name}.md", whole, title="Throughput")
+    if args.into is not None:
+        put(args.into, short_page(result))
+    print(whole)
+
+
+if __name__ == "__main__":
+    main()

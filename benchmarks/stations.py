@@ -1,0 +1,136 @@
+"""Where the time of one zoomed question goes: read, look, crop, prefill, decode."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+from flops import STATIONS, Load, Sizes, floor
+from systems import forget_images
+from torch.profiler import ProfilerActivity, profile, record_function
+from workload import Clock
+
+import sdrpn.answer
+import sdrpn.zoom
+from sdrpn.zoom import Question, ZoomLlava
+
+SHOWN_OPERATORS = 15
+
+
+@contextmanager
+def labelled(engine: ZoomLlava) -> Iterator[dict[str, float]]:
+    """Label the stations for torch's profiler while the block runs; fills in seconds by station.
+
+    pixels: pad and resize the whole image. prefill is the layers run before generate(), decode is
+    generate() itself. On a GPU each station waits for its kernels, so that time falls where it
+    belongs.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    clock = Clock(engine.llava.device)
+
+    def timed(station: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = clock.now()
+            with record_function(f"station {station}"):
+                result = function(*args, **kwargs)
+            seconds[station] += clock.now() - started
+            return result
+
+        return call
+
+    places = (
+        (engine.llava, "pixels", "pixels"),
+        (sdrpn.zoom, "read", "read"),
+        (engine, "look", "look"),
+        (sdrpn.zoom, "crop_tokens", "crop"),
+        (sdrpn.answer, "run_layers", "prefill"),
+        (engine.llava.model, "generate", "decode"),
+    )
+    with ExitStack() as stack:
+        for owner, name, station in places:
+            stack.enter_context(patch.object(owner, name, timed(station, getattr(owner, name))))
+        yield seconds
+
+
+def station_seconds(
+    engine: ZoomLlava, ask: Callable[[], Any], repeats: int
+) -> tuple[dict[str, float], float]:
+    """Median seconds of each station of one call, and of the whole; `other` is what lies between.
+
+    ask: forgets the images read and asks.
+    """
+    clock, rounds = Clock(engine.llava.device), []
+    ask()
+    for _ in range(repeats):
+        with labelled(engine) as seconds:
+            started = clock.now()
+            ask()
+            whole = clock.now() - started
+        rounds.append({**seconds, "other": whole - sum(seconds.values()), "whole": whole})
+    medians = {name: median(r[name] for r in rounds) for name in rounds[0]}
+    return medians, medians.pop("whole")
+
+
+def operator_table(engine: ZoomLlava, ask: Callable[[], Any]) -> str:
+    """torch.profiler's tables of one call: the stations, and the operators that cost most."""
+    cuda = engine.llava.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as seen, labelled(engine):
+        ask()
+    averages: Any = seen.key_averages()
+    kind = "cuda" if cuda else "cpu"
+    events = sorted(averages, key=lambda e: e.cpu_time_total, reverse=True)
+    rows = [
+        f"{event.key:<20} {event.cpu_time_total / 1e3:10.1f} ms"
+        for event in events
+        if event.key.startswith("station ") and event.cpu_time_total
+    ]
+    operators = averages.table(sort_by=f"self_{kind}_time_total", row_limit=SHOWN_OPERATORS)
+    return "\n".join([*rows, operators])
+
+
+def profile_question(
+    engine: ZoomLlava,
+    question: Question,
+    generation: dict[str, Any],
+    sizes: Sizes,
+    rate: float,
+    repeats: int,
+) -> dict[str, Any]:
+    """Profile one question on a cold cache; prints tables, returns seconds and floors by station.
+
+    rate: achievable operations a second. A station's floor is what it must compute at that rate.
+    """
+    answers: list[Any] = []
+
+    def ask() -> None:
+        forget_images(engine)
+        answers[:] = engine.ask_batch([replace(question)], generation)
+
+    seconds, whole = station_seconds(engine, ask, repeats)
+    seen = answers[0]
+    load = Load(1, seen.question_tokens, seen.crop_tokens, seen.new_tokens)
+    least = floor("sdrpn", sizes, load)
+    result: dict[str, Any] = {
+        name: {"seconds": seconds.get(name, 0.0), "floor_seconds": least.get(name, 0.0) / rate}
+        for name in ("pixels", *STATIONS, "other")
+    }
+    result["whole"] = {"seconds": whole, "floor_seconds": sum(least.values()) / rate}
+    print(operator_table(engine, ask))
+    print(station_table(result))
+    return result
+
+
+def station_table(result: dict[str, dict[str, float]]) -> str:
+    """Markdown: seconds of each station and how far above its floor it is."""
+    lines = ["| station | ms | floor, ms | over floor |", "|---|---|---|---|"]
+    for name, row in result.items():
+        own, least = row["seconds"] * 1e3, row["floor_seconds"] * 1e3
+        over = f"{own / least:.2f}" if least else ""
+        lines.append(f"| {name} | {own:.1f} | {least:.1f} | {over} |")
+    return "\n".join(lines)

@@ -1,0 +1,209 @@
+"""The systems that are timed, each a function from a batch of questions to its answers.
+
+The region is forced: random weights draw random maps, and a fair comparison needs a crop, of the
+same size, on every question. Nothing is left out for it. The RPN (or ViCrop's attention) runs on
+every question, its map is blurred, cut and boxed as ever; only then is the box exchanged. All that
+follows (cut the original, encode, shrink to the budget, prefill, decode) runs as it is shipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdrpn.answer import generate_plain, generation_arguments
+from sdrpn.config import ZoomConfig
+from sdrpn.crops import crop_tokens
+from sdrpn.layers import run_layers
+from sdrpn.llava import Llava
+from sdrpn.prefix import PrefixCache
+from sdrpn.proposers import Proposal
+from sdrpn.region import GridBox, Region, View, blur, propose
+from sdrpn.rpn import RPN
+from sdrpn.zoom import Question, ZoomLlava
+from sdrpn_eval.arguments import PRESETS
+
+FAST_BUDGET = 2.0
+"""Crop tokens a side per cell of the box, where the plugin has no preset `fast`."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer: its text and how many crop tokens stood before its question."""
+
+    text: str
+    crop_tokens: int
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the table.
+
+    run: answers a batch. cool: forgets every image it has read. largest_batch: 1 for systems that
+    are shown as they are published.
+    """
+
+    name: str
+    preset: str | None
+    run: Callable[[Sequence[Question]], list[Said]]
+    cool: Callable[[], None]
+    largest_batch: int | None = None
+
+
+def middle_box(grid: int, cells: int) -> GridBox:
+    """A box of cells x cells in the middle of the grid."""
+    if not 1 <= cells <= grid:
+        raise ValueError(f"cells must be from 1 to the grid's {grid}, got {cells}")
+    low = (grid - cells) // 2
+    return GridBox(low, low, low + cells, low + cells)
+
+
+def region_of(box: GridBox, view: View) -> Region:
+    """The region a proposer would give for this box of cells."""
+    return Region((view.to_pixels(box),), (box,))
+
+
+def force_region(engine: ZoomLlava, box: GridBox) -> ZoomLlava:
+    """Let an engine's proposer work as ever, and put this box in place of what it found."""
+    ask = engine.look
+
+    def look(questions: Sequence[Question], *rest: Any) -> list[Proposal]:
+        found = ask(questions, *rest)
+        views = [engine.llava.view(q.images[0]) for q in questions]
+        pairs = zip(found, views, strict=True)
+        return [replace(one, region=region_of(box, view)) for one, view in pairs]
+
+    engine.look = look  # type: ignore[method-assign]
+    return engine
+
+
+def forget_images(engine: ZoomLlava) -> None:
+    """Empty the engine's cache of images."""
+    engine.prefixes = PrefixCache(engine.prefixes.max_bytes)
+
+
+def preset_zoom(preset: str) -> ZoomConfig:
+    """The zoom settings of one of the plugin's presets; the threshold plays no part here."""
+    values = dict(PRESETS.get(preset, {"policy": "mask"}))
+    if preset == "fast" and values.get("token_budget") is None:
+        values["token_budget"] = FAST_BUDGET
+    known = {f.name for f in fields(ZoomConfig)}
+    return ZoomConfig(**{name: value for name, value in values.items() if name in known})
+
+
+def generation_of(new_tokens: int) -> dict[str, Any]:
+    """Greedy, exactly so many new tokens: an end token cannot end an answer early."""
+    return {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+
+
+def _engine_system(
+    engine: ZoomLlava,
+    name: str,
+    preset: str | None,
+    generation: Mapping[str, Any],
+    largest_batch: int | None = None,
+) -> System:
+
+    def run(batch: Sequence[Question]) -> list[Said]:
+        answers = engine.ask_batch(batch, generation)
+        return [Said(a.text, a.crop_tokens) for a in answers]
+
+    return System(name, preset, run, lambda: forget_images(engine), largest_batch)
+
+
+def zooming_engine(llava: Llava, rpn: RPN, box: GridBox, preset: str) -> ZoomLlava:
+    """Ours, with the settings of a preset and a forced region."""
+    return force_region(ZoomLlava(llava, rpn, zoom=preset_zoom(preset)), box)
+
+
+def _stock(llava: Llava, generation: Mapping[str, Any]) -> System:
+    """transformers' own way: the whole prompt and the pixels of each row, padded on the left.
+
+    At batch size 1 what lmms-eval's llava_hf does; `generate_plain` makes the inputs (the pixels
+    and the prompt of all systems here) and calls the model's generate(), nothing else.
+    """
+
+    def run(batch: Sequence[Question]) -> list[Said]:
+        prompts = [llava.tokenizer(llava.prompt(q.text))["input_ids"] for q in batch]
+        images = [q.images[0] for q in batch]
+        return _said(llava, generate_plain(llava, prompts, images, generation), [0] * len(batch))
+
+    return System("stock", None, run, lambda: None)
+
+
+def _two_pass(llava: Llava, rpn: RPN, box: GridBox, generation: Mapping[str, Any]) -> System:
+    """As the published code works: look at the whole prompt, then begin again with the crop.
+
+    The image goes through the vision tower once for both passes, which is generous to it.
+    """
+    zoom = preset_zoom("paper")
+    arguments = generation_arguments(llava, generation)
+
+    @torch.no_grad()
+    def answer(question: Question) -> Said:
+        image, words = question.images[0], llava.question_ids(question.text)
+        view, start = llava.view(image), len(llava.head_ids)
+        before = [llava.embed(llava.head_ids), llava.encode(llava.pixels([image]))[0]]
+        prompt = torch.cat([*before, llava.embed(words)])[None]
+        span = llava.span(prompt, _ones(prompt))
+        branch = run_layers(llava.layers[: rpn.config.branch_layer], prompt, span)
+        states = rpn(branch, span)
+        keys = rpn.image_keys(states[:, start : start + llava.image_tokens])
+        logits = rpn.roi_logits(states[:, -1], keys)
+        roi_map = blur(torch.sigmoid(logits).cpu().numpy().reshape(llava.grid, llava.grid))
+        propose(roi_map, view, zoom)
+        region, room = region_of(box, view), llava.context_length
+        crop = crop_tokens(llava, [image], [region], [zoom], [room])[0]
+        assert crop is not None
+        whole = torch.cat([*before, crop, llava.embed(words)])[None]
+        ids = llava.model.generate(
+            inputs_embeds=whole, attention_mask=_ones(whole), **arguments
+        ).tolist()
+        return _said(llava, ids, [len(crop)])[0]
+
+    def run(batch: Sequence[Question]) -> list[Said]:
+        return [answer(question) for question in batch]
+
+    return System("two_pass", "paper", run, lambda: None, largest_batch=1)
+
+
+def _ones(embeds: Tensor) -> Tensor:
+    return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+
+
+def _said(llava: Llava, ids: Sequence[Sequence[int]], crops: Sequence[int]) -> list[Said]:
+    texts = [llava.tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
+    return [Said(text, crop) for text, crop in zip(texts, crops, strict=True)]
+
+
+def all_systems(
+    llava: Llava, rpn: RPN, box: GridBox, new_tokens: int, *, vicrop_batched: bool = False
+) -> list[System]:
+    """Every system over the same weights, answering with so many new tokens.
+
+    vicrop_batched: show ViCrop at every batch size, not at 1 alone. Its own search always finds a
+    box, so nothing is forced there; it stands over our prefix, which makes it faster than its
+    published code, and inserts all 576 crop tokens.
+    """
+    said = generation_of(new_tokens)
+    rpn = rpn.attach(llava).eval().requires_grad_(False)
+    return [
+        _stock(llava, said),
+        _engine_system(ZoomLlava(llava, proposer="none"), "none", None, said),
+        _two_pass(llava, rpn, box, said),
+        *[
+            _engine_system(zooming_engine(llava, rpn, box, preset), "sdrpn", preset, said)
+            for preset in ("paper", "fast")
+        ],
+        _engine_system(
+            ZoomLlava(llava, proposer="vicrop", zoom=preset_zoom("paper")),
+            "vicrop",
+            None,
+            said,
+            None if vicrop_batched else 1,
+        ),
+    ]

@@ -1,0 +1,176 @@
+"""What the benchmark runs on: the machine, a model of a shape, questions on images."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import transformers
+from shapes import SHAPES, images, question, random_llava, random_rpn
+
+from sdrpn.llava import Llava, pick_dtype
+from sdrpn.rpn import RPN
+from sdrpn.zoom import Question
+
+MIXES = {
+    "textvqa": (2, 1, 2, 1, 2),
+    "docvqa": (4, 4, 4, 4, 5),
+    "pope": (18,),
+}
+"""Questions per image, image by image, whose mean is the benchmark's: 1.6, 4.2, 18."""
+
+BRANCH_SHARE = 15 / 32
+"""B of a shape cut to fewer layers: 7B's share of them."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One column of the table: questions per image, image by image, and the mix's name."""
+
+    counts: tuple[int, ...]
+    mix: str | None = None
+
+    @property
+    def mean(self) -> float:
+        return round(fmean(self.counts), 3)
+
+    def enough(self, questions: int) -> tuple[int, ...]:
+        """The counts, repeated until there are at least so many questions."""
+        times = -(-questions // sum(self.counts))
+        return self.counts * times
+
+
+def load(
+    shape: str,
+    *,
+    layers: int | None = None,
+    pretrained: str | None = None,
+    rpn: str | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    attention: str | None = None,
+) -> tuple[Llava, RPN]:
+    """A LLaVA and an RPN: random weights of a named shape, or real ones.
+
+    layers: cut a random shape to so many decoder layers. rpn: without one a fresh copy of the
+    backbone's layers stands in, which costs the same. attention: transformers' name of a backend.
+    """
+    if pretrained is not None:
+        llava = Llava.load(pretrained, dtype=dtype, device=device, attn_implementation=attention)
+        return llava, RPN.from_pretrained(rpn) if rpn else random_rpn(llava)
+    branch = 15
+    if layers is not None:
+        branch = max(1, min(round(layers * BRANCH_SHARE), layers - 3))
+        name, shape = shape, f"{shape}, {layers} layers"
+        SHAPES[shape] = replace(SHAPES[name], layers=layers)
+    llava = random_llava(shape, pick_dtype(dtype, torch.device(device)), device)
+    if attention is not None:
+        llava.model.set_attn_implementation(attention)
+    return llava, random_rpn(llava, branch)
+
+
+def describe_shape(llava: Llava, rpn: RPN) -> dict[str, Any]:
+    """The sizes a reader needs to judge the numbers."""
+    text: Any = llava.text_config
+    return {
+        "name": llava.name,
+        "layers": text.num_hidden_layers,
+        "hidden": text.hidden_size,
+        "branch_layer": rpn.config.branch_layer,
+        "rpn_depth": rpn.config.depth,
+        "side_pixels": llava.side,
+        "text_before_image_tokens": len(llava.head_ids),
+        "image_tokens": llava.image_tokens,
+        "dtype": str(llava.dtype).removeprefix("torch."),
+        "attention": text._attn_implementation,
+    }
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Processor, threads and versions."""
+    facts: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["gpu_memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+    return facts
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _fitting(llava: Llava, tokens: int, seed: int) -> str:
+    """A question of so many tokens behind the image, the turn's end included."""
+    for words in range(tokens, 0, -1):
+        text = question(words, seed)
+        if len(llava.question_ids(text)) <= tokens:
+            return text
+    raise ValueError(f"a question of {tokens} tokens is too short for the prompt's own words")
+
+
+def questions(
+    llava: Llava, counts: Sequence[int], tokens: int, size: tuple[int, int]
+) -> list[Question]:
+    """Questions grouped by image, as the plugin batches them; all of one length.
+
+    One length is kind to stock: a left-padded batch then computes nothing for padding.
+    """
+    pictures = images(len(counts), *size)
+    owners = [i for i, count in enumerate(counts) for _ in range(count)]
+    return [
+        Question(_fitting(llava, tokens, seed), (pictures[i],)) for seed, i in enumerate(owners)
+    ]
+
+
+class Clock:
+    """Wall time of work, in seconds; on a GPU until its last kernel has ended."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def reset_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_memory(self) -> int | None:
+        """Bytes of GPU memory at the highest point since `reset_memory`; None on a CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+
+def achievable(llava: Llava, tries: int = 5) -> float:
+    """Operations a second of the best of a few large matrix products in the model's dtype."""
+    side = 8192 if llava.device.type == "cuda" else 1536
+    left, right = (torch.randn(side, side, dtype=llava.dtype, device=llava.device) for _ in "ab")
+    clock = Clock(llava.device)
+    best = 0.0
+    for _ in range(tries + 1):
+        started = clock.now()
+        torch.mm(left, right)
+        best = max(best, 2 * side**3 / (clock.now() - started))
+    return best
+
+
+def settings_of(values: Any) -> dict[str, Any]:
+    """A dataclass of settings as JSON takes it."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(values).items()}

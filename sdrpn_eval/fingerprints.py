@@ -1,0 +1,196 @@
+"""Fingerprints of what a score rests on: data content, rendered prompts, scorer source.
+
+Task versions stay while data sets, prompts and graders change, so a run writes these down. Those of
+data and prompts are sums over documents: each process adds its share up, in any order, and the sum
+over all processes is that of the whole task.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from datasets import Dataset
+from datasets import Image as ImageColumn
+from PIL import Image
+
+from sdrpn.prefix import image_key
+from sdrpn_eval.questions import Request
+
+BITS = 128
+SCORING = ("metric_list", "filter_list", "output_type", "score_key", "repeats")
+"""Parts of a task's configuration that are data and decide the score."""
+
+Constant = str | int | float | tuple | frozenset | re.Pattern
+
+
+def digest(*parts: str | bytes) -> int:
+    """A number of BITS bits for several texts; their borders count."""
+    whole = hashlib.blake2b(digest_size=BITS // 8)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        whole.update(len(data).to_bytes(8, "big") + data)
+    return int.from_bytes(whole.digest(), "big")
+
+
+def total(digests: Iterable[int]) -> str:
+    """The fingerprint of a bag of documents, in hex: the same in any order."""
+    return f"{sum(digests) % 2**BITS:0{BITS // 4}x}"
+
+
+def combined(fingerprints: Iterable[str]) -> str:
+    """The fingerprint of bags put together."""
+    return total(int(one, 16) for one in fingerprints)
+
+
+def data_fingerprint(rows: Any, doc_ids: Iterable[int]) -> str:
+    """Of the documents asked, all columns, images as they are stored."""
+    stored = undecoded(rows)
+    return total(digest(str(i), *_canonical(stored[i])) for i in sorted(set(doc_ids)))
+
+
+def undecoded(rows: Any) -> Any:
+    """A data set with its image files as bytes; anything else as it is."""
+    if not isinstance(rows, Dataset):
+        return rows
+    for name, kind in rows.features.items():
+        if isinstance(kind, ImageColumn):
+            rows = rows.cast_column(name, ImageColumn(decode=False))
+    return rows
+
+
+def _canonical(value: Any) -> Iterator[str | bytes]:
+    """The content of a document in pieces, without names of files and addresses in memory."""
+    if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:
+        yield value["bytes"] or Path(value["path"]).read_bytes()
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield str(key)
+            yield from _canonical(value[key])
+    elif isinstance(value, list | tuple):
+        yield f"[{len(value)}]"
+        for item in value:
+            yield from _canonical(item)
+    elif isinstance(value, Image.Image):
+        yield image_key(value)
+    else:
+        yield value if isinstance(value, bytes) else repr(value)
+
+
+def prompts_fingerprint(requests: Sequence[Request]) -> str:
+    """Of the prompts as rendered, with the continuation that a multiple choice scores."""
+    return total(
+        digest(str(r.doc_id), r.prompt, r.extra if isinstance(r.extra, str) else "")
+        for r in requests
+    )
+
+
+def generation_fingerprint(requests: Sequence[Request]) -> str:
+    """Of the generation arguments; the same for all of a task's documents as a rule."""
+    texts = {json.dumps(r.extra, sort_keys=True, default=str) for r in requests}
+    return total(digest(text) for text in texts)
+
+
+def scorer_fingerprint(task: Any) -> str:
+    """Of the code that turns answers into scores and of its settings, in an lmms-eval task.
+
+    Code is read without comments, docstrings and layout, and with the functions and constants it
+    uses from the task's own folder and lmms-eval's task helpers.
+    """
+    config = task.config
+    functions = [getattr(config, n) for n in ("process_results", "doc_to_target", "doc_to_choice")]
+    functions += [*task.aggregation().values(), *getattr(task, "_metric_fn_list", {}).values()]
+    settings = [f"{name}={without_addresses(getattr(config, name, None))}" for name in SCORING]
+    seen: dict[str, str] = {}
+    for function in functions:
+        if callable(function):
+            _collect(function, seen)
+        elif function is not None:
+            settings.append(str(function))
+    code = [f"{name}\n{seen[name]}" for name in sorted(seen)]
+    return f"{digest(*settings, *code):0{BITS // 4}x}"
+
+
+def without_addresses(value: Any) -> str:
+    """A value as text; "<function f at 0x7f..>" names no address."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
+def _collect(thing: Any, seen: dict[str, str]) -> None:
+    """Add the source of a function or class, and of what it uses nearby, by qualified name."""
+    while isinstance(thing, functools.partial):
+        thing = thing.func
+    for function in _functions(inspect.unwrap(thing)):
+        name = f"{function.__module__}.{function.__qualname__}"
+        if name in seen:
+            continue
+        tree = _parsed(function)
+        if tree is None:
+            seen[name] = ""  # built in: its name is all there is
+            continue
+        seen[name] = ast.unparse(tree)
+        for used_name, used in _used(tree, function):
+            if isinstance(used, Constant):
+                seen[f"{function.__module__}.{used_name}"] = without_addresses(repr(used))
+            elif _is_near(used, function):
+                _collect(used, seen)
+
+
+def _functions(thing: Any) -> list[Callable[..., Any]]:
+    if inspect.isclass(thing):
+        # Python cannot find the source of a class in a module loaded by path; its methods it can.
+        members = [getattr(m, "__func__", m) for m in vars(thing).values()]
+        return [m for m in members if inspect.isfunction(m)]
+    if inspect.ismethod(thing):
+        return [thing.__func__]
+    return [thing] if hasattr(thing, "__qualname__") else []
+
+
+def _parsed(function: Any) -> ast.AST | None:
+    """The function's code without its docstrings."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) and body:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+def _used(tree: ast.AST, function: Any) -> Iterator[tuple[str, Any]]:
+    """Globals the code names, and what it takes out of modules."""
+    known = getattr(function, "__globals__", {})
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in known:
+            if not isinstance(known[node.id], ModuleType):
+                yield node.id, known[node.id]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = known.get(node.value.id)
+            if isinstance(module, ModuleType):
+                yield f"{node.value.id}.{node.attr}", getattr(module, node.attr, None)
+
+
+def _is_near(used: Any, function: Any) -> bool:
+    """Whether code belongs to the task: its folder, or lmms-eval's shared task helpers."""
+    if not (inspect.isfunction(used) or inspect.isclass(used)):
+        return False
+    if used.__module__.startswith("lmms_eval.tasks"):
+        return True
+    files = [_file(one) for one in (used, function)]
+    return None not in files and Path(files[0]).parent == Path(files[1]).parent  # type: ignore[arg-type]
+
+
+def _file(thing: Any) -> str | None:
+    functions = _functions(thing)
+    return functions[0].__code__.co_filename if functions else None
