@@ -23,7 +23,7 @@ from sdrpn_eval.demo.score import Scorer
 from sdrpn_eval.demo.train_rpn import commands, run
 
 SIZES = (100, 1000, 10000)
-STEPS = 500
+STEPS = 300
 
 
 def measure(work: Path, sizes: tuple[int, ...], steps: int) -> list[dict[str, Any]]:

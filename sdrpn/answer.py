@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import StoppingCriteria
 
-from sdrpn.layers import cache_argument, run_layers
+from sdrpn.layers import cache_argument, fill_cache, run_layers
 from sdrpn.llava import Llava
 from sdrpn.prefix import Prefix, pad_between, stack
 
@@ -92,7 +92,7 @@ def generate(
     embeds, mask = pad_between(length, [s.embed(llava) for s in suffixes])
     cache = stack([p.kv for p in prefixes])
     span = llava.span(embeds[:, :-1], mask[:, :-1], cache)
-    run_layers(llava.layers, embeds[:, :-1], span, cache)
+    fill_cache(llava.layers, embeds[:, :-1], span, cache)
     if arguments["num_beams"] > 1:
         # generate() expands the tensors it is given, but not a cache.
         cache.batch_repeat_interleave(arguments["num_beams"])

@@ -6,14 +6,14 @@ Shapes: B rows, N new tokens, P cached tokens, C hidden size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
 _CACHE = next(
     name
@@ -99,3 +99,33 @@ def run_layers(
         if tap is not None:
             tap(index, entering, span.rotary)
     return hidden
+
+
+def fill_cache(
+    layers: Sequence[tuple[int, nn.Module]],
+    hidden: Tensor,
+    span: Span,
+    cache: Cache,
+    tap: Tap | None = None,
+) -> None:
+    """As `run_layers`, for the cache alone: of the last layer only keys and values are computed.
+
+    What the last layer makes of a token that no answer follows is read by nobody.
+    """
+    *lower, (index, last) = layers
+    entering = run_layers(lower, hidden, span, cache, tap)
+    layer: Any = last
+    if layer.input_layernorm.weight.is_meta:  # offloaded: only a whole layer fetches its weights
+        run_layers([(index, last)], entering, span, cache, tap)
+        return
+    attention = layer.self_attn
+    states = layer.input_layernorm(entering.to(layer.input_layernorm.weight.device))
+    keys, values = (
+        proj(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for proj in (attention.k_proj, attention.v_proj)
+    )
+    cos, sin = (part.to(keys.device) for part in span.rotary)
+    keys, _ = apply_rotary_pos_emb(keys, keys, cos, sin)
+    cache.update(keys, values, attention.layer_idx)
+    if tap is not None:
+        tap(index, entering, span.rotary)

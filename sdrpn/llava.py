@@ -297,6 +297,10 @@ class Llava:
             position_ids=positions,
             **cache_argument(cache),
         )
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            # Once, and not in every layer, which torch's fused attention would do.
+            shut = torch.finfo(embeds.dtype).min
+            mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill_(~mask, shut)
         rotary = self.model.model.language_model.rotary_emb(embeds, position_ids=positions)
         return Span(attention_mask, mask, positions, rotary)
 

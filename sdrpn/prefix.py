@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from sdrpn.layers import KV, cache_of, run_layers
+from sdrpn.layers import KV, cache_of, fill_cache
 from sdrpn.llava import Llava
 from sdrpn.rpn import RPN
 
@@ -65,7 +65,7 @@ def read(llava: Llava, rpn: RPN | None, pixels: Tensor) -> list[Prefix]:
         if rpn is not None and layer == rpn.config.branch_layer:
             branch[layer] = entering
 
-    run_layers(llava.layers, embeds, span, cache, keep_branch)
+    fill_cache(llava.layers, embeds, span, cache, keep_branch)
     rpn_cache, keys = cache_of([]), None
     start = len(llava.head_ids)
     if rpn is not None:
@@ -147,6 +147,11 @@ class PrefixCache:
 
     def __len__(self) -> int:
         return len(self._prefixes)
+
+    def clear(self) -> None:
+        """Forget every prefix."""
+        self._prefixes.clear()
+        self.nbytes = 0
 
     def __contains__(self, key: str) -> bool:
         return key in self._prefixes

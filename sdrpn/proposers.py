@@ -149,15 +149,19 @@ def by_vicrop(models: Models, looks: Sequence[Look]) -> list[Proposal]:
     llava = models.llava
     layer = models.labels.vicrop_layer if models.labels else round(llava.num_layers * 14 / 32)
     neutral = llava.question_ids(NEUTRAL_QUESTION)
-    questions = [look.question for look in looks]
-    maps = []
-    for suffixes in (questions, [neutral] * len(looks)):
-        prefixes, ones = [look.prefix for look in looks], [1] * len(looks)
-        rows = read_rows(llava, prefixes, suffixes, ones, [layer])
-        maps.append(rows.by_layer[layer].mean(1).cpu().numpy())
+
+    def attention(prefixes: list[Prefix], suffixes: list[Sequence[int]]) -> np.ndarray:
+        rows = read_rows(llava, prefixes, suffixes, [1] * len(prefixes), [layer])
+        return rows.by_layer[layer].mean(1).cpu().numpy()
+
+    asked_maps = attention([look.prefix for look in looks], [look.question for look in looks])
+    # The neutral prompt asks the same of every question on an image: once is enough.
+    images = {id(look.prefix): look.prefix for look in looks}
+    plain_maps = attention([*images.values()], [neutral] * len(images))
+    plain = dict(zip(images, plain_maps, strict=True))
     proposals = []
-    for look, asked, plain in zip(looks, *maps, strict=True):
-        ratio = relative_attention(asked, plain).reshape(llava.grid, llava.grid)
+    for look, asked in zip(looks, asked_maps, strict=True):
+        ratio = relative_attention(asked, plain[id(look.prefix)]).reshape(llava.grid, llava.grid)
         shown = (ratio / ratio.max()).astype(np.float32)
         proposals.append(Proposal(propose_window(ratio, look.view), shown))
     return proposals

@@ -129,6 +129,8 @@ def _collect(thing: Any, seen: dict[str, str]) -> None:
     """Add the source of a function or class, and of what it uses nearby, by qualified name."""
     while isinstance(thing, functools.partial):
         thing = thing.func
+    if inspect.isclass(thing):
+        seen[f"{thing.__module__}.{thing.__qualname__}"] = _tables(thing)
     for function in _functions(inspect.unwrap(thing)):
         name = f"{function.__module__}.{function.__qualname__}"
         if name in seen:
@@ -143,6 +145,24 @@ def _collect(thing: Any, seen: dict[str, str]) -> None:
                 seen[f"{function.__module__}.{used_name}"] = without_addresses(repr(used))
             elif _is_near(used, function):
                 _collect(used, seen)
+
+
+def _tables(kind: type) -> str:
+    """The values a class is written with, from its file.
+
+    Not from the class itself: VQA's answer processor adds every word it meets to its own table.
+    """
+    file = _file(kind)
+    if file is None or not Path(file).is_file():
+        return ""
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    written = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == kind.__name__]
+    return "\n".join(
+        ast.unparse(line)
+        for one in written
+        for line in one.body
+        if isinstance(line, ast.Assign | ast.AnnAssign)
+    )
 
 
 def _functions(thing: Any) -> list[Callable[..., Any]]:

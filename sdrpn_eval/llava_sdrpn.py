@@ -23,10 +23,11 @@ from sdrpn.zoom import Answer, Question
 from sdrpn_eval import tasks_info
 from sdrpn_eval.arguments import checked
 from sdrpn_eval.generation import translate
-from sdrpn_eval.loading import TINY, load_engine, zoom_settings
+from sdrpn_eval.loading import TINY, load_engine, sources, zoom_settings
 from sdrpn_eval.plugin import TaskIndex
 from sdrpn_eval.questions import Documents, Request, ahead, batches, parse, question_text
 from sdrpn_eval.record import RecordWriter, describe_answer
+from sdrpn_eval.run_facts import RunFacts
 
 AUTO_BATCH_SIZE = 32
 """Where `batch_size=auto` starts; halved whenever the GPU's memory does not suffice."""
@@ -65,6 +66,7 @@ class LlavaSdrpn(lmms):
         self.batch_size = auto if values["batch_size"] == "auto" else values["batch_size"]
         self.run_name = self._name_run()
         self._record: RecordWriter | None = None
+        self._facts: RunFacts | None = None
         self._zooms: dict[str, ZoomConfig] = {}
         self._announced = False
         self._announce_early()
@@ -212,8 +214,19 @@ class LlavaSdrpn(lmms):
         folder = self._record_folder(list(tasks.values()))
         if folder is not None and self._record is None:
             self._record = RecordWriter(folder, self.run_name, self.rank)
+            self._facts = RunFacts(
+                folder,
+                self.run_name,
+                self.rank,
+                self.world_size,
+                self.arguments,
+                sources(self.arguments),
+                self.device,
+            )
             if self.rank == 0:
                 logger.info(f"record of this run ({self.run_name}): {folder}")
+        if self._facts is not None:
+            self._facts.add(requests, self.task_dict)
 
     def _log_tasks(self, scored: dict[str, bool]) -> None:
         self._announced = True

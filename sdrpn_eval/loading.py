@@ -62,7 +62,12 @@ def _in_memory(model: Any, values: Mapping[str, Any], given: Mapping[str, Any]) 
 
 
 def _load(pretrained: str, values: Mapping[str, Any], device: torch.device) -> ZoomLlava:
-    source, rpn = _sources(pretrained, values)
+    places = sources(values)
+    rpn = places["rpn"]
+    if pretrained == TINY:
+        logger.info("pretrained=tiny: the embedded model, made for the task tiny_vstar")
+    elif rpn and values["rpn"] is None:
+        logger.info(f"rpn={rpn}, as published by the paper's authors")
     # The embedded model's answers are promised in float32, on every device.
     dtype = "float32" if pretrained == TINY and values["dtype"] == "auto" else values["dtype"]
     names = ("attn_implementation", "device_map", "padding", "prefix_cache", "revision", "peft")
@@ -72,7 +77,12 @@ def _load(pretrained: str, values: Mapping[str, Any], device: torch.device) -> Z
     proposer = "none" if values["proposer"] == "box" else values["proposer"]
     try:
         return ZoomLlava.from_pretrained(
-            source, rpn, proposer=proposer, dtype=dtype, device=device, **options
+            places["pretrained"] or pretrained,
+            rpn,
+            proposer=proposer,
+            dtype=dtype,
+            device=device,
+            **options,
         )
     except (OSError, HfHubHTTPError) as error:
         raise ValueError(
@@ -82,13 +92,16 @@ def _load(pretrained: str, values: Mapping[str, Any], device: torch.device) -> Z
         ) from error
 
 
-def _sources(pretrained: str, values: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Where the base model and the RPN are; None for a proposer that needs no RPN."""
-    rpn = values["rpn"]
+def sources(values: Mapping[str, Any]) -> dict[str, str | None]:
+    """Where the weights are, by what they are for: `pretrained`, `rpn`, `peft`; all None for a
+    model in memory, `rpn` None for a proposer that needs none. Raises ValueError where no RPN is
+    known for the base."""
+    pretrained, rpn, peft = values["pretrained"], values["rpn"], values["peft"]
+    if not isinstance(pretrained, str):
+        return {"pretrained": None, "rpn": None, "peft": None}
     if pretrained == TINY:
-        logger.info("pretrained=tiny: the embedded model, made for the task tiny_vstar")
         folder = tiny_path()
-        return str(folder), rpn or str(folder / "rpn")
+        return {"pretrained": str(folder), "rpn": rpn or str(folder / "rpn"), "peft": peft}
     if values["proposer"] == "rpn" and rpn is None:
         rpn = PUBLISHED_RPN.get(pretrained)
         if rpn is None:
@@ -97,5 +110,4 @@ def _sources(pretrained: str, values: Mapping[str, Any]) -> tuple[str, str | Non
                 "`sdrpn train`, proposer=attention (needs no training) or proposer=none (stock "
                 "LLaVA); or pretrained=tiny (the embedded model) for a first try."
             )
-        logger.info(f"rpn={rpn}, as published by the paper's authors")
-    return pretrained, rpn
+    return {"pretrained": pretrained, "rpn": rpn, "peft": peft}

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fake_engine import FakeEngine
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.loggers import EvaluationTracker
+from lmms_eval.utils import get_datetime_str
 from local_benchmarks import manager
 
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
@@ -136,13 +136,12 @@ def write_record(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         (place / f"record_{task}_rank0.jsonl").write_text(own)
 
 
-def evaluate(
-    out: Path, engine: FakeEngine, tasks: Sequence[str], date: str = DATE, **more: Any
-) -> Path:
+def evaluate(out: Path, engine: Any, tasks: Sequence[str], **more: Any) -> Path:
     """Run tasks in lmms-eval's evaluator and save with its own tracker, as its command line does.
 
-    Needs SDRPN_DATA for the tasks' documents.
+    engine: what answers, a ZoomLlava or a stand-in. more: for the evaluator.
     """
+    date = get_datetime_str()
     tracker = EvaluationTracker(output_path=str(out))
     results = simple_evaluate(
         model=LlavaSdrpn(pretrained=engine, batch_size=3, record=out / "sdrpn_record"),

@@ -427,7 +427,10 @@ def test_one_line_a_question(engine: FakeEngine, tmp_path: Path) -> None:
     assert first["no_zoom"] is None
     assert decode_map(first).shape == (8, 8)
     assert (last["no_zoom"], last["map"], last["images"]) == ("no image", None, [])
-    assert [p.name for p in tmp_path.iterdir()] == ["record_textvqa_val_rank0.jsonl"]
+    files = sorted(p.name for p in tmp_path.iterdir())
+    assert files[0] == "record_textvqa_val_rank0.jsonl"
+    assert len(files) == 2
+    assert files[1].startswith("run_facts_")
 
 
 def test_lines_are_written_as_batches_finish(engine: FakeEngine, tmp_path: Path) -> None:
@@ -492,7 +495,7 @@ def test_record_stands_beside_lmms_eval_s_output(engine: FakeEngine, tmp_path: P
     model(engine, rows(1)).generate_until([asked_by_a_task()])
     assert len(read_records(tmp_path / "sdrpn_record")) == 1
     model(engine, rows(1), record="none").generate_until([asked_by_a_task()])
-    assert len(list((tmp_path / "sdrpn_record").iterdir())) == 1
+    assert len(list((tmp_path / "sdrpn_record").glob("run_facts_*"))) == 1
 
 
 def test_engine_settings_with_a_preset(engine: FakeEngine) -> None:

@@ -91,7 +91,7 @@ def test_letter_is_always_an_offered_one(response: str) -> None:
 
 @given(st.text("abcdefghijklmnopqrstuvwxyz ", min_size=2, max_size=40))
 def test_lower_case_words_name_no_letter(response: str) -> None:
-    if len(response.strip()) > 1:
+    if all(len(word) > 1 for word in response.split()):
         assert vstar.answer_letter(response.capitalize(), {"B", "C", "D"}) is None
 
 
@@ -216,7 +216,7 @@ def test_a_task_without_a_folder_stays_on_the_hub(data: Path) -> None:
         ("hrbench4k", 0.1),
         ("hrbench8k", 0.1),
         ("ocrbench", 0.05),
-        ("tiny_vstar", 0.1),
+        ("tiny_vstar", 0.2),
         ("multidocvqa_val", 0.15),
         ("something_new", 0.15),
     ],

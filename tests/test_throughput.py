@@ -40,6 +40,13 @@ ROW_KEYS = {
 }
 
 
+def fast_tokens() -> int:
+    """Crop tokens of a box of 3 x 3 cells on a grid of 8 x 8 at the preset's budget."""
+    budget = preset_zoom("fast").token_budget
+    assert budget is not None
+    return min(round(3 * budget), 8) ** 2
+
+
 @pytest.fixture(scope="module")
 def systems(llava: Llava, perturbed_rpn: RPN) -> dict[tuple[str, str | None], System]:
     box = middle_box(llava.grid, 3)
@@ -100,10 +107,10 @@ def test_every_question_has_its_crop(
     systems: dict[tuple[str, str | None], System], asked: list[Question]
 ) -> None:
     crops = {k: {a.crop_tokens for a in Job(s, 2).run(asked)} for k, s in systems.items()}
-    # 64 cells; a box of 3 x 3 at two tokens a side.
+    # 64 cells; a box of 3 x 3.
     assert crops[("sdrpn", "paper")] == crops[("two_pass", "paper")] == {64}
     assert crops[("vicrop", None)] == {64}
-    assert crops[("sdrpn", "fast")] == {36}
+    assert crops[("sdrpn", "fast")] == {fast_tokens()}
     assert crops[("stock", None)] == crops[("none", None)] == {0}
 
 
@@ -167,7 +174,7 @@ def test_ratios_are_stocks_seconds_over_own(result: dict[str, Any]) -> None:
     assert own["ratio_to_stock_batch1"] == pytest.approx(alone["seconds_per_question"] / seconds)
     assert equal["ratio_to_stock"] == 1
     assert row_of(result, "sdrpn", "paper", 2, 2)["crop_tokens"] == 64
-    assert own["crop_tokens"] == 36
+    assert own["crop_tokens"] == fast_tokens()
 
 
 def test_profile_names_every_station(result: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Results that can be believed: runs compared question by question, and a gate for CI."""

@@ -1,0 +1,179 @@
+"""Whether runs may be compared, and if not, what moved.
+
+Task versions do not tell: data sets, prompts and graders changed under the same version. So the
+documents themselves are compared (id, prompt, target, image), and the scorer by its source where
+both runs recorded it, else by the task's configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdrpn_eval.fingerprints import without_addresses
+from sdrpn_eval.report.facts import Facts
+from sdrpn_eval.report.looks import Record
+from sdrpn_eval.report.runs import Run, TaskRun
+
+SCORING = ("metric_list", "filter_list", "process_results", "output_type", "score_key")
+SCORING += ("doc_to_choice", "doc_to_target", "repeats")
+"""The parts of a task's configuration that make its score."""
+
+PREPROCESSING = {"padding": "pad", "system_prompt": None}
+"""Arguments of llava_sdrpn that change what the base model is shown, with their defaults."""
+
+
+class NotComparable(ValueError):
+    """Runs that differ in more than what is compared; the message names what moved."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A run with its record and its facts, where it has them."""
+
+    run: Run
+    record: Record
+    facts: Facts | None
+
+
+def common_tasks(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
+    """(tasks of all runs, in the first one's order; sentences about those that some lack)."""
+    common = [t for t in runs[0].tasks if all(t in run.tasks for run in runs)]
+    every = dict.fromkeys(t for run in runs for t in run.tasks)
+    notes = [
+        f"{task} is not compared: {', '.join(r.name for r in runs if task not in r.tasks)} "
+        "has no such task"
+        for task in every
+        if task not in common
+    ]
+    if not common:
+        held = "; ".join(f"{run.name}: {', '.join(run.tasks)}" for run in runs)
+        raise NotComparable(f"the runs have no task in common ({held})")
+    return common, notes
+
+
+def refuse_moved(reference: Evidence, other: Evidence, tasks: Sequence[str]) -> None:
+    """Raise NotComparable, with one clause for all that moved, unless nothing did."""
+    moved = [clause for task in tasks for clause in moved_in_task(reference, other, task)]
+    if moved:
+        names = f"{reference.run.name} and {other.run.name}"
+        raise NotComparable(f"{names} cannot be compared: {'; '.join(moved)}")
+
+
+def moved_in_task(reference: Evidence, other: Evidence, task: str) -> list[str]:
+    """What differs between two runs of a task beside the model."""
+    first, second = reference.run.tasks[task], other.run.tasks[task]
+    return [
+        *_documents(reference, other, first, second),
+        *_scorer(reference, other, first, second),
+    ]
+
+
+def _documents(a: Evidence, b: Evidence, first: TaskRun, second: TaskRun) -> list[str]:
+    task = first.name
+    only = [set(first.samples) - set(second.samples), set(second.samples) - set(first.samples)]
+    if any(only):
+        limits = ""
+        if a.run.limit != b.run.limit:
+            limits = f" (limits: {_limit(a.run)} and {_limit(b.run)})"
+        counts = f"{len(first.samples)} and {len(second.samples)}"
+        example = min(only[0] or only[1])
+        return [f"{task}: other documents, {counts}, such as {example} in one only{limits}"]
+    clauses = []
+    for what, name in (("prompt", "prompts"), ("target", "targets")):
+        ids = [
+            i
+            for i in first.samples
+            if getattr(first.samples[i], what) != getattr(second.samples[i], what)
+        ]
+        if ids:
+            pair = [_short(getattr(t.samples[ids[0]], what)) for t in (first, second)]
+            clauses.append(
+                f"{task}: other {name} in {len(ids)} documents, such as {ids[0]}: "
+                f"{pair[0]!r} and {pair[1]!r}"
+            )
+    return clauses + _images(a.record, b.record, task)
+
+
+def _images(a: Record, b: Record, task: str) -> list[str]:
+    both = [d for d in a.looks if d[0] == task and d in b.looks]
+    changed = [d[1] for d in both if a.looks[d].images != b.looks[d].images]
+    if not changed:
+        return []
+    return [f"{task}: other images in {len(changed)} documents, such as {min(changed)}"]
+
+
+def _scorer(a: Evidence, b: Evidence, first: TaskRun, second: TaskRun) -> list[str]:
+    task = first.name
+    if a.facts and b.facts and task in a.facts.scorers and task in b.facts.scorers:
+        if a.facts.scorers[task] != b.facts.scorers[task]:
+            seen = f"{a.facts.scorers[task]} and {b.facts.scorers[task]}"
+            return [f"{task}: other scorer (source {seen})"]
+        return []
+    clauses = []
+    for part in SCORING:
+        pair = [without_addresses(t.config.get(part)) for t in (first, second)]
+        if pair[0] != pair[1]:
+            clauses.append(
+                f"{task}: other scorer, {part} is {_short(pair[0])} and {_short(pair[1])}"
+            )
+    if set(first.totals) != set(second.totals):
+        odd = ", ".join(sorted(set(first.totals) ^ set(second.totals)))
+        clauses.append(f"{task}: other metrics, {odd} in one only")
+    return clauses
+
+
+def established(evidence: Sequence[Evidence], tasks: Sequence[str]) -> list[str]:
+    """What was found to be the same in all runs, and how it is known."""
+    questions = sum(len(evidence[0].run.tasks[task].samples) for task in tasks)
+    lines = [f"Same documents, prompts and targets: {questions} questions, checked one by one."]
+    unseen = [e.run.name for e in evidence if not e.record.looks]
+    if unseen:
+        lines.append(f"Same images: not known, {', '.join(unseen)} left no record of them.")
+    else:
+        lines.append("Same images: by the content hash of each.")
+    by_source = all(e.facts and set(tasks) <= set(e.facts.scorers) for e in evidence)
+    how = "source and settings" if by_source else "settings in the results file only"
+    return [*lines, f"Same scorer: by its {how}."]
+
+
+def labels(run: Run, runs: Sequence[Run]) -> list[str]:
+    """What a reader must know of a run beside its name, as it stands against the first one."""
+    found = ["other preprocessing"] if _is_prepared_otherwise(run, runs) else []
+    for name, task in run.tasks.items():
+        if name in runs[0].tasks:
+            moved = changes(_generation(task), _generation(runs[0].tasks[name]))
+            found += [f"other generation arguments: {key}={pair[0]}" for key, pair in moved.items()]
+    return list(dict.fromkeys(found))
+
+
+def _is_prepared_otherwise(run: Run, runs: Sequence[Run]) -> bool:
+    """Against llava_sdrpn's runs where there are some, the first of them; else the first run."""
+    ours = [one for one in runs if one.model == "llava_sdrpn"] or list(runs)
+    return preprocessing(run) != preprocessing(ours[0])
+
+
+def preprocessing(run: Run) -> dict[str, Any]:
+    """What decides how an image and a question reach the base model."""
+    if run.model != "llava_sdrpn":
+        return {"model": run.model}
+    return {name: run.arguments.get(name, default) for name, default in PREPROCESSING.items()}
+
+
+def _generation(task: TaskRun) -> Mapping[str, Any]:
+    return task.config.get("generation_kwargs") or {}
+
+
+def changes(mine: Mapping[str, Any], its: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys with different values, and both values."""
+    keys = dict.fromkeys([*mine, *its])
+    return {k: (mine.get(k), its.get(k)) for k in keys if mine.get(k) != its.get(k)}
+
+
+def _limit(run: Run) -> str:
+    return "none" if run.limit is None else f"{run.limit:g}"
+
+
+def _short(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -1,0 +1,226 @@
+"""The command line `sdrpn-eval`: what lmms-eval leaves to the eye and to the exit code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Results of lmms-eval that can be believed: runs compared question by question, and a "
+    "gate for CI.",
+)
+
+
+@app.callback()
+def _main() -> None:
+    # The documents of tasks are looked up on this machine; nothing here fetches a data set.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@contextmanager
+def _errors_as_sentences() -> Iterator[None]:
+    """Wrong values and files end a command with 2 and what they say; no traceback."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        line = f"[bold red]error:[/] {escape(str(error))}"
+        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN",
+            help="Output folders of lmms-eval (or *_results.json files); all are compared with "
+            "the first.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("comparison"),
+    names: Annotated[
+        str, typer.Option(help="Names of the runs, with commas; default: their folders'.")
+    ] = "",
+    tasks: Annotated[
+        str, typer.Option(help="Compare these tasks only, with commas; default: all in common.")
+    ] = "",
+    boxes: Annotated[
+        Path | None,
+        typer.Option(help=r"True boxes: JSON {task: {document id: \[x0, y0, x1, y1]}}, in pixels."),
+    ] = None,
+    budget_mb: Annotated[float, typer.Option(help="Largest page, in MB.")] = 50,
+    seed: Annotated[int, typer.Option(help="For intervals, tests and the choice of pictures.")] = 0,
+) -> None:
+    """Is it better, where, by how much: a table, JSON, Markdown and an HTML page.
+
+    Questions are paired by document. Runs that asked other documents or
+    prompts, or were scored otherwise, are refused, and the refusal names what
+    moved.
+
+    Run lmms-eval with --output_path and --log_samples, once each way, then:
+
+      sdrpn-eval compare out/stock out/rpn --out comparison
+
+      sdrpn-eval compare out/stock out/rpn out/llava_hf --tasks textvqa_val
+    """
+    with _errors_as_sentences():
+        # Imported here, so that --help answers at once.
+        from sdrpn_eval.report import text
+        from sdrpn_eval.report.comparison import compare as compare_runs
+        from sdrpn_eval.report.documents import load_data, read_boxes
+        from sdrpn_eval.report.page import write_page
+
+        given = read_boxes(boxes) if boxes else {}
+        read = _read(runs, [n for n in names.split(",") if n], [t for t in tasks.split(",") if t])
+        cli = read[0].results["config"].get("resolved_cli_args") or {}
+        data, notes = load_data(_common(read), cli.get("include_path"))
+        comparison = compare_runs(read, data, given, seed)
+        out.mkdir(parents=True, exist_ok=True)
+        comparison.save(out / "compare.json")
+        (out / "compare.md").write_text(text.markdown(comparison), encoding="utf-8")
+        page = out / "compare.html"
+        notes = write_page(comparison, data, page, budget_mb=budget_mb, seed=seed, notes=notes)
+        console = Console()
+        text.show(comparison, console)
+        for line in notes:
+            console.print(f"note: {line}", highlight=False, markup=False)
+        console.print(f"{page}, compare.md and compare.json beside it", highlight=False)
+
+
+@app.command()
+def gate(
+    run: Annotated[Path, typer.Argument(help="Output folder of lmms-eval.")],
+    baseline: Annotated[Path, typer.Option(help="The file to hold the run against.")],
+    update: Annotated[
+        bool, typer.Option("--update", help="Write the baseline from this run instead.")
+    ] = False,
+    tolerance: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Largest fall that passes, in the score's units: 0.02, or textvqa_val=0.03; may "
+            "be repeated. Default: the baseline's, else the noise decides."
+        ),
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(help="Without a tolerance: a fall with p below this fails.")
+    ] = 0.05,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="Hold a task by another metric than its first: TASK=METRIC."),
+    ] = None,
+    max_age: Annotated[
+        float | None, typer.Option(help="Hours; older results are not this job's.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(help="JUnit XML to write.")] = None,
+) -> None:
+    """Exit with 0 when no task fell, 1 when one did, 2 when the run is not whole.
+
+    A run is not whole when it is missing, partial or empty, when a score is
+    NaN, or when it was asked or scored otherwise than the baseline: lmms-eval
+    exits with 0 in all these cases. With $GITHUB_STEP_SUMMARY set, a table goes
+    there.
+
+    Once, from a run that is good, and then in CI:
+
+      sdrpn-eval gate out/rpn --baseline baselines/tiny.json --update
+
+      sdrpn-eval gate out/rpn --baseline baselines/tiny.json --max-age 2
+    """
+    with _errors_as_sentences():
+        from sdrpn_eval.report import gate_report
+        from sdrpn_eval.report.gate import Rules, safely_check
+
+        allowed = {k: _number(v, k) for k, v in _pairs(tolerance or [])}
+        if update:
+            typer.echo(_update(run, baseline, allowed))
+            return
+        from sdrpn_eval.report.baseline import read_baseline
+
+        stored = read_baseline(baseline)
+        age = None if max_age is None else timedelta(hours=max_age)
+        rules = Rules(allowed or stored.tolerance, alpha, dict(_pairs(metric or [])), age)
+        verdicts = safely_check(run, stored, rules)
+        for verdict in verdicts:
+            typer.echo(f"{gate_report.WORDS[verdict.code]}: {gate_report.line(verdict)}")
+        typer.echo(gate_report.conclusion(verdicts))
+        if junit:
+            gate_report.write_junit(verdicts, str(run), junit)
+        summary = os.environ.get("GITHUB_STEP_SUMMARY")
+        if summary:
+            gate_report.append_summary(verdicts, Path(summary))
+    raise typer.Exit(gate_report.exit_code(verdicts))
+
+
+def _update(run: Path, baseline: Path, allowed: dict[str, float]) -> str:
+    """Write a baseline from a whole run; a tolerance that was in the old one stays."""
+    from sdrpn_eval.report.baseline import make_baseline, read_baseline
+    from sdrpn_eval.report.comparison import gather
+    from sdrpn_eval.report.gate import check_run, metric_key
+    from sdrpn_eval.report.runs import read_run
+
+    kept = read_baseline(baseline).tolerance if baseline.exists() and not allowed else allowed
+    read = read_run(run)
+    check_run(read)
+    made = make_baseline(gather(read), kept)
+    made.save(baseline)
+    held = [f"{name} by {metric_key(name, task)}" for name, task in made.tasks.items()]
+    left_out = [name for name in read.tasks if name not in made.tasks]
+    more = f"; without a score a document: {', '.join(left_out)}" if left_out else ""
+    return f"{baseline}: {', '.join(held)}, from {read.file}{more}"
+
+
+def _pairs(texts: list[str]) -> list[tuple[str, str]]:
+    """`NAME=VALUE`; a value alone gets the name ""."""
+    pairs = [text.rpartition("=") for text in texts]
+    return [(name, value) for name, _, value in pairs]
+
+
+def _number(text: str, name: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise ValueError(
+            f"--tolerance{f' of {name}' if name else ''} must be 0 or more, got {text}"
+        )
+    return value
+
+
+def _read(folders: list[Path], names: list[str], tasks: list[str]) -> list:
+    from sdrpn_eval.report.runs import read_run
+
+    if len(folders) < 2:
+        raise ValueError(f"compare needs two runs or more, got {len(folders)}")
+    if names and len(names) != len(folders):
+        raise ValueError(f"--names has {len(names)} names for {len(folders)} runs")
+    names = names or _names(folders)
+    if len(set(names)) < len(names):
+        raise ValueError(f"runs need different names, got {', '.join(names)}; give --names")
+    return [read_run(f, n, tasks or None) for f, n in zip(folders, names, strict=True)]
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The last parts of the paths, as many as it takes to tell them apart."""
+    parts = [path.resolve().parts for path in folders]
+    for length in range(1, max(len(p) for p in parts)):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in folders]
+
+
+def _common(runs: list) -> list[str]:
+    return [task for task in runs[0].tasks if all(task in run.tasks for run in runs)]

@@ -1,0 +1,167 @@
+"""The page's questions: text of all of them, pictures of as many as the budget takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from PIL import Image
+
+from sdrpn.prefix import image_key
+from sdrpn_eval.report.boxes import outcome
+from sdrpn_eval.report.checks import preprocessing
+from sdrpn_eval.report.documents import TaskData
+from sdrpn_eval.report.looks import Look
+from sdrpn_eval.report.pictures import SIDE, Album, cut, in_order, needs_crop, shrunk
+from sdrpn_eval.report.results import RIGHT, Comparison
+from sdrpn_eval.report.scores import Document
+
+LONGEST = 4000
+"""Characters of a prompt or answer on the page."""
+
+Question = dict[str, Any]
+
+
+def all_questions(comparison: Comparison) -> dict[Document, Question]:
+    """Every question as the page holds it, without its picture."""
+    run = comparison.evidence[0].run
+    return {
+        (info.task, doc_id): _question(comparison, (info.task, doc_id))
+        for info in comparison.tasks
+        for doc_id in sorted(run.tasks[info.task].samples)
+    }
+
+
+def description(comparison: Comparison) -> dict[str, Any]:
+    """What the page's script must know of the whole."""
+    return {
+        "runs": [run["name"] for run in comparison.runs],
+        "padding": [preprocessing(e.run).get("padding", "pad") for e in comparison.evidence],
+        "tasks": [info.task for info in comparison.tasks],
+        "metrics": [
+            row.metric if (row := comparison.main_row(info.task)) else None
+            for info in comparison.tasks
+        ],
+        "right": RIGHT,
+    }
+
+
+def _question(comparison: Comparison, document: Document) -> Question:
+    """One question without its picture; short names, as there are thousands of these."""
+    task, doc_id = document
+    samples = [e.run.tasks[task].samples[doc_id] for e in comparison.evidence]
+    looks = [e.record.looks.get(document) for e in comparison.evidence]
+    box = comparison.boxes.get(document)
+    return {
+        "task": [info.task for info in comparison.tasks].index(task),
+        "id": doc_id,
+        "prompt": samples[0].prompt[:LONGEST],
+        "target": samples[0].target[:LONGEST],
+        "answers": [sample.answer[:LONGEST] for sample in samples],
+        "scores": _scores(comparison, document),
+        "size": next((look.size for look in looks if look and look.size), None),
+        "truth": list(box) if box else None,
+        "looks": [
+            None
+            if look is None
+            else {
+                "boxes": [list(b) for b in look.regions],
+                "why": look.reason,
+                "outcome": outcome(look.regions, box) if box else None,
+            }
+            for look in looks
+        ],
+        "picture": None,
+    }
+
+
+def _scores(comparison: Comparison, document: Document) -> list[float | None]:
+    """Each run's score by the task's main metric."""
+    row = comparison.main_row(document[0])
+    if row is None:
+        return [None for _ in comparison.runs]
+    key = (row.task, row.metric, row.filter)
+    return [(scores[key].values or {}).get(document) for scores in comparison.scores]
+
+
+def add_pictures(
+    comparison: Comparison,
+    data: Mapping[str, TaskData],
+    questions: Mapping[Document, Question],
+    album: Album,
+    seed: int,
+) -> list[str]:
+    """Give questions their pictures while the budget lasts; say which go without."""
+    changed = [d for d, q in questions.items() if len(set(q["scores"])) > 1]
+    rest = [d for d, q in questions.items() if len(set(q["scores"])) == 1]
+    strangers = 0
+    for document in in_order(changed, rest, seed):
+        if document[0] in data and not album.full:
+            strangers += _add_picture(comparison, data, document, questions[document], album)
+    return _left_out(questions, changed, rest, data, strangers, seed)
+
+
+def _add_picture(
+    comparison: Comparison,
+    data: Mapping[str, TaskData],
+    document: Document,
+    question: Question,
+    album: Album,
+) -> bool:
+    """Add a question's picture, its crops and its maps. True where the data is another's."""
+    task, doc_id = document
+    looks = [e.record.looks.get(document) for e in comparison.evidence]
+    image = data[task].image(doc_id)
+    if image is None:
+        return False
+    if not _is_the_same(image, looks, data[task].prompt(doc_id), question["prompt"]):
+        return True
+    known = next((look.images[:1] for look in looks if look and look.images), document)
+    boxes = [box for look in looks if look for box in look.regions] if needs_crop(image) else []
+    wanted: list[tuple[Hashable, Callable[[], Image.Image]]] = []
+    wanted += [(known, partial(shrunk, image, SIDE))]
+    wanted += [((known, tuple(box)), partial(cut, image, box)) for box in boxes]
+    places = album.add(wanted)
+    if places is None:
+        return False
+    question["picture"], question["size"] = places[0], list(image.size)
+    crops = dict(zip((tuple(box) for box in boxes), places[1:], strict=True))
+    for look, shown in zip(looks, question["looks"], strict=True):
+        if look is not None:
+            shown |= {"crops": [crops.get(tuple(box)) for box in look.regions]}
+            shown |= {"map": look.heat, "grid": look.grid, "peak": look.map_max}
+            album.used += len(look.heat or "") + 80
+    return False
+
+
+def _is_the_same(image: Image.Image, looks: Sequence[Look | None], prompt: str, asked: str) -> bool:
+    """Whether the document here is the one asked: by the image's hash, else by its prompt."""
+    hashes = next((look.images for look in looks if look and look.images), None)
+    return image_key(image) == hashes[0] if hashes else prompt[:LONGEST] in asked
+
+
+def _left_out(
+    questions: Mapping[Document, Question],
+    changed: Sequence[Document],
+    rest: Sequence[Document],
+    data: Mapping[str, TaskData],
+    strangers: int,
+    seed: int,
+) -> list[str]:
+    def bare(documents: Sequence[Document]) -> int:
+        return sum(questions[d]["picture"] is None for d in documents if d[0] in data)
+
+    notes = []
+    if strangers:
+        notes.append(
+            f"{strangers} questions are shown without pictures, as the data on this machine is not "
+            "what the runs saw"
+        )
+    if bare(changed) + bare(rest) > strangers:
+        notes.append(
+            f"to stay within the size of a page, {bare(changed)} of {len(changed)} questions with "
+            f"different scores and {bare(rest)} of {len(rest)} others are shown without pictures "
+            f"(drawn with seed {seed}); their text is all here"
+        )
+    return notes

@@ -1,0 +1,126 @@
+"""What a comparison holds; compare.json is these classes, field by field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sdrpn.region import PixelBox
+from sdrpn_eval.report.boxes import Looking
+from sdrpn_eval.report.checks import Evidence
+from sdrpn_eval.report.scores import Document, Scores
+
+SIGNIFICANT = 0.05
+RIGHT = 0.5
+"""A score from here on counts as right, where an answer is either right or wrong."""
+
+
+@dataclass(frozen=True)
+class RunScore:
+    """A run's mean score with its 95 % interval; published: the paper's number, in percent."""
+
+    run: str
+    mean: float
+    low: float
+    high: float
+    published: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A run minus the first one, over the same questions. p: of the sign-flip test.
+
+    p_adjusted: Holm's, over the main metrics of all tasks and runs; None for other metrics.
+    wins: questions it answered better; losses: worse.
+    """
+
+    run: str
+    mean: float
+    low: float
+    high: float
+    p: float
+    wins: int
+    losses: int
+    ties: int
+    p_adjusted: float | None = None
+
+    @property
+    def decisive_p(self) -> float:
+        return self.p if self.p_adjusted is None else self.p_adjusted
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, or `same` where the difference may be chance; higher is better."""
+        if self.decisive_p >= SIGNIFICANT:
+            return "same"
+        return "better" if self.mean > 0 else "worse"
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """A metric of a task or group. percent: scores lie in [0, 1] and are shown times 100."""
+
+    task: str
+    metric: str
+    filter: str
+    main: bool
+    higher_is_better: bool
+    percent: bool
+    questions: int
+    images: int
+    scores: list[RunScore]
+    differences: list[Difference]
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What is said of a task beside its scores. looks and boxes: by run name."""
+
+    task: str
+    questions: int
+    original: int
+    clusters: str
+    looks: dict[str, dict[str, Any]]
+    boxes: dict[str, list[Looking]]
+
+
+@dataclass(frozen=True)
+class NotCompared:
+    """A metric without a score a document: the runs' totals, and why there is no more."""
+
+    task: str
+    metric: str
+    reason: str
+    totals: dict[str, float | None]
+    published: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that is compared; runs[0] is what the others are compared with."""
+
+    runs: list[dict[str, Any]]
+    rows: list[MetricRow]
+    tasks: list[TaskInfo]
+    not_compared: list[NotCompared]
+    notes: list[str]
+    evidence: list[Evidence] = field(repr=False, default_factory=list)
+    scores: list[dict[tuple[str, str, str], Scores]] = field(repr=False, default_factory=list)
+    boxes: Mapping[Document, PixelBox] = field(repr=False, default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What compare.json holds."""
+        shown = replace(self, evidence=[], scores=[], boxes={})
+        hidden = ("evidence", "scores", "boxes")
+        return {k: v for k, v in asdict(shown).items() if k not in hidden}
+
+    def main_row(self, task: str) -> MetricRow | None:
+        """The metric that decides fixed and broken: the first that goes up when better."""
+        return next((row for row in self.rows if row.task == task and row.main), None)
+
+    def save(self, path: Path) -> None:
+        """Write compare.json."""
+        path.write_text(json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n")

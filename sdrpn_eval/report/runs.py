@@ -1,0 +1,256 @@
+"""What lmms-eval left in an output folder, read with suspicion.
+
+lmms-eval exits with 0 whatever happened, so a run counts as whole only when its results file, one
+samples file a task and every document in it are there. Its `doc_hash` is the hash of "null" on
+every line (0.7.3): documents are told apart by id, prompt, target and the images in our record.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+RESULTS = "_results.json"
+NOT_METRICS = {"doc_id", "doc", "target", "resps", "filtered_resps", "token_counts"}
+NOT_METRICS |= {"doc_hash", "input", "input_media"}
+"""Keys of a samples line that lmms-eval writes itself; all others are the task's metrics."""
+
+
+class BadRun(ValueError):
+    """A run that is missing, partial or broken; the message is one sentence a problem."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document of a task, as a run answered it.
+
+    values: what `process_results` returned for it, by "metric,filter"; anything at all.
+    tokens: (input, output), None where the model did not count.
+    """
+
+    doc_id: int
+    prompt: str
+    target: str
+    answer: str
+    tokens: tuple[int | None, int | None]
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """One task of a run. totals: the score lmms-eval printed, by "metric,filter", None without.
+
+    original: documents in the data set; `samples` may hold fewer under a limit.
+    """
+
+    name: str
+    samples: Mapping[int, Sample]
+    totals: Mapping[str, float | None]
+    higher_is_better: Mapping[str, bool]
+    config: Mapping[str, Any]
+    original: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation: `results` is lmms-eval's own file, parsed."""
+
+    name: str
+    folder: Path
+    file: Path
+    results: Mapping[str, Any]
+    tasks: Mapping[str, TaskRun]
+    arguments: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str:
+        return str(self.results["config"]["model"])
+
+    @property
+    def limit(self) -> float | None:
+        return self.results["config"].get("limit")
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Groups of tasks that have a score of their own, with their tasks."""
+        members = self.results.get("group_subtasks", {})
+        return {name: tasks for name, tasks in members.items() if tasks}
+
+    @property
+    def ended(self) -> datetime:
+        """When lmms-eval wrote the results, in UTC."""
+        return results_ended(self.results)
+
+
+def results_ended(results: Mapping[str, Any]) -> datetime:
+    """When a results file was written, by what it says itself: copies have other file times."""
+    config = results["config"].get("resolved_cli_args") or {}
+    zone = ZoneInfo(config.get("timezone") or "Asia/Singapore")  # lmms-eval's default
+    started = datetime.strptime(results["date"], "%Y%m%d_%H%M%S").replace(tzinfo=zone)
+    seconds = float(results.get("total_evaluation_time_seconds") or 0)
+    return started.astimezone(UTC) + timedelta(seconds=seconds + 1)
+
+
+def read_run(path: Path, name: str | None = None, tasks: Iterable[str] | None = None) -> Run:
+    """The latest run in an lmms-eval output folder, or the one of a `*_results.json` file.
+
+    tasks: read these only. Raises BadRun, naming the folder, where the run is not whole.
+    """
+    file = find_results(path)
+    results = _parse(file)
+    wanted = list(results["configs"]) if tasks is None else [*tasks]
+    read: dict[str, TaskRun] = {}
+    problems = []
+    for task in wanted:
+        try:
+            read[task] = _read_task(file, results, task)
+        except BadRun as error:
+            problems.append(str(error))
+    if problems:
+        raise BadRun("; ".join(problems))
+    if not read:
+        raise BadRun(f"{file} holds no task")
+    folder = path if path.is_dir() else path.parent
+    arguments = parse_arguments(results["config"].get("model_args"))
+    return Run(name or folder.name, folder, file, results, read, arguments)
+
+
+def find_results(path: Path) -> Path:
+    """The latest results file under a folder, by the time stamp in its name."""
+    if not path.exists():
+        raise BadRun(f"{path} does not exist; give the --output_path of an lmms-eval run")
+    if path.is_file():
+        return path
+    files = list(path.rglob(f"*{RESULTS}"))
+    if not files:
+        raise BadRun(
+            f"{path} holds no *{RESULTS}: lmms-eval failed there (it exits with 0 all the same) or "
+            "ran without --output_path; look into its log"
+        )
+    return max(files, key=lambda file: (file.name, str(file)))
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadRun(f"{file} cannot be read: {error}") from None
+    missing = [k for k in ("results", "configs", "config", "date") if k not in results]
+    if missing:
+        raise BadRun(f"{file} is no results file of lmms-eval: it lacks {', '.join(missing)}")
+    if not results["configs"]:
+        raise BadRun(f"{file} holds no task")
+    return results
+
+
+def parse_arguments(model_args: Any) -> dict[str, str]:
+    """`--model_args` by name; a value may hold "=" but, as in lmms-eval, no comma."""
+    if isinstance(model_args, Mapping):
+        return {str(k): str(v) for k, v in model_args.items()}
+    pairs = [part.partition("=") for part in str(model_args or "").split(",")]
+    return {name.strip(): value.strip() for name, _, value in pairs if name.strip()}
+
+
+def _read_task(file: Path, results: Mapping[str, Any], task: str) -> TaskRun:
+    if task not in results["configs"]:
+        raise BadRun(f"{file} has no results for {task}")
+    scores = results["results"].get(task)
+    if scores is None:
+        raise BadRun(f"{file} lists {task} without a score")
+    totals = read_totals(scores)
+    path = file.with_name(file.name.removesuffix(RESULTS) + f"_samples_{task}.jsonl")
+    if not path.exists():
+        raise BadRun(f"{file} has no samples of {task} beside it; run with --log_samples")
+    counts = results.get("n-samples", {}).get(task, {})
+    samples = _read_samples(path, list(dict.fromkeys(key.rpartition(",")[2] for key in totals)))
+    original = int(counts.get("original", len(samples)))
+    _check_whole(path, samples, _expected(counts, original, results["config"].get("offset") or 0))
+    better = results.get("higher_is_better", {}).get(task, {})
+    return TaskRun(task, samples, totals, better, results["configs"][task], original)
+
+
+def read_totals(scores: Mapping[str, Any]) -> dict[str, float | None]:
+    """The scores of a task by "metric,filter"; None for what is no number, such as a submission."""
+    totals: dict[str, float | None] = {}
+    for key, value in scores.items():
+        metric = key.rpartition(",")[0]
+        if metric and not re.search(r"_stderr(_clt|_clustered)?$", metric):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            totals[key] = float(value) if is_number else None
+    return totals
+
+
+def _expected(counts: Mapping[str, Any], original: int, offset: int) -> range:
+    """The document ids a run under --limit and --offset asks."""
+    effective = int(counts.get("effective", original))
+    return range(offset, min(offset + effective, original) if effective > 0 else original)
+
+
+def _read_samples(path: Path, filters: list[str]) -> dict[int, Sample]:
+    """Samples by document. With several filters a document has one line for each, in order."""
+    seen: Counter[int] = Counter()
+    samples: dict[int, Sample] = {}
+    with path.open(encoding="utf-8") as file:
+        for number, text in enumerate(file, start=1):
+            try:
+                line = json.loads(text)
+                doc_id = int(line["doc_id"])
+            except (ValueError, KeyError, TypeError):
+                raise BadRun(f"{path} is cut off or broken in line {number}") from None
+            if seen[doc_id] >= max(len(filters), 1):
+                raise BadRun(f"{path} holds document {doc_id} more than once")
+            used = filters[seen[doc_id]] if filters else "none"
+            values = {f"{k},{used}": v for k, v in line.items() if k not in NOT_METRICS}
+            seen[doc_id] += 1
+            if doc_id in samples:
+                values = {**samples[doc_id].values, **values}
+            samples[doc_id] = _sample(line, doc_id, values)
+    return samples
+
+
+def _sample(line: Mapping[str, Any], doc_id: int, values: Mapping[str, Any]) -> Sample:
+    counts = [c for c in line.get("token_counts") or [] if c]
+    tokens = [
+        [c[k] for c in counts if c.get(k) is not None] for k in ("input_tokens", "output_tokens")
+    ]
+    read, written = (sum(column) if column else None for column in tokens)
+    return Sample(
+        doc_id,
+        prompt=str(line.get("input", "")),
+        target=str(line.get("target", "")),
+        answer=_as_text(line.get("filtered_resps")),
+        tokens=(read, written),
+        values=values,
+    )
+
+
+def _as_text(response: Any) -> str:
+    """One answer as it stands; several, as of multiple choice, side by side."""
+    if isinstance(response, list):
+        return " | ".join(_as_text(one) for one in response)
+    return "" if response is None else str(response)
+
+
+def _check_whole(path: Path, samples: Mapping[int, Sample], expected: range) -> None:
+    missing = [i for i in expected if i not in samples]
+    if missing:
+        raise BadRun(
+            f"{path} holds {len(samples)} of {len(expected)} documents (first missing: "
+            f"{missing[0]}): the run is partial or the file was cut off"
+        )
+    beyond = [i for i in samples if i not in expected]
+    if beyond:
+        raise BadRun(f"{path} holds document {beyond[0]}, which the results file does not count")
+
+
+def is_number(value: float | None) -> bool:
+    """Whether a score is there at all."""
+    return value is not None and math.isfinite(value)

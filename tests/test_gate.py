@@ -1,0 +1,454 @@
+"""The gate: what passes, what fell, and what lmms-eval would have passed off as a result."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from fake_engine import FakeEngine
+from local_benchmarks import tiny_vstar_rows, write
+from run_folders import evaluate, record_line, sample, write_record, write_run
+from test_compare import write_facts
+from typer.testing import CliRunner
+
+from sdrpn_eval.report.baseline import read_baseline
+from sdrpn_eval.report.cli import app
+
+N = 40
+
+
+def rows(wrong: int = 0, n: int = N) -> list[dict[str, Any]]:
+    return [sample(i, "blue" if i < wrong else "red") for i in range(n)]
+
+
+def run_gate(run: Path, baseline: Path, *words: str) -> tuple[int, str]:
+    """(exit code, the last line)."""
+    done = CliRunner().invoke(app, ["gate", str(run), "--baseline", str(baseline), *words])
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    return done.exit_code, done.output.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def baseline(tmp_path: Path) -> Path:
+    """From a run of two tasks, all right."""
+    good = write_run(tmp_path / "good", {"x": rows(), "y": rows()})
+    code, line = run_gate(good, tmp_path / "base" / "line.json", "--update")
+    assert code == 0, line
+    assert "x by accuracy,none, y by accuracy,none" in line
+    return tmp_path / "base" / "line.json"
+
+
+def test_the_same_run_passes(tmp_path: Path, baseline: Path) -> None:
+    code, line = run_gate(tmp_path / "good", baseline)
+    assert (code, line) == (0, "gate: passed, 2 task(s) stand")
+
+
+def test_a_fall_beyond_the_noise_fails_and_is_named(tmp_path: Path, baseline: Path) -> None:
+    run = write_run(tmp_path / "run", {"x": rows(wrong=9), "y": rows(wrong=1)})
+    code, line = run_gate(run, baseline)
+    assert code == 1
+    assert line.startswith("gate: fell: x accuracy: 1.0000 -> 0.7750, fell by 0.2250, p = 0.00")
+    assert "y" not in line.split("fell:")[1].split("p =")[1]
+
+
+def test_a_fall_within_the_noise_passes(tmp_path: Path, baseline: Path) -> None:
+    run = write_run(tmp_path / "run", {"x": rows(wrong=3), "y": rows()})
+    assert run_gate(run, baseline)[0] == 0
+    assert run_gate(run, baseline, "--alpha", "0.6")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--tolerance", "0.05"], 1),
+        (["--tolerance", "0.075"], 0),
+        (["--tolerance", "x=0.1"], 0),
+        (["--tolerance", "x=0.01", "--tolerance", "0.5"], 1),
+        (["--tolerance", "y=0.01"], 0),
+    ],
+)
+def test_tolerances(tmp_path: Path, baseline: Path, words: list[str], code: int) -> None:
+    run = write_run(tmp_path / "run", {"x": rows(wrong=3), "y": rows()})
+    assert run_gate(run, baseline, *words)[0] == code
+
+
+def test_tolerance_is_kept_in_the_baseline(tmp_path: Path, baseline: Path) -> None:
+    run = write_run(tmp_path / "run", {"x": rows(wrong=3), "y": rows()})
+    run_gate(tmp_path / "good", baseline, "--update", "--tolerance", "0.05")
+    assert run_gate(run, baseline)[0] == 1
+    run_gate(tmp_path / "good", baseline, "--update")
+    assert read_baseline(baseline).tolerance == {"": 0.05}
+
+
+def test_a_gain_passes(tmp_path: Path, baseline: Path) -> None:
+    worse = write_run(tmp_path / "worse", {"x": rows(wrong=20), "y": rows(wrong=20)})
+    run_gate(worse, baseline, "--update")
+    assert run_gate(tmp_path / "good", baseline)[0] == 0
+    assert run_gate(tmp_path / "good", baseline, "--tolerance", "0")[0] == 0
+
+
+def test_images_and_not_questions_are_counted(tmp_path: Path) -> None:
+    """Nine wrong questions on five images are less sure than on nine."""
+    folders = []
+    for name, wrong in (("good", 0), ("bad", 9)):
+        folder = write_run(tmp_path / name, {"toy": rows(wrong)})
+        lines = [record_line(i, "blue" if i < wrong else "red") for i in range(N)]
+        for i, line in enumerate(lines):
+            line["images"] = [{"hash": f"image{i // 9}", "size": [100, 100]}]
+        write_record(folder, lines)
+        folders.append(folder)
+    run_gate(folders[0], tmp_path / "b.json", "--update")
+    code, line = run_gate(folders[1], tmp_path / "b.json")
+    assert (code, line) == (0, "gate: passed, 1 task(s) stand")
+
+
+def test_another_metric_can_be_held(tmp_path: Path) -> None:
+    def run(name: str, unparsed: float) -> Path:
+        lines = [sample(i, accuracy=1.0, unparsed=unparsed) for i in range(N)]
+        totals = {"toy": {"accuracy,none": 1.0, "unparsed,none": unparsed}}
+        better = {"accuracy": True, "unparsed": False}
+        return write_run(tmp_path / name, {"toy": lines}, totals, better=better)
+
+    base = tmp_path / "b.json"
+    run_gate(run("good", 0.0), base, "--update")
+    bad = run("bad", 1.0)
+    assert run_gate(bad, base)[0] == 0
+    code, line = run_gate(bad, base, "--metric", "toy=unparsed")
+    assert code == 1
+    assert "toy unparsed: 0.0000 -> 1.0000, fell by 1.0000" in line
+    for words in ("toy=nope", "nope=accuracy"):
+        code, line = run_gate(bad, base, "--metric", words)
+        assert code == 2
+        assert "nope" in line
+
+
+# What lmms-eval hides
+
+
+def _cut(folder: Path, keep: int) -> None:
+    path = next(folder.rglob("*_samples_x.jsonl"))
+    path.write_text("".join(path.read_text().splitlines(True)[:keep]))
+
+
+def _edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = next(folder.rglob("*_results.json"))
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def _nan(content: dict[str, Any]) -> None:
+    content["results"]["x"]["accuracy,none"] = float("nan")
+
+
+def _none(content: dict[str, Any]) -> None:
+    content["results"]["x"]["accuracy,none"] = None
+
+
+def _missing(content: dict[str, Any]) -> None:
+    del content["configs"]["x"], content["results"]["x"]
+
+
+HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no results": (lambda f: next(f.rglob("*_results.json")).unlink(), "holds no *_results.json"),
+    "no samples": (lambda f: next(f.rglob("*_samples_x.jsonl")).unlink(), "no samples of x"),
+    "cut samples": (lambda f: _cut(f, 30), "holds 30 of 40 documents"),
+    "empty samples": (lambda f: _cut(f, 0), "holds 0 of 40 documents"),
+    "missing task": (lambda f: _edit(f, _missing), "has no results for x"),
+    "no tasks": (lambda f: _edit(f, lambda c: c["configs"].clear()), "holds no task"),
+    "nan": (lambda f: _edit(f, _nan), "accuracy,none is nan"),
+    "no score": (lambda f: _edit(f, _none), "accuracy,none is missing"),
+    "budget": (
+        lambda f: _edit(f, lambda c: c.update(usage={"budget_exceeded": True})),
+        "the token budget ended the run early",
+    ),
+    "other kind": (lambda f: _edit(f, lambda c: c.update(config=[])), "cannot be read as a run"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_lmms_eval_hides_is_broken(tmp_path: Path, baseline: Path, harm: str) -> None:
+    run = write_run(tmp_path / "run", {"x": rows(), "y": rows()})
+    assert run_gate(run, baseline)[0] == 0
+    act, says = HARMS[harm]
+    act(run)
+    code, line = run_gate(run, baseline)
+    assert code == 2
+    assert line.startswith("gate: broken: ")
+    assert says in line
+
+
+def test_a_run_that_is_nowhere_is_broken(tmp_path: Path, baseline: Path) -> None:
+    code, line = run_gate(tmp_path / "gone", baseline)
+    assert code == 2
+    assert "gone does not exist" in line
+
+
+def test_a_half_written_line_is_broken(tmp_path: Path, baseline: Path) -> None:
+    run = write_run(tmp_path / "run", {"x": rows(), "y": rows()})
+    path = next(run.rglob("*_samples_x.jsonl"))
+    path.write_text(path.read_text()[:-30])
+    code, line = run_gate(run, baseline)
+    assert code == 2
+    assert "cut off or broken in line 40" in line
+
+
+def test_fewer_documents_than_the_baseline_are_broken(tmp_path: Path, baseline: Path) -> None:
+    run = write_run(tmp_path / "run", {"x": rows(n=10), "y": rows()}, limit=10)
+    code, line = run_gate(run, baseline)
+    assert code == 2
+    assert "30 of the baseline's 40 documents are missing, such as 10" in line
+
+
+def test_other_prompts_images_and_scorers_are_broken(tmp_path: Path) -> None:
+    base = tmp_path / "b.json"
+    run_gate(_recorded(tmp_path / "good"), base, "--update")
+
+    def says(folder: Path) -> str:
+        code, line = run_gate(folder, base)
+        assert code == 2, line
+        return line
+
+    assert run_gate(_recorded(tmp_path / "same"), base)[0] == 0
+    prompt = rows()
+    prompt[3] = prompt[3] | {"input": "else"}
+    assert "another prompt or target in 1 documents, such as 3" in says(
+        write_run(tmp_path / "prompt", {"toy": prompt})
+    )
+    image = {"images": [{"hash": "else", "size": [1, 1]}]}
+    assert "another image in 40 documents, such as 0" in says(
+        _recorded(tmp_path / "image", **image)
+    )
+    settings = {"process_results": "<function strict at 0x7f>"}
+    assert "another scorer" in says(
+        write_run(tmp_path / "settings", {"toy": rows()}, config=settings)
+    )
+    source = _recorded(tmp_path / "source")
+    write_facts(source, "other")
+    assert "another scorer" in says(source)
+
+
+def _recorded(folder: Path, **more: Any) -> Path:
+    write_run(folder, {"toy": rows()})
+    write_record(folder, [record_line(i, "red", **more) for i in range(N)])
+    write_facts(folder, "same")
+    return folder
+
+
+def test_silent_failures_to_generate_are_broken(tmp_path: Path, baseline: Path) -> None:
+    """lmms-eval's llava_hf answers "" when generation raises, such as out of memory."""
+    mute = [sample(i, "", accuracy=0.0) for i in range(N)]
+    code, line = run_gate(write_run(tmp_path / "run", {"x": mute, "y": rows()}), baseline)
+    assert code == 2
+    assert "40 of 40 answers are empty" in line
+
+
+def test_old_results_are_not_this_job_s(tmp_path: Path, baseline: Path) -> None:
+    assert run_gate(tmp_path / "good", baseline, "--max-age", "1e9")[0] == 0
+    code, line = run_gate(tmp_path / "good", baseline, "--max-age", "0.001")
+    assert code == 2
+    assert "hours old" in line
+
+
+def test_a_baseline_is_not_made_of_a_broken_run(tmp_path: Path, baseline: Path) -> None:
+    before = baseline.read_text()
+    run = write_run(tmp_path / "run", {"x": rows(), "y": rows()})
+    _cut(run, 30)
+    assert run_gate(run, baseline, "--update")[0] == 2
+    assert baseline.read_text() == before
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", '{"format": 99, "tasks": {}}'])
+def test_a_bad_baseline_is_named(tmp_path: Path, content: str | None) -> None:
+    run = write_run(tmp_path / "run", {"x": rows()})
+    path = tmp_path / "b.json"
+    if content:
+        path.write_text(content)
+    code, line = run_gate(run, path)
+    assert code == 2
+    assert "--update" in line
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "x=nan", "x="])
+def test_a_bad_tolerance_is_named(tmp_path: Path, baseline: Path, text: str) -> None:
+    code, line = run_gate(tmp_path / "good", baseline, "--tolerance", text)
+    assert code == 2
+    assert "must be 0 or more" in line
+
+
+def test_a_submission_is_left_out_by_name(tmp_path: Path) -> None:
+    hand_in = [sample(i, submission={"answer": "a"}) for i in range(3)]
+    totals = {"test_half": {"submission,none": None}}
+    run = write_run(tmp_path / "run", {"x": rows(), "test_half": hand_in}, totals)
+    code, line = run_gate(run, tmp_path / "b.json", "--update")
+    assert code == 0
+    assert line.endswith("without a score a document: test_half")
+    assert run_gate(run, tmp_path / "b.json")[0] == 0
+
+
+# What it writes
+
+
+def test_junit_and_step_summary(
+    tmp_path: Path, baseline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run", {"x": rows(wrong=9), "y": rows()})
+    _cut_y = next(run.rglob("*_samples_y.jsonl"))
+    _cut_y.write_text("")
+    summary, junit = tmp_path / "summary.md", tmp_path / "reports" / "gate.xml"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    assert run_gate(run, baseline, "--junit", str(junit))[0] == 2
+    suite = ElementTree.parse(junit).getroot()[0]
+    assert [suite.get(k) for k in ("tests", "failures", "errors")] == ["2", "1", "1"]
+    cases = {case.get("name"): [child.tag for child in case] for case in suite}
+    assert cases == {"x accuracy,none": ["failure"], "y accuracy,none": ["error"]}
+    text = summary.read_text()
+    assert "### gate: broken: y accuracy" in text
+    assert "| x | accuracy,none | 1.0000 | 0.7750 | fell: fell by 0.2250" in text
+    run_gate(tmp_path / "good", baseline)
+    assert "### gate: passed, 2 task(s) stand" in summary.read_text()
+
+
+def test_baseline_holds_what_the_run_was_made_of(tmp_path: Path) -> None:
+    folder = _recorded(tmp_path / "run")
+    run_gate(folder, tmp_path / "b.json", "--update")
+    made = read_baseline(tmp_path / "b.json")
+    assert made.made_of
+    assert made.made_of["versions"] == {"torch": "2"}
+    assert made.made_of["weights"] == {"rpn/rpn.safetensors": "ab"}
+    assert made.written_on["versions"]["torch"] == torch.__version__
+    assert made.written_on["cpus"] >= 1
+    assert made.model_args == "pretrained=tiny,proposer=rpn"
+    task = made.tasks["toy"]
+    assert task.documents == list(range(N))
+    assert task.metrics["accuracy,none"].scores == [1.0] * N
+    assert (task.scorer, task.clustered_by) == ("same", "images")
+
+
+# With lmms-eval's evaluator
+
+
+def test_a_crash_in_the_middle_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tiny_vstar_rows(8), tmp_path / "data" / "tiny_vstar")
+    monkeypatch.setenv("SDRPN_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+    base, out = tmp_path / "b.json", tmp_path / "out"
+    evaluate(out, FakeEngine(lambda q: "red level"), ["tiny_vstar"])
+    assert run_gate(out, base, "--update")[0] == 0
+    assert run_gate(out, base)[0] == 0
+    asked = []
+
+    def crash(question: Any) -> str:
+        asked.append(question)
+        if len(asked) > 4:
+            raise RuntimeError("CUDA error")
+        return "red level"
+
+    fresh = tmp_path / "fresh"
+    with pytest.raises(RuntimeError):
+        evaluate(fresh, FakeEngine(crash), ["tiny_vstar"])
+    assert list(fresh.rglob("record_*.jsonl"))
+    code, line = run_gate(fresh, base)
+    assert code == 2
+    assert "holds no *_results.json" in line
+    # In a folder that holds an older run's results, these must not pass for the new run's.
+    asked.clear()
+    _date_back(out)
+    assert run_gate(out, base)[0] == 0
+    with pytest.raises(RuntimeError):
+        evaluate(out, FakeEngine(crash), ["tiny_vstar"])
+    code, line = run_gate(out, base)
+    assert code == 2
+    assert "a run that began later" in line
+
+
+def _date_back(folder: Path) -> None:
+    """Make a run an hour older: its results and its record say when it was."""
+    _edit(folder, lambda c: c.update(date="20200101_120000"))
+    for path in folder.rglob("record_*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        early = [line | {"run": "20200101T040000.000000Z"} for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in early))
+    for path in folder.rglob("run_facts_*.json"):
+        facts = json.loads(path.read_text()) | {"run": "20200101T040000.000000Z"}
+        path.unlink()
+        path.with_name("run_facts_20200101T040000.000000Z_rank0.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.slow
+def test_a_worse_rpn_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model, and the same with noise in its RPN's weights."""
+    from sdrpn import ZoomLlava
+    from sdrpn_eval.demo import embedded_model
+
+    monkeypatch.delenv("SDRPN_DATA", raising=False)
+    folder, rpn = embedded_model()
+    engine = ZoomLlava.from_pretrained(folder, rpn, dtype="float32")
+    engine.zoom = replace(engine.zoom, policy="strongest")
+    base = tmp_path / "b.json"
+    evaluate(tmp_path / "good", engine, ["tiny_vstar"], limit=60)
+    assert run_gate(tmp_path / "good", base, "--update")[0] == 0
+    evaluate(tmp_path / "again", engine, ["tiny_vstar"], limit=60)
+    assert run_gate(tmp_path / "again", base, "--tolerance", "0")[0] == 0
+    assert engine.rpn is not None
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in engine.rpn.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * weight.std())
+    evaluate(tmp_path / "worse", engine, ["tiny_vstar"], limit=60)
+    code, line = run_gate(tmp_path / "worse", base)
+    assert code == 1
+    assert "gate: fell: tiny_vstar accuracy" in line
+
+
+@pytest.mark.slow
+def test_commands_of_the_guide_and_the_workflow_run(tmp_path: Path) -> None:
+    """docs/ci.md's commands, then the workflow's, as written, in an empty folder."""
+    docs = Path(__file__).parent.parent / "docs"
+    guide = re.findall(r"```bash\n(.*?)```", (docs / "ci.md").read_text(), re.DOTALL)
+    (job,) = yaml.safe_load((docs / "github-actions.yml").read_text())["jobs"].values()
+    steps = [step["run"] for step in job["steps"] if "run" in step]
+    assert steps.pop(0) == "pip install ."
+    commands = [*guide, *steps]
+    assert sum("sdrpn-eval gate" in command for command in commands) == 4
+    programs = {"lmms-eval": "lmms_eval", "sdrpn-eval": "sdrpn_eval.report"}
+    for name, module in programs.items():
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+        program.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md"),
+        "ACCELERATE_USE_CPU": "1",
+        **job["env"],
+    }
+    environment.pop("SDRPN_DATA", None)
+    # The workflow evaluates and gates with the guide's own commands: once is enough here.
+    assert len(set(commands)) == len(commands) - 2
+    for command in dict.fromkeys(commands):
+        done = subprocess.run(
+            ["bash", "-e", "-c", command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-2000:])
+    assert (tmp_path / "out" / "comparison" / "compare.html").stat().st_size > 20_000
+    summary = (tmp_path / "summary.md").read_text()
+    assert summary.count("### gate: passed") == 3
+    assert "### Scores" in summary
