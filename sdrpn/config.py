@@ -28,6 +28,7 @@ def _from_mapping(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 _READ: Mapping[str, Any] = {
     "min_cells": int,
+    "max_crop_tokens": int,
     "relative": {"true": True, "false": False}.__getitem__,
 }
 """How text becomes a setting, where that is not a float."""
@@ -48,6 +49,8 @@ class ZoomConfig:
         saw as much; None zooms always, as published.
     relative: the RPN's map is divided by its maximum before the blur, as the attention proposer's
         always is, so that even an RPN that is unsure looks somewhere. Ours; published: False.
+    max_crop_tokens: of one question; the grids of larger regions shrink to it. None: no limit but
+        the model's context.
     """
 
     threshold: float = 0.15
@@ -57,6 +60,7 @@ class ZoomConfig:
     max_cells_fraction: float = 225 / 576
     skip_above: float | None = None
     relative: bool = False
+    max_crop_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
@@ -67,6 +71,8 @@ class ZoomConfig:
             raise ValueError(f"token_budget must be above 0 or None, got {self.token_budget}")
         if self.skip_above is not None and not 0 < self.skip_above <= 1:
             raise ValueError(f"skip_above must be in (0, 1] or None, got {self.skip_above}")
+        if self.max_crop_tokens is not None and self.max_crop_tokens < 1:
+            raise ValueError(f"max_crop_tokens must be 1 or more, got {self.max_crop_tokens}")
         if self.min_cells < 1:
             raise ValueError(f"min_cells must be 1 or more, got {self.min_cells}")
         if not 0 < self.max_cells_fraction <= 1:

@@ -278,10 +278,13 @@ class ZoomLlava:
         images = [q.images[0] for q in questions]
         words = [tuple(self.llava.question_ids(q.text)) for q in questions]
         before = len(self.llava.head_ids) + self.llava.image_tokens
-        rooms = [self._room(before + len(w)) for w in words]
+        zooms = [q.zoom or self.zoom for q in questions]
+        rooms = [
+            min(self._room(before + len(w)), zoom.max_crop_tokens or self.llava.context_length)
+            for w, zoom in zip(words, zooms, strict=True)
+        ]
         prefixes = self._read(images, [q.image_keys[0] for q in questions])
         proposals = self.look(questions, prefixes, words)
-        zooms = [q.zoom or self.zoom for q in questions]
         regions = [p.region for p in proposals]
         crops = crop_tokens(self.llava, images, regions, zooms, rooms)
         rows = []

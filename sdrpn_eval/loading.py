@@ -22,7 +22,7 @@ _LOADING = ("revision", "rpn", "padding", "system_prompt", "dtype", "attn_implem
 _LOADING += ("device", "device_map", "prefix_cache", "peft", "load_in_4bit")
 
 
-ZOOM_ARGUMENTS = ("policy", "token_budget", "skip_above", "relative")
+ZOOM_ARGUMENTS = ("policy", "token_budget", "max_crop_tokens", "skip_above", "relative")
 
 
 def load_engine(

@@ -315,6 +315,18 @@ def test_prefix_cache_drops_the_least_recently_used(llava: Llava, images: Any) -
         ZoomLlava(llava, proposer="none", prefix_cache=-1)
 
 
+def test_a_limit_of_crop_tokens_shrinks_their_grid(
+    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image]
+) -> None:
+    box = PixelBox(10, 10, 150, 90)
+    for limit, tokens in ((None, 64), (64, 64), (36, 36), (40, 36), (1, 1)):
+        zoom = ZoomConfig(max_crop_tokens=limit)
+        engine = ZoomLlava(llava, perturbed_rpn, zoom=zoom)
+        assert engine.ask(images[1], QUESTIONS[0], box=box).crop_tokens == tokens
+    with pytest.raises(ValueError, match="max_crop_tokens must be 1 or more, got 0"):
+        ZoomConfig(max_crop_tokens=0)
+
+
 def test_images_made_ready_ahead_do_not_show(
     llava: Llava, perturbed_rpn: RPN, images: list[Image.Image], alone: Any
 ) -> None:

@@ -538,7 +538,9 @@ def test_an_error_in_the_making_reaches_the_caller() -> None:
 def test_the_fast_preset_keeps_the_rpn_s_own_policy(engine: FakeEngine) -> None:
     given = {"preset": "fast"}
     settings = loading.zoom_settings(engine, arguments.checked(given), given)  # type: ignore[arg-type]
-    assert settings == ZoomConfig(policy="strongest", token_budget=2.5, skip_above=0.7)
+    assert settings == ZoomConfig(
+        policy="strongest", token_budget=2.5, skip_above=0.7, max_crop_tokens=144
+    )
     paper = {"preset": "paper"}
     settings = loading.zoom_settings(engine, arguments.checked(paper), paper)  # type: ignore[arg-type]
     assert settings == ZoomConfig(policy="mask")

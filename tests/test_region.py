@@ -606,7 +606,10 @@ def test_a_region_as_large_as_the_image_is_not_zoomed_where_told() -> None:
 def test_settings_from_text() -> None:
     assert ZoomConfig.from_text("") == ZoomConfig()
     text = "threshold=0.2, policy=strongest,min_cells=1,token_budget=none,skip_above=0.7"
-    assert ZoomConfig.from_text(text) == ZoomConfig(0.2, "strongest", None, 1, skip_above=0.7)
+    text += ",relative=true,max_crop_tokens=144"
+    assert ZoomConfig.from_text(text) == ZoomConfig(
+        0.2, "strongest", None, 1, skip_above=0.7, relative=True, max_crop_tokens=144
+    )
     for wrong, message in (
         ("treshold=0.2", r"unknown key\(s\) treshold"),
         ("threshold=high", "zoom settings 'threshold=high'"),
