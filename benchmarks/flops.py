@@ -97,6 +97,7 @@ class Load:
     """One question: how many share its image, and its tokens.
 
     neutral: tokens of ViCrop's neutral prompt. vicrop_layer: the layer whose attention it reads.
+    together: questions of an image in one batch, which share the neutral prompt's pass.
     """
 
     questions_per_image: float
@@ -105,6 +106,7 @@ class Load:
     new: int
     neutral: int = 0
     vicrop_layer: int = 0
+    together: int = 1
 
 
 # --- parts ----------------------------------------------------------------------------------
@@ -136,6 +138,11 @@ def span(s: Sizes, layers: int, new: int, cached: int) -> float:
     """
     attention = 4 * new * (cached + new) * s.hidden
     return layers * (_keys(s, new) + _rest(s, new) + attention)
+
+
+def fill(s: Sizes, layers: int, new: int, cached: int) -> float:
+    """The same for the cache alone: of the last layer only the keys and values."""
+    return span(s, layers - 1, new, cached) + _keys(s, new)
 
 
 def least(s: Sizes, layers: int, new: int, cached: int, outputs: int) -> float:
@@ -192,20 +199,21 @@ def two_pass(s: Sizes, w: Load) -> Stations:
 def _answer(s: Sizes, w: Load) -> Stations:
     suffix = w.crop + w.question
     return {
-        "prefill": span(s, s.layers, suffix - 1, s.prefix),
+        "prefill": fill(s, s.layers, suffix - 1, s.prefix),
         "decode": decode(s, w.new, s.prefix + suffix - 1, w.new),
     }
 
 
 def none(s: Sizes, w: Load) -> Stations:
     """The image once, then the question."""
-    read = tower(s, s.vision_layers) + span(s, s.layers, s.prefix, 0)
+    read = tower(s, s.vision_layers) + fill(s, s.layers, s.prefix, 0)
     return {"read": read / w.questions_per_image, **_answer(s, w)}
 
 
 def sdrpn(s: Sizes, w: Load) -> Stations:
     """The image once; a look over it; crop tokens and question over it."""
-    read = tower(s, s.vision_layers) + span(s, s.layers + s.depth - 1, s.prefix, 0) + _map_keys(s)
+    own = span(s, s.depth - 1, s.prefix, 0) + _map_keys(s)
+    read = tower(s, s.vision_layers) + fill(s, s.layers, s.prefix, 0) + own
     look = span(s, s.branch_layer + s.depth - 1, w.question, s.prefix) + _map_query(s)
     return {
         "read": read / w.questions_per_image,
@@ -218,10 +226,11 @@ def sdrpn(s: Sizes, w: Load) -> Stations:
 def vicrop(s: Sizes, w: Load) -> Stations:
     """The image once; attention of two prompts; crop tokens and question."""
     layers = w.vicrop_layer + 1
-    look = sum(
+    own, plain = (
         span(s, layers, n, s.prefix) + 2 * s.hidden**2 + 2 * (s.prefix + n) * s.hidden
         for n in (w.question, w.neutral)
     )
+    look = own + plain / w.together
     return none(s, w) | {"look": look, "crop": tower(s, s.vision_layers)}
 
 

@@ -48,7 +48,7 @@ def labelled(engine: ZoomLlava) -> Iterator[dict[str, float]]:
         (sdrpn.zoom, "read", "read"),
         (engine, "look", "look"),
         (sdrpn.zoom, "crop_tokens", "crop"),
-        (sdrpn.answer, "run_layers", "prefill"),
+        (sdrpn.answer, "fill_cache", "prefill"),
         (engine.llava.model, "generate", "decode"),
     )
     with ExitStack() as stack:

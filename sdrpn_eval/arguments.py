@@ -19,7 +19,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "relative": False,
         "max_crop_tokens": None,
     },
-    # The budget and the skip lose no answer of the embedded model (docs/fast.md), whose 64 tokens
+    # The budget and the skip cost the embedded model no answers (demo/tune.py), whose 64 tokens
     # the limit never touches: a quarter of the 576, 2 x 2 of them in one, chosen for speed alone.
     "fast": {
         "proposer": "rpn",
