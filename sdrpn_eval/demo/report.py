@@ -36,9 +36,9 @@ Over all thresholds shown, the score moves by {rpn_spread:.1f} points with the R
 {rpn_near:.1f} and {attention_near:.1f}. (On an 8 x 8 grid the blur leaves a single cell of 1 with
 0.20, so beyond 0.2 most regions are gone, whoever proposed them.) The RPN's threshold counts in
 shares of its map's maximum (`relative`), as attention's does; its value was chosen on other scenes
-(`python -m sdrpn_eval.demo.tune`). The option itself came after a first look at this benchmark: with
-absolute thresholds the same RPN reached 96.4 % at best here, 2.1 points behind attention at its best
-threshold [1.0, 3.5], and scenes of their own then showed that it was unsure, not wrong.
+(`python -m sdrpn_eval.demo.tune`). The option itself came after a first look at this benchmark:
+with absolute thresholds the same RPN reached 96.4 % at best here, 2.1 points behind attention at
+its best threshold [1.0, 3.5], and scenes of their own then showed that it was unsure, not wrong.
 
 ![Score over threshold](tiny_vstar_thresholds.png)
 
