@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sdrpn.config import RPNConfig
 from sdrpn.llava import Llava
-from sdrpn.rpn import RPN
+from sdrpn.rpn import RPN, shape_of
 
 DEVIATION = 0.02
 """Of the random weights: what LLaMA is initialised with."""
@@ -32,14 +32,8 @@ def meta_llava(name: str, dtype: torch.dtype, layers: int | None = None) -> Llav
 
 def rpn_config(llava: Llava) -> RPNConfig:
     """B = 15 and R = 3, as published; a shape cut to few layers branches off earlier."""
-    text = llava.text_config
     return RPNConfig(
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_attention_heads=text.num_attention_heads,
-        num_key_value_heads=text.num_key_value_heads,
-        rms_norm_eps=text.rms_norm_eps,
-        image_tokens=llava.image_tokens,
+        **shape_of(llava),
         branch_layer=min(15, llava.num_layers - 3),
         depth=3,
         base_model=llava.name,

@@ -13,16 +13,14 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaImageProcessor,
-    LlavaProcessor,
 )
 
 from sdrpn.config import LabelConfig, LayerHeads
 from sdrpn.llava import Llava
 from sdrpn.rpn import RPN
-from sdrpn_eval.demo.tiny_model import build_tokenizer
+from sdrpn_eval.demo.tiny_model import PATCH, build_tokenizer, processor_around
 
-SIDE, PATCH = 336, 14
+SIDE = 336
 WORDS = "what pattern is on the red disc and the blue"
 
 
@@ -84,20 +82,6 @@ def llava_config(shape: Shape, tokenizer: Any) -> LlavaConfig:
     )
 
 
-def processor_of(tokenizer: Any) -> LlavaProcessor:
-    """LLaVA-1.5's processor around a tokenizer."""
-    images = LlavaImageProcessor(
-        do_pad=True, size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
-    )
-    return LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-
-
 def random_llava(
     name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
 ) -> Llava:
@@ -110,7 +94,7 @@ def random_llava(
         torch.set_default_dtype(dtype)
         model = LlavaForConditionalGeneration(llava_config(SHAPES[name], tokenizer))
         torch.set_default_dtype(before)
-    return Llava(model, processor_of(tokenizer), name=f"random {name}")
+    return Llava(model, processor_around(tokenizer, SIDE), name=f"random {name}")
 
 
 def random_rpn(llava: Llava, branch_layer: int = 15, depth: int = 3) -> RPN:

@@ -20,15 +20,11 @@ from sdrpn.config import ZoomConfig
 from sdrpn.crops import crop_tokens
 from sdrpn.layers import run_layers
 from sdrpn.llava import Llava
-from sdrpn.prefix import PrefixCache
 from sdrpn.proposers import Proposal
 from sdrpn.region import GridBox, Region, View, blur, propose
 from sdrpn.rpn import RPN
 from sdrpn.zoom import Question, ZoomLlava
 from sdrpn_eval.arguments import PRESETS
-
-FAST_BUDGET = 2.0
-"""Crop tokens a side per cell of the box, where the plugin has no preset `fast`."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +79,12 @@ def force_region(engine: ZoomLlava, box: GridBox) -> ZoomLlava:
 
 def forget_images(engine: ZoomLlava) -> None:
     """Empty the engine's cache of images."""
-    engine.prefixes = PrefixCache(engine.prefixes.max_bytes)
+    engine.prefixes.clear()
 
 
 def preset_zoom(preset: str) -> ZoomConfig:
     """The zoom settings of one of the plugin's presets; the threshold plays no part here."""
     values = dict(PRESETS.get(preset, {"policy": "mask"}))
-    if preset == "fast" and values.get("token_budget") is None:
-        values["token_budget"] = FAST_BUDGET
     known = {f.name for f in fields(ZoomConfig)}
     return ZoomConfig(**{name: value for name, value in values.items() if name in known})
 

@@ -1,9 +1,28 @@
 """SD-RPN for LLaVA-1.5: a second, closer look at the region where the answer is."""
 
-from sdrpn.config import LabelConfig, RPNConfig, ZoomConfig
-from sdrpn.rpn import RPN
-from sdrpn.zoom import Answer, Question, ZoomLlava
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdrpn.config import LabelConfig, RPNConfig, ZoomConfig
+    from sdrpn.rpn import RPN
+    from sdrpn.zoom import Answer, Question, ZoomLlava
 
 __version__ = "0.1.0"
 
 __all__ = ["RPN", "Answer", "LabelConfig", "Question", "RPNConfig", "ZoomConfig", "ZoomLlava"]
+
+_MODULES = {
+    **dict.fromkeys(("LabelConfig", "RPNConfig", "ZoomConfig"), "sdrpn.config"),
+    "RPN": "sdrpn.rpn",
+    **dict.fromkeys(("Answer", "Question", "ZoomLlava"), "sdrpn.zoom"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when they are first used: a command's --help must not wait for torch.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -148,7 +148,7 @@ class RPN(nn.Module, ModelHubMixin):
             base_hash=base_hash(llava, branch_layer),
             zoom=zoom or ZoomConfig(),
             labels=labels,
-            **_shape_of(llava),
+            **shape_of(llava),
         )
         rpn = cls(config, llava.text_config._attn_implementation)
         backbone = [layer for _, layer in llava.layers]
@@ -166,7 +166,7 @@ class RPN(nn.Module, ModelHubMixin):
         """Raise ValueError unless this RPN's sizes are the base model's."""
         wrong = [
             f"{name} {getattr(self.config, name)} (the model has {value})"
-            for name, value in _shape_of(llava).items()
+            for name, value in shape_of(llava).items()
             if getattr(self.config, name) != value
         ]
         if self.config.branch_layer + self.config.depth > llava.num_layers:
@@ -270,7 +270,8 @@ class RPN(nn.Module, ModelHubMixin):
         return rpn.eval().requires_grad_(False)
 
 
-def _shape_of(llava: Llava) -> dict[str, Any]:
+def shape_of(llava: Llava) -> dict[str, Any]:
+    """The fields of an RPNConfig that must be the backbone's own."""
     text = llava.text_config
     names = (
         "hidden_size",

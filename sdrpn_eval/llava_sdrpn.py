@@ -26,7 +26,7 @@ from sdrpn_eval.generation import translate
 from sdrpn_eval.loading import TINY, load_engine, sources, zoom_settings
 from sdrpn_eval.plugin import TaskIndex
 from sdrpn_eval.questions import Documents, Request, ahead, batches, parse, question_text
-from sdrpn_eval.record import RecordWriter, describe_answer
+from sdrpn_eval.record import RUN_STAMP, RecordWriter, describe_answer
 from sdrpn_eval.run_facts import RunFacts
 
 AUTO_BATCH_SIZE = 32
@@ -90,7 +90,7 @@ class LlavaSdrpn(lmms):
 
     def _name_run(self) -> str:
         """A name that sorts by time and is the same on all ranks."""
-        name = [datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")]
+        name = [datetime.now(UTC).strftime(RUN_STAMP)]
         broadcast_object_list(name)
         return name[0]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from datasets import Image as ImageColumn
 from loguru import logger
 from PIL import Image
 
+from sdrpn.ahead import ahead as made_ahead
 from sdrpn.prefix import image_key
 from sdrpn_eval.generation import group_key
 
@@ -87,15 +87,7 @@ def ahead(
     def all_of(group: list[Request]) -> list[T]:
         return [make(request) for request in group]
 
-    with ThreadPoolExecutor(1, thread_name_prefix="images") as pool:
-        coming: tuple[list[Request], Future[list[T]]] | None = None
-        for group in groups:
-            following = group, pool.submit(all_of, group)
-            if coming is not None:
-                yield coming[0], coming[1].result()
-            coming = following
-        if coming is not None:
-            yield coming[0], coming[1].result()
+    return made_ahead(groups, all_of)
 
 
 def _kwargs_key(request: Request) -> str:

@@ -19,6 +19,9 @@ from loguru import logger
 
 from sdrpn.zoom import Answer
 
+RUN_STAMP = "%Y%m%dT%H%M%S.%fZ"
+"""A run's name: when it began, in UTC; names sort by time."""
+
 
 class RecordWriter:
     """Appends lines to `DIR/record_{task}_rank{r}.jsonl`, flushed after every batch.

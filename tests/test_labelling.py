@@ -22,7 +22,9 @@ from typer.testing import CliRunner
 from sdrpn.cli import app
 from sdrpn.config import LabelConfig, LayerHeads
 from sdrpn.distill.dataset import (
+    FEATURES,
     image_root,
+    label_row,
     load_labels,
     read_settings,
     shard_path,
@@ -160,6 +162,21 @@ def test_rows_are_the_labels_of_their_maps(
         np.mean([row["foreground"] / 64 for row in kept]), abs=1e-4
     )
     assert preview(tmp_path / "out", 2).stat().st_size > 10_000
+
+
+def test_a_summary_does_not_hang_on_where_the_kept_rows_are() -> None:
+    bad = [label_row(str(i), "gone.png", "?", reason="image missing") for i in range(1001)]
+    labels = np.array([1, 0, IGNORED, IGNORED])
+    maps = {"grounding": np.zeros(4), "sink": np.zeros(4)}
+    rows = [*bad, label_row("good", "a.png", "?", labels=labels, **maps)]
+    found = summarise(Dataset.from_list(rows, features=FEATURES))
+    assert found == {
+        "questions": 1002,
+        "kept": 1,
+        "ignored": {"image missing": 1001},
+        "mean_foreground_share": 0.25,
+    }
+    assert summarise(Dataset.from_list(bad, features=FEATURES))["mean_foreground_share"] == 0
 
 
 def test_any_batch_and_shard_size_gives_the_same_labels(

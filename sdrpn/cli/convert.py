@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sdrpn.cli.shared import errors_as_sentences, say
+from sdrpn.cli.shared import check_images, errors_as_sentences, say, say_kept
 
 OUT_HELP = "A new folder."
 SIZES = ("7b", "13b")
@@ -68,19 +68,14 @@ def labels(
             raise ValueError(f"--size must be {' or '.join(SIZES)}, got {size!r}")
         if not file.is_file():
             raise ValueError(f"there is no file {file}")
-        if images is not None and not images.is_dir():
-            raise ValueError(
-                f"there is no folder {images}; give the one the image paths start from"
-            )
+        check_images(images)
         new_folder(out)
         from sdrpn.config import LABELS_7B, LABELS_13B
         from sdrpn.convert.labels import convert_labels
 
         config = LABELS_7B if size == "7b" else LABELS_13B
         found = convert_labels(file, out, images=images, config=config)
-        say(f"{found['kept']} of {found['questions']} questions gave labels")
-        for reason, count in found["ignored"].items():
-            say(f"  ignored, {reason}: {count}")
+        say_kept(found)
         say(f"labels: {out}")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdrpn import names
-from sdrpn.cli.shared import MODEL_HELP, console, fail
+from sdrpn.cli.shared import MODEL_HELP, errors_as_sentences, say, weights_hint
 
 if TYPE_CHECKING:
     from sdrpn.distill.heads import Findings
@@ -35,11 +35,11 @@ def heads(
 
     Then: sdrpn label --model tiny --heads heads/heads.json ...
     """
-    # Imported here, so that --help answers at once.
-    from sdrpn.distill.heads import find_heads, save_findings
-    from sdrpn.zoom import ZoomLlava
+    with errors_as_sentences(weights_hint(model)):
+        # Imported here, so that --help answers at once.
+        from sdrpn.distill.heads import find_heads, save_findings
+        from sdrpn.zoom import ZoomLlava
 
-    try:
         out.mkdir(parents=True, exist_ok=True)  # before the work, so that it is not in vain
         folder, _ = names.resolve(model, None)
         zoom = ZoomLlava.from_pretrained(folder, proposer="none", dtype=dtype)
@@ -55,10 +55,7 @@ def heads(
             depth=depth,
         )
         save_findings(found, out)
-    except (OSError, ValueError) as error:
-        hint = "" if model in names.known() else "\nFor a first try without weights: --model tiny"
-        raise fail(f"{error}{hint}") from None
-    console.print("\n".join(_told(found, out)), highlight=False, markup=False, soft_wrap=True)
+    say("\n".join(_told(found, out)))
 
 
 def _told(found: Findings, out: Path) -> list[str]:

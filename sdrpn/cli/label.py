@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sdrpn import names
-from sdrpn.cli.shared import MODEL_HELP, errors_as_sentences, say
+from sdrpn.cli.shared import MODEL_HELP, check_images, errors_as_sentences, say, say_kept
 from sdrpn.config import LabelConfig
 
 
@@ -52,10 +52,7 @@ def label(
     """
     # Imported here, so that --help and a wrong path answer at once.
     with errors_as_sentences():
-        if images is not None and not images.is_dir():
-            raise ValueError(
-                f"there is no folder {images}; give the one the image paths start from"
-            )
+        check_images(images)
         from accelerate import PartialState
 
         from sdrpn.distill.labelling import LabelJob
@@ -118,9 +115,7 @@ def _finish(out: Path, preview: int, seed: int) -> None:
 
     found = labelling.report(out)
     write_json(out / SUMMARY_FILE, found)
-    say(f"{found['kept']} of {found['questions']} questions gave labels")
-    for reason, count in found["ignored"].items():
-        say(f"  ignored, {reason}: {count}")
+    say_kept(found)
     say(f"mean foreground share of the kept: {found['mean_foreground_share']:.1%}")
     if preview and found["kept"]:
         say(f"preview: {labelling.preview(out, preview, seed)}")

@@ -9,7 +9,7 @@ import typer
 from PIL import Image
 
 from sdrpn import names
-from sdrpn.cli.shared import MODEL_HELP, errors_as_sentences, open_image, say
+from sdrpn.cli.shared import MODEL_HELP, errors_as_sentences, open_image, say, weights_hint
 from sdrpn.config import POLICIES, PROPOSERS
 
 
@@ -35,8 +35,7 @@ def look(
     Example: sdrpn look scene.png "what pattern is on the red disc ?" --model tiny
     """
     picture = open_image(image)
-    hint = "" if model in names.known() else "\nFor a first try without weights: --model tiny"
-    with errors_as_sentences(hint):
+    with errors_as_sentences(weights_hint(model)):
         text, path = _look(picture, question, model, rpn, out, proposer, threshold, policy, dtype)
     say(text)
     say(f"picture: {path}")

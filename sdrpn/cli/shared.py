@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 from PIL import Image
 from rich.console import Console
 from rich.text import Text
+
+from sdrpn import names
 
 MODEL_HELP = "LLaVA-1.5: a folder, a hub id, or `tiny`, the embedded toy."
 
@@ -30,6 +33,24 @@ def errors_as_sentences(hint: str = "") -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise fail(f"{error}{hint}") from None
+
+
+def weights_hint(model: str) -> str:
+    """What to try first, for an error about a model that has to be fetched."""
+    return "" if model in names.known() else "\nFor a first try without weights: --model tiny"
+
+
+def check_images(images: Path | None) -> None:
+    """Refuse an --images folder that is not there."""
+    if images is not None and not images.is_dir():
+        raise ValueError(f"there is no folder {images}; give the one the image paths start from")
+
+
+def say_kept(found: Mapping[str, Any]) -> None:
+    """Print how many questions gave labels, and why the others did not: a folder's summary."""
+    say(f"{found['kept']} of {found['questions']} questions gave labels")
+    for reason, count in found["ignored"].items():
+        say(f"  ignored, {reason}: {count}")
 
 
 def open_image(path: Path) -> Image.Image:

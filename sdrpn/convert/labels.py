@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from sdrpn.config import LABELS_7B, LabelConfig
 from sdrpn.convert import safe_pickle
+from sdrpn.distill.claim import write_json
 from sdrpn.distill.dataset import (
     SUMMARY_FILE,
     label_row,
@@ -70,7 +70,7 @@ def _write(
         write_shard(rows, shard_path(out, k, shards))
     write_settings(out, _settings(file, images, config, len(records), shards, tokens))
     found = summarise(load_labels(out))
-    (out / SUMMARY_FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_json(out / SUMMARY_FILE, found)
     return found
 
 

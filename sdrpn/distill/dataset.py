@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,21 +154,14 @@ class LabelledImages:
 
 def summarise(rows: Dataset) -> dict[str, Any]:
     """Counts over all rows: kept, ignored by reason, mean share of foreground cells of the kept."""
-    reasons: dict[str, int] = {}
-    for reason in rows["reason"]:
-        if reason is not None:
-            reasons[reason] = reasons.get(reason, 0) + 1
-    kept = len(rows) - sum(reasons.values())
-    cells = max((len(labels) for labels in _some(rows["labels"])), default=1)
-    share = sum(rows["foreground"]) / (kept * cells) if kept else 0.0
+    reasons = Counter(rows["reason"])
+    kept, share = reasons.pop(None, 0), 0.0
+    if kept:
+        one: Any = rows[list(rows["reason"]).index(None)]
+        share = sum(rows["foreground"]) / (kept * len(one["labels"]))
     return {
         "questions": len(rows),
         "kept": kept,
-        "ignored": dict(sorted(reasons.items(), key=lambda pair: -pair[1])),
+        "ignored": dict(reasons.most_common()),
         "mean_foreground_share": round(share, 4),
     }
-
-
-def _some(values: Iterable[Any], count: int = 1000) -> Iterator[Any]:
-    for _, value in zip(range(count), values, strict=False):
-        yield value

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
+from sdrpn.ahead import ahead
 from sdrpn.config import LabelConfig
 from sdrpn.distill.claim import claim
 from sdrpn.distill.dataset import (
@@ -123,13 +124,8 @@ class LabelJob:
         """Rows of one shard, in their order. Images of the next batch are read meanwhile."""
         starts = range(0, len(items), self.batch_size)
         batches = [items[s : s + self.batch_size] for s in starts]
-        with ThreadPoolExecutor(4) as pool, ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(lambda b: list(pool.map(self._open, b)), batches[0])
-            for number, batch in enumerate(batches):
-                opened = coming.result()
-                if number + 1 < len(batches):
-                    following = batches[number + 1]
-                    coming = ahead.submit(lambda b: list(pool.map(self._open, b)), following)
+        with ThreadPoolExecutor(4) as pool:
+            for batch, opened in ahead(batches, lambda b: list(pool.map(self._open, b))):
                 yield from self._rows(batch, opened)
                 progress.update(len(batch))
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from sdrpn import RPN, Question, ZoomLlava
+from sdrpn import RPN, Answer, Question, ZoomLlava
 from sdrpn.llava import Llava
 from sdrpn.region import PixelBox
 from sdrpn_eval.demo import BENCHMARK, tiny_path
@@ -56,6 +56,14 @@ def is_right(text: str, row: Mapping[str, Any]) -> bool:
     return text.split() in ([row["answer"]], [row["colour"], row["answer"]])
 
 
+def ask_all(engine: ZoomLlava, questions: Sequence[Question], title: str) -> list[Answer]:
+    """Answers to all questions, in batches, with a progress bar."""
+    answers: list[Answer] = []
+    for start in tqdm(range(0, len(questions), BATCH), title, leave=False):
+        answers += engine.ask_batch(questions[start : start + BATCH], GENERATION)
+    return answers
+
+
 class Scorer:
     """Asks one model every question of the benchmark, one proposer after another."""
 
@@ -83,14 +91,12 @@ class Scorer:
             policy=policy or self.zoom.policy,
         )
         engine = ZoomLlava(self.llava, self.rpn, proposer=proposer, zoom=zoom)
-        started, answers = time.perf_counter(), []
-        for start in tqdm(range(0, len(self.rows), BATCH), name, leave=False):
-            batch = range(start, min(start + BATCH, len(self.rows)))
-            questions = [
-                Question(self.rows[i]["question"], (self.images[i],), boxes[i] if boxes else None)
-                for i in batch
-            ]
-            answers += engine.ask_batch(questions, GENERATION)
+        questions = [
+            Question(row["question"], (image,), boxes[i] if boxes else None)
+            for i, (row, image) in enumerate(zip(self.rows, self.images, strict=True))
+        ]
+        started = time.perf_counter()
+        answers = ask_all(engine, questions, name)
         seconds = time.perf_counter() - started
         right = [is_right(a.text, row) for a, row in zip(answers, self.rows, strict=True)]
         self.correct[name] = np.array(right, dtype=float)

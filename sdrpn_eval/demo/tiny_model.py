@@ -66,15 +66,18 @@ def build_tokenizer() -> Any:
 
 
 def build_processor() -> LlavaProcessor:
-    """Tokenizer and image processor: pad to a square, 112 px, bicubic, CLIP mean and deviation."""
-    image_processor = LlavaImageProcessor(
-        do_pad=True,
-        size={"shortest_edge": VIEW_SIDE},
-        crop_size={"height": VIEW_SIDE, "width": VIEW_SIDE},
+    """Tokenizer and image processor of the tiny model, whose view is 112 px."""
+    return processor_around(build_tokenizer(), VIEW_SIDE)
+
+
+def processor_around(tokenizer: Any, side: int) -> LlavaProcessor:
+    """LLaVA-1.5's processor: pad to a square of `side` px, bicubic, CLIP's mean and deviation."""
+    images = LlavaImageProcessor(
+        do_pad=True, size={"shortest_edge": side}, crop_size={"height": side, "width": side}
     )
     return LlavaProcessor(
-        image_processor,
-        build_tokenizer(),
+        images,
+        tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from sdrpn import RPN, Question, ZoomLlava
 from sdrpn.config import ZoomConfig
 from sdrpn.llava import Llava
 from sdrpn_eval.demo import make_benchmark, tiny_path
-from sdrpn_eval.demo.score import BATCH, GENERATION, is_right
+from sdrpn_eval.demo.score import ask_all, is_right
 from sdrpn_eval.stats import clustered
 
 TUNING_SEED = (20260, 5)
@@ -62,11 +61,8 @@ def measure(model: Path, scenes: int) -> dict[str, Any]:
     images = [row["image_id"] for row in rows]
     found = []
     for name, chosen in settings(rpn.config.zoom):
-        answers = []
-        for start in tqdm(range(0, len(rows), BATCH), name, leave=False):
-            batch = rows[start : start + BATCH]
-            asked = [Question(r["question"], (r["picture"],), zoom=chosen) for r in batch]
-            answers += zoom.ask_batch(asked, GENERATION)
+        asked = [Question(r["question"], (r["picture"],), zoom=chosen) for r in rows]
+        answers = ask_all(zoom, asked, name)
         right = [float(is_right(a.text, r)) for a, r in zip(answers, rows, strict=True)]
         row = {
             "name": name,

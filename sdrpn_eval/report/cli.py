@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+
+from sdrpn.cli.shared import errors_as_sentences
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,17 +25,6 @@ app = typer.Typer(
 def _main() -> None:
     # The documents of tasks are looked up on this machine; nothing here fetches a data set.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-@contextmanager
-def _errors_as_sentences() -> Iterator[None]:
-    """Wrong values and files end a command with 2 and what they say; no traceback."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        line = f"[bold red]error:[/] {escape(str(error))}"
-        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -75,7 +63,7 @@ def compare(
 
       sdrpn-eval compare out/stock out/rpn out/llava_hf --tasks textvqa_val
     """
-    with _errors_as_sentences():
+    with errors_as_sentences():
         # Imported here, so that --help answers at once.
         from sdrpn_eval.report import text
         from sdrpn_eval.report.comparison import compare as compare_runs
@@ -138,7 +126,7 @@ def gate(
 
       sdrpn-eval gate out/rpn --baseline baselines/tiny.json --max-age 2
     """
-    with _errors_as_sentences():
+    with errors_as_sentences():
         from sdrpn_eval.report import gate_report
         from sdrpn_eval.report.gate import Rules, safely_check
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sdrpn_eval.fingerprints import combined
+from sdrpn_eval.record import RUN_STAMP
 from sdrpn_eval.report.runs import Run
 
 NAME = re.compile(r"run_facts_(?P<run>.+)_rank(?P<rank>\d+)\.json")
-STAMP = "%Y%m%dT%H%M%S.%fZ"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def begun_runs(folder: Path) -> dict[str, list[Path]]:
 def moment(name: str) -> datetime | None:
     """When a run of that name began; None for a name that is no time."""
     try:
-        return datetime.strptime(name, STAMP).replace(tzinfo=UTC)
+        return datetime.strptime(name, RUN_STAMP).replace(tzinfo=UTC)
     except ValueError:
         return None
 
