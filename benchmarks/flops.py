@@ -199,8 +199,8 @@ def two_pass(s: Sizes, w: Load) -> Stations:
 def _answer(s: Sizes, w: Load) -> Stations:
     suffix = w.crop + w.question
     return {
-        "prefill": fill(s, s.layers, suffix - 1, s.prefix),
-        "decode": decode(s, w.new, s.prefix + suffix - 1, w.new),
+        "prefill": span(s, s.layers, suffix, s.prefix),
+        "decode": decode(s, w.new - 1, s.prefix + suffix, w.new),
     }
 
 

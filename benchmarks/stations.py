@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,6 @@ from systems import forget_images
 from torch.profiler import ProfilerActivity, profile, record_function
 from workload import Clock
 
-import sdrpn.answer
 import sdrpn.zoom
 from sdrpn.zoom import Question, ZoomLlava
 
@@ -26,19 +26,22 @@ SHOWN_OPERATORS = 15
 def labelled(engine: ZoomLlava) -> Iterator[dict[str, float]]:
     """Label the stations for torch's profiler while the block runs; fills in seconds by station.
 
-    pixels: pad and resize the whole image. prefill is the layers run before generate(), decode is
-    generate() itself. On a GPU each station waits for its kernels, so that time falls where it
-    belongs.
+    pixels: pad and resize the whole image. Of generate(), prefill is the forward that reads the
+    suffix and decode are those of single tokens. On a GPU each station waits for its kernels, so
+    that time falls where it belongs.
     """
     seconds: dict[str, float] = defaultdict(float)
     clock = Clock(engine.llava.device)
 
     def timed(station: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)  # generate() reads the signature of forward()
         def call(*args: Any, **kwargs: Any) -> Any:
+            one_token = station == "prefill" and kwargs.get("inputs_embeds") is None
+            place = "decode" if one_token else station
             started = clock.now()
-            with record_function(f"station {station}"):
+            with record_function(f"station {place}"):
                 result = function(*args, **kwargs)
-            seconds[station] += clock.now() - started
+            seconds[place] += clock.now() - started
             return result
 
         return call
@@ -48,8 +51,7 @@ def labelled(engine: ZoomLlava) -> Iterator[dict[str, float]]:
         (sdrpn.zoom, "read", "read"),
         (engine, "look", "look"),
         (sdrpn.zoom, "crop_tokens", "crop"),
-        (sdrpn.answer, "fill_cache", "prefill"),
-        (engine.llava.model, "generate", "decode"),
+        (engine.llava.model, "forward", "prefill"),
     )
     with ExitStack() as stack:
         for owner, name, station in places:

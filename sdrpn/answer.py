@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import StoppingCriteria
 
-from sdrpn.layers import cache_argument, fill_cache, run_layers
+from sdrpn.layers import cache_argument, run_layers
 from sdrpn.llava import Llava
 from sdrpn.prefix import Prefix, pad_between, stack
 
@@ -85,25 +85,30 @@ def generate(
 ) -> list[list[int]]:
     """Answer a batch from its prefixes; returns the new token ids of each row, end token left out.
 
-    All but the last prompt token are prefilled here; generate() goes on from the filled cache.
+    generate() begins behind the prefix: its first forward is the suffix alone, which also gives the
+    first new token.
     """
     arguments = generation_arguments(llava, generation)
     length = prefixes[0].length
     embeds, mask = pad_between(length, [s.embed(llava) for s in suffixes])
     cache = stack([p.kv for p in prefixes])
-    span = llava.span(embeds[:, :-1], mask[:, :-1], cache)
-    fill_cache(llava.layers, embeds[:, :-1], span, cache)
     if arguments["num_beams"] > 1:
         # generate() expands the tensors it is given, but not a cache.
         cache.batch_repeat_interleave(arguments["num_beams"])
-    # Of the ids only the last column is embedded; the others count for repetition penalties.
+    # generate() wants embeddings of the whole prompt, and cuts off what the cache holds unread.
+    unread = embeds.new_zeros(1, 1, 1).expand(len(embeds), length, embeds.shape[-1])
+    # No id is embedded: they count for repetition penalties.
     # Padding repeats the image token, which every row holds already, so no row's penalty moves.
     ids = torch.full_like(mask, llava.image_token_id)
     for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
         ids[row, :length] = torch.tensor(prefix.ids)
         ids[row, -len(suffix.question) :] = torch.tensor(suffix.question)
     output = llava.model.generate(
-        input_ids=ids, attention_mask=mask, **cache_argument(cache), **arguments
+        input_ids=ids,
+        inputs_embeds=torch.cat([unread, embeds], dim=1),
+        attention_mask=mask,
+        **cache_argument(cache),
+        **arguments,
     )
     return [_until_end(llava, row, arguments) for row in output[:, ids.shape[1] :].tolist()]
 

@@ -93,13 +93,20 @@ def _row(cache: DynamicCache, row: int, alone: bool) -> tuple[KV, ...]:
 
 
 def stack(prefixes: Sequence[tuple[KV, ...]]) -> DynamicCache:
-    """One cache for a batch, a row for each prefix; a prefix may stand in many rows."""
-    if len(prefixes) == 1:
-        return cache_of(prefixes[0])
+    """One cache for a batch, a row for each prefix; a prefix may stand in many rows.
+
+    Rows of one prefix alone share its memory until the cache grows, which copies it.
+    """
     layers = zip(*prefixes, strict=True)
     return cache_of(
-        (torch.cat([k for k, _ in rows]), torch.cat([v for _, v in rows])) for rows in layers
+        (_joined([k for k, _ in rows]), _joined([v for _, v in rows])) for rows in layers
     )
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    if all(row is rows[0] for row in rows):
+        return rows[0].expand(len(rows), -1, -1, -1)
+    return torch.cat(list(rows))
 
 
 def pad_between(prefix_length: int, suffixes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
