@@ -20,7 +20,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "max_crop_tokens": None,
     },
     # The budget and the skip cost the embedded model no answers (docs/fast.md), whose 64 tokens the
-    # limit never touches: a ninth of the 576, at which one question on an image costs 1.25 times
+    # limit never touches: a ninth of the 576, at which one question on an image costs 1.2 times
     # stock by operations. It was chosen for speed alone.
     "fast": {
         "proposer": "rpn",

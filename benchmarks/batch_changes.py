@@ -1,0 +1,99 @@
+"""How many answers change with the batch size: ours, and stock LLaVA in a left-padded batch.
+
+    python benchmarks/batch_changes.py --out docs/batch_changes.json
+
+Every question of tiny_vstar is asked at batch size 1 and at --batch-size, in the order of the
+benchmark, on the embedded model; what is counted is the answers whose text differs. In float32 none
+should; in half precision a batch's matrix products round otherwise than a single row's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sdrpn import RPN, Question, ZoomLlava
+from sdrpn.answer import generate_plain
+from sdrpn.llava import Llava
+from sdrpn_eval.demo import tiny_path
+from sdrpn_eval.demo.score import GENERATION, is_right
+from sdrpn_eval.demo.tune import benchmark_rows
+
+DTYPES = ("float32", "bfloat16", "float16")
+Ask = Callable[[Sequence[Question]], list[str]]
+
+
+def _engine(engine: ZoomLlava) -> Ask:
+    return lambda batch: [answer.text for answer in engine.ask_batch(batch, GENERATION)]
+
+
+def _stock(llava: Llava) -> Ask:
+    def ask(batch: Sequence[Question]) -> list[str]:
+        prompts = [llava.tokenizer(llava.prompt(q.text))["input_ids"] for q in batch]
+        ids = generate_plain(llava, prompts, [q.images[0] for q in batch], GENERATION)
+        return [llava.tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
+
+    return ask
+
+
+def systems(dtype: str) -> dict[str, Ask]:
+    """What is compared, over one set of weights."""
+    llava = Llava.load(str(tiny_path()), dtype=dtype)
+    rpn = RPN.from_pretrained(str(tiny_path() / "rpn"))
+    return {
+        "stock, left-padded": _stock(llava),
+        "ours, no second look": _engine(ZoomLlava(llava, proposer="none")),
+        "ours, rpn": _engine(ZoomLlava(llava, rpn)),
+    }
+
+
+def _in_batches(ask: Ask, questions: Sequence[Question], size: int, title: str) -> list[str]:
+    starts = tqdm(range(0, len(questions), size), title, leave=False)
+    return [text for start in starts for text in ask(questions[start : start + size])]
+
+
+def measure(size: int, dtypes: Sequence[str], limit: int | None = None) -> list[dict[str, Any]]:
+    """One row a system and dtype: answers changed, and those of them that changed the score."""
+    rows = benchmark_rows()[:limit]
+    questions = [Question(row["question"], (row["picture"],)) for row in rows]
+    found = []
+    for dtype in dtypes:
+        for name, ask in systems(dtype).items():
+            alone = _in_batches(ask, questions, 1, f"{dtype}, {name}, batch 1")
+            together = _in_batches(ask, questions, size, f"{dtype}, {name}, batch {size}")
+            pairs = list(zip(rows, alone, together, strict=True))
+            found.append(
+                {
+                    "system": name,
+                    "dtype": dtype,
+                    "questions": len(rows),
+                    "batch_size": size,
+                    "answers_changed": sum(a != b for _, a, b in pairs),
+                    "scores_changed": sum(is_right(a, r) != is_right(b, r) for r, a, b in pairs),
+                }
+            )
+            print(found[-1], flush=True)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Count, print and write."""
+    form = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    p.add_argument("--out", type=Path, help="JSON file to write")
+    p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    p.add_argument("--limit", type=int, help="only so many questions, to try it")
+    args = p.parse_args(arguments)
+    rows = measure(args.batch_size, args.dtypes, args.limit)
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
