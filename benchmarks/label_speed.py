@@ -50,8 +50,9 @@ def one_by_one(llava: Llava, new_tokens: int) -> Label:
         )
         read = config.grounding[0]
         # Of every step the row of its last token: the one that says the next.
-        rows = [step[read.layer][0, list(read.heads or ()), -1] for step in output.attentions]
-        return torch.stack(rows).mean((0, 1))[start : start + count]
+        heads, image = list(read.heads or ()), slice(start, start + count)
+        rows = [step[read.layer][0, heads, -1, image] for step in output.attentions]
+        return torch.stack(rows).mean((0, 1))
 
     def run(batch: Sequence[Question]) -> list[torch.Tensor]:
         llava.model.set_attn_implementation("eager")

@@ -54,11 +54,11 @@ def _decoded(row: Row) -> Image.Image:
 
 
 def thresholds(base: ZoomConfig) -> Iterator[tuple[str, ZoomConfig]]:
-    """Every threshold, absolute and relative, at the RPN's own budget."""
+    """Every threshold, absolute and relative, on the crop's whole grid."""
     for relative in (False, True):
         for threshold in THRESHOLDS:
             name = f"t = {threshold}{', relative' if relative else ''}"
-            yield name, replace(base, threshold=threshold, relative=relative)
+            yield name, replace(base, threshold=threshold, relative=relative, token_budget=None)
 
 
 def budgets(base: ZoomConfig) -> Iterator[tuple[str, ZoomConfig]]:
@@ -163,7 +163,7 @@ def page(result: dict[str, Any]) -> str:
         "Drawn for this alone: none is in the benchmark, none trained anything. Settings are "
         "chosen here.",
         _table(tuning["budgets"]),
-        "Thresholds, with the RPN's other settings as they are:",
+        "Thresholds, on the whole grid:",
         _table(tuning["thresholds"]),
     ]
     return "\n\n".join(parts) + "\n"
