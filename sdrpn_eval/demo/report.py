@@ -24,8 +24,9 @@ CPU; the scores are those of the shipped float16 weights on the shipped WebP sce
 
 {table}
 
-Policy `strongest` where the row names none; `random` and `oracle` crop a given box. ViCrop's
-windows are 1 to 2 times the model's 112 px.
+Policy `strongest` where the row names none; `random` and `oracle` crop a given box. Every row has
+the RPN's token budget of 2.5 ([fast.md](fast.md)). ViCrop's windows are 1 to 2 times the model's
+112 px.
 
 | paired difference | all | fine | coarse |
 |---|---|---|---|
