@@ -1,9 +1,11 @@
 """SDRPN_DATA: run a task on parquet files in a local folder instead of a dataset on the hub.
 
 `SDRPN_DATA/textvqa_val/*.parquet` serves the task `textvqa_val`; `SDRPN_DATA/vstar/*.parquet`
-serves every task of the group `vstar`. Files named as on the hub (`validation-00000-of-00001`)
-are taken for the split they name. The task itself stays lmms-eval's: a generated YAML includes it
-and says where the data is.
+serves every task of the group `vstar`. A folder also serves the tasks of its family that read the
+same data set and split and have no folder of their own: `textvqa_val_ocr` and `textvqa_ci` take
+`textvqa_val`'s, `vstar_shuffled` and its like `vstar`'s, `hrbench4k_offline` takes `hrbench4k`'s.
+Files named as on the hub (`validation-00000-of-00001`) are taken for the split they name. The task
+itself stays lmms-eval's: a generated YAML includes it and says where the data is.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,13 @@ import yaml
 from lmms_eval.utils import load_yaml_config
 from loguru import logger
 
-from sdrpn_eval.tasks_info import parts
+from sdrpn_eval.tasks_info import family, parts
 
 VARIABLE = "SDRPN_DATA"
 
 TaskIndex = dict[str, dict[str, Any]]
+Files = tuple[str, list[str]]
+"""(split, parquet files)."""
 
 _NAMES_A_SPLIT = r"(train|validation|val|dev|test)(-.*)?|.+-\d+-of-\d+"
 
@@ -52,10 +57,12 @@ def use_local_data(index: TaskIndex) -> TaskIndex:
     }
 
 
-def _local_files(index: TaskIndex, root: Path) -> dict[str, tuple[str, list[str]]]:
-    """Task -> (split, parquet files). A task's own folder goes before its group's."""
-    found: dict[str, tuple[str, list[str]]] = {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+def _local_files(index: TaskIndex, root: Path) -> dict[str, Files]:
+    """Task -> its files: of its own folder, its group's, or another's that is lent."""
+    found: dict[str, Files] = {}
+    lent: dict[str, Files] = {}
+    folders = sorted(p for p in root.iterdir() if p.is_dir())
+    for folder in folders:
         entry = index.get(folder.name)
         if entry is None:
             logger.info(
@@ -63,7 +70,10 @@ def _local_files(index: TaskIndex, root: Path) -> dict[str, tuple[str, list[str]
             )
         elif entry["type"] == "task":
             found[folder.name] = _files_of_task(folder, entry)
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+            # A task that chooses documents may have these alone in its folder.
+            if "process_docs" not in _config(entry):
+                lent[folder.name] = found[folder.name]
+    for folder in folders:
         members = [] if folder.name in found else list(parts(folder.name, index))
         splits = {_split(index[task]) for task in members}
         for task in members:
@@ -71,12 +81,32 @@ def _local_files(index: TaskIndex, root: Path) -> dict[str, tuple[str, list[str]
             files = _files_of_split(folder, split, alone=len(splits) == 1)
             if files:
                 found.setdefault(task, (split, files))
+                lent.setdefault(task, (split, files))
             elif task not in found:
                 logger.info(f"{VARIABLE}: {folder} has no {split} files; {task} comes from the hub")
-    return found
+    return dict(_borrowed(index, lent)) | found
 
 
-def _files_of_task(folder: Path, entry: dict[str, Any]) -> tuple[str, list[str]]:
+def _borrowed(index: TaskIndex, lent: dict[str, Files]) -> Iterator[tuple[str, Files]]:
+    """Tasks that read the data set and split of one of their family that lends its files."""
+    families = {family(task) for task in lent} - {None}
+    sources = {_source(index[task]): files for task, files in lent.items()}
+    for task, entry in index.items():
+        if entry["type"] == "task" and family(task) in families:
+            files = sources.get(_source(entry))
+            if files:
+                yield task, files
+
+
+def _source(entry: dict[str, Any]) -> tuple[str, ...]:
+    """Data set, configuration, files and split: equal where two tasks read the same rows."""
+    config = _config(entry)
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    named = (config.get("dataset_path"), config.get("dataset_name"), files, _split(entry))
+    return tuple(map(str, named))
+
+
+def _files_of_task(folder: Path, entry: dict[str, Any]) -> Files:
     split = _split(entry)
     files = _files_of_split(folder, split, alone=True)
     if not files:
@@ -110,9 +140,13 @@ def _check_images(path: Path) -> None:
         )
 
 
+def _config(entry: dict[str, Any]) -> dict[str, Any]:
+    return load_yaml_config(entry["yaml_path"], mode="simple")
+
+
 def _split(entry: dict[str, Any]) -> str:
     """The split that lmms-eval scores: test where the task names one, else validation."""
-    config = load_yaml_config(entry["yaml_path"], mode="simple")
+    config = _config(entry)
     return config.get("test_split") or config["validation_split"]
 
 

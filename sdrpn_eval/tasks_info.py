@@ -1,4 +1,4 @@
-"""What is known of tasks by their names: published thresholds, and which parts have a score."""
+"""What is known of tasks by their names: published thresholds, protocols, which have a score."""
 
 from __future__ import annotations
 
@@ -26,6 +26,34 @@ THRESHOLDS: Mapping[str, float] = {
 }
 
 
+NO_OCR = "no OCR tokens in the prompt"
+HARNESS_LETTERS = "graded as lmms-eval does"
+OUR_LETTERS = "offered letters only"
+NO_JUDGE = "letters, no judge"
+PROTOCOLS: Mapping[str, str] = {
+    "textvqa_val": NO_OCR,
+    "textvqa_val_lite": NO_OCR,
+    "textvqa_ci": NO_OCR,
+    "textvqa_val_ocr": "OCR tokens in the prompt",
+    "vstar_bench": HARNESS_LETTERS,
+    "vstar_bench_direct_attributes": HARNESS_LETTERS,
+    "vstar_bench_relative_position": HARNESS_LETTERS,
+    "vstar_harness": HARNESS_LETTERS,
+    "vstar_direct_attributes": OUR_LETTERS,
+    "vstar_relative_position": OUR_LETTERS,
+    "vstar_ci": OUR_LETTERS,
+    "vstar_shuffled": "options shuffled",
+    "vstar_likelihood": "loss of each option as a sentence",
+    "hrbench4k": "a paid judge for unclear answers",
+    "hrbench8k": "a paid judge for unclear answers",
+    "hrbench4k_offline": NO_JUDGE,
+    "hrbench8k_offline": NO_JUDGE,
+    "hrbench4k_ci": NO_JUDGE,
+    "hrbench8k_ci": NO_JUDGE,
+}
+"""How a benchmark that is scored in several ways is scored in each; a few words for tables."""
+
+
 def family(task: str) -> str | None:
     """`textvqa_val`, `textvqa_val_lite`, `textvqa_ci` -> `textvqa`; None for an unknown family."""
     for name in sorted(THRESHOLDS, key=len, reverse=True):
@@ -47,7 +75,7 @@ def has_score(metrics: Iterable[str]) -> bool:
 
 
 def describe(scored: Mapping[str, bool]) -> str:
-    """One line for the log: which tasks (name -> has a score) will have one, and which not."""
+    """One line for the log: which tasks (name -> has a score) will have one, and by which rules."""
     with_score = ", ".join(name for name, yes in scored.items() if yes) or "none"
     without = ", ".join(name for name, yes in scored.items() if not yes)
     line = f"Tasks with a score: {with_score}."
@@ -56,7 +84,10 @@ def describe(scored: Mapping[str, bool]) -> str:
             f" For submission only: {without}: no public answers, so a file to hand in is written "
             "and the score stays empty."
         )
-    return line
+    rules = [
+        f"{name}: {PROTOCOLS[name]}" for name, yes in scored.items() if yes and name in PROTOCOLS
+    ]
+    return f"{line} Protocols: {'; '.join(rules)}." if rules else line
 
 
 def requested(argv: list[str]) -> list[str]:

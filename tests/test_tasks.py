@@ -6,13 +6,24 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from local_benchmarks import docvqa_rows, manager, textvqa_rows, vstar_rows, write
+from lmms_eval.utils import load_yaml_config
+from local_benchmarks import (
+    VSTAR_ENDING,
+    docvqa_rows,
+    hrbench_rows,
+    manager,
+    textvqa_rows,
+    vstar_rows,
+    vstar_true_rows,
+    write,
+)
 
-from sdrpn_eval import tasks_info
+from sdrpn_eval import scoring, tasks_info
 from sdrpn_eval.plugin import tasks_folder
 
 
@@ -27,7 +38,9 @@ def load(task: str) -> ModuleType:
 
 
 vstar = load("vstar")
+hrbench = load("hrbench")
 tiny_vstar = load("tiny_vstar")
+PINNED = ["B", "C", "A"]
 
 
 @pytest.fixture
@@ -76,30 +89,45 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_letter_of_a_response(response: str, letter: str | None) -> None:
-    assert vstar.answer_letter(response, set("ABCD")) == letter
+    assert scoring.answer_letter(response, set("ABCD")) == letter
 
 
 @pytest.mark.parametrize("response", ["C", "(C)", "Answer: C", "C. behind"])
 def test_a_letter_that_was_not_offered_does_not_count(response: str) -> None:
-    assert vstar.answer_letter(response, {"A", "B"}) is None
+    assert scoring.answer_letter(response, {"A", "B"}) is None
 
 
 @given(st.text(max_size=40))
 def test_letter_is_always_an_offered_one(response: str) -> None:
-    assert vstar.answer_letter(response, {"A", "B"}) in {"A", "B", None}
+    assert scoring.answer_letter(response, {"A", "B"}) in {"A", "B", None}
 
 
 @given(st.text("abcdefghijklmnopqrstuvwxyz ", min_size=2, max_size=40))
 def test_lower_case_words_name_no_letter(response: str) -> None:
     if all(len(word) > 1 for word in response.split()):
-        assert vstar.answer_letter(response.capitalize(), {"B", "C", "D"}) is None
+        assert scoring.answer_letter(response.capitalize(), {"B", "C", "D"}) is None
 
 
 def test_unparsed_answers_are_wrong_and_counted() -> None:
     doc = {"text": "What colour? (A) red (B) blue", "label": "B"}
-    assert vstar.process_results(doc, ["B"]) == {"accuracy": 1.0, "unparsed": 0.0}
-    assert vstar.process_results(doc, ["A"]) == {"accuracy": 0.0, "unparsed": 0.0}
-    assert vstar.process_results(doc, ["Blue"]) == {"accuracy": 0.0, "unparsed": 1.0}
+    others = {"answered_c": 0.0, "answered_d": 0.0}
+    assert vstar.process_results(doc, ["B"]) == others | {
+        "accuracy": 1.0,
+        "unparsed": 0.0,
+        "answered_a": 0.0,
+        "answered_b": 1.0,
+    }
+    assert vstar.process_results(doc, ["A"])["accuracy"] == 0
+    wrong = vstar.process_results(doc, ["Blue"])
+    assert (wrong["accuracy"], wrong["unparsed"], wrong["answered_b"]) == (0, 1, 0)
+
+
+def test_each_category_has_its_own_accuracy() -> None:
+    doc = {"text": "(A) left (B) right", "label": "A", "category": "relative_position"}
+    graded = vstar.process_whole(doc, ["A"])
+    assert graded["accuracy"] == graded["accuracy_relative_position"] == {"score": 1.0}
+    assert graded["accuracy_direct_attributes"] == {}
+    assert scoring.mean_score([{"score": 1.0}, {}, {"score": 0.0}]) == 0.5
 
 
 def test_prompt_is_the_harness_s() -> None:
@@ -108,6 +136,111 @@ def test_prompt_is_the_harness_s() -> None:
     kwargs = {"post_prompt": "\nAnswer with the option's letter from the given choices directly."}
     doc = {"text": "What colour?\n(A) red\n(B) blue"}
     assert vstar.doc_to_text(doc, kwargs) == harness.vstar_doc_to_text(doc, kwargs)
+
+
+# V*: the options
+
+TRUE = vstar_true_rows().to_list()
+
+
+def test_the_data_set_s_own_instruction_is_no_option() -> None:
+    assert vstar.asked(TRUE[1]) == vstar.Asked(
+        "What is the color of the dustpan?", ("purple", "red", "blue", "white"), 2, VSTAR_ENDING
+    )
+    bare = {**TRUE[2], "text": "Is it? (A) left (B) right"}
+    assert vstar.asked(bare) == vstar.Asked("Is it?", ("left", "right"), 0, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [("What is it?", "A"), ("What? (A) red (C) blue", "A"), ("What? (A) red (B) blue", "C")],
+)
+def test_texts_of_another_form_are_refused(text: str, label: str) -> None:
+    doc = {"text": text, "label": label, "question_id": "7"}
+    with pytest.raises(
+        ValueError, match=r"V\* question 7 needs options \(A\), \(B\), \.\.\. and one"
+    ):
+        vstar.asked(doc)
+
+
+def test_shuffled_options_keep_what_is_right() -> None:
+    for doc in TRUE:
+        before, after = vstar.asked(doc), vstar.asked(vstar.shuffled(doc))
+        assert sorted(after.options) == sorted(before.options)
+        assert after.options[after.right] == before.options[before.right]
+        assert (after.question, after.ending) == (before.question, before.ending)
+        assert vstar.shuffled_to_target(doc) == "ABCD"[after.right]
+
+
+def test_the_order_depends_on_the_document_and_not_on_the_order_it_had() -> None:
+    """Pinned: another order would be another benchmark under the same name."""
+    assert [vstar.shuffled(doc)["label"] for doc in TRUE] == PINNED
+    turned = {**TRUE[0], "text": "What is the material of the glove?\n(A) leather\n(B) kevlar\n"}
+    turned |= {"text": turned["text"] + "(C) rubber\n(D) cotton" + VSTAR_ENDING, "label": "C"}
+    assert vstar.shuffled(turned) == vstar.shuffled(TRUE[0])
+
+
+def test_the_right_option_moves_to_every_place() -> None:
+    texts = "What is it?\n(A) red\n(B) blue\n(C) green\n(D) white"
+    docs = [{"text": texts, "label": "A", "question_id": str(i)} for i in range(400)]
+    labels = [vstar.shuffled(doc)["label"] for doc in docs]
+    assert all(70 < labels.count(letter) < 130 for letter in "ABCD")
+
+
+def test_shuffled_prompt_is_the_harness_s_over_the_shuffled_text() -> None:
+    kwargs = {"post_prompt": VSTAR_ENDING}
+    prompt = vstar.shuffled_to_text(TRUE[2], kwargs)
+    assert prompt == vstar.doc_to_text(vstar.shuffled(TRUE[2]), kwargs)
+    assert prompt.startswith("Is the dog on the left or right side of the bicycle?\nA. ")
+
+
+def test_options_as_sentences() -> None:
+    assert vstar.statements(TRUE[0])[0] == "The material of the glove is rubber."
+    assert vstar.statements(TRUE[2]) == [
+        "The dog is on the right side of the bicycle.",
+        "The dog is on the left side of the bicycle.",
+    ]
+    assert vstar.statement("How many birds?", "two") == "two"
+    assert vstar.question_alone(TRUE[0]) == "What is the material of the glove?"
+
+
+def test_the_smallest_loss_is_the_answer() -> None:
+    pairs = [(2.0, False), (0.5, True), (0.7, False), (3.0, False)]
+    assert vstar.process_likelihood(TRUE[0], pairs)["accuracy"] == {"score": 0.0}
+    assert vstar.right_index(TRUE[1]) == 2
+    assert vstar.process_likelihood(TRUE[1], [pairs[0], *pairs[2:0:-1], pairs[3]]) == {
+        "accuracy": {"score": 1.0},
+        "accuracy_direct_attributes": {"score": 1.0},
+        "accuracy_relative_position": {},
+    }
+
+
+# HR-Bench
+
+
+def test_hrbench_is_graded_by_its_letter() -> None:
+    doc = {"answer": "B", "category": "cross", "cycle_category": "2", "index": 5}
+    doc |= {"A": "red", "B": "blue", "C": None, "D": None}
+    item = {"score": 1.0, "cycle_category": "2"}
+    assert hrbench.process_results(doc, ["B. blue"]) == {
+        "average": item,
+        "single": {},
+        "cross": item,
+        "unparsed": {"score": 0.0},
+    }
+    wrong = hrbench.process_results(doc, ["C"])  # not offered
+    assert (wrong["average"]["score"], wrong["unparsed"]["score"]) == (0, 1)
+    assert hrbench.process_results(doc, ["blue"])["unparsed"]["score"] == 1
+
+
+def test_hrbench_means_are_the_harness_s() -> None:
+    from lmms_eval.tasks.hrbench.utils import hrbench_aggregate_results
+
+    scores = [("0", 1.0), ("0", 0.0), ("0", 1.0), ("1", 1.0), ("2", 0.0)]
+    ours = [{"score": s, "cycle_category": c} for c, s in scores]
+    theirs = [{"gpt_score": s, "cycle_category": c} for c, s in scores]
+    assert hrbench.mean_over_cycles([*ours, {}]) == hrbench_aggregate_results(theirs, None)
+    assert hrbench.mean_over_cycles([{}]) != hrbench.mean_over_cycles([{}])  # NaN
 
 
 # tiny_vstar
@@ -172,6 +305,59 @@ def test_vstar_is_split_by_category(data: Path) -> None:
     )
 
 
+def source_of(index: Any, task: str) -> str | None:
+    """The local file behind a task of an index; None for the hub."""
+    config = load_yaml_config(index[task]["yaml_path"], mode="simple")
+    files = (config.get("dataset_kwargs") or {}).get("data_files") or {}
+    return next((Path(f).parent.name for names in files.values() for f in names), None)
+
+
+def test_tasks_of_a_family_read_the_same_folder(data: Path) -> None:
+    write(textvqa_rows(2), data / "textvqa_val", "validation-00000-of-00001.parquet")
+    write(vstar_true_rows(), data / "vstar")
+    write(hrbench_rows(), data / "hrbench4k", "hr_bench_4k.parquet")
+    index = manager("hrbench").task_index
+    for task in ("textvqa_val", "textvqa_val_ocr", "textvqa_ci"):
+        assert source_of(index, task) == "textvqa_val"
+    for task in ("harness", "shuffled", "likelihood", "ci", "direct_attributes", "bench"):
+        assert source_of(index, f"vstar_{task}") == "vstar"
+    for task in ("hrbench4k", "hrbench4k_offline", "hrbench4k_ci"):
+        assert source_of(index, task) == "hrbench4k"
+    for task in ("textvqa_test", "hrbench8k_offline", "docvqa_ci"):
+        assert source_of(index, task) is None
+
+
+def test_a_subset_s_folder_serves_the_subset_alone(data: Path) -> None:
+    write(textvqa_rows(3), data / "textvqa_ci", "validation-00000-of-00001.parquet")
+    write(vstar_rows(2, 0), data / "vstar_direct_attributes")
+    index = manager().task_index
+    assert source_of(index, "textvqa_ci") == "textvqa_ci"
+    assert source_of(index, "textvqa_val") is None
+    assert source_of(index, "vstar_shuffled") is None
+
+
+def test_its_own_folder_goes_before_a_lent_one(data: Path) -> None:
+    write(textvqa_rows(3), data / "textvqa_ci")
+    write(textvqa_rows(5), data / "textvqa_val")
+    index = manager().task_index
+    assert source_of(index, "textvqa_ci") == "textvqa_ci"
+    assert source_of(index, "textvqa_val_ocr") == "textvqa_val"
+
+
+def test_hrbench_s_text_becomes_image_files(data: Path) -> None:
+    write(hrbench_rows(), data / "hrbench4k")
+    (task,) = manager("hrbench").load_task_or_group(["hrbench4k_offline"]).values()
+    from lmms_eval.tasks.hrbench.utils import hrbench_doc_to_visual
+
+    (theirs,) = hrbench_doc_to_visual(hrbench_rows()[0])
+    (ours,) = task.doc_to_visual(task.eval_docs[0])
+    assert ours.tobytes() == theirs.tobytes()
+    assert "image" not in task.eval_docs_no_media.column_names
+    assert task.doc_to_text(task.eval_docs_no_media[1]).endswith(
+        "A. green\nB. blue\nC. white\nD. red\nAnswer the option letter directly."
+    )
+
+
 def test_a_missing_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDRPN_DATA", "/no/such/folder")
     with pytest.raises(ValueError, match=r"SDRPN_DATA=/no/such/folder is not a folder"):
@@ -216,6 +402,18 @@ def test_a_task_without_a_folder_stays_on_the_hub(data: Path) -> None:
         ("hrbench4k", 0.1),
         ("hrbench8k", 0.1),
         ("ocrbench", 0.05),
+        ("textvqa_val_ocr", 0.15),
+        ("docvqa_ci", 0.1),
+        ("infovqa_ci", 0.15),
+        ("chartqa_ci", 0.15),
+        ("ocrbench_ci", 0.05),
+        ("pope_ci", 0.15),
+        ("vstar_ci", 0.1),
+        ("vstar_harness", 0.1),
+        ("vstar_shuffled", 0.1),
+        ("vstar_likelihood", 0.1),
+        ("hrbench4k_offline", 0.1),
+        ("hrbench8k_ci", 0.1),
         ("tiny_vstar", 0.2),
         ("multidocvqa_val", 0.15),
         ("something_new", 0.15),
@@ -238,6 +436,7 @@ def test_which_parts_have_a_score() -> None:
     }
     line = tasks_info.describe(scored)
     assert "submission only: textvqa_test, docvqa_test:" in line
+    assert "Protocols: textvqa_val: no OCR tokens in the prompt; vstar_direct" in line
 
 
 def test_task_names_on_the_command_line() -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import sdrpn_eval
+from sdrpn_eval import scoring
 
 PARQUET = str(Path(sdrpn_eval.__file__).parent / "demo" / "data" / "tiny_vstar.parquet")
 """The shipped documents. (`!function` hands lmms-eval any attribute of this module.)"""
+mean_score = scoring.mean_score
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Any]:
@@ -31,9 +33,3 @@ def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, dict[s
     unscored = {"image_id": doc["image_id"]}
     groups = {g: item if doc["category"] == g else unscored for g in ("fine", "coarse")}
     return {"accuracy": item} | {f"accuracy_{g}": entry for g, entry in groups.items()}
-
-
-def mean_score(items: list[dict[str, Any]]) -> float:
-    """Mean over the items that carry a score; NaN where none does."""
-    scores = [item["score"] for item in items if "score" in item]
-    return sum(scores) / len(scores) if scores else float("nan")

@@ -1,0 +1,1 @@
+"""Subsets for CI of the harness's own tasks."""

@@ -1,0 +1,1 @@
+"""HR-Bench, graded by letter and without a judge."""
