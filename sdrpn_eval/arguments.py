@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +156,12 @@ ARGUMENTS: Mapping[str, Argument] = {
     "device_map": Argument(None, _text, "as in transformers: auto, cuda:0, ..."),
     "prefix_cache": Argument(None, _bytes, "memory for read images, such as 4GB, or none"),
     "record": Argument(None, _anything, "folder for one line a question; none: no record"),
+    "resume": Argument(True, _flag, "take answers that stand in the record already from there"),
+    "on_error": Argument(
+        "raise",
+        _one_of("raise", "stock", "empty"),
+        "a document that fails: raise ends the run, stock asks without a second look, empty skips",
+    ),
     "preset": Argument(None, _one_of(*PRESETS), "a named set of the above: paper, fast"),
     "batch_size": Argument(1, _batch_size, "questions at a time, or auto"),
     "max_batch_size": Argument(None, _batch_size, "where auto starts"),
@@ -188,6 +194,27 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"llava_sdrpn: {'; '.join(wrong)}.\nArguments:\n{listing()}")
     defaults = {name: argument.default for name, argument in ARGUMENTS.items()}
     return defaults | dict(PRESETS.get(values.get("preset", ""), {})) | values
+
+
+def on_command_line(option: str, argv: Sequence[str]) -> str | None:
+    """What a command line says after an option, `--x y` or `--x=y`; None where it does not."""
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        if word == option:
+            return following
+        if word.startswith(f"{option}="):
+            return word.removeprefix(f"{option}=")
+    return None
+
+
+def refuse_use_cache(use_cache: str | None) -> None:
+    """Raise ValueError where lmms-eval's response cache is asked for."""
+    if use_cache:
+        raise ValueError(
+            "llava_sdrpn does not work with --use_cache: that cache knows a model by the text of "
+            "its arguments, so a retrained RPN in the same folder would get the old answers. Leave "
+            "it out: a run started again with the same --output_path (or record=) asks nothing "
+            "twice, by the hashes of its weights"
+        )
 
 
 def _hint(name: str) -> str:

@@ -52,10 +52,22 @@ def combined(fingerprints: Iterable[str]) -> str:
     return total(int(one, 16) for one in fingerprints)
 
 
-def data_fingerprint(rows: Any, doc_ids: Iterable[int]) -> str:
-    """Of the documents asked, all columns, images as they are stored."""
+def document_digests(rows: Any, doc_ids: Iterable[int]) -> dict[int, int]:
+    """Of each document asked: all its columns, images as they are stored."""
     stored = undecoded(rows)
-    return total(digest(str(i), *_canonical(stored[i])) for i in sorted(set(doc_ids)))
+    return {i: _document_digest(stored, i) for i in sorted(set(doc_ids))}
+
+
+def _document_digest(stored: Any, i: int) -> int:
+    try:
+        return digest(str(i), *_canonical(stored[i]))
+    except Exception as error:  # what is broken in it is told once it is asked
+        return digest(str(i), "unreadable", without_addresses(error))
+
+
+def data_fingerprint(rows: Any, doc_ids: Iterable[int]) -> str:
+    """Of the documents asked, put together."""
+    return total(document_digests(rows, doc_ids).values())
 
 
 def undecoded(rows: Any) -> Any:
@@ -71,7 +83,7 @@ def undecoded(rows: Any) -> Any:
 def _canonical(value: Any) -> Iterator[str | bytes]:
     """The content of a document in pieces, without names of files and addresses in memory."""
     if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:
-        yield value["bytes"] or Path(value["path"]).read_bytes()
+        yield Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
     elif isinstance(value, Mapping):
         for key in sorted(value, key=str):
             yield str(key)
@@ -110,6 +122,20 @@ def scorer_fingerprint(task: Any) -> str:
     functions = [getattr(config, n) for n in ("process_results", "doc_to_target", "doc_to_choice")]
     functions += [*task.aggregation().values(), *getattr(task, "_metric_fn_list", {}).values()]
     settings = [f"{name}={without_addresses(getattr(config, name, None))}" for name in SCORING]
+    return _code_fingerprint(functions, settings)
+
+
+def visuals_fingerprint(doc_to_visual: Any) -> str:
+    """Of the code that takes a document's images out of it; read as the scorer's is.
+
+    doc_to_visual: a function, or the method of an lmms-eval task, whose configuration then tells.
+    """
+    config = getattr(getattr(doc_to_visual, "__self__", None), "config", None)
+    return _code_fingerprint([getattr(config, "doc_to_visual", None) or doc_to_visual], [])
+
+
+def _code_fingerprint(functions: Sequence[Any], settings: list[str]) -> str:
+    """Of functions with what they use nearby; those that are names of columns count as settings."""
     seen: dict[str, str] = {}
     for function in functions:
         if callable(function):
@@ -202,10 +228,10 @@ def _used(tree: ast.AST, function: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_near(used: Any, function: Any) -> bool:
-    """Whether code belongs to the task: its folder, or lmms-eval's shared task helpers."""
+    """Whether code belongs to the task: its folder, or the task helpers of lmms-eval and ours."""
     if not (inspect.isfunction(used) or inspect.isclass(used)):
         return False
-    if used.__module__.startswith("lmms_eval.tasks"):
+    if used.__module__.startswith(("lmms_eval.tasks", "sdrpn_eval.scoring")):
         return True
     files = [_file(one) for one in (used, function)]
     return None not in files and Path(files[0]).parent == Path(files[1]).parent  # type: ignore[arg-type]

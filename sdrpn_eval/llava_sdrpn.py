@@ -3,45 +3,39 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from loguru import logger
 from tqdm import tqdm
 
 from sdrpn.config import ZoomConfig
 from sdrpn.region import PixelBox
-from sdrpn.zoom import Answer, Question
+from sdrpn.zoom import Question, ZoomLlava
 from sdrpn_eval import tasks_info
-from sdrpn_eval.arguments import checked
-from sdrpn_eval.generation import translate
+from sdrpn_eval.arguments import checked, on_command_line, refuse_use_cache
+from sdrpn_eval.asking import Asker, Outcome, is_out_of_memory
+from sdrpn_eval.journal import Journal
+from sdrpn_eval.kinds import Kind, Losses, Words, result
 from sdrpn_eval.loading import TINY, load_engine, sources, zoom_settings
 from sdrpn_eval.plugin import TaskIndex
 from sdrpn_eval.questions import Documents, Request, ahead, batches, parse, question_text
-from sdrpn_eval.record import RUN_STAMP, RecordWriter, describe_answer
-from sdrpn_eval.run_facts import RunFacts
+from sdrpn_eval.ranks import ending_all
+from sdrpn_eval.record import RUN_STAMP, RecordWriter, check_writable
+from sdrpn_eval.run_facts import RunFacts, hash_ahead
 
 AUTO_BATCH_SIZE = 32
-"""Where `batch_size=auto` starts; halved whenever the GPU's memory does not suffice."""
-
-
-class LossAndGreedy(tuple):
-    """(loss, greedy) as lmms-eval 0.7.3 can carry it.
-
-    Its evaluator turns a plain pair into text, so the pair travels in a GenerationResult; its
-    response cache would give text back, so `strip` (which it calls) says: nothing to store.
-    """
-
-    def strip(self) -> tuple[()]:
-        return ()
+"""Where `batch_size=auto` starts."""
 
 
 class LlavaSdrpn(lmms):
@@ -65,13 +59,24 @@ class LlavaSdrpn(lmms):
         auto = values["max_batch_size"] or AUTO_BATCH_SIZE
         self.batch_size = auto if values["batch_size"] == "auto" else values["batch_size"]
         self.run_name = self._name_run()
-        self._record: RecordWriter | None = None
-        self._facts: RunFacts | None = None
+        self._journal: Journal | None = None
+        self._hashes: Future[dict[str, str]] | None = None
         self._zooms: dict[str, ZoomConfig] = {}
         self._announced = False
-        self._announce_early()
-        self.engine = load_engine(values, given, self._device)
-        self._zoom_settings = zoom_settings(self.engine, values, given)
+        with ending_all(self._world_size):
+            refuse_use_cache(on_command_line("--use_cache", sys.argv))
+            folder = self._record_folder([on_command_line("--output_path", sys.argv)])
+            if folder is not None:
+                check_writable(folder)
+            self._announce_early()
+            self.engine = load_engine(values, given, self._device)
+            self._zoom_settings = zoom_settings(self.engine, values, given)
+            if folder is not None:
+                self._start_hashing()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LlavaSdrpn:
+        """Itself: lmms-eval's tracker copies the model it was given, weights and all, into text."""
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -98,31 +103,14 @@ class LlavaSdrpn(lmms):
 
     def generate_until(self, requests: list[Any]) -> list[GenerationResult]:
         """Answer questions, in any order and mixture; answers come back in the order given."""
-
-        def answer(batch: list[Request], questions: list[Question]) -> list[Any]:
-            answers = self.engine.ask_batch(questions, generation=translate(batch[0].extra))
-            self._write(batch, questions, answers)
-            return [_result(a) for a in answers]
-
-        return self._run(requests, answer)
+        with ending_all(self.world_size):
+            parsed = parse(requests)
+            return self._run(parsed, Words(parsed))
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Mean loss of each continuation and whether greedy decoding would give it.
-
-        The loss and not its negative: lmms-eval's multiple-choice tasks take the smallest.
-        """
-
-        def score(batch: list[Request], questions: list[Question]) -> list[Any]:
-            continuations = [self._continuation(r) for r in batch]
-            scored = self.engine.loss_batch(questions, continuations)
-            more = [
-                {"continuation": c, "loss": loss, "greedy": greedy}
-                for c, (loss, greedy, _) in zip(continuations, scored, strict=True)
-            ]
-            self._write(batch, questions, [answer for *_, answer in scored], more)
-            return [GenerationResult(LossAndGreedy(pair[:2])) for pair in scored]  # type: ignore[arg-type]
-
-        return self._run(requests, score)
+        """Mean loss of each continuation and whether greedy decoding would give it."""
+        with ending_all(self.world_size):
+            return self._run(parse(requests), Losses(self._continuation))
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise NotImplementedError(
@@ -130,49 +118,61 @@ class LlavaSdrpn(lmms):
             "(generate_until_multi_round) are not supported"
         )
 
-    def _run(self, instances: list[Any], answer: Callable[..., list[Any]]) -> list[Any]:
-        requests = parse(instances)
+    def _run(self, requests: list[Request], kind: Kind) -> list[GenerationResult]:
         self._announce(requests)
         documents = Documents(self.task_dict)
-        results: dict[int, Any] = {}
-
-        def question(request: Request) -> Question:
-            made = self._question(request, documents)
-            self.engine.prepare([made])
-            return made
-
-        groups = batches(requests, self.batch_size, documents)
-        with tqdm(total=len(requests), disable=self.rank != 0, desc="Questions") as progress:
-            for batch, questions in ahead(groups, question):
-                for request, result in self._answer_batch(batch, questions, answer):
-                    results[request.index] = result
-                    progress.update()
+        results = {i: result(line) for i, line in self._earlier(requests, kind).items()}
+        left = [r for r in requests if r.index not in results]
+        asker = Asker(
+            ask=lambda asked, questions: kind.ask(self.engine, asked, questions),
+            ask_stock=lambda asked, questions: kind.ask(self._stock, asked, questions),
+            nothing=kind.nothing,
+            name=documents.name,
+            on_error=self.arguments["on_error"],
+            batch_size=self.batch_size,
+        )
+        groups = batches(left, self.batch_size, documents)
+        with tqdm(
+            total=len(requests), initial=len(results), disable=self.rank != 0, desc="Questions"
+        ) as progress:
+            for batch, questions in ahead(groups, lambda r: self._question(r, documents)):
+                for outcomes in asker(batch, questions):
+                    lines = [self._line(one, kind) for one in outcomes]
+                    asked = [one.request for one in outcomes]
+                    if self._journal is not None:
+                        self._journal.keep(asked, lines)
+                    for request, line in zip(asked, lines, strict=True):
+                        results[request.index] = result(line)
+                    progress.update(len(asked))
+        self.batch_size = asker.batch_size
+        if asker.failed:
+            asker.tell_failed()
+            if self._journal is not None:
+                self._journal.facts.skip(asker.failed)
         return [results[i] for i in range(len(requests))]
-
-    def _answer_batch(
-        self, batch: list[Request], questions: list[Question], answer: Callable[..., list[Any]]
-    ) -> list[tuple[Request, Any]]:
-        """Answer a batch, in halves where `batch_size=auto` was too much for the GPU."""
-        try:
-            return list(zip(batch, answer(batch, questions), strict=True))
-        except torch.OutOfMemoryError:
-            if self.arguments["batch_size"] != "auto" or len(batch) == 1:
-                raise
-        torch.cuda.empty_cache()
-        half = (len(batch) + 1) // 2
-        self.batch_size = min(self.batch_size, half)
-        logger.info(f"batch_size=auto: {len(batch)} questions do not fit, going on with {half}")
-        first = self._answer_batch(batch[:half], questions[:half], answer)
-        return first + self._answer_batch(batch[half:], questions[half:], answer)
 
     # One question
 
-    def _question(self, request: Request, documents: Documents) -> Question:
-        row = documents.row(request)
-        images = documents.visuals(request, row)
-        box = self._box(request, row) if self.arguments["proposer"] == "box" else None
-        text = question_text(request, len(images))
-        return Question(text, images, box=box, zoom=self._zoom(request.task))
+    def _question(self, request: Request, documents: Documents) -> Question | Exception:
+        """A question ready to be asked, or why there is none; made in a thread of its own."""
+        try:
+            row = documents.row(request)
+            images = documents.visuals(request, row)
+            box = self._box(request, row) if self.arguments["proposer"] == "box" else None
+            text = question_text(request, len(images))
+            made = Question(text, images, box=box, zoom=self._zoom(request.task))
+            _ = made.image_keys  # which decodes the images, if nothing did before
+            self.engine.prepare([made])
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return error
+        return made
+
+    @cached_property
+    def _stock(self) -> ZoomLlava:
+        """The same model without a second look."""
+        return ZoomLlava(self.engine.llava, proposer="none", prefix_cache=0)
 
     def _box(self, request: Request, row: Any) -> PixelBox:
         """The document's own box."""
@@ -211,22 +211,12 @@ class LlavaSdrpn(lmms):
             self._log_tasks({t: tasks_info.has_score(m) for t, m in metrics.items()})
         if self.rank == 0:
             self._log_thresholds([t for t in tasks if t not in self._zooms])
-        folder = self._record_folder(list(tasks.values()))
-        if folder is not None and self._record is None:
-            self._record = RecordWriter(folder, self.run_name, self.rank)
-            self._facts = RunFacts(
-                folder,
-                self.run_name,
-                self.rank,
-                self.world_size,
-                self.arguments,
-                sources(self.arguments),
-                self.device,
-            )
-            if self.rank == 0:
-                logger.info(f"record of this run ({self.run_name}): {folder}")
-        if self._facts is not None:
-            self._facts.add(requests, self.task_dict)
+        for task in tasks.values():
+            refuse_use_cache(getattr(getattr(task, "args", None), "use_cache", None))
+        if self._journal is None:
+            self._journal = self._open_journal(list(tasks.values()))
+        if self._journal is not None:
+            self._journal.facts.add(requests, self.task_dict)
 
     def _log_tasks(self, scored: dict[str, bool]) -> None:
         self._announced = True
@@ -251,49 +241,72 @@ class LlavaSdrpn(lmms):
         said = [f"{task} {self._zoom(task).threshold} ({origin(task)})" for task in tasks]
         logger.info(f"Thresholds: {', '.join(said)}")
 
-    def _record_folder(self, tasks: list[Any]) -> Path | None:
-        """`record=`, else `sdrpn_record` beside lmms-eval's own output; None for no record."""
-        folder = self.arguments["record"]
-        if folder is not None:
-            return None if str(folder).lower() in ("none", "false") else Path(str(folder))
-        outputs = {getattr(getattr(task, "args", None), "output_path", None) for task in tasks}
-        paths = [Path(path) / "sdrpn_record" for path in outputs if path]
-        return paths[0] if paths else None
+    def _record_folder(self, outputs: Iterable[str | None]) -> Path | None:
+        """`record=`, else `sdrpn_record` in one of lmms-eval's output folders; None for none."""
+        given = self.arguments["record"]
+        if given is None:
+            return next((Path(path) / "sdrpn_record" for path in outputs if path), None)
+        if str(given).lower() not in ("none", "false"):
+            return Path(str(given)).expanduser()
+        if self.arguments["on_error"] != "raise":
+            raise ValueError(
+                f"on_error={self.arguments['on_error']} needs a record, which tells what was "
+                "skipped; leave record=none out"
+            )
+        return None
 
-    def _write(
-        self,
-        batch: list[Request],
-        questions: list[Question],
-        answers: list[Answer],
-        more: list[dict[str, Any]] | None = None,
-    ) -> None:
-        if self._record is None:
-            return
-        extras = more or [{} for _ in batch]
-        lines = zip(batch, questions, answers, extras, strict=True)
-        self._record.append(
-            self._line(request, question, answer) | extra
-            for request, question, answer, extra in lines
-            if not request.padding_only
+    def _open_journal(self, tasks: Sequence[Any]) -> Journal | None:
+        args = [getattr(task, "args", None) for task in tasks]
+        folder = self._record_folder([getattr(one, "output_path", None) for one in args])
+        if folder is None:
+            return None
+        check_writable(folder)
+        if self.rank == 0:
+            logger.info(f"record of this run ({self.run_name}): {folder}")
+        return Journal(
+            RecordWriter(folder, self.run_name, self.rank),
+            RunFacts(
+                folder,
+                self.run_name,
+                self.rank,
+                self.world_size,
+                self.arguments,
+                self._start_hashing(),
+                self.device,
+            ),
+            sources(self.arguments),
+            str(self.engine.llava.dtype) if isinstance(self.arguments["pretrained"], str) else "",
         )
 
-    def _line(self, request: Request, question: Question, answer: Answer) -> dict[str, Any]:
-        return {
+    def _start_hashing(self) -> Future[dict[str, str]]:
+        """Begin to hash the weights: once they are loaded, their files are here and in memory."""
+        if self._hashes is None:
+            self._hashes = hash_ahead(sources(self.arguments), self.arguments["revision"])
+        return self._hashes
+
+    def _earlier(self, requests: list[Request], kind: Kind) -> dict[int, dict[str, Any]]:
+        """The lines of earlier runs that answer some of the requests, by index."""
+        journal = self._journal
+        if journal is None or not self.arguments["resume"]:
+            return {}
+        return journal.earlier(requests, lambda r: journal.key(r, kind, self._zoom(r.task)))
+
+    def _line(self, outcome: Outcome, kind: Kind) -> dict[str, Any]:
+        """The record's line; `key` is what a later run finds it by, where it may."""
+        request, question = outcome.request, outcome.question
+        images = zip(question.image_keys, question.images, strict=True) if question else ()
+        zoom = self._zoom(request.task)
+        line = {
             "task": request.task,
             "split": request.split,
             "doc_id": request.doc_id,
-            "images": [
-                {"hash": key, "size": list(image.size)}
-                for key, image in zip(question.image_keys, question.images, strict=True)
-            ],
-            "prompt": question.text,
+            "images": [{"hash": key, "size": list(image.size)} for key, image in images],
+            "prompt": question.text if question else request.prompt,
             "proposer": self.arguments["proposer"],
-            "policy": self._zoom(request.task).policy,
-            "threshold": self._zoom(request.task).threshold,
-            **describe_answer(answer),
+            "policy": zoom.policy,
+            "threshold": zoom.threshold,
+            **outcome.said.describe(),
         }
-
-
-def _result(answer: Answer) -> GenerationResult:
-    prompt_tokens = answer.image_tokens + answer.crop_tokens + answer.question_tokens
-    return GenerationResult(answer.text, TokenCounts(prompt_tokens, answer.new_tokens))
+        if outcome.error is not None:
+            return line | {"error": outcome.error}
+        return line | {"key": self._journal.key(request, kind, zoom) if self._journal else None}

@@ -124,21 +124,28 @@ class Documents:
         Only puts questions side by side; whether a read image can be used again is decided by the
         engine, on the pixels.
         """
-        encoded = self._encoded(request)
-        if encoded is not None:
+        files = self._files(request)
+        if files is not None:
+            encoded = b"".join(f.get("bytes") or str(f.get("path")).encode() for f in files)
             return hashlib.blake2b(encoded, digest_size=16).hexdigest()
-        return ",".join(image_key(image) for image in self.visuals(request, self.row(request)))
+        try:
+            return ",".join(image_key(image) for image in self.visuals(request, self.row(request)))
+        except Exception:  # raised again where it is asked
+            return "unreadable"
 
-    def _encoded(self, request: Request) -> bytes | None:
+    def name(self, request: Request) -> str:
+        """A document in words: its task, its id, its image by file or else by content."""
+        paths = [str(f["path"]) for f in self._files(request) or [] if f.get("path")]
+        image = ", ".join(paths) or self.image_key(request)
+        return f"document {request.doc_id} of {request.task}{f' (image {image})' if image else ''}"
+
+    def _files(self, request: Request) -> list[Mapping[str, Any]] | None:
         """The image files of a document as stored, undecoded; None where it has no such columns."""
         place = request.task, request.split
         if place not in self._undecoded:
             self._undecoded[place] = _without_decoding(self.task_dict[request.task][request.split])
         rows = self._undecoded[place]
-        if rows is None:
-            return None
-        files = [file or {} for file in rows[request.doc_id].values()]
-        return b"".join(f.get("bytes") or str(f.get("path")).encode() for f in files)
+        return None if rows is None else [file or {} for file in rows[request.doc_id].values()]
 
 
 def _without_decoding(rows: Any) -> Any:

@@ -2,6 +2,7 @@
 
 lmms-eval's samples keep the answer alone; regions and maps have no place there. A folder may hold
 several runs of several processes: each line names its run, and `read_records` takes the latest.
+A run that went on from an earlier one holds that one's lines too, marked `resumed`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import base64
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from loguru import logger
 
+from sdrpn.files import parse_json
 from sdrpn.zoom import Answer
 
 RUN_STAMP = "%Y%m%dT%H%M%S.%fZ"
@@ -36,20 +39,44 @@ class RecordWriter:
         self.rank = rank
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write lines that have a `task` each, with the run's name added."""
+        """Write lines that have a `task` each, with this run's name in front.
+
+        Raises OSError that names the file where the disk is full.
+        """
         by_task: dict[str, list[str]] = {}
         for line in lines:
             text = json.dumps({"run": self.run, **line}, ensure_ascii=False)
             by_task.setdefault(line["task"], []).append(text + "\n")
         for task, texts in by_task.items():
-            with self._path(task).open("ab+") as file:
-                if _is_cut_off(file):
-                    file.write(b"\n")
-                file.write("".join(texts).encode())
+            path = self.folder / f"{_stem(task)}{self.rank}.jsonl"
+            try:
+                with path.open("ab+") as file:
+                    if _is_cut_off(file):
+                        file.write(b"\n")
+                    file.write("".join(texts).encode())
+            except OSError as error:
+                raise OSError(
+                    f"{path} cannot be written: {error}; mend that and start the same command "
+                    "again, which asks nothing twice that stands there"
+                ) from error
 
-    def _path(self, task: str) -> Path:
-        safe = re.sub(r"[^\w.-]", "_", task)
-        return self.folder / f"record_{safe}_rank{self.rank}.jsonl"
+
+def _stem(task: str) -> str:
+    safe = re.sub(r"[^\w.-]", "_", task)
+    return f"record_{safe}_rank"
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError that names the folder where no record can be written: before the work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\n" * 4096)
+    except OSError as error:
+        raise OSError(
+            f"the record's folder {folder} cannot be written: {error}; give another one, "
+            "record=FOLDER, or record=none"
+        ) from error
 
 
 def _is_cut_off(file: BinaryIO) -> bool:
@@ -113,10 +140,33 @@ def read_records(folder: str | Path) -> list[dict[str, Any]]:
     return sorted(kept, key=lambda line: (line["task"], line["doc_id"]))
 
 
+def lines_of(folder: Path, task: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every whole line that any process of any run left of a task: its text, and what it says."""
+    for path in sorted(folder.glob(f"{_stem(task)}*.jsonl")):
+        for _, text, line in _read(path):
+            if line is not None and line["task"] == task:
+                yield text, line
+
+
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        try:
-            if text:
-                yield json.loads(text)
-        except json.JSONDecodeError:
+    for number, _, line in _read(path):
+        if line is None:
             logger.warning(f"{path}, line {number}, was cut off and is left out")
+        else:
+            yield line
+
+
+def _read(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
+    """Number, text and content of each line; None for the content of one that is cut off."""
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, text in enumerate(file, start=1):
+            if text.strip():
+                yield number, text, _parsed(text)
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        line = parse_json(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and {"run", "task", "doc_id"} <= set(line) else None

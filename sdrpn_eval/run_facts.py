@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 
+from sdrpn.files import write_json
 from sdrpn_eval import fingerprints
 from sdrpn_eval.questions import Request
 
@@ -29,6 +29,8 @@ FORMAT = 1
 PACKAGES = ("sdrpn", "lmms_eval", "torch", "torchvision", "transformers", "tokenizers")
 PACKAGES += ("accelerate", "datasets", "numpy", "pillow", "scipy", "peft", "bitsandbytes")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+SETTINGS = ("*.json", "*.jinja", "tokenizer.model")
+"""Files beside the weights that decide how they are used."""
 CHUNK = 1 << 22
 
 
@@ -37,8 +39,10 @@ class RunFacts:
     """The facts of one process of a run; `add` as often as lmms-eval hands over requests.
 
     run: name of the run, the same on all ranks; names must sort by time.
-    arguments: as resolved, defaults and all. sources: folders of weights by what they are for
-    (`pretrained`, `rpn`, `peft`); a hub id is looked up in the local cache.
+    arguments: as resolved, defaults and all. hashes: as `hash_ahead` makes them; the file lists
+    those of weights once they are there.
+    documents: task -> document -> digest of its content. skipped: task -> documents that were not
+    answered as asked, see `on_error`.
     """
 
     folder: Path
@@ -46,9 +50,11 @@ class RunFacts:
     rank: int
     world_size: int
     arguments: Mapping[str, Any]
-    sources: Mapping[str, str | None]
+    hashes: Future[dict[str, str]]
     device: torch.device
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    documents: dict[str, dict[int, int]] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
     seeds: list[int] | None = None
 
     @property
@@ -63,18 +69,29 @@ class RunFacts:
         asked = [r for r in requests if not r.padding_only]
         for name in dict.fromkeys(r.task for r in asked):
             own = [r for r in asked if r.task == name]
-            self.tasks[name] = _of_task(own, task_dict[name][own[0].split])
+            rows = task_dict[name][own[0].split]
+            self.documents[name] = fingerprints.document_digests(rows, (r.doc_id for r in own))
+            self.tasks[name] = _of_task(own, self.documents[name])
             # lmms-eval tells a model neither its seeds nor its command; its task objects know.
             self.seeds = self.seeds or getattr(
                 getattr(own[0].task_object, "args", None), "seed", None
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self.as_dict(), indent=2, default=str) + "\n")
-        unfinished.replace(self.path)
+        self.write()
+
+    def skip(self, failed: Iterable[tuple[str, int]]) -> None:
+        """Write that these documents, (task, document), were not answered as asked."""
+        for task, _ in failed:
+            self.skipped[task] = self.skipped.get(task, 0) + 1
+        self.write()
+
+    def write(self) -> None:
+        """Write what is known by now."""
+        write_json(self.path, self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
         """What the file holds."""
+        # One process tells; the others load the same files.
+        known = self.rank == 0 and self.hashes.done()
         return {
             "format": FORMAT,
             "run": self.run,
@@ -85,14 +102,10 @@ class RunFacts:
             "arguments": {k: _plain(v) for k, v in self.arguments.items()},
             "seeds": self.seeds or {"torch": torch.initial_seed()},
             "device": device_facts(self.device),
-            # One process reads the gigabytes; the others load the same files.
-            "weights": self._weights() if self.rank == 0 else {},
+            "weights": weights_only(self.hashes.result()) if known else {},
             "tasks": self.tasks,
+            "skipped": self.skipped,
         }
-
-    def _weights(self) -> dict[str, str]:
-        revision = self.arguments.get("revision")
-        return hash_sources(self.sources, revision if isinstance(revision, str) else None)
 
 
 def _plain(value: Any) -> Any:
@@ -101,11 +114,11 @@ def _plain(value: Any) -> Any:
     return value if known else str(value) if isinstance(value, Path) else type(value).__name__
 
 
-def _of_task(requests: Sequence[Request], rows: Any) -> dict[str, Any]:
+def _of_task(requests: Sequence[Request], documents: Mapping[int, int]) -> dict[str, Any]:
     task = requests[0].task_object
     return {
-        "documents": len({r.doc_id for r in requests}),
-        "data": fingerprints.data_fingerprint(rows, (r.doc_id for r in requests)),
+        "documents": len(documents),
+        "data": fingerprints.total(documents.values()),
         "prompts": fingerprints.prompts_fingerprint(requests),
         "generation": fingerprints.generation_fingerprint(requests),
         "scorer": fingerprints.scorer_fingerprint(task) if hasattr(task, "config") else None,
@@ -156,16 +169,26 @@ def device_facts(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def hash_sources(sources: Mapping[str, str | None], revision: str | None = None) -> dict[str, str]:
-    """blake2b of every weight file, by "what it is for/name of the file".
+def hash_ahead(sources: Mapping[str, str | None], revision: str | None) -> Future[dict[str, str]]:
+    """`hash_sources` in a thread: gigabytes, needed when the first answers are written down."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="hashes")
+    try:
+        return pool.submit(hash_sources, sources, revision)
+    finally:
+        pool.shutdown(wait=False)
 
-    revision: of the base model (`pretrained`) alone.
+
+def hash_sources(sources: Mapping[str, str | None], revision: str | None = None) -> dict[str, str]:
+    """blake2b of every file of weights or settings, by "what it is for/name of the file".
+
+    sources: folders by what they are for (`pretrained`, `rpn`, `peft`); a hub id is looked up in
+    the local cache. revision: of the base model (`pretrained`) alone.
     """
     files = {
         f"{use}/{file.name}": file
         for use, source in sources.items()
         if source and (folder := local_folder(source, revision if use == "pretrained" else None))
-        for pattern in WEIGHTS
+        for pattern in (*WEIGHTS, *SETTINGS)
         for file in sorted(folder.glob(pattern))
     }
 
@@ -175,6 +198,15 @@ def hash_sources(sources: Mapping[str, str | None], revision: str | None = None)
 
     with ThreadPoolExecutor(4) as pool:
         return dict(zip(files, pool.map(hashed, files.values()), strict=True))
+
+
+def weights_only(hashes: Mapping[str, str]) -> dict[str, str]:
+    """Of `hash_sources`, the files of weights."""
+    return {
+        name: value
+        for name, value in hashes.items()
+        if any(PurePath(name).match(pattern) for pattern in WEIGHTS)
+    }
 
 
 def local_folder(source: str, revision: str | None = None) -> Path | None:

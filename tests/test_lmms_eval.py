@@ -137,6 +137,58 @@ def test_use_cache_answers_again_without_the_model(data: Path, tmp_path: Path) -
         assert len(engine.batches) == 2
 
 
+# The same again, with the embedded model
+
+
+def embedded(out: Path, limit: int, **more: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Evaluate tiny_vstar: the record's lines, and what each sample kept of the answer."""
+    lm = LlavaSdrpn(pretrained="tiny", device="cpu", record=out, **more)
+    results = evaluate(lm, "tiny_vstar", limit=limit, log_samples=True)
+    samples = results["samples"]["tiny_vstar"]
+    return read_records(out), [(s["doc_id"], s["resps"], s["token_counts"]) for s in samples]
+
+
+def same(line: dict[str, Any]) -> str:
+    """A line without what a clock told."""
+    left_out = ("run", "seconds")
+    return json.dumps({k: v for k, v in line.items() if k not in left_out})
+
+
+@pytest.fixture
+def shipped(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tiny_vstar with its own images."""
+    monkeypatch.delenv("SDRPN_DATA")
+
+
+@pytest.mark.slow
+def test_two_runs_of_one_command_give_byte_equal_answers(shipped: None, tmp_path: Path) -> None:
+    given = {"batch_size": 5, "resume": False}
+    one, samples = embedded(tmp_path / "one", 18, **given)
+    two, samples_two = embedded(tmp_path / "two", 18, **given)
+    assert [*map(same, one)] == [*map(same, two)]
+    assert samples == samples_two
+    # Another composition of batches and no cache: the same words, from the same regions.
+    three, samples_three = embedded(tmp_path / "three", 18, batch_size=7, prefix_cache="none")
+    assert samples == samples_three
+    assert [line["regions"] for line in one] == [line["regions"] for line in three]
+    assert len({line["answer"] for line in one}) > 5
+
+
+def test_use_cache_is_refused_before_anything_is_loaded(
+    shipped: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By lmms-eval's own command line, in this process."""
+    from lmms_eval.__main__ import cli_evaluate_single, parse_eval_args
+
+    words = ["--model", "llava_sdrpn", "--model_args", "pretrained=tiny", "--tasks", "tiny_vstar"]
+    words += ["--limit", "2", "--use_cache", str(tmp_path / "responses")]
+    monkeypatch.setattr(sys, "argv", ["lmms-eval", *words])
+    monkeypatch.setattr("sdrpn_eval.llava_sdrpn.load_engine", None)  # must not be needed
+    with pytest.raises(ValueError, match="llava_sdrpn does not work with --use_cache"):
+        cli_evaluate_single(parse_eval_args()[1])
+    assert not (tmp_path / "responses").exists()
+
+
 # The command line, with a random model of LLaVA's layout
 
 

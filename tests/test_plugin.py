@@ -10,52 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from asking_by_hand import ask, image, logged, model, rows, texts, visual
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from fake_engine import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
+from lmms_eval.api.instance import Instance, unwrap_generation_output
 from lmms_eval.caching.response_cache import ResponseCache
-from loguru import logger
-from PIL import Image
 
 from sdrpn.config import ZoomConfig
 from sdrpn_eval import arguments, generation, loading
+from sdrpn_eval.asking import BadDocument
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 from sdrpn_eval.plugin import add_tasks, register
 from sdrpn_eval.questions import Documents, ahead, batches, parse
 from sdrpn_eval.record import decode_map, encode_map, read_records
-
-LIMIT = {"max_new_tokens": 4}
-
-
-def image(shade: int) -> Image.Image:
-    return Image.new("RGB", (8, 6), (shade, 0, 0))
-
-
-def rows(n: int, per_image: int = 2) -> list[dict[str, Any]]:
-    return [
-        {"image": image(i // per_image), "box": [1, 1, 4, 4], "question": f"q{i}"} for i in range(n)
-    ]
-
-
-def visual(row: Any) -> list[Image.Image]:
-    return [row["image"]] if row["image"] is not None else []
-
-
-def ask(
-    task: str,
-    doc_id: int,
-    prompt: str,
-    extra: Any = None,
-    kind: str = "generate_until",
-    **meta: Any,
-) -> Instance:
-    extra = dict(LIMIT) if extra is None else extra
-    metadata = {"task": task, "doc_id": doc_id, "repeats": 1, **meta}
-    arguments = (prompt, extra, visual, doc_id, task, "test")
-    return Instance(kind, arguments, 0, metadata)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -63,22 +33,10 @@ def engine() -> FakeEngine:
     return FakeEngine()
 
 
-def model(engine: FakeEngine, docs: Any, **more: Any) -> LlavaSdrpn:
-    lm = LlavaSdrpn(pretrained=engine, **more)
-    lm.task_dict = {"textvqa_val": {"test": docs}, "mytask": {"test": docs}}
-    return lm
-
-
 @pytest.fixture
 def log() -> Any:
-    lines: list[str] = []
-    sink = logger.add(lambda m: lines.append(m.record["message"]), level="INFO", format="{message}")
-    yield lines
-    logger.remove(sink)
-
-
-def texts(results: list[GenerationResult]) -> list[str]:
-    return [r.text for r in results]
+    with logged() as lines:
+        yield lines
 
 
 # Registration
@@ -267,7 +225,7 @@ def test_placeholders_go_and_text_only_questions_are_asked(engine: FakeEngine) -
 
 def test_video_is_refused_by_name(engine: FakeEngine) -> None:
     lm = model(engine, [{"image": "film.mp4"}])
-    with pytest.raises(ValueError, match="document 0 of mytask gives a str"):
+    with pytest.raises(BadDocument, match="document 0 of mytask gives a str"):
         lm.generate_until([ask("mytask", 0, "?")])
 
 
@@ -290,27 +248,8 @@ def test_boxes_come_from_the_documents(engine: FakeEngine) -> None:
     model(engine, rows(1), proposer="box").generate_until([ask("mytask", 0, "?")])
     assert engine.batches[0][0].box == (1, 1, 4, 4)
     lm = model(engine, [{"image": image(1)}], proposer="box")
-    with pytest.raises(ValueError, match="mytask has none"):
+    with pytest.raises(BadDocument, match="mytask has none"):
         lm.generate_until([ask("mytask", 0, "?")])
-
-
-def test_batch_size_auto_halves_until_it_fits(engine: FakeEngine) -> None:
-    import torch
-
-    answer = engine.ask_batch
-
-    def small(questions: Any, *, generation: Any) -> Any:
-        if len(questions) > 3:
-            raise torch.OutOfMemoryError("no")
-        return answer(questions, generation=generation)
-
-    engine.ask_batch = small  # type: ignore[method-assign]
-    lm = model(engine, rows(12), batch_size="auto", max_batch_size=12)
-    requests = [ask("mytask", i, f"q{i}") for i in range(12)]
-    assert texts(lm.generate_until(requests)) == [f"q{i}|1" for i in range(12)]
-    assert lm.batch_size == 3
-    with pytest.raises(torch.OutOfMemoryError):
-        model(engine, rows(12), batch_size=12).generate_until(requests)
 
 
 # Losses
@@ -539,7 +478,7 @@ def test_the_fast_preset_keeps_the_rpn_s_own_policy(engine: FakeEngine) -> None:
     given = {"preset": "fast"}
     settings = loading.zoom_settings(engine, arguments.checked(given), given)  # type: ignore[arg-type]
     assert settings == ZoomConfig(
-        policy="strongest", token_budget=2.5, skip_above=0.7, max_crop_tokens=144
+        policy="strongest", token_budget=2.5, skip_above=0.7, max_crop_tokens=64
     )
     paper = {"preset": "paper"}
     settings = loading.zoom_settings(engine, arguments.checked(paper), paper)  # type: ignore[arg-type]

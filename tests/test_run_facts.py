@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,19 @@ from PIL import Image
 
 from sdrpn_eval import fingerprints as fp
 from sdrpn_eval.demo import embedded_model
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 from sdrpn_eval.questions import Request
 from sdrpn_eval.report.checks import established
 from sdrpn_eval.report.comparison import compare, gather
 from sdrpn_eval.report.runs import read_run
-from sdrpn_eval.run_facts import RunFacts, hash_sources, local_folder, source_state, versions
+from sdrpn_eval.run_facts import (
+    RunFacts,
+    hash_ahead,
+    hash_sources,
+    local_folder,
+    source_state,
+    versions,
+    weights_only,
+)
 
 CPU = torch.device("cpu")
 
@@ -186,15 +194,15 @@ def facts(tmp_path: Path) -> RunFacts:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
     sources = {"pretrained": str(tmp_path / "model"), "rpn": None}
+    (tmp_path / "model" / "config.json").write_text("{}")
     arguments = {"proposer": "rpn", "threshold": 0.1}
-    device = torch.device("cpu")
-    return RunFacts(
-        tmp_path / "record", "20260301T120000.000000Z", 0, 1, arguments, sources, device
-    )
+    hashes = hash_ahead(sources, None)
+    return RunFacts(tmp_path / "record", "20260301T120000.000000Z", 0, 1, arguments, hashes, CPU)
 
 
 def test_the_file_holds_what_the_run_is_made_of(facts: RunFacts) -> None:
     padding = request(3, padding_only=True)
+    facts.hashes.result()
     facts.add([request(0), request(1), padding], {"toy": {"test": tiny_vstar_rows(4)}})
     content = json.loads(facts.path.read_text())
     assert facts.path.name == "run_facts_20260301T120000.000000Z_rank0.json"
@@ -204,6 +212,24 @@ def test_the_file_holds_what_the_run_is_made_of(facts: RunFacts) -> None:
     assert content["device"]["type"] == "cpu"
     assert content["tasks"]["toy"]["documents"] == 2
     assert content["tasks"]["toy"]["data"] == fp.data_fingerprint(tiny_vstar_rows(4), [0, 1])
+
+
+def test_the_file_waits_for_no_hash(facts: RunFacts) -> None:
+    hashed: Future[dict[str, str]] = Future()
+    facts.hashes = hashed
+    facts.add([request(0)], {"toy": {"test": tiny_vstar_rows(1)}})
+    assert json.loads(facts.path.read_text())["weights"] == {}
+    hashed.set_result({"rpn/rpn.safetensors": "a", "rpn/config.json": "b"})
+    facts.write()
+    assert json.loads(facts.path.read_text())["weights"] == {"rpn/rpn.safetensors": "a"}
+
+
+def test_an_unreadable_document_has_a_mark_too(tmp_path: Path) -> None:
+    good, gone = {"bytes": None, "path": str(tmp_path / "a.png")}, {"bytes": None, "path": "/gone"}
+    Path(good["path"] or "").write_bytes(b"x")
+    digests = fp.document_digests([{"image": good}, {"image": gone}, {"image": {}}], range(3))
+    assert len(set(digests.values())) == 3
+    assert fp.document_digests([{"image": {"bytes": b"x", "path": None}}], [0])[0] == digests[0]
 
 
 def test_requests_in_two_parts_are_both_there(facts: RunFacts) -> None:
@@ -235,13 +261,17 @@ def test_a_task_object_gives_scorer_and_seeds(
 def test_hashes_of_weights_move_with_content(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"one")
+    (tmp_path / "README.md").write_text("not read")
     one = hash_sources({"rpn": str(tmp_path)})
     file.write_bytes(b"two!")
     two = hash_sources({"rpn": str(tmp_path)})
     assert one.keys() == two.keys() == {"rpn/model.safetensors"}
     assert one != two
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
-    assert len(hash_sources({"peft": str(tmp_path)})) == 2
+    (tmp_path / "config.json").write_text("{}")
+    hashes = hash_sources({"peft": str(tmp_path)})
+    assert "peft/config.json" in hashes
+    assert set(weights_only(hashes)) == {"peft/model.safetensors", "peft/adapter_model.safetensors"}
 
 
 @pytest.mark.parametrize("source", ["nobody/no-such-model", "no folder", "a/b/c"])
@@ -258,30 +288,13 @@ def test_state_of_the_source() -> None:
 # Through the plugin
 
 
-class WithFacts(LlavaSdrpn):
-    """The model class, writing its facts where it opens its record."""
-
-    def _announce(self, requests: Any) -> None:
-        super()._announce(requests)
-        assert self._record
-        facts = RunFacts(
-            self._record.folder,
-            self.run_name,
-            self.rank,
-            self.world_size,
-            self.arguments,
-            {"rpn": str(embedded_model()[1])},
-            self.device,
-        )
-        facts.add(requests, self.task_dict)
-
-
 def test_facts_of_a_run_are_found_again_and_ranks_put_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tiny_vstar_rows(6), tmp_path / "data" / "tiny_vstar")
     monkeypatch.setenv("SDRPN_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(run_folders, "LlavaSdrpn", WithFacts)
+    rpn = {"rpn": str(embedded_model()[1])}
+    monkeypatch.setattr("sdrpn_eval.llava_sdrpn.sources", lambda arguments: rpn)
     folders = []
     for name in ("one", "two"):
         engine = FakeEngine(lambda q: "red level")
@@ -310,7 +323,8 @@ def test_facts_of_a_run_are_found_again_and_ranks_put_together(
 def test_facts_of_a_later_run_are_not_this_run_s(tmp_path: Path) -> None:
     folder = run_folders.write_run(tmp_path / "run", {"toy": [run_folders.sample(0)]})
     for hour in ("11", "13"):
-        facts = RunFacts(folder / "sdrpn_record", f"20260301T{hour}0000.000000Z", 0, 1, {}, {}, CPU)
+        name, hashes = f"20260301T{hour}0000.000000Z", hash_ahead({}, None)
+        facts = RunFacts(folder / "sdrpn_record", name, 0, 1, {}, hashes, CPU)
         facts.add([request(0)], {"toy": {"test": tiny_vstar_rows(1)}})
     found = gather(read_run(folder)).facts
     assert found
