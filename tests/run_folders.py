@@ -42,8 +42,12 @@ def write_run(
     config: Mapping[str, Any] | None = None,
     better: Mapping[str, bool] | None = None,
     original: int | None = None,
+    cli: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a run; totals: "metric,filter" -> score, default: the mean of `accuracy`."""
+    """Write a run; totals: "metric,filter" -> score, default: the mean of `accuracy`.
+
+    cli: of the command line, beside the output path.
+    """
     path = folder / "tiny"
     path.mkdir(parents=True, exist_ok=True)
     results = {
@@ -63,7 +67,7 @@ def write_run(
             "batch_size": "4",
             "limit": limit,
             "offset": 0,
-            "resolved_cli_args": {"timezone": "UTC", "output_path": str(folder)},
+            "resolved_cli_args": {"timezone": "UTC", "output_path": str(folder), **(cli or {})},
         },
         "date": date,
         "model_name_sanitized": "tiny",
@@ -136,17 +140,18 @@ def write_record(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         (place / f"record_{task}_rank0.jsonl").write_text(own)
 
 
-def evaluate(out: Path, engine: Any, tasks: Sequence[str], **more: Any) -> Path:
+def evaluate(out: Path, engine: Any, tasks: Sequence[str], index: Any = None, **more: Any) -> Path:
     """Run tasks in lmms-eval's evaluator and save with its own tracker, as its command line does.
 
-    engine: what answers, a ZoomLlava or a stand-in. more: for the evaluator.
+    engine: what answers, a ZoomLlava or a stand-in. index: of tasks, default: of the benchmarks
+    that tests have data for. more: for the evaluator.
     """
     date = get_datetime_str()
     tracker = EvaluationTracker(output_path=str(out))
     results = simple_evaluate(
         model=LlavaSdrpn(pretrained=engine, batch_size=3, record=out / "sdrpn_record"),
         tasks=list(tasks),
-        task_manager=manager(),
+        task_manager=index or manager(),
         bootstrap_iters=10,
         evaluation_tracker=tracker,
         datetime_str=date,

@@ -284,7 +284,33 @@ def test_another_scorer_is_refused_by_settings_and_by_source(tmp_path: Path) -> 
     assert "toy: other scorer (source aa and bb)" in refusal(*folders)
 
 
-def write_facts(folder: Path, scorer: str) -> None:
+def test_other_data_behind_the_same_prompts_is_refused(tmp_path: Path) -> None:
+    rows = [sample(i) for i in range(2)]
+    folders = pair(tmp_path, rows, rows)
+    for folder, data in zip(folders, ("1", "7"), strict=True):
+        write_facts(folder, "aa", data)
+    told = f"({1:032x} and {7:032x})"
+    assert f"toy: other data, in columns that prompts do not show {told}" in refusal(*folders)
+
+
+def test_facts_are_not_another_model_s_beside_whose_results_they_stand(tmp_path: Path) -> None:
+    rows = [sample(i) for i in range(2)]
+    stock, ours = pair(tmp_path, rows, rows, model="llava_hf")
+    write_facts(stock, "aa")
+    write_facts(ours, "bb")
+    evidence = compared(stock, ours).evidence
+    assert [bool(one.facts) for one in evidence] == [True, False]
+
+
+def test_documents_that_failed_are_told(tmp_path: Path) -> None:
+    rows = [sample(i) for i in range(2)]
+    folders = pair(tmp_path, rows, rows)
+    write_facts(folders[1], "aa", skipped={"toy": 1})
+    said = "\n".join(text.cautions(compared(*folders)))
+    assert "rpn: 1 document(s) of toy were skipped or answered without a second look" in said
+
+
+def write_facts(folder: Path, scorer: str, data: str = "1", **more: Any) -> None:
     facts = {
         "run": "20260301T120001.000000Z",
         "rank": 0,
@@ -294,8 +320,8 @@ def write_facts(folder: Path, scorer: str) -> None:
         "device": {"type": "cpu"},
         "seeds": [0],
         "source": None,
-        "tasks": {"toy": {"data": "1", "prompts": "2", "scorer": scorer}},
-    }
+        "tasks": {"toy": {"data": data, "prompts": "2", "scorer": scorer}},
+    } | more
     (folder / "sdrpn_record").mkdir(exist_ok=True)
     path = folder / "sdrpn_record" / f"run_facts_{facts['run']}_rank0.json"
     path.write_text(json.dumps(facts))

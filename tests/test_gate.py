@@ -237,6 +237,13 @@ def test_other_prompts_images_and_scorers_are_broken(tmp_path: Path) -> None:
     source = _recorded(tmp_path / "source")
     write_facts(source, "other")
     assert "another scorer" in says(source)
+    data = _recorded(tmp_path / "data")
+    write_facts(data, "same", "7")
+    told = f"({1:032x} and {7:032x})"
+    assert f"other data, in columns that prompts do not show {told}" in says(data)
+    failed = _recorded(tmp_path / "failed")
+    write_facts(failed, "same", skipped={"toy": 3})
+    assert "3 document(s) of toy were skipped" in says(failed)
 
 
 def _recorded(folder: Path, **more: Any) -> Path:
@@ -421,7 +428,7 @@ def test_commands_of_the_guide_and_the_workflow_run(tmp_path: Path) -> None:
     steps = [step["run"] for step in job["steps"] if "run" in step]
     assert steps.pop(0) == "pip install ."
     commands = [*guide, *steps]
-    assert sum("sdrpn-eval gate" in command for command in commands) == 4
+    assert sum("sdrpn-eval gate" in command for command in commands) == 5
     programs = {"lmms-eval": "lmms_eval", "sdrpn-eval": "sdrpn_eval.report"}
     for name, module in programs.items():
         program = tmp_path / "bin" / name
@@ -449,6 +456,7 @@ def test_commands_of_the_guide_and_the_workflow_run(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-2000:])
     assert (tmp_path / "out" / "comparison" / "compare.html").stat().st_size > 20_000
+    assert (tmp_path / "replay" / "tiny_vstar_7" / "crop_1.png").exists()
     summary = (tmp_path / "summary.md").read_text()
     assert summary.count("### gate: passed") == 3
     assert "### Scores" in summary

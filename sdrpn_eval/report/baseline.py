@@ -32,7 +32,7 @@ class MetricBaseline:
 
 @dataclass(frozen=True)
 class TaskBaseline:
-    """A task's documents. questions, images: a mark each (None: no record named the image).
+    """A task's documents. questions, images: a mark each (None: no record named an image).
 
     clusters: a number a document, the same for questions on one image.
     scorer: fingerprint of its source, None where the run left no facts; settings: of its settings.
@@ -105,7 +105,7 @@ def task_baseline(evidence: Evidence, name: str) -> TaskBaseline:
     return TaskBaseline(
         documents=documents,
         questions=[mark(s.prompt, s.target) for s in samples],
-        images=[mark(*look.images) if look else None for look in looks],
+        images=[mark(*look.images) if look and look.images else None for look in looks],
         clusters=[numbers[keys[name, d]] for d in documents],
         clustered_by=how,
         empty_answers=sum(not s.answer.strip() for s in samples),

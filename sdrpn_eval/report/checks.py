@@ -93,15 +93,26 @@ def _documents(a: Evidence, b: Evidence, first: TaskRun, second: TaskRun) -> lis
                 f"{task}: other {name} in {len(ids)} documents, such as {ids[0]}: "
                 f"{pair[0]!r} and {pair[1]!r}"
             )
-    return clauses + _images(a.record, b.record, task)
+    clauses += _images(a.record, b.record, task)
+    return clauses or _data(a.facts, b.facts, task)
 
 
 def _images(a: Record, b: Record, task: str) -> list[str]:
     both = [d for d in a.looks if d[0] == task and d in b.looks]
-    changed = [d[1] for d in both if a.looks[d].images != b.looks[d].images]
+    pairs = [(d, a.looks[d].images, b.looks[d].images) for d in both]
+    # A document that could not be shown has no image in its record.
+    changed = [d[1] for d, ours, others in pairs if ours and others and ours != others]
     if not changed:
         return []
     return [f"{task}: other images in {len(changed)} documents, such as {min(changed)}"]
+
+
+def _data(a: Facts | None, b: Facts | None, task: str) -> list[str]:
+    """What prompt, target and image do not show, such as other answers that count as right."""
+    pair = [facts.data.get(task) if facts else None for facts in (a, b)]
+    if None in pair or pair[0] == pair[1]:
+        return []
+    return [f"{task}: other data, in columns that prompts do not show ({pair[0]} and {pair[1]})"]
 
 
 def _scorer(a: Evidence, b: Evidence, first: TaskRun, second: TaskRun) -> list[str]:
@@ -140,7 +151,8 @@ def established(evidence: Sequence[Evidence], tasks: Sequence[str]) -> list[str]
 
 def labels(run: Run, runs: Sequence[Run]) -> list[str]:
     """What a reader must know of a run beside its name, as it stands against the first one."""
-    found = ["other preprocessing"] if _is_prepared_otherwise(run, runs) else []
+    found = [f"scored anew, from {run.scored_from}"] if run.scored_from else []
+    found += ["other preprocessing"] if _is_prepared_otherwise(run, runs) else []
     for name, task in run.tasks.items():
         if name in runs[0].tasks:
             moved = changes(_generation(task), _generation(runs[0].tasks[name]))

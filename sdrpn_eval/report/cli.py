@@ -8,23 +8,26 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from sdrpn.cli.shared import errors_as_sentences
+from sdrpn.cli.shared import console, errors_as_sentences, say
+from sdrpn_eval.report.ladder import ladder
+from sdrpn_eval.report.replay import replay
+from sdrpn_eval.report.score import score
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
-    help="Results of lmms-eval that can be believed: runs compared question by question, and a "
-    "gate for CI.",
+    help="Results of lmms-eval that can be believed. First: lmms-eval --model llava_sdrpn "
+    "--model_args pretrained=tiny --tasks tiny_vstar --output_path out/rpn --log_samples",
 )
 
 
 @app.callback()
-def _main() -> None:
-    # The documents of tasks are looked up on this machine; nothing here fetches a data set.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+def _main(context: typer.Context) -> None:
+    # The documents of tasks are looked up on this machine; only what evaluates may fetch some.
+    if context.invoked_subcommand != "ladder":
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @app.command()
@@ -65,26 +68,24 @@ def compare(
     """
     with errors_as_sentences():
         # Imported here, so that --help answers at once.
-        from sdrpn_eval.report import text
-        from sdrpn_eval.report.comparison import compare as compare_runs
+        from sdrpn_eval.report.compared import show, write_comparison
         from sdrpn_eval.report.documents import load_data, read_boxes
-        from sdrpn_eval.report.page import write_page
 
         given = read_boxes(boxes) if boxes else {}
         read = _read(runs, [n for n in names.split(",") if n], [t for t in tasks.split(",") if t])
         cli = read[0].results["config"].get("resolved_cli_args") or {}
         data, notes = load_data(_common(read), cli.get("include_path"))
-        comparison = compare_runs(read, data, given, seed)
-        out.mkdir(parents=True, exist_ok=True)
-        comparison.save(out / "compare.json")
-        (out / "compare.md").write_text(text.markdown(comparison), encoding="utf-8")
-        page = out / "compare.html"
-        notes = write_page(comparison, data, page, budget_mb=budget_mb, seed=seed, notes=notes)
-        console = Console()
-        text.show(comparison, console)
-        for line in notes:
-            console.print(f"note: {line}", highlight=False, markup=False)
-        console.print(f"{page}, compare.md and compare.json beside it", highlight=False)
+        comparison, notes = write_comparison(
+            read,
+            data,
+            out / "compare",
+            boxes=given,
+            budget_mb=budget_mb,
+            seed=seed,
+            notes=notes,
+        )
+        show(comparison, notes, console)
+        say(f"{out / 'compare.html'}, compare.md and compare.json beside it")
 
 
 @app.command()
@@ -111,6 +112,9 @@ def gate(
     max_age: Annotated[
         float | None, typer.Option(help="Hours; older results are not this job's.")
     ] = None,
+    allow_skipped: Annotated[
+        int, typer.Option(min=0, help="Documents of a task that on_error may have skipped.")
+    ] = 0,
     junit: Annotated[Path | None, typer.Option(help="JUnit XML to write.")] = None,
 ) -> None:
     """Exit with 0 when no task fell, 1 when one did, 2 when the run is not whole.
@@ -132,13 +136,15 @@ def gate(
 
         allowed = {k: _number(v, k) for k, v in _pairs(tolerance or [])}
         if update:
-            typer.echo(_update(run, baseline, allowed))
+            typer.echo(_update(run, baseline, allowed, allow_skipped))
             return
         from sdrpn_eval.report.baseline import read_baseline
 
         stored = read_baseline(baseline)
         age = None if max_age is None else timedelta(hours=max_age)
-        rules = Rules(allowed or stored.tolerance, alpha, dict(_pairs(metric or [])), age)
+        rules = Rules(
+            allowed or stored.tolerance, alpha, dict(_pairs(metric or [])), age, allow_skipped
+        )
         verdicts = safely_check(run, stored, rules)
         for verdict in verdicts:
             typer.echo(f"{gate_report.WORDS[verdict.code]}: {gate_report.line(verdict)}")
@@ -151,17 +157,20 @@ def gate(
     raise typer.Exit(gate_report.exit_code(verdicts))
 
 
-def _update(run: Path, baseline: Path, allowed: dict[str, float]) -> str:
+def _update(run: Path, baseline: Path, allowed: dict[str, float], skipped: int) -> str:
     """Write a baseline from a whole run; a tolerance that was in the old one stays."""
     from sdrpn_eval.report.baseline import make_baseline, read_baseline
     from sdrpn_eval.report.comparison import gather
-    from sdrpn_eval.report.gate import check_run, metric_key
+    from sdrpn_eval.report.gate import check_run, metric_key, refuse_skipped
     from sdrpn_eval.report.runs import read_run
 
     kept = read_baseline(baseline).tolerance if baseline.exists() and not allowed else allowed
     read = read_run(run)
     check_run(read)
-    made = make_baseline(gather(read), kept)
+    evidence = gather(read)
+    for name in read.tasks:
+        refuse_skipped(evidence, name, skipped)
+    made = make_baseline(evidence, kept)
     made.save(baseline)
     held = [f"{name} by {metric_key(name, task)}" for name, task in made.tasks.items()]
     left_out = [name for name in read.tasks if name not in made.tasks]
@@ -212,3 +221,8 @@ def _names(folders: list[Path]) -> list[str]:
 
 def _common(runs: list) -> list[str]:
     return [task for task in runs[0].tasks if all(task in run.tasks for run in runs)]
+
+
+app.command()(score)
+app.command()(replay)
+app.command()(ladder)

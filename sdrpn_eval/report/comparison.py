@@ -87,6 +87,13 @@ def _describe(evidence: Evidence, runs: Sequence[Run]) -> dict[str, Any]:
 
 def _notes(evidence: Evidence) -> list[str]:
     notes = list(evidence.record.notes)
+    skipped = evidence.facts.skipped if evidence.facts else {}
+    notes += [
+        f"{evidence.run.name}: {count} document(s) of {task} were skipped or answered without a "
+        "second look (on_error; see `error` in the record)"
+        for task, count in skipped.items()
+        if count
+    ]
     later = unfinished_later_run(evidence.run)
     if later:
         notes.append(f"{evidence.run.name}: a later run ({later}) left no results in its folder")

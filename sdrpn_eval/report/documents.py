@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loguru import logger
 from PIL import Image
 
 from sdrpn.region import PixelBox
@@ -34,6 +36,32 @@ class TaskData:
         box = self.task.eval_docs_no_media[doc_id].get("box")
         return PixelBox(*(int(v) for v in box)) if box else None
 
+    @property
+    def has_boxes(self) -> bool:
+        """Whether its first document has a `box`."""
+        return len(self.task.eval_docs_no_media) > 0 and self.box(0) is not None
+
+
+def task_manager(include_path: Any = None) -> Any:
+    """lmms-eval's index of tasks, with ours and those under include_path."""
+    from lmms_eval.tasks import TaskManager
+
+    from sdrpn_eval.plugin import add_tasks
+
+    add_tasks()
+    with quiet():
+        return TaskManager(verbosity="ERROR", include_path=include_path)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without lmms-eval's log, which tells of a run, and these commands are none."""
+    logger.disable("lmms_eval")
+    try:
+        yield
+    finally:
+        logger.enable("lmms_eval")
+
 
 def load_data(
     tasks: Iterable[str], include_path: Any = None, manager: Any = None
@@ -43,17 +71,15 @@ def load_data(
     Nothing is fetched while HF_HUB_OFFLINE=1 is set, as the command line does.
     include_path: lmms-eval's, for tasks of the user's own. manager: an index already built.
     """
-    from lmms_eval.tasks import TaskManager, get_task_dict
+    from lmms_eval.tasks import get_task_dict
 
-    from sdrpn_eval.plugin import add_tasks
-
-    add_tasks()
-    manager = manager or TaskManager(verbosity="ERROR", include_path=include_path)
+    manager = manager or task_manager(include_path)
     found: dict[str, TaskData] = {}
     notes = []
     for name in tasks:
         try:
-            found[name] = TaskData(get_task_dict([name], manager)[name])
+            with quiet():
+                found[name] = TaskData(get_task_dict([name], manager)[name])
         except Exception as error:  # whatever a task's own code raises: the page goes without
             cause = _cause(error)
             notes.append(f"{name}: no pictures, its data cannot be loaded here ({cause})")

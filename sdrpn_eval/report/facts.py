@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,11 @@ NAME = re.compile(r"run_facts_(?P<run>.+)_rank(?P<rank>\d+)\.json")
 
 @dataclass(frozen=True)
 class Facts:
-    """See `run_facts`. data, prompts and scorers: fingerprints by task."""
+    """See `run_facts`. data, prompts and scorers: fingerprints by task; documents: how many;
+    skipped: how many of them were not answered as asked.
+
+    files: one a process, which all this was read from.
+    """
 
     run: str
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -31,15 +35,32 @@ class Facts:
     data: Mapping[str, str] = field(default_factory=dict)
     prompts: Mapping[str, str] = field(default_factory=dict)
     scorers: Mapping[str, str] = field(default_factory=dict)
+    documents: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    files: Sequence[Path] = ()
 
 
 def read_facts(run: Run, folders: list[Path]) -> Facts | None:
-    """The latest facts in the folders that were begun before the run's results were written."""
+    """The latest facts in the folders that were begun before the run's results were written.
+
+    Another model may have written its results beside ours: it leaves no facts.
+    """
+    if run.model != "llava_sdrpn":
+        return None
     for folder in folders:
-        for name in sorted(begun_runs(folder), reverse=True):
-            started = moment(name)
-            if started is not None and started <= run.ended:
-                return _merged([json.loads(p.read_text()) for p in begun_runs(folder)[name]])
+        found = read_latest(folder, run.ended)
+        if found is not None:
+            return found
+    return None
+
+
+def read_latest(folder: Path, before: datetime | None = None) -> Facts | None:
+    """The latest facts in a folder, of those begun `before`; None without any."""
+    begun = begun_runs(folder)
+    for name in sorted(begun, reverse=True):
+        started = moment(name)
+        if started is not None and (before is None or started <= before):
+            return _merged(begun[name])
     return None
 
 
@@ -61,10 +82,11 @@ def moment(name: str) -> datetime | None:
         return None
 
 
-def _merged(files: list[dict[str, Any]]) -> Facts:
-    first = min(files, key=lambda facts: facts["rank"])
+def _merged(files: Sequence[Path]) -> Facts:
+    read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    first = min(read, key=lambda facts: facts["rank"])
     tasks: dict[str, list[Mapping[str, Any]]] = {}
-    for facts in files:
+    for facts in read:
         for task, marks in facts["tasks"].items():
             tasks.setdefault(task, []).append(marks)
     return Facts(
@@ -78,4 +100,7 @@ def _merged(files: list[dict[str, Any]]) -> Facts:
         data={t: combined(m["data"] for m in marks) for t, marks in tasks.items()},
         prompts={t: combined(m["prompts"] for m in marks) for t, marks in tasks.items()},
         scorers={t: marks[0]["scorer"] for t, marks in tasks.items() if marks[0]["scorer"]},
+        documents={t: sum(m.get("documents", 0) for m in marks) for t, marks in tasks.items()},
+        skipped={t: sum(f.get("skipped", {}).get(t, 0) for f in read) for t in tasks},
+        files=tuple(files),
     )

@@ -12,7 +12,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sdrpn_eval.report.baseline import Baseline, MetricBaseline, TaskBaseline, task_baseline
+from sdrpn_eval.report.checks import Evidence
 from sdrpn_eval.report.comparison import gather
+from sdrpn_eval.report.facts import Facts
 from sdrpn_eval.report.looks import unfinished_later_run
 from sdrpn_eval.report.runs import BadRun, Run, is_number, read_run
 from sdrpn_eval.stats import clustered, holm, sign_flip
@@ -29,13 +31,15 @@ class Rules:
 
     Without a tolerance a fall counts when it is beyond the noise: p < alpha in the sign-flip test
     over images, after Holm's correction for several tasks. metrics: the one to hold a task by,
-    where it is not its first. max_age: of the results.
+    where it is not its first. max_age: of the results. skipped: documents of a task that may have
+    been skipped, see the model's `on_error`.
     """
 
     tolerance: Mapping[str, float]
     alpha: float = 0.05
     metrics: Mapping[str, str] | None = None
     max_age: timedelta | None = None
+    skipped: int = 0
 
     def allowed(self, task: str) -> float | None:
         return self.tolerance.get(task, self.tolerance.get(""))
@@ -121,8 +125,10 @@ def _check_task(folder: Path, name: str, baseline: Baseline, rules: Rules) -> Ve
     key = metric_key(name, before, (rules.metrics or {}).get(name))
     try:
         evidence = gather(read_run(folder, tasks=[name]))
+        refuse_skipped(evidence, name, rules.skipped)
         after = task_baseline(evidence, name)
         _refuse_moved(before, after)
+        _refuse_other_data(name, baseline, evidence.facts)
         _refuse_unscored(key, evidence.run.tasks[name].totals.get(key), after)
     except (BadRun, Broken) as error:
         return Verdict(name, key, BROKEN, str(error))
@@ -138,6 +144,17 @@ def metric_key(name: str, task: TaskBaseline, wanted: str | None = None) -> str:
         if wanted in (key, key.rpartition(",")[0]):
             return key
     raise ValueError(f"{name} has no metric {wanted} in the baseline: {', '.join(task.metrics)}")
+
+
+def refuse_skipped(evidence: Evidence, task: str, allowed: int) -> None:
+    """Raise Broken where more documents of a task than allowed were not answered as asked."""
+    skipped = evidence.facts.skipped.get(task, 0) if evidence.facts else 0
+    if skipped > allowed:
+        raise Broken(
+            f"{skipped} document(s) of {task} were skipped or answered without a second look "
+            "(on_error; see `error` in the record); mend them, or allow as many: "
+            f"--allow-skipped {skipped}"
+        )
 
 
 def _refuse_moved(before: TaskBaseline, after: TaskBaseline) -> None:
@@ -161,6 +178,14 @@ def _refuse_moved(before: TaskBaseline, after: TaskBaseline) -> None:
     both = before.scorer and after.scorer
     if (both and before.scorer != after.scorer) or before.settings != after.settings:
         raise Broken("another scorer than the baseline's (its source or settings changed)")
+
+
+def _refuse_other_data(name: str, baseline: Baseline, facts: Facts | None) -> None:
+    """Of what prompt, target and image do not show, such as other answers that count as right."""
+    before = ((baseline.made_of or {}).get("data") or {}).get(name)
+    after = facts.data.get(name) if facts else None
+    if None not in (before, after) and before != after:
+        raise Broken(f"other data, in columns that prompts do not show ({before} and {after})")
 
 
 def _refuse_unscored(key: str, total: float | None, after: TaskBaseline) -> None:

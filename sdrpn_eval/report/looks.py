@@ -69,27 +69,34 @@ def covered(regions: Sequence[PixelBox], box: PixelBox) -> float:
 
 
 def read_looks(run: Run) -> Record:
-    """The record that belongs to a run: beside its output, or where `record=` put it.
+    """What a run saw, by the record that belongs to it."""
+    lines, notes = record_lines(run)
+    return _as_record(run, lines) if lines else Record(notes=notes)
 
-    A record that gave other answers than the samples is another run's, and is not used.
+
+def record_lines(run: Run) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """Lines of the record that belongs to a run, beside its output or where `record=` put it.
+
+    Without any, sentences that say why: a record that gave other answers than the samples is
+    another run's, and is not used.
     """
     if run.model != "llava_sdrpn":
-        return Record()
+        return [], ()
     folders = [f for f in record_folders(run) if any(f.glob("record_*_rank*.jsonl"))]
     if not folders:
-        return Record(notes=(f"{run.name}: no record found",))
+        return [], (f"{run.name}: no record found",)
     refused = []
     for folder in folders:
         lines = [line for line in read_records(folder) if line["task"] in run.tasks]
         wrong = _contradictions(run, lines)
         if lines and not wrong:
-            return _as_record(run, lines)
+            return lines, ()
         if wrong:
             refused.append(
                 f"{run.name}: the record in {folder} is of another run ({wrong} of {len(lines)} "
                 "answers differ) and is not used"
             )
-    return Record(notes=tuple(refused) or (f"{run.name}: the record holds none of its questions",))
+    return [], tuple(refused) or (f"{run.name}: the record holds none of its questions",)
 
 
 def output_root(run: Run) -> Path:
@@ -100,8 +107,11 @@ def output_root(run: Run) -> Path:
 
 
 def record_folders(run: Run) -> list[Path]:
-    """Folders that may hold this run's record and facts: `record=`, then beside its output."""
-    named = run.arguments.get("record")
+    """Folders that may hold this run's record and facts: `record=`, then beside its output.
+
+    A run scored anew has its own copy, with the new scorer in its facts.
+    """
+    named = None if run.scored_from else run.arguments.get("record")
     places = [Path(named)] if named and named.lower() not in ("none", "false") else []
     return [p for p in dict.fromkeys([*places, *_beside(run)]) if _is_record(p)]
 

@@ -85,6 +85,11 @@ class Run:
         return {name: tasks for name, tasks in members.items() if tasks}
 
     @property
+    def scored_from(self) -> str | None:
+        """The results or record whose answers `sdrpn-eval score` scored anew; None for a run."""
+        return (self.results.get("rescored") or {}).get("from")
+
+    @property
     def ended(self) -> datetime:
         """When lmms-eval wrote the results, in UTC."""
         return results_ended(self.results)
@@ -105,7 +110,7 @@ def read_run(path: Path, name: str | None = None, tasks: Iterable[str] | None = 
     tasks: read these only. Raises BadRun, naming the folder, where the run is not whole.
     """
     file = find_results(path)
-    results = _parse(file)
+    results = parse_results(file)
     wanted = list(results["configs"]) if tasks is None else [*tasks]
     read: dict[str, TaskRun] = {}
     problems = []
@@ -138,7 +143,8 @@ def find_results(path: Path) -> Path:
     return max(files, key=lambda file: (file.name, str(file)))
 
 
-def _parse(file: Path) -> dict[str, Any]:
+def parse_results(file: Path) -> dict[str, Any]:
+    """A results file of lmms-eval. Raises BadRun, naming it, where it is none."""
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -149,6 +155,11 @@ def _parse(file: Path) -> dict[str, Any]:
     if not results["configs"]:
         raise BadRun(f"{file} holds no task")
     return results
+
+
+def samples_file(file: Path, task: str) -> Path:
+    """Where the samples of a task stand beside a results file."""
+    return file.with_name(file.name.removesuffix(RESULTS) + f"_samples_{task}.jsonl")
 
 
 def parse_arguments(model_args: Any) -> dict[str, str]:
@@ -166,7 +177,7 @@ def _read_task(file: Path, results: Mapping[str, Any], task: str) -> TaskRun:
     if scores is None:
         raise BadRun(f"{file} lists {task} without a score")
     totals = read_totals(scores)
-    path = file.with_name(file.name.removesuffix(RESULTS) + f"_samples_{task}.jsonl")
+    path = samples_file(file, task)
     if not path.exists():
         raise BadRun(f"{file} has no samples of {task} beside it; run with --log_samples")
     counts = results.get("n-samples", {}).get(task, {})
@@ -226,16 +237,16 @@ def _sample(line: Mapping[str, Any], doc_id: int, values: Mapping[str, Any]) -> 
         doc_id,
         prompt=str(line.get("input", "")),
         target=str(line.get("target", "")),
-        answer=_as_text(line.get("filtered_resps")),
+        answer=as_text(line.get("filtered_resps")),
         tokens=(read, written),
         values=values,
     )
 
 
-def _as_text(response: Any) -> str:
+def as_text(response: Any) -> str:
     """One answer as it stands; several, as of multiple choice, side by side."""
     if isinstance(response, list):
-        return " | ".join(_as_text(one) for one in response)
+        return " | ".join(as_text(one) for one in response)
     return "" if response is None else str(response)
 
 

@@ -1,0 +1,92 @@
+"""`sdrpn-eval score`: recorded answers scored anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from sdrpn.cli.shared import console, errors_as_sentences, say
+
+if TYPE_CHECKING:
+    from sdrpn_eval.report.rescore import Change
+
+
+def score(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Output folder of lmms-eval with samples, one of its *_results.json files, or a "
+            "record of ours."
+        ),
+    ],
+    task: Annotated[
+        list[str] | None, typer.Option(help="This task or group only; may be repeated.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A new folder; default: the run's with -rescored behind its name."),
+    ] = None,
+    include_path: Annotated[
+        str | None,
+        typer.Option(
+            "--include_path",
+            "--include-path",
+            help="Folder of your own tasks' YAML; default: as the run was given.",
+        ),
+    ] = None,
+) -> None:
+    """Score recorded answers anew: a mended grader costs no GPU hours.
+
+    The tasks' filters, graders and aggregation are run as they are now, on the answers as they
+    were. Results and samples go to a new folder that compare and gate read like any run, and the
+    change is shown. Refused where documents or prompts are others by now. Runs of llava_hf and
+    other models can be scored too, and so can the record of a run that crashed while it scored.
+
+      sdrpn-eval score out/rpn
+
+      sdrpn-eval score out/stock --task docvqa_val --include_path my_tasks --out out/stock-mended
+    """
+    with errors_as_sentences():
+        # Imported here, so that --help answers at once.
+        from sdrpn_eval.report.answers import read_source
+        from sdrpn_eval.report.documents import task_manager
+        from sdrpn_eval.report.rescore import beside, changes, score_again
+
+        source = read_source(run, task or [])
+        manager = task_manager(include_path or source.include_path)
+        scored = score_again(source, out or beside(source), manager)
+        found = changes(source, scored)
+        console.print(_table(found))
+        say(_in_words(found))
+        say(f"scored anew from {source.place}: {scored.file}")
+
+
+def _table(found: Sequence[Change]) -> Table:
+    table = Table(title="Scored anew", title_justify="left")
+    for name in ("task", "metric", "before", "after", "documents changed"):
+        table.add_column(name)
+    for one in found:
+        numbers = ["none" if v is None else f"{v:.4f}" for v in (one.before, one.after)]
+        changed = "" if one.changed is None else str(one.changed)
+        table.add_row(escape(one.task), escape(_plain(one.metric)), *numbers, changed)
+    return table
+
+
+def _in_words(found: Sequence[Change]) -> str:
+    changed = [one for one in found if one.changed]
+    if any(one.changed is None for one in found):
+        return "Nothing is known of how the documents were scored before."
+    if not changed:
+        return "No document's score changed."
+    most = max(changed, key=lambda one: one.changed or 0)
+    return f"{most.changed} documents have another {_plain(most.metric)} in {most.task}."
+
+
+def _plain(metric: str) -> str:
+    """The metric without the filter that is none."""
+    return metric.removesuffix(",none")
