@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from sdrpn.files import whole
 from sdrpn.region import PixelBox, View
 
 BOX_COLOUR = "#ff2fd0"
@@ -60,7 +61,8 @@ def sheet(cards: Sequence[Card], out: Path | str, columns: int = 1) -> Path:
         _draw(card, axes[row, 3 * column : 3 * column + 3])
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    with whole(out) as part:
+        figure.savefig(part, format=out.suffix.removeprefix(".") or "png")
     return out
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from scipy import ndimage
 
 from sdrpn.config import ZoomConfig
+from sdrpn.images import LONGEST
 
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 SMALLEST_BOX = 3
@@ -190,6 +191,9 @@ def crop(image: Image.Image, box: PixelBox, side: int) -> Image.Image:
     # ones start with the cheaper direction, which moves the rounding of tall crops.
     bilinear = Image.Resampling.BILINEAR
     cut = image.crop((box.x0, box.y0, box.x1, box.y1))
+    if cut.height > LONGEST:
+        # But here they would take gigabytes of a crop that is high and narrow.
+        cut = cut.resize((cut.width, side), bilinear)
     return cut.resize((side, cut.height), bilinear).resize((side, side), bilinear)
 
 
@@ -213,11 +217,11 @@ def _around(mask: np.ndarray) -> GridBox:
 def _to_source(
     boxes: list[GridBox], view: View, zoom: ZoomConfig, keep: np.ndarray | None = None
 ) -> Region:
-    """Map to source pixels; boxes that lie in the padding alone hold no pixel and are left out."""
+    """Map to source pixels; boxes without a pixel, as in the padding, are left out."""
     pairs = [(box, view.to_pixels(box)) for box in boxes]
     pairs = [(box, pixels) for box, pixels in pairs if pixels.area > 0]
     if not pairs:
-        return Region(reason="the region lies in the padding, outside the image")
+        return Region(reason="the region holds no whole pixel of the image, only padding")
     share = sum(pixels.area for _, pixels in pairs) / (view.size[0] * view.size[1])
     if zoom.skip_above is not None and share >= zoom.skip_above:
         return Region(reason=f"the region is {share:.0%} of the image, which was seen already")

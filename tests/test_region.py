@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from scipy import ndimage
 
 from sdrpn import region
 from sdrpn.config import ZoomConfig
-from sdrpn.crops import kept, resize
+from sdrpn.crops import crop_tokens, kept, resize
 from sdrpn.region import (
     GridBox,
     PixelBox,
@@ -28,6 +29,7 @@ from sdrpn.region import (
     grow,
     propose,
 )
+from sdrpn.vicrop import propose_window
 
 HIGH, LOW = 0.9, 0.01
 ANY_SIZE = ZoomConfig(max_cells_fraction=1.0)
@@ -360,7 +362,11 @@ def test_cropped_away_boxes_still_have_cells() -> None:
 
 
 GRIDS = st.integers(3, 24)
-SIDES = st.integers(1, 3000)
+SIDES = st.one_of(
+    st.integers(1, 30), st.integers(1, 3000), st.sampled_from([10_000, 20_000, 30_000, 1_000_000])
+)
+"""Of images: smaller than the grid, ordinary, and as long as anything that opens."""
+CELLS = st.one_of(st.sampled_from([0, 0.25, 0.75]), st.floats(0, 1, width=32))
 
 
 @settings(max_examples=300)
@@ -386,7 +392,7 @@ def test_any_map_gives_sound_boxes(
 ) -> None:
     """Boxes lie inside the image and hold pixels; in cells, each holds a whole component."""
     zoom = ZoomConfig(threshold, policy, None, min_cells, fraction)
-    values = data.draw(arrays(np.float32, (grid, grid), elements=st.sampled_from([0, 0.25, 0.75])))
+    values = data.draw(arrays(np.float32, (grid, grid), elements=CELLS))
     view = View(size, grid, 14 * grid, padding)
     found = propose(values, view, zoom)
     assert bool(found.boxes) == (found.reason is None)
@@ -419,6 +425,37 @@ def test_a_box_lies_inside_its_cells(size: tuple[int, int], grid: int, data: st.
     assert around.y0 <= y0
     assert around.x1 >= x1 - 1
     assert around.y1 >= y1 - 1
+
+
+@settings(max_examples=100)
+@given(
+    data=st.data(),
+    grid=GRIDS,
+    size=st.tuples(SIDES, SIDES),
+    padding=st.sampled_from(["pad", "crop"]),
+)
+def test_any_ratio_gives_a_sound_window(
+    data: st.DataObject, grid: int, size: tuple[int, int], padding: str
+) -> None:
+    """ViCrop's window: a square of at least one pixel, inside the image and the grid."""
+    ratio = data.draw(arrays(np.float32, (grid, grid), elements=st.floats(0, 1e6, width=32)))
+    found = propose_window(ratio, View(size, grid, 14 * grid, padding))
+    ((box,), (cells,)) = found.boxes, found.grid_boxes
+    assert 0 <= box.x0 < box.x1 <= size[0]
+    assert 0 <= box.y0 < box.y1 <= size[1]
+    assert box.x1 - box.x0 == box.y1 - box.y0
+    assert 0 <= cells.x0 < cells.x1 <= grid
+    assert 0 <= cells.y0 < cells.y1 <= grid
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (1, 10_000)])
+def test_a_region_of_less_than_a_pixel_is_none(size: tuple[int, int]) -> None:
+    """On an image smaller than the grid a box may lie inside it and hold no pixel."""
+    rows = ["........"] * 8
+    rows[0] = "##......"
+    found = propose(drawn(*rows), View(size, 8, 112), replace(ANY_SIZE, min_cells=1))
+    assert found.boxes == ()
+    assert found.reason == "the region holds no whole pixel of the image, only padding"
 
 
 # --- given boxes -------------------------------------------------------------------------------
@@ -496,6 +533,32 @@ def test_crops_are_cut_from_the_original_and_stretched() -> None:
     assert crop(image, PixelBox(7, 7, 8, 8), 32).getcolors() == [(1024, image.getpixel((7, 7)))]
 
 
+@settings(max_examples=60)
+@given(data=st.data(), size=st.tuples(st.integers(1, 60), st.integers(1, 60)))
+def test_any_box_gives_a_crop_of_its_own_pixels(data: st.DataObject, size: tuple[int, int]) -> None:
+    """Never empty, and no colour that is not between those of the box."""
+    x0, y0 = (data.draw(st.integers(0, edge - 1)) for edge in size)
+    box = PixelBox(
+        x0, y0, data.draw(st.integers(x0 + 1, size[0])), data.draw(st.integers(y0 + 1, size[1]))
+    )
+    image = noise_image(*size)
+    cut = np.asarray(image)[box.y0 : box.y1, box.x0 : box.x1]
+    found = np.asarray(crop(image, box, 28))
+    assert found.shape == (28, 28, 3)
+    assert (found >= cut.min((0, 1))).all()
+    assert (found <= cut.max((0, 1))).all()
+
+
+def test_crops_that_are_very_high_resize_rows_first() -> None:
+    """Columns first would take side x height pixels of a crop one pixel wide."""
+    high, bilinear = noise_image(5, 9_000), Image.Resampling.BILINEAR
+    found = np.asarray(crop(high, PixelBox(0, 0, 5, 9_000), 112))
+    rows = high.resize((5, 112), bilinear).resize((112, 112), bilinear)
+    columns = high.resize((112, 9_000), bilinear).resize((112, 112), bilinear)
+    assert np.array_equal(found, rows)
+    assert not np.array_equal(found, columns)
+
+
 @pytest.mark.parametrize("size", [(300, 60), (60, 300), (20, 20), (1000, 900)])
 def test_crops_resize_columns_first(size: tuple[int, int]) -> None:
     """The order of the two passes decides the rounding, so it is not left to Pillow's version."""
@@ -554,6 +617,58 @@ def test_resize_is_bilinear_and_leaves_whole_grids_alone() -> None:
     assert small.shape == (2, 1, 2)
     # align_corners=False without antialiasing: the middle of 4 columns lies between 1 and 2.
     assert small[0, 0].tolist() == feature[0:2, 1:3].mean((0, 1)).tolist()
+
+
+class Encoder:
+    """A stand-in for a Llava: crop tokens of one channel, told apart by their number."""
+
+    def __init__(self, grid: int) -> None:
+        self.grid = grid
+
+    def crop_pixels(self, crops: list[Any]) -> torch.Tensor:
+        return torch.zeros(len(crops))
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.arange(1.0, self.grid**2 + 1)[None, :, None].expand(len(pixels), -1, -1)
+
+
+@settings(max_examples=200)
+@given(
+    data=st.data(),
+    grid=GRIDS,
+    size=st.tuples(SIDES, SIDES),
+    policy=st.sampled_from(["mask", "bbox", "strongest"]),
+    token_budget=st.one_of(st.none(), st.floats(0.01, 20)),
+    room=st.integers(0, 700),
+)
+def test_crop_tokens_are_some_and_fit_or_there_are_none(
+    data: st.DataObject,
+    grid: int,
+    size: tuple[int, int],
+    policy: str,
+    token_budget: float | None,
+    room: int,
+) -> None:
+    """Whatever region a map gives: never an empty crop, never more tokens than there is room."""
+    zoom = ZoomConfig(0.5, policy, token_budget, 1, 1.0)
+    values = data.draw(arrays(np.float32, (grid, grid), elements=CELLS))
+    found = propose(values, View(size, grid, 14 * grid), zoom)
+    image: Any = None
+    encoder: Any = Encoder(grid)
+    (tokens,) = crop_tokens(encoder, [image], [found], [zoom], [room])
+    if not found.boxes:
+        assert tokens is None
+        return
+    whole = sum(
+        rows * columns for rows, columns in (budget(b, grid, zoom) for b in found.grid_boxes)
+    )
+    if tokens is None:
+        assert room < len(found.boxes) or found.keep is not None
+        return
+    assert 1 <= len(tokens) <= min(room, whole)
+    assert tokens.isfinite().all()
+    if whole <= room and found.keep is None:
+        assert len(tokens) == whole
 
 
 # --- settings ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from sdrpn.cli.answer import answer
 from sdrpn.cli.convert import convert
 from sdrpn.cli.heads import heads
 from sdrpn.cli.label import label, relabel
@@ -16,6 +17,7 @@ app = typer.Typer(
     help="A second, closer look for LLaVA-1.5. Evaluate with: lmms-eval --model llava_sdrpn ...",
 )
 app.command()(look)
+app.command()(answer)
 app.command()(heads)
 app.command()(label)
 app.command()(relabel)

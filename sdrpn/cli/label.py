@@ -10,7 +10,6 @@ import typer
 
 from sdrpn import names
 from sdrpn.cli.shared import MODEL_HELP, check_images, errors_as_sentences, say, say_kept
-from sdrpn.config import LabelConfig
 
 
 def label(
@@ -110,8 +109,8 @@ def _engine(model: str, heads: Path | None, dtype: str, device: Any) -> Any:
 def _finish(out: Path, preview: int, seed: int) -> None:
     """Write and print the summary; ValueError where too many images could not be used."""
     from sdrpn.distill import labelling
-    from sdrpn.distill.claim import write_json
     from sdrpn.distill.dataset import SUMMARY_FILE
+    from sdrpn.files import write_json
 
     found = labelling.report(out)
     write_json(out / SUMMARY_FILE, found)
@@ -153,10 +152,9 @@ def relabel(
     }
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     with errors_as_sentences():
-        from sdrpn.distill.dataset import read_settings
+        from sdrpn.distill.dataset import read_label_config
         from sdrpn.distill.labelling import relabel as run
 
-        earlier = LabelConfig.from_dict(read_settings(labels)["labels"])
-        run(labels, out, replace(earlier, **changes))
+        run(labels, out, replace(read_label_config(labels), **changes))
         say(f"changed: {changes or 'nothing'}")
         _finish(out, preview=0, seed=0)

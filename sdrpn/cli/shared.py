@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from PIL import Image
@@ -13,8 +14,25 @@ from rich.console import Console
 from rich.text import Text
 
 from sdrpn import names
+from sdrpn.config import POLICIES, PROPOSERS, ZoomConfig
+
+if TYPE_CHECKING:
+    from sdrpn.zoom import ZoomLlava
 
 MODEL_HELP = "LLaVA-1.5: a folder, a hub id, or `tiny`, the embedded toy."
+
+ModelOption = Annotated[str, typer.Option(help=MODEL_HELP)]
+RpnOption = Annotated[
+    str | None, typer.Option(help="RPN: a folder or a hub id; `tiny` brings its own.")
+]
+ProposerOption = Annotated[str, typer.Option(help=f"One of {', '.join(PROPOSERS)}.")]
+ThresholdOption = Annotated[
+    float | None, typer.Option(help="On the map, in (0, 1); default: the RPN's own.")
+]
+PolicyOption = Annotated[
+    str | None, typer.Option(help=f"One of {', '.join(POLICIES)}; default: the RPN's own.")
+]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 console = Console()
 
@@ -38,6 +56,30 @@ def errors_as_sentences(hint: str = "") -> Iterator[None]:
 def weights_hint(model: str) -> str:
     """What to try first, for an error about a model that has to be fetched."""
     return "" if model in names.known() else "\nFor a first try without weights: --model tiny"
+
+
+def load_zoom(
+    model: str,
+    rpn: str | None,
+    proposer: str,
+    threshold: float | None,
+    policy: str | None,
+    dtype: str,
+) -> ZoomLlava:
+    """The engine that the options of these names ask for."""
+    given = {"threshold": threshold, "policy": policy}
+    chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    ZoomConfig(**chosen)  # wrong ones are told before the weights are loaded
+    # Imported here, so that --help and a wrong path answer at once.
+    from sdrpn.zoom import ZoomLlava
+
+    if proposer == "rpn":
+        rpn = rpn or names.PUBLISHED_RPN.get(model)
+    folder, network = names.resolve(model, rpn)
+    zoom = ZoomLlava.from_pretrained(folder, network, proposer=proposer, dtype=dtype)
+    zoom.zoom = replace(zoom.zoom, **chosen)
+    zoom.llava.name = model
+    return zoom
 
 
 def check_images(images: Path | None) -> None:

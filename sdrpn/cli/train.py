@@ -9,7 +9,7 @@ import typer
 
 from sdrpn import names
 from sdrpn.cli.shared import MODEL_HELP, errors_as_sentences, say
-from sdrpn.config import LabelConfig, ZoomConfig
+from sdrpn.config import ZoomConfig
 
 CHECKPOINTS = "checkpoints"
 FACTS = "training.json"
@@ -57,8 +57,15 @@ def train(
     """
     with errors_as_sentences():
         # Imported here, so that --help and a wrong path answer at once.
-        from sdrpn.distill.claim import claim, read_json, write_json
-        from sdrpn.distill.dataset import LabelledImages, image_root, load_labels, read_settings
+        from sdrpn.distill.claim import ANEW, claim
+        from sdrpn.distill.dataset import (
+            LabelledImages,
+            image_root,
+            load_labels,
+            read_label_config,
+            read_settings,
+        )
+        from sdrpn.files import read_object, remove_parts, write_json
 
         settings = read_settings(labels)
         rows = LabelledImages(load_labels(labels), image_root(labels, images))
@@ -77,7 +84,7 @@ def train(
         llava = Llava.load(folder, dtype=dtype, device=arguments.device, num_layers=layers)
         llava.name = model
         check_same_grid(llava, settings, labels)
-        made = LabelConfig.from_dict(settings["labels"])
+        made = read_label_config(labels)
         rpn = RPN.from_backbone(llava, branch_layer, depth, zoom=noted, labels=made)
         if arguments.process_index == 0:
             chosen = {
@@ -92,9 +99,10 @@ def train(
                 "global_batch": global_batch,
                 "arguments": context.args,
             }
+            remove_parts(out / CHECKPOINTS)
             claim(out / CHECKPOINTS / "settings.json", chosen)
         facts = run(llava, rpn, trained, arguments, held_out=kept_back, tell=say)
-        earlier = read_json(out / FACTS) if (out / FACTS).exists() else {}
+        earlier = read_object(out / FACTS, ANEW) if (out / FACTS).exists() else {}
         rpn.facts = {"labels": settings.get("data", str(labels)), **facts}
         rpn.facts.setdefault("seconds", earlier.get("seconds"))
         if arguments.process_index == 0:
