@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from typing import Any, Self, get_args, get_type_hints
 
 VICUNA_SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -16,14 +17,38 @@ POLICIES = ("mask", "bbox", "strongest")
 PROPOSERS = ("rpn", "attention", "vicrop", "none")
 
 
+PLAIN = {bool, float, int, str, type(None)}
+"""Kinds of values that a JSON file holds as they are."""
+
+
 def _from_mapping(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Check a JSON object's keys against a dataclass: an unknown key is an error, not a default."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{cls.__name__} must be an object, got a {type(values).__name__}")
     known = {f.name for f in fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
         names = ", ".join(sorted(known))
         raise ValueError(f"unknown key(s) {', '.join(unknown)} in {cls.__name__}; known: {names}")
     return dict(values)
+
+
+def _from_json(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`_from_mapping`, and the kind of each plain value: JSON from outside may hold anything."""
+    checked = _from_mapping(cls, values)
+    for name, hint in get_type_hints(cls).items():
+        kinds = set(get_args(hint) or (hint,))
+        if name in checked and kinds <= PLAIN and not _is_one_of(checked[name], kinds):
+            wanted = " or ".join(sorted("null" if k is type(None) else k.__name__ for k in kinds))
+            raise ValueError(f"{name} must be {wanted}, got {str(checked[name])[:80]!r}")
+    return checked
+
+
+def _is_one_of(value: Any, kinds: set[type]) -> bool:
+    """Whether a value is of one of the kinds: whole numbers are floats, truth is no number."""
+    if type(value) in kinds:
+        return type(value) is not float or math.isfinite(value)
+    return type(value) is int and float in kinds
 
 
 _READ: Mapping[str, Any] = {
@@ -80,7 +105,7 @@ class ZoomConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        return cls(**_from_mapping(cls, values))
+        return cls(**_from_json(cls, values))
 
     @classmethod
     def from_text(cls, text: str) -> Self:
@@ -92,9 +117,9 @@ class ZoomConfig:
             for name in checked.keys() - {"policy"}:
                 read = _READ.get(name, float)
                 checked[name] = None if checked[name] == "none" else read(checked[name])
+            return cls.from_dict(checked)
         except (KeyError, ValueError) as error:
             raise ValueError(f"zoom settings {text!r}: {error}") from None
-        return cls(**checked)
 
 
 @dataclass(frozen=True)
@@ -106,10 +131,25 @@ class LayerHeads:
 
 
 def _layer_heads(values: Any) -> tuple[LayerHeads, ...]:
-    return tuple(
-        v if isinstance(v, LayerHeads) else LayerHeads(v["layer"], v["heads"] and tuple(v["heads"]))
-        for v in values
-    )
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"heads must be a list, got a {type(values).__name__}")
+    return tuple(v if isinstance(v, LayerHeads) else _one_layer(v) for v in values)
+
+
+def _one_layer(value: Any) -> LayerHeads:
+    checked = _from_json(LayerHeads, value)
+    missing = [name for name in ("layer", "heads") if name not in checked]
+    if missing:
+        raise ValueError(f"{missing[0]!r} is missing")
+    heads = checked["heads"]
+    counted = heads is None or (isinstance(heads, list | tuple) and all(map(_is_index, heads)))
+    if not _is_index(checked["layer"]) or not counted:
+        raise ValueError(f"layers and heads must be counted from 0, got {str(value)[:80]}")
+    return LayerHeads(checked["layer"], None if heads is None else tuple(heads))
+
+
+def _is_index(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 @dataclass(frozen=True)
@@ -138,10 +178,23 @@ class LabelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        checked = _from_mapping(cls, values)
+        checked = _from_json(cls, values)
+        missing = [name for name in ("grounding", "sink", "vicrop_layer") if name not in checked]
+        if missing:
+            raise ValueError(f"{missing[0]!r} is missing")
         for name in ("grounding", "sink"):
             checked[name] = _layer_heads(checked[name])
         return cls(**checked)
+
+    def check_fits(self, layers: int, heads: int, model: str) -> None:
+        """Raise ValueError unless a model of so many layers and heads has all that is read."""
+        read = [(one.layer, max(one.heads or (0,))) for one in (*self.grounding, *self.sink)]
+        for layer, head in [*read, (self.vicrop_layer, 0)]:
+            if layer >= layers or head >= heads:
+                raise ValueError(
+                    f"head {head} of layer {layer} is to be read, but {model} has {layers} layers "
+                    f"of {heads} heads: these heads were found for another model"
+                )
 
 
 LABELS_7B = LabelConfig(
@@ -157,6 +210,11 @@ LABELS_13B = LabelConfig(
 def published_labels(num_layers: int, hidden_size: int) -> LabelConfig | None:
     """The published head lists, which fit LLaVA-1.5-7B and 13B only; None for any other shape."""
     return {(32, 4096): LABELS_7B, (40, 5120): LABELS_13B}.get((num_layers, hidden_size))
+
+
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+SIZES += ("image_tokens",)
+"""Fields of an RPNConfig that count something of its base model."""
 
 
 @dataclass(frozen=True)
@@ -191,14 +249,23 @@ class RPNConfig:
             raise ValueError(
                 f"branch_layer and depth must be 1 or more, got {self.branch_layer}, {self.depth}"
             )
+        sizes = {name: getattr(self, name) for name in SIZES}
+        if min(sizes.values()) < 1:
+            raise ValueError(f"sizes must be 1 or more, got {sizes}")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads or heads % kv_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of {heads} heads, and these of "
+                f"{kv_heads} key and value heads"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        checked = _from_mapping(cls, values)
-        checked["zoom"] = ZoomConfig.from_dict(checked.get("zoom") or {})
-        if checked.get("labels"):
+        checked = _from_json(cls, values)
+        checked["zoom"] = ZoomConfig.from_dict(checked.get("zoom", {}))
+        if checked.get("labels") is not None:
             checked["labels"] = LabelConfig.from_dict(checked["labels"])
         return cls(**checked)

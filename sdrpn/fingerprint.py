@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,11 @@ def base_hash(llava: Llava, branch_layer: int) -> str:
     """
     modules = [llava.model.model.multi_modal_projector]
     modules += [layer for _, layer in llava.layers[:branch_layer]]
+    return weights_hash(modules)
+
+
+def weights_hash(modules: Sequence[nn.Module]) -> str:
+    """A hash of these modules' matrices, as `base_hash` makes it of a base's."""
     digest = hashlib.blake2b(digest_size=8)
     for matrix in _matrices(modules):
         if matrix.is_meta or not matrix.is_floating_point():
@@ -32,7 +38,7 @@ def base_hash(llava: Llava, branch_layer: int) -> str:
     return digest.hexdigest()
 
 
-def _matrices(modules: list[nn.Module]) -> list[Tensor]:
+def _matrices(modules: Sequence[nn.Module]) -> list[Tensor]:
     """Weight matrices in the order of their names."""
     return [
         weight.detach()

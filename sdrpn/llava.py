@@ -26,8 +26,11 @@ from transformers.utils import logging
 
 from sdrpn.adapters import four_bits, with_adapter
 from sdrpn.config import VICUNA_SYSTEM_PROMPT
+from sdrpn.images import as_shown, bounded
 from sdrpn.layers import Span, cache_argument, positions_of
+from sdrpn.prompt import PlainText
 from sdrpn.region import PixelBox, View, crop
+from sdrpn.weights import broken_files_named, check_complete, check_finite, check_layers, check_size
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PADDINGS = ("pad", "crop")
@@ -42,6 +45,7 @@ def check_is_llava15(config: dict[str, Any], name: str) -> None:
     """Refuse, by name, every model that is not a LLaVA-1.5. config: its config.json."""
     kind = config.get("model_type", "a model without a model_type")
     if kind in ("llava_llama", "llava"):
+        check_layers(config, name)
         text = (config.get("text_config") or {}).get("model_type", "llama")
         vision = (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
         if kind == "llava_llama" or "mm_vision_tower" in config:
@@ -79,11 +83,18 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 def _first_layers(
     config: dict[str, Any], name: str, num_layers: int | None
 ) -> Iterator[dict[str, Any]]:
-    """Arguments of from_pretrained that read the first decoder layers only; all by default."""
+    """Arguments of from_pretrained that read the first decoder layers only; all by default.
+
+    Raises ValueError where config.json makes no sense, or far more of a model than there is.
+    """
+    with broken_files_named(name):
+        shape = LlavaConfig.from_dict(config)
+        with torch.device("meta"):
+            whole = LlavaForConditionalGeneration(shape)
+    check_size(sum(weight.numel() for weight in whole.parameters()), name)
     if num_layers is None:
         yield {}
         return
-    shape = LlavaConfig.from_dict(config)
     text: Any = shape.text_config
     if num_layers > text.num_hidden_layers:
         raise ValueError(
@@ -138,6 +149,7 @@ class Llava:
             image_mean=own.image_mean,
             image_std=own.image_std,
         )
+        self.plain_text = PlainText(self.tokenizer, self.image_token_id)
         self.head_ids, _ = self.prompt_ids("")
 
     @classmethod
@@ -161,8 +173,9 @@ class Llava:
         device: one device (default: the GPU where there is one). device_map: accelerate's, instead
         of a device. num_layers: read only the first decoder layers, for training an RPN over them;
         such a model cannot answer. peft: a PEFT adapter to put on it. load_in_4bit: its language
-        model, with bitsandbytes. Raises ValueError when it is another kind of model, naming it, and
-        WeightsUnavailable when there is nothing to load.
+        model, with bitsandbytes. Raises ValueError when it is another kind of model, or has a file
+        that is broken or a tensor that is missing or not finite, naming it; WeightsUnavailable when
+        there is nothing to load.
         """
         fastest = "cuda" if torch.cuda.is_available() else "cpu"
         target = torch.device(device or fastest)
@@ -173,18 +186,28 @@ class Llava:
         source: dict[str, Any] = {"revision": revision or "main"}
         weights = pick_dtype(dtype, target)
         try:
-            config, _ = PreTrainedConfig.get_config_dict(pretrained, **source)
-            if not config:
-                raise OSError("there is no config.json")
+            with broken_files_named(pretrained):
+                config, _ = PreTrainedConfig.get_config_dict(pretrained, **source)
+            if not config or not isinstance(config, dict):
+                raise OSError("there is no config.json, or none that holds an object")
             check_is_llava15(config, pretrained)
-            processor = AutoProcessor.from_pretrained(pretrained, **source)
-            with _first_layers(config, pretrained, num_layers) as shape:
-                model = LlavaForConditionalGeneration.from_pretrained(
+            quantized = four_bits(weights) if load_in_4bit else {}
+            with (
+                _first_layers(config, pretrained, num_layers) as shape,
+                broken_files_named(pretrained),
+            ):
+                processor = AutoProcessor.from_pretrained(
+                    pretrained, trust_remote_code=False, **source
+                )
+                loaded: Any = LlavaForConditionalGeneration.from_pretrained(
                     pretrained,
                     dtype=weights,
                     device_map=device_map,
                     attn_implementation=attn_implementation,
-                    **(four_bits(weights) if load_in_4bit else {}),
+                    # Named below, with both shapes; what transformers makes up is not kept.
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    **quantized,
                     **shape,
                     **source,
                 )
@@ -192,8 +215,11 @@ class Llava:
             raise WeightsUnavailable(
                 f"cannot load {pretrained!r}: {str(error).splitlines()[0]}"
             ) from error
+        model, found = loaded
+        check_complete(found, str(pretrained))
         if peft is not None:
             model = with_adapter(model, peft, merge=not load_in_4bit)
+        check_finite(model.named_parameters(), str(pretrained))
         return cls(
             model, processor, padding=padding, system_prompt=system_prompt, name=str(pretrained)
         )
@@ -208,26 +234,34 @@ class Llava:
     def eos_token_id(self) -> int:
         return self.tokenizer.eos_token_id
 
-    def prompt(self, question: str, images: int = 1) -> str:
-        """The vicuna_v1 prompt of METHOD section 1, with `images` placeholders before the question.
+    def prompt(self, question: str, images: int = 1, mark: str = IMAGE_TOKEN) -> str:
+        """The vicuna_v1 prompt of METHOD section 1, with a mark for each image before the question.
 
-        A question on several images that holds their placeholders keeps them where they are. Raises
-        ValueError when it holds another number than there are images.
+        A question that holds as many `<image>` as it has images means them by it: several stay
+        where they are, a single one goes in front. Any other number is plain text.
         """
         named = question.count(IMAGE_TOKEN)
-        if named not in (0, images):
-            raise ValueError(f"the question names {named} {IMAGE_TOKEN}, but has {images} image(s)")
-        if named == 1:
-            # As LLaVA-1.5's own training data did: a single image always goes in front.
-            question = question.replace(IMAGE_TOKEN, "").strip()
-        if images and named <= 1:
-            question = " ".join([IMAGE_TOKEN] * images) + "\n" + question
+        if images > 1 and named == images:
+            question = question.replace(IMAGE_TOKEN, mark)
+        elif images:
+            if named == images:
+                # As LLaVA-1.5's own training data did: a single image always goes in front.
+                question = question.replace(IMAGE_TOKEN, "").strip()
+            question = " ".join([mark] * images) + "\n" + question
         system = f"{self.system_prompt} " if self.system_prompt else ""
         return f"{system}USER: {question} ASSISTANT:"
 
+    def whole_ids(self, question: str, images: int = 1, answer: str = "") -> list[int]:
+        """Token ids of a whole prompt, one for each image; special tokens in a question are text.
+
+        answer: words that stand behind the prompt.
+        """
+        prompt = self.prompt(question, images, self.plain_text.mark)
+        return self.plain_text.ids(prompt + answer)
+
     def prompt_ids(self, question: str) -> tuple[list[int], list[int]]:
         """Token ids before the image and behind it, as the whole prompt is tokenised."""
-        ids = self.tokenizer(self.prompt(question))["input_ids"]
+        ids = self.whole_ids(question)
         where = ids.index(self.image_token_id)
         return ids[:where], ids[where + 1 :]
 
@@ -244,19 +278,19 @@ class Llava:
 
     def view(self, image: Image.Image) -> View:
         """How the model's square lies on this image."""
-        return View(image.size, self.grid, self.side, self.padding)
+        return View(as_shown(image).size, self.grid, self.side, self.padding)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Whole images as the model sees them: [n, 3, side, side], normalised."""
         own = self.processor.image_processor
         processor = self._padder if self.padding == "pad" else own
-        images = [image.convert("RGB") for image in images]
+        images = [bounded(as_shown(image), self.padding) for image in images]
         ready = processor(images=images, do_pad=self.padding == "pad", return_tensors="pt")
         return ready["pixel_values"]
 
     def crop_pixels(self, crops: Sequence[tuple[Image.Image, PixelBox]]) -> Tensor:
         """Boxes cut from original images and stretched to a square: [n, 3, side, side]."""
-        cut = [crop(image.convert("RGB"), box, self.side) for image, box in crops]
+        cut = [crop(as_shown(image), box, self.side) for image, box in crops]
         ready = self._padder(images=cut, do_pad=False, do_resize=False, return_tensors="pt")
         return ready["pixel_values"]
 

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from sdrpn.images import as_shown
 from sdrpn.layers import KV, cache_of, fill_cache
 from sdrpn.llava import Llava
 from sdrpn.rpn import RPN
@@ -129,7 +130,7 @@ def pad_between(prefix_length: int, suffixes: Sequence[Tensor]) -> tuple[Tensor,
 
 def image_key(image: Image.Image) -> str:
     """A name for an image's content: equal for equal pixels, whatever file they came from."""
-    rgb = image.convert("RGB")
+    rgb = as_shown(image)
     digest = hashlib.blake2b(rgb.tobytes(), digest_size=16)
     digest.update(str(rgb.size).encode())
     return digest.hexdigest()

@@ -93,12 +93,15 @@ def _over_its_maximum(values: np.ndarray) -> np.ndarray:
 
 
 def known_labels(models: Models) -> LabelConfig:
-    """Which heads point at the answer; ValueError where that is not known of this model."""
+    """Which heads point at the answer; ValueError where that is not known of this model, or is
+    known of another."""
     if models.labels is None:
         raise ValueError(
             f"it is not known which attention heads of {models.llava.name} point at the answer: "
             "pass labels=LabelConfig(...), or an RPN that was trained with them"
         )
+    text = models.llava.text_config
+    models.labels.check_fits(text.num_hidden_layers, text.num_attention_heads, models.llava.name)
     return models.labels
 
 

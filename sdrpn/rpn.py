@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +20,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from sdrpn.config import LabelConfig, RPNConfig, ZoomConfig
 from sdrpn.convert import published
 from sdrpn.convert.checkpoint import Source, read_all
+from sdrpn.files import remove_parts, whole, write_json
 from sdrpn.fingerprint import base_hash
 from sdrpn.layers import Span, run_layers
 from sdrpn.llava import Llava
+from sdrpn.weights import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -207,13 +208,24 @@ class RPN(nn.Module, ModelHubMixin):
                 found,
             )
 
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write a folder that `from_pretrained` reads; options: ModelHubMixin's.
+
+        Raises ValueError, before anything is written over, for weights that are not finite.
+        """
+        mend = "its training went wrong: try a lower learning rate"
+        check_finite(self.state_dict().items(), f"the RPN for {save_directory}", mend)
+        return super().save_pretrained(save_directory, **options)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        save_file(tensors, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
-        text = json.dumps(self.config.to_dict() | {"facts": self.facts}, indent=2)
-        (save_directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        # The mixin keeps a card that is already there; a retrained RPN needs its own.
-        (save_directory / "README.md").unlink(missing_ok=True)
+        remove_parts(save_directory)
+        with whole(save_directory / WEIGHTS_FILE) as part:
+            save_file(tensors, part, metadata={"format": "pt"})
+        write_json(save_directory / CONFIG_FILE, self.config.to_dict() | {"facts": self.facts})
+        # The mixin would keep a card that is already there; a retrained RPN needs its own.
+        with whole(save_directory / "README.md") as part:
+            self.generate_model_card().save(part)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The README of a saved RPN: what it belongs to and how it was trained."""
@@ -243,12 +255,18 @@ class RPN(nn.Module, ModelHubMixin):
         facts = values.pop("facts", {})
         try:
             config = RPNConfig.from_dict(values)
+            if not isinstance(facts, dict):
+                raise ValueError(f"facts must be an object, got {facts!r:.80}")
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source.name} is not an sdrpn RPN checkpoint: {error}") from error
+        tensors = read_all(weights)
         try:
-            return cls._of(config, read_all(weights), facts)
-        except RuntimeError as error:
-            raise ValueError(f"{source.name}: weights and config disagree: {error}") from error
+            rpn = cls._of(config, tensors, facts)
+        except (RuntimeError, TypeError, OverflowError) as error:  # torch's, for sizes too
+            told = " ".join(str(error).split())[:500]
+            raise ValueError(f"{source.name}: weights and config disagree: {told}") from error
+        check_finite(tensors.items(), source.name)
+        return rpn
 
     @classmethod
     def _from_published(cls, values: Mapping[str, Any], source: Source) -> Self:
@@ -257,11 +275,16 @@ class RPN(nn.Module, ModelHubMixin):
         with torch.device("meta"):
             shapes = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
         tensors = published.read_tensors(source, config.depth, shapes)
+        check_finite(tensors.items(), source.name)
         return cls._of(config, tensors, {"converted from": source.name})
 
     @classmethod
     def _of(cls, config: RPNConfig, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
         """An RPN with these weights, frozen, in the widest of their types."""
+        if config.depth > len(
+            tensors
+        ):  # each layer has several; and no more are built than are held
+            raise RuntimeError(f"{len(tensors)} tensors do not make {config.depth} layers")
         dtype = functools.reduce(torch.promote_types, {t.dtype for t in tensors.values()})
         with torch.device("meta"):
             rpn = cls(config)

@@ -23,6 +23,7 @@ from torch import Tensor
 from sdrpn.answer import Suffix, generate, generate_plain, losses, losses_plain
 from sdrpn.config import PROPOSERS, LabelConfig, ZoomConfig, published_labels
 from sdrpn.crops import crop_tokens
+from sdrpn.images import as_shown
 from sdrpn.llava import Llava
 from sdrpn.prefix import Prefix, PrefixCache, free_memory, image_key, read
 from sdrpn.proposers import BY_NAME, Look, Models, Proposal
@@ -41,6 +42,8 @@ class Question:
     """One question: its text (without `<image>`), its images, and how to zoom.
 
     One image is looked at twice; none or several are answered as stock LLaVA would.
+    images: of any mode; kept as a viewer shows them, in RGB and turned as their EXIF data says,
+    which is what boxes and regions count pixels of.
     box: crop this box (source pixels) and ask no proposer. zoom: overrides the engine's settings.
     """
 
@@ -50,6 +53,7 @@ class Question:
     zoom: ZoomConfig | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "images", tuple(as_shown(image) for image in self.images))
         if self.box is not None and len(self.images) != 1:
             raise ValueError(f"a box needs one image to be cut from, got {len(self.images)}")
 
@@ -333,13 +337,12 @@ class ZoomLlava:
     # --- prompts -----------------------------------------------------------------------------
 
     def _plain_ids(self, question: Question) -> list[int]:
-        text = self.llava.prompt(question.text, len(question.images))
-        return self.llava.tokenizer(text)["input_ids"]
+        return self.llava.whole_ids(question.text, len(question.images))
 
     def _continuation_ids(self, question: Question, continuation: str) -> list[int]:
-        prompt = self.llava.prompt(question.text, len(question.images))
-        asked = self.llava.tokenizer(prompt)["input_ids"]
-        return self.llava.tokenizer(f"{prompt} {continuation.strip()}")["input_ids"][len(asked) :]
+        asked = self._plain_ids(question)
+        answer = f" {continuation.strip()}"
+        return self.llava.whole_ids(question.text, len(question.images), answer)[len(asked) :]
 
     def _room(self, tokens: int) -> int:
         """Tokens the context still holds behind a prompt, one kept for the answer."""

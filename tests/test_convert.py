@@ -231,7 +231,7 @@ def test_image_tokens(tmp_path: Path, tower: str | None, tokens: int) -> None:
         ({"twig_K": None}, r"config.json has no twig_K"),
         ({"twig_T": None}, r"config.json has no twig_T"),
         ({"twig_K": None, "twig_T": None}, r"is a LLaVA without an RPN: .* no twig_K and twig_T"),
-        ({"twig_K": 0}, r"twig_K in config.json must be 1 or more, got 0"),
+        ({"twig_K": 0}, r"twig_K in config.json must be 1 to 1000, got 0"),
         ({"twig_T": "3"}, r"twig_T in config.json must be a int, got '3'"),
         ({"twig_T": True}, r"twig_T in config.json must be a int, got True"),
         ({"roi_multi_head": None}, r"config.json has no roi_multi_head"),

@@ -24,7 +24,6 @@ from sdrpn.cli import app
 from sdrpn.cli.train import training_arguments
 from sdrpn.config import LayerHeads, RPNConfig, ZoomConfig
 from sdrpn.distill import train as module
-from sdrpn.distill.claim import write_json
 from sdrpn.distill.dataset import (
     SETTINGS_FILE,
     LabelledImages,
@@ -37,6 +36,7 @@ from sdrpn.distill.metrics import map_scores
 from sdrpn.distill.pseudo_labels import IGNORED
 from sdrpn.distill.split import split_by_image
 from sdrpn.distill.train import RPNForTraining, RPNSamples, collate, last_checkpoint, train
+from sdrpn.files import write_json
 from sdrpn.llava import Llava
 from sdrpn.rpn import RPN
 from sdrpn_eval.demo import tiny_path
@@ -98,19 +98,20 @@ def test_interrupted_and_uninterrupted_runs_end_equal(
         return rpn.state_dict(), [e["loss"] for e in state["log_history"] if "loss" in e]
 
     whole, curve = run(tmp_path / "whole")
-    trainer = module.Trainer
+    trainer = module.SafeTrainer
 
     def killed(**options: Any) -> Any:
         return trainer(**options, callbacks=[KillAt(5)])
 
-    monkeypatch.setattr(module, "Trainer", killed)
+    monkeypatch.setattr(module, "SafeTrainer", killed)
     with pytest.raises(Killed):
         run(tmp_path / "cut")
-    monkeypatch.setattr(module, "Trainer", trainer)
+    monkeypatch.setattr(module, "SafeTrainer", trainer)
     # Killed while it wrote: a folder without its last file is passed by.
     shutil.copytree(tmp_path / "cut" / "checkpoint-4", tmp_path / "cut" / "checkpoint-5")
     (tmp_path / "cut" / "checkpoint-5" / "trainer_state.json").unlink()
-    assert last_checkpoint(tmp_path / "cut") == tmp_path / "cut" / "checkpoint-4"
+    kept, cut = (tmp_path / "cut" / f"checkpoint-{step}" for step in (4, 5))
+    assert last_checkpoint(tmp_path / "cut") == (kept, [cut])
     again, curve_again = run(tmp_path / "cut")
     assert curve == curve_again
     assert len(curve) == 6
@@ -365,6 +366,12 @@ def test_launch_files_are_read_by_accelerate(name: str) -> None:
 def test_labels_of_another_grid_are_refused(labels: Path, tmp_path: Path) -> None:
     settings = json.loads((labels / "settings.json").read_text())
     write_json(labels / SETTINGS_FILE, settings | {"image_tokens": 576})
+    result = runner.invoke(app, words(labels, tmp_path / "rpn"))
+    assert result.exit_code == 2
+    assert "grounding has rows of 64 values, not 576" in " ".join(result.output.split())
+    cells = {name: np.zeros(576) for name in ("grounding", "sink", "labels")}
+    rows = [label_row(str(i), f"{i}.png", "what", **cells) for i in range(12)]
+    write_shard(rows, shard_path(labels, 0, 1))
     result = runner.invoke(app, words(labels, tmp_path / "rpn"))
     assert result.exit_code == 2
     assert "labels 576 image tokens, tiny has 64" in " ".join(result.output.split())

@@ -26,6 +26,7 @@ from sdrpn.convert.published import LLAVA_TYPES, tower_of
 from sdrpn.convert.tokenizer import read_tokenizer
 from sdrpn.convert.weight_maps import Names, base_names, rename, require
 from sdrpn.llava import IMAGE_TOKEN
+from sdrpn.weights import MAX_LAYERS, broken_files_named, check_finite
 
 SHARD = "5GB"
 VOCABULARY_MULTIPLE = 64
@@ -100,17 +101,19 @@ def read_base(source: str, *, base: str | None = None, vision_tower: str | None 
     folder = Source(source)
     own = read_config(folder)
     tower = vision_tower or tower_of(own, folder)
-    config: Any = _model_config(own, _from_tower(CLIPVisionConfig, tower), folder)
+    vision = _from_tower(CLIPVisionConfig, tower)
+    with broken_files_named(source):
+        config: Any = _model_config(own, vision)
     layers = config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers
-    depth = own.get("twig_T")
-    names = base_names(*layers, rpn_depth=depth if isinstance(depth, int) else 0)
+    names = base_names(*layers, rpn_depth=own.get("twig_T") or 0)
     tensors = _tensors(folder, base, names)
     ours = {to: tensors[name] for name, to in rename(tensors, names, source).items()}
     if not any(name.startswith(TOWER_PREFIX) for name in ours):
         ours |= _tower_tensors(tower)
-    with init_empty_weights():
+    with init_empty_weights(), broken_files_named(source):
         model = LlavaForConditionalGeneration(config)
     _check(ours, model.state_dict(), names, source)
+    check_finite(ours.items(), source)
     dtype = _main_dtype(ours)
     model.load_state_dict({k: t.to(dtype) for k, t in ours.items()}, assign=True)
     model.config.dtype = dtype
@@ -135,14 +138,18 @@ def read_config(folder: Source) -> dict[str, Any]:
             raise ValueError(
                 f"{folder.name} is not a LLaVA-1.5: {key} is {config[key]!r}, not {value!r}"
             )
+    missing = [k for k in ("vocab_size", "hidden_size", "num_hidden_layers") if k not in config]
+    if missing:
+        raise ValueError(f"{folder.name}: config.json has no {missing[0]}")
+    for key in ("num_hidden_layers", "twig_T"):
+        count = config.get(key, 0)
+        if type(count) is not int or not 0 <= count <= MAX_LAYERS:
+            raise ValueError(f"{folder.name}: {key} must be up to {MAX_LAYERS}, got {count!r:.80}")
     return config
 
 
-def _model_config(own: Mapping[str, Any], vision: Any, folder: Source) -> LlavaConfig:
+def _model_config(own: Mapping[str, Any], vision: Any) -> LlavaConfig:
     text = {key: own[key] for key in TEXT_KEYS if own.get(key) is not None}
-    missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers") if key not in text]
-    if missing:
-        raise ValueError(f"{folder.name}: config.json has no {missing[0]}")
     return LlavaConfig(
         vision_config=vision,
         text_config=LlamaConfig(**text),
@@ -180,7 +187,8 @@ def _tower_tensors(tower: str) -> dict[str, Tensor]:
 
 def _from_tower(kind: Any, tower: str) -> Any:
     try:
-        return kind.from_pretrained(tower)
+        with broken_files_named(tower):
+            return kind.from_pretrained(tower)
     except OSError as error:
         raise FileNotFoundError(
             f"the vision tower {tower} cannot be had; give its folder or hub id with "

@@ -5,7 +5,6 @@ Nothing is unpickled freely, and no file is fetched or read that is not asked fo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from sdrpn.files import read_object
 
 CONFIG_FILE = "config.json"
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -80,17 +81,6 @@ class Source:
         return read_object(self.fetch(CONFIG_FILE, what))
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises ValueError that names the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}")
-    return values
-
-
 def reason(error: Exception) -> str:
     """The first line of what an error says, for a sentence of our own."""
     return next(iter(str(error).splitlines()), type(error).__name__)
@@ -124,7 +114,7 @@ class Weights:
         for file in files:
             path = self.source.find(file)
             if path is not None:
-                return dict.fromkeys(_names(path), file)
+                return dict.fromkeys(tensor_names(path), file)
         looked = (*INDEXES, *files) if files is SINGLE_FILES else files
         raise self.source.lacks(f"weights ({', '.join(looked)})", "a checkpoint")
 
@@ -142,7 +132,7 @@ class Weights:
 
 def read_all(path: Path) -> dict[str, Tensor]:
     """Every tensor of one file, on the CPU; raises ValueError that names the file."""
-    return _read(path, _names(path))
+    return _read(path, tensor_names(path))
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -155,7 +145,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     return where
 
 
-def _names(path: Path) -> list[str]:
+def tensor_names(path: Path) -> list[str]:
+    """The names in one weights file; raises ValueError that names the file where it is broken."""
     if path.suffix != ".safetensors":
         return list(_unpickled(path))
     try:
@@ -171,7 +162,7 @@ def _read(path: Path, names: list[str]) -> dict[str, Tensor]:
         missing = [name for name in names if name not in state]
         tensors = {name: state[name] for name in names if name in state}
     else:
-        held = set(_names(path))
+        held = set(tensor_names(path))
         missing = [name for name in names if name not in held]
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in names if name in held}

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from sdrpn.config import LABELS_7B, LabelConfig
 from sdrpn.convert import safe_pickle
-from sdrpn.distill.claim import write_json
 from sdrpn.distill.dataset import (
     SUMMARY_FILE,
     label_row,
@@ -25,6 +24,7 @@ from sdrpn.distill.dataset import (
     write_shard,
 )
 from sdrpn.distill.pseudo_labels import judge
+from sdrpn.files import write_json
 from sdrpn.llava import IMAGE_TOKEN
 
 KEYS = ("question_id", "prompt", "text", "image", "sink_attn", "grounding_attn_o2i")

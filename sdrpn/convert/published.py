@@ -14,8 +14,10 @@ from typing import Any
 from torch import Size, Tensor
 
 from sdrpn.config import RPNConfig, ZoomConfig, published_labels
-from sdrpn.convert.checkpoint import CONFIG_FILE, Source, Weights, read_object
+from sdrpn.convert.checkpoint import CONFIG_FILE, Source, Weights
 from sdrpn.convert.weight_maps import rename, require, rpn_names
+from sdrpn.files import read_object
+from sdrpn.weights import MAX_LAYERS
 
 LLAVA_TYPES = ("llava", "llava_llama")
 """What original LLaVA calls itself in config.json, over the years."""
@@ -26,6 +28,9 @@ BASES = {
 }
 """By hidden size, the base model of a published RPN and its layers: a pruned checkpoint's own
 num_hidden_layers may count those that were kept."""
+
+LARGEST = 1 << 20
+"""More than any size in a config.json."""
 
 LLAVA15_IMAGE_TOKENS = 576
 """Of CLIP ViT-L/14 at 336 px, LLaVA-1.5's only vision tower."""
@@ -66,8 +71,8 @@ def read_config(values: Mapping[str, Any], source: Source) -> RPNConfig:
         ),
         rms_norm_eps=_need(values, "rms_norm_eps", float, source),
         image_tokens=image_tokens(values, source),
-        branch_layer=_number(values, "twig_K", source),
-        depth=_number(values, "twig_T", source),
+        branch_layer=_number(values, "twig_K", source, MAX_LAYERS),
+        depth=_number(values, "twig_T", source, MAX_LAYERS),
         multi_head=_need(values, "roi_multi_head", bool, source),
         base_model=base,
         zoom=ZoomConfig(threshold=0.15, policy="mask"),
@@ -134,8 +139,8 @@ def _need(values: Mapping[str, Any], key: str, kind: type, source: Source) -> An
     return value
 
 
-def _number(values: Mapping[str, Any], key: str, source: Source) -> int:
+def _number(values: Mapping[str, Any], key: str, source: Source, most: int = LARGEST) -> int:
     value = _need(values, key, int, source)
-    if value < 1:
-        raise ValueError(f"{source.name}: {key} in {CONFIG_FILE} must be 1 or more, got {value}")
+    if not 1 <= value <= most:
+        raise ValueError(f"{source.name}: {key} in {CONFIG_FILE} must be 1 to {most}, got {value}")
     return value

@@ -11,8 +11,10 @@ from typing import Any
 
 from transformers import AddedToken, AutoTokenizer, LlamaConfig, LlamaTokenizer
 
-from sdrpn.convert.checkpoint import Source, read_object
+from sdrpn.convert.checkpoint import Source
+from sdrpn.files import read_object
 from sdrpn.llava import IMAGE_TOKEN
+from sdrpn.weights import broken_files_named
 
 PAD_TOKEN = "<pad>"
 FILES = ("tokenizer.json", "tokenizer.model")
@@ -35,7 +37,10 @@ def read_tokenizer(folder: Source, base: str | None = None) -> Any:
     else:
         # Its own config.json is of a kind that transformers does not know.
         source.find("tokenizer_config.json")
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, config=LlamaConfig(), legacy=True)
+        with broken_files_named(source.name):
+            tokenizer = AutoTokenizer.from_pretrained(
+                path.parent, config=LlamaConfig(), legacy=True, trust_remote_code=False
+            )
     if isinstance(tokenizer, LlamaTokenizer):
         # Saved with it: transformers keeps only what from_pretrained was given.
         tokenizer.init_kwargs["legacy"] = True

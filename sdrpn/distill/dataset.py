@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +10,12 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
 from PIL import Image
-from pyarrow import parquet
+from pyarrow import ArrowException, Table, compute, parquet
 
-from sdrpn.distill.claim import read_json, write_json
+from sdrpn.config import LabelConfig
+from sdrpn.distill.claim import ANEW
+from sdrpn.distill.pseudo_labels import BACKGROUND, FOREGROUND, IGNORED
+from sdrpn.files import read_object, whole, write_json
 from sdrpn.images import inside, load_image
 
 FEATURES = Features(
@@ -35,6 +37,12 @@ maps [T], kept so that labels can be made anew. labels: [T] of 1, 0, -100. foreg
 how many of each. reason: why a sample gave no label, null where it gave one."""
 
 SETTINGS_FILE = "settings.json"
+NEEDED = {"shards": int, "image_tokens": int, "labels": dict}
+"""What every folder's settings say, and its kind."""
+
+MAX_SHARDS = 99_999
+"""As many as the names of shards have room for."""
+
 SUMMARY_FILE = "summary.json"
 IMAGES_FOLDER = "images"
 """Where images lie that came inside a data set."""
@@ -45,11 +53,10 @@ def shard_path(folder: Path, shard: int, shards: int) -> Path:
 
 
 def write_shard(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write a shard under another name first, so that a file of this name is always whole."""
-    part = path.with_suffix(f".part{os.getpid()}")
+    """Write a shard so that a file of this name is always whole, with checksums."""
     table: Any = Dataset.from_list(rows, features=FEATURES).with_format("arrow")[:]
-    parquet.write_table(table, part, compression="zstd")
-    os.replace(part, path)
+    with whole(path) as part:
+        parquet.write_table(table, part, compression="zstd", write_page_checksum=True)
 
 
 def label_row(
@@ -92,13 +99,34 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise ValueError(f"{folder} holds no {SETTINGS_FILE}: it is not a folder of labels")
-    return read_json(path)
+    settings = read_object(path, ANEW)
+    for name, kind in NEEDED.items():
+        if type(settings.get(name)) is not kind:
+            raise ValueError(
+                f"{path}: {name} must be {kind.__name__}, got {settings.get(name)!r:.80}"
+            )
+    if not 1 <= settings["shards"] <= MAX_SHARDS or settings["image_tokens"] < 1:
+        raise ValueError(
+            f"{path}: shards must be 1 to {MAX_SHARDS} and image_tokens 1 or more, got "
+            f"{settings['shards']!r:.80} and {settings['image_tokens']!r:.80}"
+        )
+    if not isinstance(settings.get("images"), str | None):
+        raise ValueError(f"{path}: images must be a folder or null")
+    return settings
+
+
+def read_label_config(folder: Path) -> LabelConfig:
+    """How a folder's labels were made. Raises ValueError that names its settings."""
+    try:
+        return LabelConfig.from_dict(read_settings(folder)["labels"])
+    except ValueError as error:
+        raise ValueError(f"{folder / SETTINGS_FILE}: labels: {error}") from None
 
 
 def shards_of(folder: Path) -> list[Path]:
     """The shards of a finished folder, in order; ValueError says how many are missing."""
-    settings = read_settings(folder)
-    paths = [shard_path(folder, k, settings["shards"]) for k in range(settings["shards"])]
+    shards = read_settings(folder)["shards"]
+    paths = [shard_path(folder, k, shards) for k in range(shards)]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise ValueError(
@@ -113,18 +141,44 @@ def load_labels(folder: Path | str) -> Dataset:
 
     Raises ValueError that names the folder or shard.
     """
-    return concatenate_datasets([read_shard(path) for path in shards_of(Path(folder))])
+    tokens = read_settings(Path(folder))["image_tokens"]
+    return concatenate_datasets([read_shard(path, tokens) for path in shards_of(Path(folder))])
 
 
-def read_shard(path: Path) -> Dataset:
-    """The rows of one shard. Raises ValueError that names it where it is broken."""
+def read_shard(path: Path, tokens: int) -> Dataset:
+    """The rows of one shard, checked: its checksums, its columns, maps and labels of `tokens`.
+
+    Raises ValueError that names it where it is broken.
+    """
     try:
-        table = parquet.read_table(path).cast(FEATURES.arrow_schema)
-    except (OSError, ValueError) as error:  # pyarrow's errors are both
+        table = parquet.read_table(path, page_checksum_verification=True)
+        table = table.cast(FEATURES.arrow_schema)
+        _check_rows(table, tokens)
+    except (OSError, ValueError, ArrowException) as error:
         raise ValueError(
             f"{path} cannot be read ({error}); delete it and run `sdrpn label` again"
         ) from error
     return Dataset(table)
+
+
+def _check_rows(table: Table, tokens: int) -> None:
+    """Raise ValueError for what no labelling writes, and training would fail on half-way."""
+    of: Any = compute
+    for name in table.column_names:
+        if name != "reason" and table[name].null_count:
+            raise ValueError(f"{name} has rows without a value")
+    for name in ("grounding", "sink", "labels"):
+        lengths = set(of.unique(of.list_value_length(table[name])).to_pylist())
+        if not lengths <= {0, tokens}:
+            raise ValueError(
+                f"{name} has rows of {max(lengths - {0, tokens})} values, not {tokens}"
+            )
+    bare = of.equal(of.list_value_length(table["labels"]), 0)
+    if of.any(of.and_(of.is_null(table["reason"]), bare)).as_py():
+        raise ValueError("a row has neither labels nor a reason why there are none")
+    values = of.unique(of.list_flatten(table["labels"])).to_pylist()
+    if not {FOREGROUND, BACKGROUND, IGNORED}.issuperset(values):
+        raise ValueError(f"labels has other values than 1, 0 and -100: {values[:5]}")
 
 
 def image_root(folder: Path | str, images: Path | str | None = None) -> Path:
@@ -137,11 +191,21 @@ def image_root(folder: Path | str, images: Path | str | None = None) -> Path:
 
 
 class LabelledImages:
-    """Rows for training: `image` (decoded), `question`, `labels`; only those with a label."""
+    """Rows for training: `image` (decoded), `question`, `labels`; only those with a label.
+
+    Raises ValueError where images are not there any more: not in the middle of the training.
+    """
 
     def __init__(self, rows: Dataset, root: Path) -> None:
         keep = [i for i, reason in enumerate(rows["reason"]) if reason is None]
         self.rows, self.root = rows.select(keep), root
+        names = set(self.rows["image"])
+        missing = sorted(name for name in names if not inside(root, name).is_file())
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(names)} images are not in {root} ({missing[0]}, ...): say "
+                "with --images where they are now"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)

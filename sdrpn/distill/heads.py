@@ -7,7 +7,6 @@ the pictures choose, the other half say how good the choice is.
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +31,7 @@ from sdrpn.distill.scores import (
     ranked,
     score_maps,
 )
+from sdrpn.files import read_object, write_json
 from sdrpn.zoom import ZoomLlava
 
 CANDIDATES = 16
@@ -241,9 +241,9 @@ def save_findings(findings: Findings, out: Path | str) -> Path:
     """Write heads.json (a LabelConfig), report.json and heads.png into a folder; returns it."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "heads.json").write_text(json.dumps(asdict(findings.labels), indent=1) + "\n")
-    (out / "report.json").write_text(json.dumps(findings.report(), indent=1) + "\n")
     heat_map(findings).savefig(out / "heads.png")
+    write_json(out / "report.json", findings.report())
+    write_json(out / "heads.json", asdict(findings.labels))
     return out
 
 
@@ -259,10 +259,8 @@ def load_label_config(path: Path | str) -> LabelConfig:
         hint = "make one with `sdrpn heads --model MODEL --out DIR`"
         raise FileNotFoundError(f"there is no head list at {path}; {hint}")
     try:
-        config = LabelConfig.from_dict(json.loads(path.read_text()))
-    except KeyError as error:
-        raise ValueError(f"{path} is no head list: {error} is missing") from None
-    except (ValueError, TypeError, AttributeError) as error:
+        config = LabelConfig.from_dict(read_object(path))
+    except ValueError as error:
         raise ValueError(f"{path} is no head list: {error}") from None
     read = (*config.grounding, *config.sink)
     if not config.grounding or not config.sink or not all(o.heads is None or o.heads for o in read):

@@ -7,6 +7,7 @@ complete, so nothing finished is lost or done twice.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from PIL import Image
+from pyarrow import ArrowException, parquet
 from tqdm import tqdm
 
 from sdrpn.ahead import ahead
@@ -32,18 +34,20 @@ from sdrpn.distill.dataset import (
     shard_path,
     shards_of,
     summarise,
-    write_settings,
     write_shard,
 )
 from sdrpn.distill.label import EMPTY_RESPONSE, label_batch
 from sdrpn.distill.pseudo_labels import judge
 from sdrpn.distill.questions import Item
 from sdrpn.draw import Card, sheet
+from sdrpn.files import remove_parts, whole
 from sdrpn.images import BadImage, inside, load_image
 from sdrpn.prefix import image_key
 from sdrpn.proposers import known_labels
 from sdrpn.region import View
 from sdrpn.zoom import Question, ZoomLlava
+
+logger = logging.getLogger(__name__)
 
 MAX_BAD_SHARE = 0.05
 """More unreadable images than this are an error at the end: the image folder is likely wrong."""
@@ -95,7 +99,7 @@ class LabelJob:
         if self.state.is_main_process:
             self._claim()
         self.state.wait_for_everyone()
-        missing = [k for k in range(self.shards) if not self._path(k).exists()]
+        missing = [k for k in range(self.shards) if not self._is_whole(k)]
         # Nobody writes a shard before everybody has seen which are missing.
         self.state.wait_for_everyone()
         own = missing[self.state.process_index :: self.state.num_processes]
@@ -110,14 +114,28 @@ class LabelJob:
     def _path(self, shard: int) -> Path:
         return shard_path(self.out, shard, self.shards)
 
+    def _is_whole(self, shard: int) -> bool:
+        """Whether a shard is there with all its rows; says of one that is damaged that it is."""
+        path = self._path(shard)
+        if not path.exists():
+            return False
+        try:
+            if parquet.read_metadata(path).num_rows == len(self._items(shard)):
+                return True
+        except (OSError, ArrowException):
+            pass
+        if self.state.is_main_process:
+            logger.warning("%s is damaged and is made anew", path)
+        return False
+
     def _items(self, shard: int) -> Sequence[Item]:
         return self.items[shard * self.shard_size : (shard + 1) * self.shard_size]
 
     def _claim(self) -> None:
         """Note the settings; refuse a folder that was begun with others."""
         self.out.mkdir(parents=True, exist_ok=True)
-        for part in self.out.glob("*.part*"):  # of a run that was killed while writing
-            part.unlink()
+        remove_parts(self.out)
+        remove_parts(self.out / IMAGES_FOLDER)
         claim(self.out / SETTINGS_FILE, self.settings)
 
     def _label(self, items: Sequence[Item], progress: tqdm) -> Iterator[dict[str, Any]]:
@@ -145,9 +163,8 @@ class LabelJob:
         path = self.out / IMAGES_FOLDER / file
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            part = path.with_suffix(f".part{self.state.process_index}-{name.replace('/', '_')}")
-            image.save(part, "PNG")
-            part.replace(path)
+            with whole(path) as part:
+                image.save(part, "PNG")
         return file, image
 
     def _rows(
@@ -183,18 +200,21 @@ def relabel(source: Path, out: Path, config: LabelConfig) -> None:
     """Make labels anew from the maps that were kept, with other thresholds; no model is needed.
 
     source: a finished folder of labels. out: another folder; its settings say where the labels
-    came from. Rows that had no map keep their reason.
+    came from. Rows that had no map keep their reason. Raises ValueError where `out` holds labels
+    made otherwise: stopped half-way, two kinds would stand side by side.
     """
     if out.resolve() == source.resolve():
         raise ValueError(f"{out} is where the labels come from; relabel into another folder")
     settings = read_settings(source)
+    shards, tokens = shards_of(source), settings["image_tokens"]
     root = image_root(source).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    for path in tqdm(shards_of(source), desc="Relabelling", unit="shard"):
-        rows: Any = read_shard(path)
-        write_shard([_judge_anew(row, config) for row in rows], out / path.name)
     made = {"labels": asdict(config), "images": str(root), "relabelled_from": str(source.resolve())}
-    write_settings(out, settings | made)
+    out.mkdir(parents=True, exist_ok=True)
+    remove_parts(out)
+    claim(out / SETTINGS_FILE, settings | made)
+    for path in tqdm(shards, desc="Relabelling", unit="shard"):
+        rows: Any = read_shard(path, tokens)
+        write_shard([_judge_anew(row, config) for row in rows], out / path.name)
 
 
 def _judge_anew(row: dict[str, Any], config: LabelConfig) -> dict[str, Any]:

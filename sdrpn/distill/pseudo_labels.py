@@ -7,9 +7,11 @@ from scipy import ndimage
 
 from sdrpn.config import LabelConfig
 
+FOREGROUND, BACKGROUND = 1, 0
 IGNORED = -100
 """Label of tokens that do not train the RPN; torch's and transformers' usual value."""
 
+NOT_FINITE = "attention that is not finite"
 NO_ATTENTION = "no attention left without the sinks"
 TOO_LARGE = "foreground over too much of the image"
 SEVERAL_PLACES = "foreground at several places"
@@ -36,12 +38,15 @@ def judge(
 ) -> tuple[np.ndarray, str | None]:
     """The labels, and why there are none where there are none.
 
-    All tokens are ignored when the map is empty once its sinks are gone, when the foreground's
-    bounding box holds `max_box_fraction` of the grid or more, or when it has more than
-    `max_components` components. Raises ValueError for maps that are no square grid.
+    All tokens are ignored when a map holds a NaN or an infinity, when it is empty once its sinks
+    are gone, when the foreground's bounding box holds `max_box_fraction` of the grid or more, or
+    when it has more than `max_components` components. Raises ValueError for maps that are no square
+    grid.
     """
     side = _side(grounding, sink)
     nothing = np.full(len(grounding), IGNORED, dtype=np.int8)
+    if not (np.isfinite(grounding).all() and np.isfinite(sink).all()):
+        return nothing, NOT_FINITE
     attention = remove_sinks(grounding, sink, config.sink_threshold)
     peak = attention.max()
     if not peak > 0:
@@ -58,8 +63,8 @@ def judge(
     outside = np.ones((side, side), dtype=bool)
     outside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = False
     labels = nothing.copy()
-    labels[outside.ravel() & (attention < config.background * peak)] = 0
-    labels[foreground] = 1
+    labels[outside.ravel() & (attention < config.background * peak)] = BACKGROUND
+    labels[foreground] = FOREGROUND
     return labels, None
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,18 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets import Image as ImageColumn
+from datasets import config as datasets_config
+from huggingface_hub.constants import HF_HUB_CACHE
 
+from sdrpn.files import parse_json
+from sdrpn.images import BadImage, inside
 from sdrpn.llava import IMAGE_TOKEN
+
+MAX_LINE = 16 << 20
+"""Bytes of the longest line that is read of a file of JSON lines."""
+
+HUB_FOLDERS = (Path(datasets_config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
+"""Where the image files of a data set from the hub lie."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +90,8 @@ def _read(data: str) -> Iterator[Item]:
 def _conversations(path: Path) -> Iterator[Item]:
     """LLaVA's instruction data: [{"id", "image", "conversations": [{"from", "value"}, ...]}]."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        entries = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(entries, list):
         raise ValueError(
@@ -94,7 +104,7 @@ def _conversations(path: Path) -> Iterator[Item]:
         try:
             turns = entry["conversations"]
             words = next(turn["value"] for turn in turns if turn["from"] == "human")
-            yield Item(str(entry.get("id", number)), _text(image), _clean(words))
+            yield Item(_text(str(entry.get("id", number))), _text(image), _clean(words))
         except (KeyError, TypeError, StopIteration, AttributeError, ValueError):
             raise ValueError(
                 f"{path}, entry {number}: expected LLaVA's "
@@ -103,18 +113,21 @@ def _conversations(path: Path) -> Iterator[Item]:
 
 
 def _lines(path: Path) -> Iterator[Item]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
+            if len(line) > MAX_LINE:
+                raise ValueError(f"{path}, line {number}: it has more than {MAX_LINE:,} bytes")
             if not line.strip():
                 continue
             try:
-                entry = json.loads(line)
+                entry = parse_json(line.decode("utf-8"))
                 words = entry["question"] if "question" in entry else entry["text"]
                 name = entry.get("id", entry.get("question_id", number))
-                yield Item(str(name), _text(entry["image"]), _clean(words))
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError):
+                yield Item(_text(str(name)), _text(entry["image"]), _clean(words))
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                told = f" ({error})" if isinstance(error, UnicodeError) else ""
                 raise ValueError(
-                    f'{path}, line {number}: expected {{"image": ..., "question": ...}}'
+                    f'{path}, line {number}: expected {{"image": ..., "question": ...}}{told}'
                 ) from None
 
 
@@ -130,26 +143,40 @@ def _columns(data: str, path: Path) -> Iterator[Item]:
         rows = rows.cast_column("image", ImageColumn(decode=False))
     names = [n for n in ("id", "question_id") if n in rows.column_names]
     light = rows.select_columns(["question", *names[:1], *([] if embedded else ["image"])])
+    roots = (path if path.is_dir() else path.parent,) if path.exists() else HUB_FOLDERS
     row: Any
     for number, row in enumerate(light):
-        name = str(row[names[0]]) if names else str(number)
-        if embedded:
-            yield Item(name, "", _clean(row["question"]), _Content(rows, number))
-        else:
-            yield Item(name, _text(row["image"]), _clean(row["question"]))
+        try:
+            name = _text(str(row[names[0]])) if names else str(number)
+            if embedded:
+                yield Item(name, "", _clean(row["question"]), _Content(rows, number, roots))
+            else:
+                yield Item(name, _text(row["image"]), _clean(row["question"]))
+        except ValueError as error:
+            raise ValueError(f"{data}, row {number}: {error}") from None
 
 
 @dataclass(frozen=True)
 class _Content:
-    """The bytes of one row's image file, read when they are needed."""
+    """The bytes of one row's image file, read when they are needed.
+
+    roots: folders one of which must hold the file, where the data set has only its path.
+    """
 
     rows: Dataset
     number: int
+    roots: tuple[Path, ...]
 
     def __call__(self) -> bytes:
         row: Any = self.rows[self.number]
-        image: Mapping[str, Any] = row["image"]
-        return image["bytes"] or Path(image["path"]).read_bytes()
+        image: Mapping[str, Any] = row["image"] or {}
+        if image.get("bytes"):
+            return image["bytes"]
+        name = str(image.get("path") or "")
+        for root in self.roots if name else ():
+            with suppress(BadImage, OSError):
+                return inside(root, name).read_bytes()
+        raise BadImage("missing", f"{name or 'an image without a path'}, row {self.number}")
 
 
 def _load(data: str, path: Path) -> Dataset:
@@ -173,7 +200,8 @@ def _load(data: str, path: Path) -> Dataset:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise ValueError("expected text")
+        raise ValueError(f"expected text, got {value!r:.80}")
+    value.encode()  # half of a surrogate pair, which JSON can spell, is no text
     return value
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import re
+import shutil
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
@@ -19,11 +23,13 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
+from sdrpn.convert.checkpoint import read_all, reason, tensor_names
 from sdrpn.distill.metrics import MapMetrics
 from sdrpn.distill.pseudo_labels import IGNORED
 from sdrpn.layers import run_layers
 from sdrpn.llava import Llava
 from sdrpn.rpn import RPN
+from sdrpn.weights import check_finite
 
 GLOBAL_BATCH = 512
 """Questions a step, over all processes (METHOD section 5)."""
@@ -182,6 +188,27 @@ def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+class SafeTrainer(Trainer):
+    """transformers' Trainer, which saves no broken weights and says what keeps it from saving."""
+
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        step, model = self.state.global_step, self.model
+        assert model is not None
+        mend = "the training went wrong: use a lower --learning_rate and another --out"
+        check_finite(model.named_parameters(), f"step {step}", mend)
+        try:
+            super()._save_checkpoint(*arguments, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:  # one each of who writes there
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"{folder} cannot be written ({reason(error)}): make room there, and the same "
+                "command goes on from the checkpoint before it"
+            ) from error
+
+
 def train(
     llava: Llava,
     rpn: RPN,
@@ -197,7 +224,7 @@ def train(
     pseudo-labels. Goes on from the last whole checkpoint in `arguments.output_dir`, with the same
     curve as without the interruption.
     """
-    trainer = Trainer(
+    trainer = SafeTrainer(
         model=RPNForTraining(llava, rpn),
         args=arguments,
         train_dataset=RPNSamples(rows, llava),
@@ -205,7 +232,11 @@ def train(
         compute_metrics=MapMetrics() if held_out is not None else None,
         data_collator=collate,
     )
-    last = last_checkpoint(Path(str(arguments.output_dir)))
+    last, broken = last_checkpoint(Path(str(arguments.output_dir)))
+    for folder in broken:
+        tell(f"{folder} is not whole, and is made anew")
+        if arguments.process_index == 0:  # what is written there must not mix with what was
+            shutil.rmtree(folder, ignore_errors=True)
     seconds = None
     if last is not None and _is_finished(last):
         # Asked to go on from its last step, the Trainer would add one.
@@ -214,7 +245,10 @@ def train(
     else:
         if last is not None:
             tell(f"going on from {last}")
-        result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+        try:
+            result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except UnpicklingError as error:  # of a state that is damaged, or asks for code
+            raise ValueError(f"{last} cannot be read ({reason(error)}); delete it") from error
         seconds = round(result.metrics["train_runtime"], 1)
     measured = trainer.evaluate() if held_out is not None else {}
     state = trainer.accelerator.get_state_dict(trainer.model)
@@ -236,7 +270,7 @@ def _load_end(trainer: Trainer, checkpoint: Path) -> None:
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     weights = Path(best or checkpoint) / "model.safetensors"
     model: Any = trainer.model
-    model.load_state_dict(load_file(weights if weights.exists() else checkpoint / weights.name))
+    model.load_state_dict(read_all(weights if weights.exists() else checkpoint / weights.name))
 
 
 def _facts(trainer: Trainer, samples: int, seconds: float | None) -> dict[str, Any]:
@@ -264,17 +298,28 @@ def _held_out_facts(measured: Mapping[str, float], held_out: Any) -> dict[str, A
     }
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder; one that was cut off while written is passed by."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
-    whole = [path for path in whole if _is_whole(path)]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+def last_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
+    """(the newest whole checkpoint in a folder, those after it that were cut off or damaged)."""
+    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("*")}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    broken = []
+    for path in sorted(steps, key=lambda path: steps[path], reverse=True):
+        if _is_whole(path):
+            return path, broken
+        broken.append(path)
+    return None, broken
 
 
 def _is_whole(folder: Path) -> bool:
+    """Whether the state, written last, is there, and no file beside it was cut."""
     try:
         TrainerState.load_from_json(str(folder / STATE_FILE))
-    except (ValueError, TypeError):
+        for path in folder.iterdir():
+            if path.suffix == ".safetensors":
+                tensor_names(path)
+            elif path.suffix in (".bin", ".pt", ".pth") and not zipfile.is_zipfile(path):
+                return False
+    except (OSError, ValueError, TypeError):
         return False
     return True
 

@@ -1,0 +1,72 @@
+"""Files that are whole or not there, and JSON that others wrote, read with care."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+MAX_SETTINGS = 64 << 20
+"""Bytes of the largest settings file that is read; a checkpoint's index has about a tenth of one
+MB for each thousand tensors."""
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write a file under; it becomes `path` once it is whole, and goes where it fails.
+
+    A process that is killed leaves the part, for `remove_parts`. Raises OSError that names `path`
+    where the disk is full, or whatever else keeps it from being written.
+    """
+    part = path.with_name(f"{path.name}.part{os.getpid()}-{threading.get_ident()}")
+    try:
+        yield part
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:  # safetensors' own, for a full disk too
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a killed process left in a folder of files written by `whole`."""
+    for part in folder.glob("*.part*"):
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write an object so that a file of this name is always whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as part:
+        part.write_text(json.dumps(dict(values), indent=2) + "\n", encoding="utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """json.loads, which raises ValueError for text that is nested too deeply, too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_object(path: Path, mend: str = "") -> dict[str, Any]:
+    """A JSON object from a settings file, such as a config.json.
+
+    mend: what to do about a file that is none. Raises ValueError that names the file.
+    """
+    size = path.stat().st_size
+    if size > MAX_SETTINGS:
+        raise ValueError(f"{path} has {size:,} bytes, more than any settings file{mend}")
+    try:
+        values = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}{mend}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}{mend}")
+    return values

@@ -1,0 +1,114 @@
+"""Weights that are there, whole, and numbers; or one sentence that says which are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdrpn.convert.checkpoint import reason, tensor_names
+
+MAX_LAYERS = 1000
+"""More layers than any model of this kind has; a config.json that asks for more is refused before
+anything is built."""
+
+PARAMETERS_A_BYTE = 2
+"""Of weights in 4 bits, the fewest that are read."""
+
+
+def check_finite(
+    tensors: Iterable[tuple[str, Tensor]],
+    where: str,
+    mend: str = "the file is damaged, or its training went wrong: get these weights anew",
+) -> None:
+    """Raise ValueError that names the first tensor with a NaN or an infinity.
+
+    One pass over the weights at the memory's speed; what holds no floats, or is not in memory
+    (offloaded), is passed over. where: the model or file, for the message.
+    """
+    for name, tensor in tensors:
+        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        values = tensor.detach()
+        if values.element_size() == 1:  # of 8-bit floats torch knows no maximum
+            values = values.float()
+        # NaN goes through both; isfinite() would write a mask as large as the weights.
+        if not all(torch.isfinite(edge) for edge in torch.aminmax(values)):
+            raise ValueError(f"{where}: {name} holds values that are not finite; {mend}")
+
+
+def check_complete(found: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for weights that transformers would make up: missing, or of another shape.
+
+    found: what from_pretrained tells with output_loading_info.
+    """
+    for name, *shapes in sorted(found["mismatched_keys"]):
+        held, asked = (list(shape) for shape in shapes)
+        raise ValueError(
+            f"{where}: {name} has the shape {held}, but its config.json asks for {asked}"
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise ValueError(f"{where} lacks {missing[0]}{more}: a file is missing or incomplete")
+
+
+def check_layers(config: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for a config.json that asks for more layers than could be meant."""
+    for part in ("text_config", "vision_config"):
+        values = config.get(part) or {}
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"{where}: {part} of config.json must be an object, got {values!r:.80}"
+            )
+        count = values.get("num_hidden_layers", 0)
+        if type(count) is not int or not 0 <= count <= MAX_LAYERS:
+            raise ValueError(
+                f"{where}: num_hidden_layers in {part} of config.json must be a number up to "
+                f"{MAX_LAYERS}, got {count!r:.80}"
+            )
+
+
+def check_size(parameters: int, model: str) -> None:
+    """Raise ValueError where a folder's weights files cannot hold a model of so many parameters.
+
+    transformers would make up the rest, in memory. Of a hub id nothing is checked.
+    """
+    files = [*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")]
+    held = sum(path.stat().st_size for path in files)
+    if files and parameters > PARAMETERS_A_BYTE * held:
+        told = _broken_weights(Path(model)) or (
+            f"its config.json describes {parameters:,} parameters, more than its weights files of "
+            f"{held:,} bytes can hold: a file is missing, or config.json is another's"
+        )
+        raise ValueError(f"{model}: {told}")
+
+
+@contextmanager
+def broken_files_named(model: str) -> Iterator[None]:
+    """Turn what loading raises for files that make no sense into ValueError, named where possible.
+
+    OSError, which transformers raises where something is not there, passes, and so does what no
+    file is to blame for.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers raises many kinds
+        told = _broken_weights(Path(model)) or f"{type(error).__name__}: {reason(error)}"
+        raise ValueError(f"cannot load {model!r}: {told}") from error
+
+
+def _broken_weights(folder: Path) -> str | None:
+    """What is wrong with the first weights file that cannot be read; None where all can."""
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        try:
+            tensor_names(path)
+        except (OSError, ValueError) as error:
+            return str(error)
+    return None
