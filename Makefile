@@ -1,10 +1,13 @@
 # make demo: install and show the second look. make test: the suite. make check: all that CI runs.
+# make check-oldest: the suite on the oldest supported libraries. make dist: wheel and sdist.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.sdrpn-installed
+OLDEST := .venv-oldest
+OLDEST_INSTALLED := $(OLDEST)/.sdrpn-installed
 
-.PHONY: demo test check lint types tiny
+.PHONY: demo test check check-oldest lint types dist tiny
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sdrpn_eval.demo.run --out out/demo
@@ -14,6 +17,10 @@ test: $(INSTALLED)
 
 check: lint types test
 
+# Not part of check: its environment is one of its own, with another torch of several GB.
+check-oldest: $(OLDEST_INSTALLED)
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -21,13 +28,26 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/pyright
 
+# dist/: the sdist, and the wheel that is built from it.
+dist: $(INSTALLED)
+	rm -rf build dist
+	$(BIN)/python -m build
+
 # Trains the embedded model, its RPN and the benchmark anew, into out/tiny.
 tiny: $(INSTALLED)
 	$(BIN)/python -m sdrpn_eval.demo.build --out out/tiny
 
 $(INSTALLED): pyproject.toml
+	$(call install,$(VENV))
+
+$(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
+	$(call install,$(OLDEST),-c constraints-oldest.txt)
+
+# A new environment (1) with sdrpn in it, under constraints (2).
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "sdrpn needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -e ".[test]"
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install -q -e ".[test]" $(2)
 	touch $@
+endef

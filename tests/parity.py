@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
-from transformers import CLIPImageProcessor
+from transformers import AddedToken, CLIPImageProcessor
 
 from sdrpn.convert.base import read_base
 from sdrpn.llava import Llava
@@ -25,9 +25,17 @@ class IdTokenizer:
 
     eos_token_id = 2
     pad_token_id = 0
+    added_tokens_decoder: ClassVar = {IMAGE_TOKEN_ID: AddedToken("<image>")}
 
-    def __call__(self, prompt: str) -> dict[str, list[int]]:
-        return {"input_ids": [*HEAD_IDS, IMAGE_TOKEN_ID, *map(int, re.findall(r"\d+", prompt))]}
+    def __call__(self, prompt: str, **_: Any) -> dict[str, list[int]]:
+        words = re.sub(r"<image[^>]*>", "", prompt)
+        return {"input_ids": [*HEAD_IDS, IMAGE_TOKEN_ID, *map(int, re.findall(r"\d+", words))]}
+
+    def add_tokens(self, token: AddedToken) -> None:
+        """The mark of an image; `__call__` puts its id where it always is."""
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return IMAGE_TOKEN_ID
 
     def decode(self, ids: list[int], **_: Any) -> str:
         return " ".join(map(str, ids))

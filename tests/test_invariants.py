@@ -612,8 +612,9 @@ def test_mixtures_keep_their_order(
 
 
 def test_placeholders_in_a_question(llava: Llava, squares: list[Image.Image]) -> None:
-    """One image goes in front, as in LLaVA-1.5's training; several stay; a wrong number fails."""
+    """One image goes in front, as in LLaVA-1.5's training; several stay; others are text."""
     zoom = ZoomLlava(llava, proposer="none")
+    squares = squares[2:]  # on these the place of a placeholder changes the answer
 
     def say(text: str, count: int) -> str:
         question = Question(text, tuple(squares[:count]))
@@ -626,8 +627,8 @@ def test_placeholders_in_a_question(llava: Llava, squares: list[Image.Image]) ->
     assert say(between, 2) == plain_stock(llava, Question(between, tuple(squares[:2])))
     assert say(between, 2) != say(between.replace("<image> ", ""), 2)
     for count in (0, 1, 3):
-        with pytest.raises(ValueError, match=rf"names 2 <image>, but has {count} image"):
-            say("<image> red <image> ?", count)
+        letters = "¿ image ¿ red ¿ image ¿ ?"  # to the tokenizer, < is as unknown as ¿
+        assert say("<image> red <image> ?", count) == say(letters, count)
 
 
 def test_no_questions_no_answers(engine: ZoomLlava) -> None:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sdrpn.files import write_json
 from sdrpn_eval.demo import make_benchmark, score, train_rpn, train_tiny
 
 
@@ -23,7 +24,7 @@ def build(out: Path, seed: int) -> None:
     make_benchmark.write(make_benchmark.benchmark_rows(make_benchmark.IMAGES), benchmark)
     facts = train_rpn.distil(model, out / "distil", model / "rpn", seed=seed)
     result = measure(model, benchmark, facts)
-    (out / "tiny_vstar.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(out / "tiny_vstar.json", result)
     score.show(result)
 
 

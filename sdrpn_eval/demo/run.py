@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sdrpn.draw import Card, sheet
+from sdrpn.files import write_json
 from sdrpn.region import PixelBox, View
 from sdrpn_eval.demo import BENCHMARK
 from sdrpn_eval.demo.scenes import GRID, VIEW_SIDE
@@ -40,6 +41,7 @@ def evaluate(name: str, out: Path, batch_size: int, limit: int | None) -> float:
     """Run lmms-eval with one proposer into out/name; returns the seconds it took."""
     folder = out / name
     arguments = f"pretrained=tiny,proposer={PROPOSERS[name]},record={folder / 'record'}"
+    arguments += ",resume=false"  # what is timed is asked
     command = [sys.executable, "-m", "lmms_eval", "--model", "llava_sdrpn", "--tasks", TASK]
     command += ["--model_args", arguments, "--batch_size", str(batch_size)]
     command += ["--output_path", str(folder), "--log_samples"]
@@ -168,7 +170,7 @@ def demo(out: Path, *, batch_size: int = 32, limit: int | None = None) -> dict[s
     rows = load_dataset("parquet", data_files=str(BENCHMARK), split="train")
     scores = {name: read_scores(out / name) for name in PROPOSERS}
     summary = summarise(scores, rows, seconds)
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(out / "summary.json", summary)
     show(summary, console)
     console.print(f"contact sheet: {contact_sheet(out, rows)}", highlight=False)
     console.print(f"summary: {out / 'summary.json'}", highlight=False)

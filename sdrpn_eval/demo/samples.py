@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,8 +10,6 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from sdrpn_eval.demo import scenes as sc
 from sdrpn_eval.demo.tiny_model import answer_logits, encode, pixel_values, split_prompt
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,15 +47,6 @@ class Turns:
                 turns[i, j] = torch.tensor(suffix + response)
                 targets[i, j] = torch.tensor([*response, tokenizer.eos_token_id])
         return turns, targets
-
-
-def prefetched(make: Callable[[], T], count: int) -> Iterator[T]:
-    """Yield `count` results of `make`, made ahead in a thread."""
-    ready: queue.Queue = queue.Queue(maxsize=4)
-    thread = threading.Thread(target=lambda: [ready.put(make()) for _ in range(count)], daemon=True)
-    thread.start()
-    for _ in range(count):
-        yield ready.get()
 
 
 def vision_batch(

@@ -123,9 +123,10 @@ def zoomed_view(image: np.ndarray, box: PixelBox) -> np.ndarray:
     return np.asarray(crop.resize((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BILINEAR))
 
 
-def oracle_box(disc: Disc, side: int = 168) -> PixelBox:
-    """A square of `side` px centred on the disc, moved so that it lies inside the scene."""
-    x0, y0 = (round(min(max(c - side / 2, 0), SCENE_SIDE - side)) for c in disc.centre)
+def oracle_box(centre: tuple[float, float]) -> PixelBox:
+    """3 x 3 cells around a disc's centre, moved so that they lie inside the scene."""
+    side = 3 * CELL
+    x0, y0 = (round(min(max(c - side / 2, 0), SCENE_SIDE - side)) for c in centre)
     return x0, y0, x0 + side, y0 + side
 
 

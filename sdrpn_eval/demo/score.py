@@ -8,7 +8,6 @@ clustered by image, and paired differences to stock and to `attention` at its be
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,27 +21,17 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sdrpn import RPN, Answer, Question, ZoomLlava
+from sdrpn.files import write_json
 from sdrpn.llava import Llava
 from sdrpn.region import PixelBox
 from sdrpn_eval.demo import BENCHMARK, tiny_path
-from sdrpn_eval.demo.scenes import CELL, GRID, SCENE_SIDE
+from sdrpn_eval.demo.scenes import CELL, GRID, oracle_box
 from sdrpn_eval.stats import clustered
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 POLICIES = ("strongest", "mask", "bbox")
-ORACLE_SIDE = 168
 BATCH = 64
 GENERATION = {"max_new_tokens": 8}
-
-
-def oracle_box(row: Mapping[str, Any]) -> PixelBox:
-    """A square of 168 px (3 x 3 cells) around the true box, inside the image."""
-    x0, y0, x1, y1 = row["box"]
-    corner = [
-        min(max(round((low + high - ORACLE_SIDE) / 2), 0), SCENE_SIDE - ORACLE_SIDE)
-        for low, high in ((x0, x1), (y0, y1))
-    ]
-    return PixelBox(*corner, *(low + ORACLE_SIDE for low in corner))
 
 
 def random_box(rng: np.random.Generator) -> PixelBox:
@@ -134,7 +123,8 @@ def score(model: Path, benchmark: Path) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     scorer.run("stock")
     scorer.run("random 3 x 3 cells", boxes=[random_box(rng) for _ in rows])
-    scorer.run("oracle box, 168 px", boxes=[oracle_box(row) for row in rows])
+    middles = [((x0 + x1) / 2, (y0 + y1) / 2) for x0, y0, x1, y1 in (row["box"] for row in rows)]
+    scorer.run("oracle box, 168 px", boxes=[PixelBox(*oracle_box(middle)) for middle in middles])
     scorer.run("vicrop", "vicrop")
     for proposer in ("rpn", "attention"):
         for threshold in THRESHOLDS:
@@ -211,8 +201,7 @@ def main() -> None:
     result = score(args.model or tiny_path(), args.benchmark)
     show(result)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":

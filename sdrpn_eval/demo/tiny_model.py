@@ -22,12 +22,12 @@ from transformers import (
 )
 
 from sdrpn.config import VICUNA_SYSTEM_PROMPT
+from sdrpn.vicrop import NEUTRAL_QUESTION
 from sdrpn_eval.demo.scenes import COLOURS, PATTERNS, QUESTION, VIEW_SIDE
 
 PATCH = 14
 HIDDEN = 128
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
-NEUTRAL_PROMPT = "Write a general description of the image."
 
 
 def prompt_of(question: str) -> str:
@@ -40,7 +40,7 @@ def build_tokenizer() -> Any:
     splitter = pre_tokenizers.Whitespace()
     texts = [
         prompt_of(QUESTION.format(colour="")).replace("<image>", ""),
-        NEUTRAL_PROMPT,
+        NEUTRAL_QUESTION,
         " ".join(COLOURS),
         " ".join(PATTERNS),
         "? . ,",

@@ -9,7 +9,6 @@ and both. No box of a disc is ever shown to the model; boxes only steer what is 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -21,13 +20,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from sdrpn.ahead import ahead
+from sdrpn.files import write_json
 from sdrpn_eval.demo import scenes as sc
 from sdrpn_eval.demo.samples import (
     Batch,
     Turns,
     batch_logits,
     one_view_batch,
-    prefetched,
     two_view_batch,
     vision_batch,
 )
@@ -80,10 +80,10 @@ def train_vision(
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
     rates = schedule(optimizer, 50, steps)
     rng = np.random.default_rng((seed, VISION_POOL, 1))
-    batches = prefetched(lambda: vision_batch(pool, rng, batch_size), steps)
+    batches = ahead(range(steps), lambda _: vision_batch(pool, rng, batch_size))
     log: list[dict[str, float]] = []
     bar = tqdm(batches, "stage 0: vision", steps)
-    for step, (views, colours, patterns) in enumerate(bar):
+    for step, (views, colours, patterns) in bar:
         features = F.normalize(encode(model, pixel_values(views, processor)), dim=-1)
         bank = F.normalize(torch.cat([colour_words, ground]), dim=-1)
         colour_logits = heat.exp() * features @ bank.T
@@ -124,16 +124,15 @@ def train_language(
     rates = schedule(optimizer, 100, steps)
     rng = np.random.default_rng((seed, LANGUAGE_POOL, 1))
     full, zoomed = batch_size // 2, batch_size // 5
-    made = iter(range(steps))
 
-    def make() -> tuple[Batch, Batch]:
-        easy = next(made) < 100
+    def make(step: int) -> tuple[Batch, Batch]:
+        easy = step < 100
         both = two_view_batch(pool, rng, turns, batch_size - full - zoomed, easy)
         return one_view_batch(pool, rng, turns, full, zoomed, easy), both
 
     log: list[dict[str, float]] = []
-    bar = tqdm(prefetched(make, steps), "stage 1: language", steps)
-    for step, batches in enumerate(bar):
+    bar = tqdm(ahead(range(steps), make), "stage 1: language", steps)
+    for step, batches in bar:
         optimizer.zero_grad()
         count = sum(int((b.targets >= 0).sum()) for b in batches)
         total = 0.0
@@ -163,7 +162,9 @@ def evaluate(
         some = asked[start : start + 96]
         for kind in ("full", "oracle"):
             views = [
-                [s.view] if kind == "full" else [s.view, sc.zoomed_view(s.image, sc.oracle_box(d))]
+                [s.view]
+                if kind == "full"
+                else [s.view, sc.zoomed_view(s.image, sc.oracle_box(d.centre))]
                 for s, d in some
             ]
             keep = torch.ones(len(some), sc.GRID**2 * len(views[0]), dtype=torch.bool)
@@ -223,7 +224,7 @@ def train(
     )
     clock("language")
     save(model, processor, out)
-    (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(out / "training.json", facts)
     print(f"held out: {facts['language'][-1]}")
     print(f"saved to {out} after {time.monotonic() - start:.0f} s")
 
