@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import functools
+import importlib.util
 import io
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lmms_eval.tasks
@@ -17,7 +19,7 @@ from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sdrpn_eval.plugin import add_tasks
+from sdrpn_eval.plugin import add_tasks, tasks_folder
 
 TEXTVQA = Features(
     {
@@ -323,6 +325,16 @@ def write_all(folder: Path) -> None:
     write(pope_rows(4), folder / "pope")
     write(hrbench_rows(), folder / "hrbench4k", "hr_bench_4k.parquet")
     write(hrbench_rows(), folder / "hrbench8k", "hr_bench_8k.parquet")
+
+
+def task_utils(task: str) -> ModuleType:
+    """A task's utils.py, as lmms-eval loads it: from the file, outside any package."""
+    spec = importlib.util.spec_from_file_location("utils", tasks_folder() / task / "utils.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 PAPER = ("chartqa", "infovqa", "ocrbench", "pope", "hrbench")

@@ -148,8 +148,10 @@ def evaluate(out: Path, engine: Any, tasks: Sequence[str], index: Any = None, **
     """
     date = get_datetime_str()
     tracker = EvaluationTracker(output_path=str(out))
+    model = LlavaSdrpn(pretrained=engine, batch_size=3, record=out / "sdrpn_record")
+    model.clean = lambda: None  # seconds of garbage collection, for the memory of a large model
     results = simple_evaluate(
-        model=LlavaSdrpn(pretrained=engine, batch_size=3, record=out / "sdrpn_record"),
+        model=model,
         tasks=list(tasks),
         task_manager=index or manager(),
         bootstrap_iters=10,

@@ -12,9 +12,8 @@ import pytest
 from fake_engine import FakeEngine
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.utils import load_yaml_config, make_table
-from local_benchmarks import PAPER, manager, vstar_true_rows, write_all
+from local_benchmarks import PAPER, manager, task_utils, vstar_true_rows, write_all
 from run_folders import evaluate as evaluate_into
-from test_tasks import vstar
 
 from sdrpn_eval.fingerprints import scorer_fingerprint
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
@@ -24,6 +23,7 @@ from sdrpn_eval.report.runs import read_run
 from sdrpn_eval.tasks_info import PROTOCOLS, parts, threshold_of
 
 THEIRS = Path(lmms_eval.tasks.__file__).parent
+vstar = task_utils("vstar")
 VARIANTS = ["textvqa_val_ocr", "vstar_harness", "vstar_shuffled", "vstar_likelihood"]
 
 

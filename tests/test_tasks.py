@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +15,7 @@ from local_benchmarks import (
     docvqa_rows,
     hrbench_rows,
     manager,
+    task_utils,
     textvqa_rows,
     vstar_rows,
     vstar_true_rows,
@@ -24,22 +23,10 @@ from local_benchmarks import (
 )
 
 from sdrpn_eval import scoring, tasks_info
-from sdrpn_eval.plugin import tasks_folder
 
-
-def load(task: str) -> ModuleType:
-    """A task's utils.py, as lmms-eval loads it: from the file, outside any package."""
-    spec = importlib.util.spec_from_file_location("utils", tasks_folder() / task / "utils.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-vstar = load("vstar")
-hrbench = load("hrbench")
-tiny_vstar = load("tiny_vstar")
+vstar = task_utils("vstar")
+hrbench = task_utils("hrbench")
+tiny_vstar = task_utils("tiny_vstar")
 PINNED = ["B", "C", "A"]
 
 
