@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from sdrpn.config import LabelConfig
 from sdrpn.distill import labelling
 from sdrpn.distill.questions import read_items
 from sdrpn.zoom import ZoomLlava
+
+# A suite that was started in the background has SIGINT ignored, and so would its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LLAVA = make_llava()
 
