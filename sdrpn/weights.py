@@ -81,11 +81,12 @@ def check_size(parameters: int, model: str) -> None:
     files = [*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")]
     held = sum(path.stat().st_size for path in files)
     if files and parameters > PARAMETERS_A_BYTE * held:
-        told = _broken_weights(Path(model)) or (
-            f"its config.json describes {parameters:,} parameters, more than its weights files of "
-            f"{held:,} bytes can hold: a file is missing, or config.json is another's"
+        raise ValueError(
+            _broken_weights(Path(model))
+            or f"{model}: its config.json describes {parameters:,} parameters, more than its "
+            f"weights files of {held:,} bytes can hold: a file is missing, or config.json is "
+            "another's"
         )
-        raise ValueError(f"{model}: {told}")
 
 
 @contextmanager

@@ -374,7 +374,8 @@ def test_a_damaged_base_model_is_named(tmp_path: Path, kind: str, harm: str) -> 
     path.unlink() if harm == "gone" else path.write_bytes(
         b"" if harm == "empty" else content[: len(content) // 2]
     )
-    with pytest.raises((OSError, ValueError), match=r"cannot|bytes can hold") as error:
+    told = r"cannot|no file named|is not a file of tensors|lacks"
+    with pytest.raises((OSError, ValueError), match=told) as error:
         Llava.load(str(folder))
     assert str(folder) in str(error.value)
     if harm != "gone":

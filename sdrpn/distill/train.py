@@ -191,17 +191,24 @@ def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 class SafeTrainer(Trainer):
     """transformers' Trainer, which saves no broken weights and says what keeps it from saving."""
 
-    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
-        step, model = self.state.global_step, self.model
-        assert model is not None
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """As the Trainer's; raises ValueError for weights that are not finite."""
+        self._check()
+        return super().evaluate(*arguments, **options)
+
+    def _check(self) -> None:
         mend = "the training went wrong: use a lower --learning_rate and another --out"
-        check_finite(model.named_parameters(), f"step {step}", mend)
+        assert self.model is not None
+        check_finite(self.model.named_parameters(), f"step {self.state.global_step}", mend)
+
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        self._check()
         try:
             super()._save_checkpoint(*arguments, **options)
         except torch.OutOfMemoryError:
             raise
         except (OSError, RuntimeError, SafetensorError) as error:  # one each of who writes there
-            folder = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
                 f"{folder} cannot be written ({reason(error)}): make room there, and the same "
