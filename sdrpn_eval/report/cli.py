@@ -13,6 +13,7 @@ from sdrpn.cli.shared import console, errors_as_sentences, say
 from sdrpn_eval.report.ladder import ladder
 from sdrpn_eval.report.replay import replay
 from sdrpn_eval.report.score import score
+from sdrpn_eval.threshold_curve import curve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -226,3 +227,4 @@ def _common(runs: list) -> list[str]:
 app.command()(score)
 app.command()(replay)
 app.command()(ladder)
+app.command()(curve)

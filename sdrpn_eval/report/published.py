@@ -74,6 +74,11 @@ COLUMN_OF: Mapping[tuple[str, str], str] = {
     ("pope", "pope_accuracy"): "pope_accuracy",
     ("hrbench4k", "average"): "hrbench4k",
     ("hrbench8k", "average"): "hrbench8k",
+    ("hrbench4k_offline", "average"): "hrbench4k",
+    ("hrbench8k_offline", "average"): "hrbench8k",
+    ("vstar_harness", "vstar_overall_acc"): "vstar_overall",
+    ("vstar_harness", "vstar_direct_attributes_acc"): "vstar_attribute",
+    ("vstar_harness", "vstar_relative_position_acc"): "vstar_spatial",
 }
 """(task, metric) -> column: whole data sets only, a subset is another benchmark."""
 
