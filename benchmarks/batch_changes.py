@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from systems import stock
 from tqdm import tqdm
 
 from sdrpn import RPN, Question, ZoomLlava
-from sdrpn.answer import generate_plain
 from sdrpn.llava import Llava
 from sdrpn_eval.demo import tiny_path
 from sdrpn_eval.demo.score import GENERATION, is_right
@@ -33,12 +33,8 @@ def _engine(engine: ZoomLlava) -> Ask:
 
 
 def _stock(llava: Llava) -> Ask:
-    def ask(batch: Sequence[Question]) -> list[str]:
-        prompts = [llava.tokenizer(llava.prompt(q.text))["input_ids"] for q in batch]
-        ids = generate_plain(llava, prompts, [q.images[0] for q in batch], GENERATION)
-        return [llava.tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
-
-    return ask
+    ask = stock(llava, GENERATION).run
+    return lambda batch: [said.text for said in ask(batch)]
 
 
 def systems(dtype: str) -> dict[str, Ask]:

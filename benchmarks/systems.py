@@ -114,7 +114,7 @@ def zooming_engine(llava: Llava, rpn: RPN, box: GridBox, preset: str) -> ZoomLla
     return force_region(ZoomLlava(llava, rpn, zoom=preset_zoom(preset)), box)
 
 
-def _stock(llava: Llava, generation: Mapping[str, Any]) -> System:
+def stock(llava: Llava, generation: Mapping[str, Any]) -> System:
     """transformers' own way: the whole prompt and the pixels of each row, padded on the left.
 
     At batch size 1 what lmms-eval's llava_hf does; `generate_plain` makes the inputs (the pixels
@@ -122,7 +122,7 @@ def _stock(llava: Llava, generation: Mapping[str, Any]) -> System:
     """
 
     def run(batch: Sequence[Question]) -> list[Said]:
-        prompts = [llava.tokenizer(llava.prompt(q.text))["input_ids"] for q in batch]
+        prompts = [llava.whole_ids(q.text) for q in batch]
         images = [q.images[0] for q in batch]
         return _said(llava, generate_plain(llava, prompts, images, generation), [0] * len(batch))
 
@@ -186,7 +186,7 @@ def all_systems(
     said = generation_of(new_tokens)
     rpn = rpn.attach(llava).eval().requires_grad_(False)
     return [
-        _stock(llava, said),
+        stock(llava, said),
         _engine_system(ZoomLlava(llava, proposer="none"), "none", None, said),
         _two_pass(llava, rpn, box, said),
         *[

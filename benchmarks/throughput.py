@@ -44,6 +44,7 @@ from workload import (
 )
 
 from sdrpn.config import published_labels
+from sdrpn.files import whole
 from sdrpn.llava import Llava
 from sdrpn.rpn import RPN
 from sdrpn.vicrop import NEUTRAL_QUESTION
@@ -136,9 +137,8 @@ def profile(llava: Llava, rpn: RPN, settings: Settings, rate: float) -> dict[str
 def _write(result: dict[str, Any], out: Path | None) -> None:
     if out is None:
         return
-    part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(out)
+    with whole(out) as part:
+        part.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def parser() -> argparse.ArgumentParser:

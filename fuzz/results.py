@@ -17,7 +17,7 @@ from harness import cut, harmed, holds, main, refused
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from run_folders import record_line, sample, write_record, write_run
+from run_folders import FACTS, record_line, sample, write_facts, write_record, write_run
 
 from sdrpn_eval.record import read_records
 from sdrpn_eval.report.baseline import make_baseline, read_baseline
@@ -29,24 +29,12 @@ from sdrpn_eval.report.runs import BadRun, Run, read_run
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-results-"))
 ROWS = [sample(i, "red" if i % 3 else "blue") for i in range(6)]
-FACTS = {
-    "run": "20260301T120001.000000Z",
-    "rank": 0,
-    "versions": {"torch": "2"},
-    "weights": {"rpn/rpn.safetensors": "ab"},
-    "arguments": {},
-    "device": {"type": "cpu"},
-    "seeds": [0],
-    "source": None,
-    "tasks": {"toy": {"data": "1", "prompts": "2", "scorer": "3"}},
-}
 
 
 def _whole(folder: Path) -> Path:
     write_run(folder, {"toy": ROWS})
     write_record(folder, [record_line(i, ROWS[i]["filtered_resps"]) for i in range(6)])
-    facts = folder / "sdrpn_record" / f"run_facts_{FACTS['run']}_rank0.json"
-    facts.write_text(json.dumps(FACTS))
+    write_facts(folder, "3")
     return folder
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
+from sdrpn.convert.checkpoint import reason
+
 KEPT_WHOLE = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 """Modules that 4-bit loading leaves as they are: small, and what the maps are made from."""
 
@@ -46,7 +48,7 @@ def with_adapter(model: Any, adapter: str, *, merge: bool = True) -> Any:
             adapted: Any = PeftModel.from_pretrained(model, adapter, torch_device=str(model.device))
     except Exception as error:  # PEFT raises many kinds for files that make no sense
         raise ValueError(
-            f"peft={adapter} cannot be put on the base model: {str(error).splitlines()[0][:300]}"
+            f"peft={adapter} cannot be put on the base model: {reason(error)[:300]}"
             "\nAdapters trained in the original LLaVA code: `sdrpn convert base FOLDER --base BASE "
             "--out NEW`, then pretrained=NEW."
         ) from error

@@ -194,7 +194,7 @@ class AnswerJob:
         lines, errors = [], []
         for asked, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, Answer):
-                lines.append(_line(asked, **described(outcome)))
+                lines.append(_line(asked, **outcome.described()))
                 continue
             errors.append(f"{asked}: {outcome}")
             if self.on_error == "empty":
@@ -218,22 +218,6 @@ class AnswerJob:
 def _line(asked: Asked, **said: Any) -> dict[str, Any]:
     entry = {"id": asked.id, "image": asked.image, "question": asked.question}
     return entry | said | {"given": dict(asked.given)}
-
-
-def described(answer: Answer) -> dict[str, Any]:
-    """The fields of a line that come from an answer; regions are (x0, y0, x1, y1) in pixels."""
-    return {
-        "answer": answer.text,
-        "regions": [[int(edge) for edge in box] for box in answer.regions],
-        "no_zoom": answer.reason,
-        "tokens": {
-            "image": answer.image_tokens,
-            "crop": answer.crop_tokens,
-            "question": answer.question_tokens,
-            "new": answer.new_tokens,
-        },
-        "seconds": round(answer.seconds, 4),
-    }
 
 
 def check_options(batch_size: int, max_new_tokens: int, on_error: str) -> None:

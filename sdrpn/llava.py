@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from sdrpn.adapters import four_bits, with_adapter
 from sdrpn.config import VICUNA_SYSTEM_PROMPT
+from sdrpn.convert.checkpoint import reason
 from sdrpn.images import as_shown, bounded
 from sdrpn.layers import Span, cache_argument, positions_of
 from sdrpn.prompt import PlainText
@@ -212,9 +213,7 @@ class Llava:
                     **source,
                 )
         except OSError as error:
-            raise WeightsUnavailable(
-                f"cannot load {pretrained!r}: {str(error).splitlines()[0]}"
-            ) from error
+            raise WeightsUnavailable(f"cannot load {pretrained!r}: {reason(error)}") from error
         model, found = loaded
         check_complete(found, str(pretrained))
         if peft is not None:

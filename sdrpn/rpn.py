@@ -281,9 +281,8 @@ class RPN(nn.Module, ModelHubMixin):
     @classmethod
     def _of(cls, config: RPNConfig, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
         """An RPN with these weights, frozen, in the widest of their types."""
-        if config.depth > len(
-            tensors
-        ):  # each layer has several; and no more are built than are held
+        # Each layer has several tensors; and no more layers are built than are held.
+        if config.depth > len(tensors):
             raise RuntimeError(f"{len(tensors)} tensors do not make {config.depth} layers")
         dtype = functools.reduce(torch.promote_types, {t.dtype for t in tensors.values()})
         with torch.device("meta"):

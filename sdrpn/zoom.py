@@ -82,6 +82,21 @@ class Answer:
     new_tokens: int
     seconds: float = 0.0
 
+    def described(self) -> dict[str, Any]:
+        """All but the map, as a line of JSON holds it; regions are (x0, y0, x1, y1) in pixels."""
+        return {
+            "answer": self.text,
+            "regions": [[int(edge) for edge in box] for box in self.regions],
+            "no_zoom": self.reason,
+            "tokens": {
+                "image": self.image_tokens,
+                "crop": self.crop_tokens,
+                "question": self.question_tokens,
+                "new": self.new_tokens,
+            },
+            "seconds": round(self.seconds, 4),
+        }
+
 
 @dataclass(frozen=True)
 class _Row:

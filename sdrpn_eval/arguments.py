@@ -115,6 +115,9 @@ class Argument:
     help: str
 
 
+WITHOUT_THRESHOLD = ("none", "box", "vicrop")
+"""Proposers whose map, if they draw one, is not cut at a threshold."""
+
 ARGUMENTS: Mapping[str, Argument] = {
     "pretrained": Argument(
         LLAVA_7B, _anything, "folder, hub id, `tiny` (embedded), or a model in memory"

@@ -23,7 +23,12 @@ from sdrpn.config import ZoomConfig
 from sdrpn.region import PixelBox
 from sdrpn.zoom import Question, ZoomLlava
 from sdrpn_eval import tasks_info
-from sdrpn_eval.arguments import checked, on_command_line, refuse_use_cache
+from sdrpn_eval.arguments import (
+    WITHOUT_THRESHOLD,
+    checked,
+    on_command_line,
+    refuse_use_cache,
+)
 from sdrpn_eval.asking import Asker, Outcome, is_out_of_memory
 from sdrpn_eval.journal import Journal
 from sdrpn_eval.kinds import Kind, Losses, Words, result
@@ -229,7 +234,7 @@ class LlavaSdrpn(lmms):
             )
 
     def _log_thresholds(self, tasks: list[str]) -> None:
-        if not tasks or self.arguments["proposer"] in ("none", "box", "vicrop"):
+        if not tasks or self.arguments["proposer"] in WITHOUT_THRESHOLD:
             return
 
         def origin(task: str) -> str:

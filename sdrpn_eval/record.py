@@ -89,19 +89,7 @@ def _is_cut_off(file: BinaryIO) -> bool:
 
 def describe_answer(answer: Answer) -> dict[str, Any]:
     """The fields of a line that come from an answer."""
-    return {
-        "answer": answer.text,
-        "regions": [[int(v) for v in box] for box in answer.regions],
-        "no_zoom": answer.reason,
-        **encode_map(answer.roi_map),
-        "tokens": {
-            "image": answer.image_tokens,
-            "crop": answer.crop_tokens,
-            "question": answer.question_tokens,
-            "new": answer.new_tokens,
-        },
-        "seconds": round(answer.seconds, 4),
-    }
+    return answer.described() | encode_map(answer.roi_map)
 
 
 def encode_map(roi_map: np.ndarray | None) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from lmms_eval.utils import load_yaml_config
 
+from sdrpn_eval.arguments import on_command_line
+
 DEFAULT_THRESHOLD = 0.15
 """For a task of no family below: the value published for most of them."""
 
@@ -92,12 +94,8 @@ def describe(scored: Mapping[str, bool]) -> str:
 
 def requested(argv: list[str]) -> list[str]:
     """The task names of `--tasks` on a command line; none where it has none."""
-    for i, word in enumerate(argv):
-        if word.startswith("--tasks="):
-            return word.removeprefix("--tasks=").split(",")
-        if word == "--tasks" and i + 1 < len(argv):
-            return argv[i + 1].split(",")
-    return []
+    named = on_command_line("--tasks", argv)
+    return [] if named is None else named.split(",")
 
 
 def scored_parts(names: Iterable[str], index: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:

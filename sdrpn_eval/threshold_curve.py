@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdrpn.cli.shared import errors_as_sentences, say
+from sdrpn_eval.arguments import ARGUMENTS, WITHOUT_THRESHOLD
 
 if TYPE_CHECKING:
     from sdrpn_eval.report.checks import Evidence
     from sdrpn_eval.report.scores import Document, Scores
 
-WITHOUT = ("none", "box", "vicrop")
-"""Proposers whose map has no threshold."""
 NO_MATTER = ("threshold", "record", "batch_size", "max_batch_size", "prefix_cache", "device")
 """Arguments that make no other series; the first is what a curve is over."""
 STOCK, PUBLISHED = "#8c8c8c", "published thresholds"
@@ -94,8 +93,6 @@ def curves(folders: Sequence[Path], tasks: Sequence[str] = (), seed: int = 0) ->
 
 def arguments(evidence: Evidence) -> Mapping[str, Any]:
     """As resolved where the run left its facts, else as given over the defaults."""
-    from sdrpn_eval.arguments import ARGUMENTS
-
     if evidence.run.model != "llava_sdrpn":
         return {"model": evidence.run.model, "proposer": "none"}
     defaults = {name: argument.default for name, argument in ARGUMENTS.items()}
@@ -142,7 +139,7 @@ def _curve(
     for one, name, column in zip(evidence, names, columns, strict=True):
         given = arguments(one)
         own = given.get("threshold")
-        has_one = given["proposer"] not in WITHOUT
+        has_one = given["proposer"] not in WITHOUT_THRESHOLD
         points.append(
             Point(
                 one.run.name,

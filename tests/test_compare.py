@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 from local_benchmarks import docvqa_rows, textvqa_rows, tiny_vstar_rows, vstar_rows, write
-from run_folders import evaluate, record_line, sample, write_record, write_run
+from run_folders import evaluate, record_line, sample, shade, write_facts, write_record, write_run
 from typer.testing import CliRunner
 
 from sdrpn.region import PixelBox
@@ -57,10 +57,6 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)  # tasks write their submission files to the working directory
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
     return folder
-
-
-def shade(question: Any) -> int:
-    return question.images[0].getpixel((0, 0))[0]
 
 
 def test_real_runs_of_five_tasks(data: Path, tmp_path: Path) -> None:
@@ -308,23 +304,6 @@ def test_documents_that_failed_are_told(tmp_path: Path) -> None:
     write_facts(folders[1], "aa", skipped={"toy": 1})
     said = "\n".join(text.cautions(compared(*folders)))
     assert "rpn: 1 document(s) of toy were skipped or answered without a second look" in said
-
-
-def write_facts(folder: Path, scorer: str, data: str = "1", **more: Any) -> None:
-    facts = {
-        "run": "20260301T120001.000000Z",
-        "rank": 0,
-        "versions": {"torch": "2"},
-        "weights": {"rpn/rpn.safetensors": "ab"},
-        "arguments": {},
-        "device": {"type": "cpu"},
-        "seeds": [0],
-        "source": None,
-        "tasks": {"toy": {"data": data, "prompts": "2", "scorer": scorer}},
-    } | more
-    (folder / "sdrpn_record").mkdir(exist_ok=True)
-    path = folder / "sdrpn_record" / f"run_facts_{facts['run']}_rank0.json"
-    path.write_text(json.dumps(facts))
 
 
 def test_addresses_in_the_settings_are_no_difference(tmp_path: Path) -> None:

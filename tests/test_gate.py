@@ -18,8 +18,7 @@ import torch
 import yaml
 from fake_engine import FakeEngine
 from local_benchmarks import tiny_vstar_rows, write
-from run_folders import evaluate, record_line, sample, write_record, write_run
-from test_compare import write_facts
+from run_folders import evaluate, record_line, sample, write_facts, write_record, write_run
 from typer.testing import CliRunner
 
 from sdrpn_eval.report.baseline import read_baseline

@@ -14,8 +14,7 @@ from asking_by_hand import ask, image, logged, model, rows, texts
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from fake_engine import FakeEngine
-from run_folders import record_line, sample, write_record, write_run
-from test_compare import write_facts
+from run_folders import record_line, sample, write_facts, write_record, write_run
 from test_gate import run_gate
 from typer.testing import CliRunner
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from local_benchmarks import manager
 from PIL import Image
-from run_folders import evaluate, sample, write_run
-from test_compare import write_facts
+from run_folders import evaluate, sample, write_facts, write_run
 from typer.testing import CliRunner
 
 from sdrpn_eval.report.answers import read_source

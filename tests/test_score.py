@@ -20,7 +20,7 @@ from local_benchmarks import (
     vstar_rows,
     write,
 )
-from run_folders import evaluate, sample, write_run
+from run_folders import evaluate, sample, shade, write_run
 from typer.testing import CliRunner
 
 from sdrpn_eval.report.answers import answers_of, read_source
@@ -42,10 +42,6 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)  # tasks write their submission files to the working directory
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
     return folder
-
-
-def shade(question: Any) -> int:
-    return question.images[0].getpixel((0, 0))[0]
 
 
 def some_right(question: Any) -> str:

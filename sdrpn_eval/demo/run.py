@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from sdrpn.region import PixelBox, View
 from sdrpn_eval.demo import BENCHMARK
 from sdrpn_eval.demo.scenes import GRID, VIEW_SIDE
 from sdrpn_eval.record import decode_map, read_records
+from sdrpn_eval.report.rungs import end_of, run_logged
 from sdrpn_eval.stats import Estimate, clustered
 
 TASK = "tiny_vstar"
@@ -48,15 +47,13 @@ def evaluate(name: str, out: Path, batch_size: int, limit: int | None) -> float:
     if limit:
         command += ["--limit", str(limit)]
     before = set(folder.glob(PATTERN))
-    started = time.perf_counter()
     log = folder / "log.txt"
-    folder.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+    _, seconds = run_logged(command, log)
     if not set(folder.glob(PATTERN)) - before:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise EvaluationFailed(f"lmms-eval wrote no results for {name}; {log} ends with:\n{tail}")
-    return time.perf_counter() - started
+        raise EvaluationFailed(
+            f"lmms-eval wrote no results for {name}; {log} ends with:\n{end_of(log)}"
+        )
+    return seconds
 
 
 def read_scores(folder: Path) -> dict[int, float]:

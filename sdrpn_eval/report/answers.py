@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,7 @@ def _answered(
     prompt, target = written[0].get("input"), str(written[0].get("target"))
     said = _as_said(written, task.config, source.config)
     if said is None and recorded:
-        return Answered(_recorded(recorded).given, prompt, target, _recorded(recorded).by_words)
+        return replace(_recorded(recorded), prompt=prompt, target=target)
     if said is None:
         raise BadRun(
             f"{source.place}: the samples of {task.name} hold what its filters left of the answers "

@@ -108,11 +108,17 @@ def _images(a: Record, b: Record, task: str) -> list[str]:
 
 
 def _data(a: Facts | None, b: Facts | None, task: str) -> list[str]:
-    """What prompt, target and image do not show, such as other answers that count as right."""
-    pair = [facts.data.get(task) if facts else None for facts in (a, b)]
-    if None in pair or pair[0] == pair[1]:
-        return []
-    return [f"{task}: other data, in columns that prompts do not show ({pair[0]} and {pair[1]})"]
+    moved = other_data(*(facts.data.get(task) if facts else None for facts in (a, b)))
+    return [f"{task}: {moved}"] if moved else []
+
+
+def other_data(before: str | None, after: str | None) -> str | None:
+    """What to say of fingerprints of data that differ, of which prompt, target and image show
+    nothing, such as other answers that count as right; None where they do not, or one is unknown.
+    """
+    if None in (before, after) or before == after:
+        return None
+    return f"other data, in columns that prompts do not show ({before} and {after})"
 
 
 def _scorer(a: Evidence, b: Evidence, first: TaskRun, second: TaskRun) -> list[str]:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sdrpn_eval.report.baseline import Baseline, MetricBaseline, TaskBaseline, task_baseline
-from sdrpn_eval.report.checks import Evidence
+from sdrpn_eval.report.checks import Evidence, other_data
 from sdrpn_eval.report.comparison import gather
 from sdrpn_eval.report.facts import Facts
 from sdrpn_eval.report.looks import unfinished_later_run
@@ -181,11 +181,10 @@ def _refuse_moved(before: TaskBaseline, after: TaskBaseline) -> None:
 
 
 def _refuse_other_data(name: str, baseline: Baseline, facts: Facts | None) -> None:
-    """Of what prompt, target and image do not show, such as other answers that count as right."""
     before = ((baseline.made_of or {}).get("data") or {}).get(name)
-    after = facts.data.get(name) if facts else None
-    if None not in (before, after) and before != after:
-        raise Broken(f"other data, in columns that prompts do not show ({before} and {after})")
+    moved = other_data(before, facts.data.get(name) if facts else None)
+    if moved:
+        raise Broken(moved)
 
 
 def _refuse_unscored(key: str, total: float | None, after: TaskBaseline) -> None:

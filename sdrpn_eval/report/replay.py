@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdrpn.cli.shared import errors_as_sentences, say
+from sdrpn_eval.report.options import IncludePathOption
 
 if TYPE_CHECKING:
     from sdrpn_eval.report.reask import Look, Replay
@@ -31,14 +32,7 @@ def replay(
             "--model_args", "--model-args", help="As lmms-eval takes them, in place of the run's."
         ),
     ] = "",
-    include_path: Annotated[
-        str | None,
-        typer.Option(
-            "--include_path",
-            "--include-path",
-            help="Folder of your own tasks' YAML; default: as the run was given.",
-        ),
-    ] = None,
+    include_path: IncludePathOption = None,
 ) -> None:
     """Ask one question of a run again and show what was seen, then and now.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,22 +94,29 @@ def climb(ladder: Ladder, proposer: str) -> tuple[Run, float]:
     Raises RungFailed with the end of its log and lmms-eval's exit code.
     """
     folder = ladder.folder(proposer)
-    folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.rglob("*_results.json"))
     log = folder / "log.txt"
-    started = time.perf_counter()
-    with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(
-            ladder.command(proposer), stdout=file, stderr=subprocess.STDOUT, check=False
-        )
-    seconds = time.perf_counter() - started
+    code, seconds = run_logged(ladder.command(proposer), log)
     try:
         if not set(folder.rglob("*_results.json")) - before:
             raise BadRun(f"lmms-eval left no results in {folder}")
         return read_run(folder, NAMES.get(proposer, proposer)), seconds
     except BadRun as error:
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:])
         raise RungFailed(
-            f"proposer={proposer}: {error}. lmms-eval's exit code was {done.returncode}; {log} "
-            f"ends with:\n{tail}"
+            f"proposer={proposer}: {error}. lmms-eval's exit code was {code}; {log} ends with:\n"
+            f"{end_of(log)}"
         ) from None
+
+
+def run_logged(command: Sequence[str], log: Path) -> tuple[int, float]:
+    """Run a command, all it prints into a log; (its exit code, seconds)."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+    return done.returncode, time.perf_counter() - started
+
+
+def end_of(log: Path) -> str:
+    """The last lines of a log."""
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:])

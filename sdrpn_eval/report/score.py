@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sdrpn.cli.shared import console, errors_as_sentences, say
+from sdrpn_eval.report.options import IncludePathOption
 
 if TYPE_CHECKING:
     from sdrpn_eval.report.rescore import Change
@@ -31,14 +32,7 @@ def score(
         Path | None,
         typer.Option(help="A new folder; default: the run's with -rescored behind its name."),
     ] = None,
-    include_path: Annotated[
-        str | None,
-        typer.Option(
-            "--include_path",
-            "--include-path",
-            help="Folder of your own tasks' YAML; default: as the run was given.",
-        ),
-    ] = None,
+    include_path: IncludePathOption = None,
 ) -> None:
     """Score recorded answers anew: a mended grader costs no GPU hours.
 
