@@ -13,13 +13,13 @@ demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sdrpn_eval.demo.run --out out/demo
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: lint types test
 
 # Not part of check: its environment is one of its own, with another torch of several GB.
 check-oldest: $(OLDEST_INSTALLED)
-	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

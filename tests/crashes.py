@@ -161,6 +161,8 @@ def run(job: Callable[..., Any], *arguments: Any, writes: Writes | None = None) 
 
 def _child(pipe: Any, writes: Writes | None, job: Callable[..., Any], arguments: Any) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    # A fork's thread pool is made anew at its first use, which several threads must not race for.
+    torch.set_num_threads(1)
     failed, result = True, None
     if writes is not None:
         writes.watch()
