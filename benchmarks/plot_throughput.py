@@ -39,7 +39,9 @@ def column_of(row: Row) -> str:
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(column_of(row) for row in rows))
+    """By questions per image, the mixes of benchmarks behind."""
+    in_order = sorted(rows, key=lambda row: (bool(row["mix"]), row["questions_per_image"]))
+    return list(dict.fromkeys(column_of(row) for row in in_order))
 
 
 def find(rows: Sequence[Row], key: tuple[str, str | None], batch: int, column: str) -> Row | None:

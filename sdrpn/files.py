@@ -8,10 +8,13 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
+T = TypeVar("T")
+ANYTHING = TypeAdapter(Any)
 MAX_SETTINGS = 64 << 20
 """Bytes of the largest settings file that is read; a checkpoint's index has about a tenth of one
 MB for each thousand tensors."""
@@ -47,12 +50,39 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         part.write_text(json.dumps(dict(values), indent=2) + "\n", encoding="utf-8")
 
 
-def parse_json(text: str | bytes) -> Any:
-    """json.loads, which raises ValueError for text that is nested too deeply, too."""
+def parsed(schema: TypeAdapter[T], text: str | bytes) -> T:
+    """JSON of a schema, no value turned into another type.
+
+    Raises ValueError with a sentence about the first place that is not as it should be.
+    """
     try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        return schema.validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that JSON spells. Raises ValueError for all else, deep nesting among it."""
+    return parsed(ANYTHING, text)
+
+
+def read_bounded(path: Path, mend: str = "") -> bytes:
+    """A settings file's content. Raises ValueError where it is larger than any is."""
+    size = path.stat().st_size
+    if size > MAX_SETTINGS:
+        raise ValueError(f"{path} has {size:,} bytes, more than any settings file{mend}")
+    return path.read_bytes()
+
+
+def read_parsed(schema: TypeAdapter[T], path: Path) -> T:
+    """A file of a schema. Raises ValueError, naming the file and the first place that is wrong."""
+    content = read_bounded(path)
+    try:
+        return parsed(schema, content)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def read_object(path: Path, mend: str = "") -> dict[str, Any]:
@@ -60,11 +90,9 @@ def read_object(path: Path, mend: str = "") -> dict[str, Any]:
 
     mend: what to do about a file that is none. Raises ValueError that names the file.
     """
-    size = path.stat().st_size
-    if size > MAX_SETTINGS:
-        raise ValueError(f"{path} has {size:,} bytes, more than any settings file{mend}")
+    content = read_bounded(path, mend)
     try:
-        values = parse_json(path.read_text(encoding="utf-8"))
+        values = parse_json(content)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}{mend}") from None
     if not isinstance(values, dict):

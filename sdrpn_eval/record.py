@@ -19,8 +19,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from loguru import logger
 
-from sdrpn.files import parse_json
+from sdrpn.files import parsed
 from sdrpn.zoom import Answer
+from sdrpn_eval.schemas import RECORD, RecordLine
 
 RUN_STAMP = "%Y%m%dT%H%M%S.%fZ"
 """A run's name: when it began, in UTC; names sort by time."""
@@ -112,10 +113,11 @@ def decode_map(line: Mapping[str, Any]) -> np.ndarray | None:
     return cells.reshape(line["grid"]).astype(np.float32) / 255
 
 
-def read_records(folder: str | Path) -> list[dict[str, Any]]:
+def read_records(folder: str | Path) -> list[RecordLine]:
     """The lines of each task's latest run in a folder, by task and document.
 
-    A line cut off by a crash is left out. Raises FileNotFoundError where there is no record.
+    A line cut off by a crash, or damaged, is left out. Raises FileNotFoundError where there is no
+    record.
     """
     paths = sorted(Path(folder).expanduser().glob("record_*_rank*.jsonl"))
     if not paths:
@@ -128,7 +130,7 @@ def read_records(folder: str | Path) -> list[dict[str, Any]]:
     return sorted(kept, key=lambda line: (line["task"], line["doc_id"]))
 
 
-def lines_of(folder: Path, task: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def lines_of(folder: Path, task: str) -> Iterator[tuple[str, RecordLine]]:
     """Every whole line that any process of any run left of a task: its text, and what it says."""
     for path in sorted(folder.glob(f"{_stem(task)}*.jsonl")):
         for _, text, line in _read(path):
@@ -136,25 +138,24 @@ def lines_of(folder: Path, task: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield text, line
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[RecordLine]:
     for number, _, line in _read(path):
         if line is None:
-            logger.warning(f"{path}, line {number}, was cut off and is left out")
+            logger.warning(f"{path}, line {number}, was cut off or is damaged, and is left out")
         else:
             yield line
 
 
-def _read(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
-    """Number, text and content of each line; None for the content of one that is cut off."""
+def _read(path: Path) -> Iterator[tuple[int, str, RecordLine | None]]:
+    """Number, text and content of each line; None for the content of a damaged one."""
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         for number, text in enumerate(file, start=1):
             if text.strip():
                 yield number, text, _parsed(text)
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
+def _parsed(text: str) -> RecordLine | None:
     try:
-        line = parse_json(text)
+        return parsed(RECORD, text)
     except ValueError:
         return None
-    return line if isinstance(line, dict) and {"run", "task", "doc_id"} <= set(line) else None

@@ -21,8 +21,10 @@ from typing import Annotated, Any
 
 import typer
 from loguru import logger
+from pydantic import TypeAdapter
 
 from sdrpn.cli.shared import errors_as_sentences
+from sdrpn.files import read_parsed
 
 COUNT = 200
 VARIABLE = "SDRPN_SUBSETS"
@@ -135,10 +137,10 @@ def read_subset(task: str) -> Subset:
     own = Path(given).expanduser() / f"{task}.json" if given else None
     path = own if own and own.exists() else tasks_folder() / "ci" / "ids" / f"{task}.json"
     try:
-        found = Subset(**json.loads(path.read_text(encoding="utf-8")))
+        found = read_parsed(TypeAdapter(Subset), path)
     except FileNotFoundError:
         raise ValueError(f"there is no subset {task}, only {', '.join(SOURCES)}") from None
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no subset, make it anew ({error})") from None
     if found.task != task or sorted(set(found.ids)) != found.ids or not found.ids:
         raise ValueError(f"{path} is no subset of {task}: it needs ids of its own, in order")

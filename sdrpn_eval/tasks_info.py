@@ -41,6 +41,7 @@ PROTOCOLS: Mapping[str, str] = {
     "vstar_bench_direct_attributes": HARNESS_LETTERS,
     "vstar_bench_relative_position": HARNESS_LETTERS,
     "vstar_harness": HARNESS_LETTERS,
+    "vstar": OUR_LETTERS,
     "vstar_direct_attributes": OUR_LETTERS,
     "vstar_relative_position": OUR_LETTERS,
     "vstar_ci": OUR_LETTERS,

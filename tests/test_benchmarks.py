@@ -288,9 +288,10 @@ def test_the_group_is_the_paper_s() -> None:
 def test_the_protocol_stands_beside_each_score() -> None:
     """lmms-eval's table shows a task's alias: ours says how it is scored."""
     aliases = {
-        config["task"]: config["task_alias"]
+        config[kind]: config[f"{kind}_alias"]
         for path in tasks_folder().rglob("*.yaml")
-        if "task_alias" in (config := load_yaml_config(str(path), mode="simple"))
+        for kind in ("group", "task")
+        if f"{kind}_alias" in (config := load_yaml_config(str(path), mode="simple"))
     }
     assert aliases == {task: f"{task} ({PROTOCOLS[task]})" for task in aliases}
     ours = {p.stem for p in tasks_folder().rglob("*.yaml")}

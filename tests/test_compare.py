@@ -333,7 +333,10 @@ def test_a_task_of_one_run_only_is_named(tmp_path: Path) -> None:
         (lambda results, samples: results.unlink(), "holds no *_results.json"),
         (lambda results, samples: samples.unlink(), "no samples of toy beside it"),
         (lambda results, samples: results.write_text("{"), "cannot be read"),
-        (lambda results, samples: results.write_text("{}"), "it lacks results, configs"),
+        (
+            lambda results, samples: results.write_text("{}"),
+            "results: Field required; it is no results file",
+        ),
         (lambda _, s: s.write_text(s.read_text()[:-20]), "is cut off or broken in line 4"),
         (lambda _, s: s.write_text("".join(s.read_text().splitlines(True)[:2])), "holds 2 of 4"),
         (lambda _, s: s.write_text(2 * s.read_text()), "holds document 0 more than once"),
@@ -428,7 +431,24 @@ def test_published_numbers_are_found_by_model_and_task(tmp_path: Path) -> None:
     for other in (f"{seven},proposer=attention", "pretrained=tiny"):
         assert published_score(run(other), "textvqa_val", "exact_match") is None
     assert published_score(run(seven), "textvqa_val_lite", "exact_match") is None
+    stock = run(f"{seven},proposer=none")
+    assert published_score(stock, "textvqa_val_ocr", "exact_match") == 58.2
+    assert published_score(run(seven), "textvqa_val_ocr", "exact_match") is None
     assert set(COLUMN_OF.values()) < set(PUBLISHED["7b", "rpn"])
+
+
+def test_the_protocol_stands_beside_a_score(tmp_path: Path) -> None:
+    """58.2 and 46.1 are both TextVQA: the table says which one this is."""
+    scores = {"textvqa_val_ocr": [sample(i) for i in range(3)], "toy": [sample(0)]}
+    runs = [read_run(write_run(tmp_path / name, scores)) for name in ("a", "b")]
+    comparison = compare(runs)
+    said = {row.task: row.protocol for row in comparison.rows}
+    assert said == {"textvqa_val_ocr": "OCR tokens in the prompt", "toy": ""}
+    table = text.markdown(comparison)
+    assert "| task | protocol | metric |" in table
+    assert "OCR tokens in the prompt" in table
+    toys = compare([read_run(run.folder, tasks=["toy"]) for run in runs])
+    assert "protocol" not in text.markdown(toys)
 
 
 def test_arguments_are_parsed_as_lmms_eval_does() -> None:

@@ -172,7 +172,7 @@ HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: _edit(f, lambda c: c.update(usage={"budget_exceeded": True})),
         "the token budget ended the run early",
     ),
-    "other kind": (lambda f: _edit(f, lambda c: c.update(config=[])), "cannot be read as a run"),
+    "other kind": (lambda f: _edit(f, lambda c: c.update(config=[])), "config: Input should be"),
 }
 
 

@@ -326,7 +326,7 @@ def _is_whole(folder: Path) -> bool:
                 tensor_names(path)
             elif path.suffix in (".bin", ".pt", ".pth") and not zipfile.is_zipfile(path):
                 return False
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
     return True
 

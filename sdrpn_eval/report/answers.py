@@ -6,7 +6,6 @@ several answers, what was said stands in our record alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from typing import Any
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.reasoning import parse_reasoning_tags_config
 
+from sdrpn.files import parsed
 from sdrpn_eval import kinds
 from sdrpn_eval.record import read_records
 from sdrpn_eval.report.facts import Facts, read_facts, read_latest
@@ -30,6 +30,7 @@ from sdrpn_eval.report.runs import (
     samples_file,
 )
 from sdrpn_eval.report.scores import Document
+from sdrpn_eval.schemas import SAMPLE
 
 NOT_ARGUMENTS = ("record", "resume", "batch_size", "max_batch_size")
 """Of the arguments in the facts: those that say how a run was done and not what was asked."""
@@ -169,10 +170,10 @@ def answers_of(source: Source) -> dict[Document, Answered]:
 def _written(path: Path) -> dict[int, list[dict[str, Any]]]:
     """The lines of a samples file by document: one for each filter of the task, in its order."""
     found: dict[int, list[dict[str, Any]]] = {}
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for text in file:
-            line = json.loads(text)
-            found.setdefault(int(line["doc_id"]), []).append(line)
+            line = parsed(SAMPLE, text)
+            found.setdefault(line["doc_id"], []).append(line)
     return found
 
 

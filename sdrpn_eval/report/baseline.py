@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
+from sdrpn.files import read_parsed
 from sdrpn_eval.fingerprints import digest, without_addresses
 from sdrpn_eval.report.checks import SCORING, Evidence
 from sdrpn_eval.report.comparison import cluster_keys
@@ -74,6 +76,9 @@ class Baseline:
         path.write_text(_lines(asdict(self)) + "\n", encoding="utf-8")
 
 
+READ = TypeAdapter(Baseline)
+
+
 def make_baseline(evidence: Evidence, tolerance: Mapping[str, float]) -> Baseline:
     """The baseline of a whole run. Raises ValueError where no task has a score a document."""
     run, facts = evidence.run, evidence.facts
@@ -131,20 +136,23 @@ def mark(*parts: str) -> str:
 def read_baseline(path: Path) -> Baseline:
     """A baseline file. Raises ValueError, naming it, where it is missing or of another make."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']}, this version reads {FORMAT}")
-        tasks = {name: _task(task) for name, task in content["tasks"].items()}
-        return Baseline(**{**content, "tasks": tasks})
+        found = read_parsed(READ, path)
+        if found.format != FORMAT:
+            raise ValueError(f"its format is {found.format}, this version reads {FORMAT}")
+        for name, task in found.tasks.items():
+            _check_lengths(name, task)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; make it from a good run with --update") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no baseline, make it anew with --update: {error}") from None
+    return found
 
 
-def _task(content: dict[str, Any]) -> TaskBaseline:
-    metrics = {name: MetricBaseline(**metric) for name, metric in content["metrics"].items()}
-    return TaskBaseline(**{**content, "metrics": metrics})
+def _check_lengths(name: str, task: TaskBaseline) -> None:
+    columns = [task.questions, task.images, task.clusters]
+    columns += [metric.scores for metric in task.metrics.values()]
+    if any(len(column) != len(task.documents) for column in columns) or not task.metrics:
+        raise ValueError(f"{name} has not one mark, cluster and score for each of its documents")
 
 
 def _lines(value: Any, indent: str = "") -> str:

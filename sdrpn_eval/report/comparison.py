@@ -25,6 +25,7 @@ from sdrpn_eval.report.results import (
 from sdrpn_eval.report.runs import Run
 from sdrpn_eval.report.scores import Document, Scores, all_scores
 from sdrpn_eval.stats import clustered, holm, sign_flip
+from sdrpn_eval.tasks_info import PROTOCOLS
 
 
 def gather(run: Run) -> Evidence:
@@ -152,6 +153,7 @@ def _not_compared(
     pairs = list(zip(runs, same, strict=True))
     return NotCompared(
         first.task,
+        PROTOCOLS.get(first.task, ""),
         first.metric,
         reason or "is missing in a run",
         {run.name: one.total if one else None for run, one in pairs},
@@ -185,6 +187,7 @@ def _metric_row(
     percent = all(0 <= v <= 1 for column in columns for v in column)
     return MetricRow(
         first.task,
+        PROTOCOLS.get(first.task, ""),
         first.metric,
         first.filter,
         main,

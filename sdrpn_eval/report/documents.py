@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import Any
 from loguru import logger
 from PIL import Image
 
+from sdrpn.files import read_parsed
 from sdrpn.region import PixelBox
 from sdrpn_eval.report.scores import Document
+from sdrpn_eval.schemas import BOXES
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,13 @@ def boxes_of(
 def read_boxes(file: Path) -> dict[Document, PixelBox]:
     """A file of true boxes: {task: {document id: [x0, y0, x1, y1]}}, pixels, half-open."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_parsed(BOXES, file)
         return {
-            (task, int(doc_id)): _valid(box, f"{task} {doc_id}")
+            (task, doc_id): _valid(box, f"{task} {doc_id}")
             for task, boxes in content.items()
             for doc_id, box in boxes.items()
         }
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{file} must hold {{task: {{document id: [x0, y0, x1, y1]}}}} in pixels: {error}"
         ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sdrpn.files import read_parsed
 from sdrpn_eval.fingerprints import combined
 from sdrpn_eval.record import RUN_STAMP
-from sdrpn_eval.report.runs import Run
+from sdrpn_eval.report.runs import BadRun, Run
+from sdrpn_eval.schemas import FACTS, TaskMarks
 
 NAME = re.compile(r"run_facts_(?P<run>.+)_rank(?P<rank>\d+)\.json")
 
@@ -83,9 +84,12 @@ def moment(name: str) -> datetime | None:
 
 
 def _merged(files: Sequence[Path]) -> Facts:
-    read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    try:
+        read = [read_parsed(FACTS, file) for file in files]
+    except (OSError, ValueError) as error:
+        raise BadRun(f"{error}; a run without its facts is read too, so delete it") from None
     first = min(read, key=lambda facts: facts["rank"])
-    tasks: dict[str, list[Mapping[str, Any]]] = {}
+    tasks: dict[str, list[TaskMarks]] = {}
     for facts in read:
         for task, marks in facts["tasks"].items():
             tasks.setdefault(task, []).append(marks)

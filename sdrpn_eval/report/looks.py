@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sdrpn.region import PixelBox
 from sdrpn_eval.record import read_records
 from sdrpn_eval.report.facts import begun_runs, moment
-from sdrpn_eval.report.runs import RESULTS, Run, results_ended
+from sdrpn_eval.report.runs import RESULTS, BadRun, Run, parse_results, results_ended
 from sdrpn_eval.report.scores import Document
+from sdrpn_eval.schemas import RecordLine
 
 PLACES = ("sdrpn_record", "record")
 """Folders beside lmms-eval's output where a record may be."""
@@ -74,7 +73,7 @@ def read_looks(run: Run) -> Record:
     return _as_record(run, lines) if lines else Record(notes=notes)
 
 
-def record_lines(run: Run) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+def record_lines(run: Run) -> tuple[list[RecordLine], tuple[str, ...]]:
     """Lines of the record that belongs to a run, beside its output or where `record=` put it.
 
     Without any, sentences that say why: a record that gave other answers than the samples is
@@ -102,8 +101,8 @@ def record_lines(run: Run) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
 def output_root(run: Run) -> Path:
     """The --output_path of a run: lmms-eval adds the model's name, which may be two folders."""
     name = str(run.results.get("model_name_sanitized") or "")
-    levels = len(Path(name).parts)
-    return run.file.resolve().parents[levels]
+    above = run.file.resolve().parents
+    return above[min(len(Path(name).parts), len(above) - 1)]
 
 
 def record_folders(run: Run) -> list[Path]:
@@ -122,7 +121,11 @@ def _beside(run: Run) -> list[Path]:
 
 
 def _is_record(folder: Path) -> bool:
-    return any(folder.glob("record_*_rank*.jsonl")) or any(folder.glob("run_facts_*_rank*.json"))
+    names = ("record_*_rank*.jsonl", "run_facts_*_rank*.json")
+    try:
+        return any(any(folder.glob(name)) for name in names)
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def unfinished_later_run(run: Run) -> str | None:
@@ -142,8 +145,8 @@ def unfinished_later_run(run: Run) -> str | None:
 
 def _ended(file: Path) -> datetime | None:
     try:
-        return results_ended(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError):
+        return results_ended(parse_results(file))
+    except BadRun:
         return None
 
 
@@ -152,7 +155,7 @@ def _after_all(name: str, ends: Sequence[datetime]) -> bool:
     return at is not None and all(at > end for end in ends)
 
 
-def _contradictions(run: Run, lines: list[dict[str, Any]]) -> int:
+def _contradictions(run: Run, lines: list[RecordLine]) -> int:
     """Lines of documents that the run has not, or answered otherwise.
 
     The answer must stand in the samples' response, which a task's filter may have shortened.
@@ -168,8 +171,8 @@ def _contradictions(run: Run, lines: list[dict[str, Any]]) -> int:
     return wrong
 
 
-def _as_record(run: Run, lines: list[dict[str, Any]]) -> Record:
-    by_document: dict[Document, list[dict[str, Any]]] = {}
+def _as_record(run: Run, lines: list[RecordLine]) -> Record:
+    by_document: dict[Document, list[RecordLine]] = {}
     for line in lines:
         by_document.setdefault((line["task"], line["doc_id"]), []).append(line)
     asked = sum(len(task.samples) for task in run.tasks.values())
@@ -179,7 +182,7 @@ def _as_record(run: Run, lines: list[dict[str, Any]]) -> Record:
     return Record({d: _look(some) for d, some in by_document.items()}, notes)
 
 
-def _look(lines: list[dict[str, Any]]) -> Look:
+def _look(lines: list[RecordLine]) -> Look:
     first = lines[0]
     images = first["images"]
     return Look(

@@ -61,9 +61,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """A metric of a task or group. percent: scores lie in [0, 1] and are shown times 100."""
+    """A metric of a task or group. percent: scores lie in [0, 1] and are shown times 100.
+
+    protocol: how the benchmark is asked or scored here, where there are several ways; else empty.
+    """
 
     task: str
+    protocol: str
     metric: str
     filter: str
     main: bool
@@ -92,6 +96,7 @@ class NotCompared:
     """A metric without a score a document: the runs' totals, and why there is no more."""
 
     task: str
+    protocol: str
     metric: str
     reason: str
     totals: dict[str, float | None]

@@ -7,7 +7,6 @@ every line (0.7.3): documents are told apart by id, prompt, target and the image
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -16,7 +15,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from sdrpn.files import parsed, read_parsed
+from sdrpn_eval import schemas
+from sdrpn_eval.schemas import Counts, Results, SampleLine, as_number
 
 RESULTS = "_results.json"
 NOT_METRICS = {"doc_id", "doc", "target", "resps", "filtered_resps", "token_counts"}
@@ -66,7 +69,7 @@ class Run:
     name: str
     folder: Path
     file: Path
-    results: Mapping[str, Any]
+    results: Results
     tasks: Mapping[str, TaskRun]
     arguments: Mapping[str, str] = field(default_factory=dict)
 
@@ -95,13 +98,19 @@ class Run:
         return results_ended(self.results)
 
 
-def results_ended(results: Mapping[str, Any]) -> datetime:
-    """When a results file was written, by what it says itself: copies have other file times."""
+def results_ended(results: Results) -> datetime:
+    """When a results file was written, by what it says itself: copies have other file times.
+
+    Raises ValueError where it says no time.
+    """
     config = results["config"].get("resolved_cli_args") or {}
-    zone = ZoneInfo(config.get("timezone") or "Asia/Singapore")  # lmms-eval's default
-    started = datetime.strptime(results["date"], "%Y%m%d_%H%M%S").replace(tzinfo=zone)
-    seconds = float(results.get("total_evaluation_time_seconds") or 0)
-    return started.astimezone(UTC) + timedelta(seconds=seconds + 1)
+    said = config.get("timezone") or "Asia/Singapore"  # lmms-eval's default
+    seconds = results.get("total_evaluation_time_seconds") or 0
+    try:
+        started = datetime.strptime(results["date"], "%Y%m%d_%H%M%S").replace(tzinfo=ZoneInfo(said))
+        return started.astimezone(UTC) + timedelta(seconds=float(seconds) + 1)
+    except (ValueError, TypeError, OverflowError, OSError, ZoneInfoNotFoundError) as error:
+        raise ValueError(f"it does not say when it was written: {error}") from None
 
 
 def read_run(path: Path, name: str | None = None, tasks: Iterable[str] | None = None) -> Run:
@@ -143,15 +152,15 @@ def find_results(path: Path) -> Path:
     return max(files, key=lambda file: (file.name, str(file)))
 
 
-def parse_results(file: Path) -> dict[str, Any]:
+def parse_results(file: Path) -> Results:
     """A results file of lmms-eval. Raises BadRun, naming it, where it is none."""
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        results = read_parsed(schemas.RESULTS, file)
+        results_ended(results)
+    except OSError as error:
         raise BadRun(f"{file} cannot be read: {error}") from None
-    missing = [k for k in ("results", "configs", "config", "date") if k not in results]
-    if missing:
-        raise BadRun(f"{file} is no results file of lmms-eval: it lacks {', '.join(missing)}")
+    except ValueError as error:
+        raise BadRun(f"{error}; it is no results file of lmms-eval") from None
     if not results["configs"]:
         raise BadRun(f"{file} holds no task")
     return results
@@ -170,7 +179,7 @@ def parse_arguments(model_args: Any) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs if name.strip()}
 
 
-def _read_task(file: Path, results: Mapping[str, Any], task: str) -> TaskRun:
+def _read_task(file: Path, results: Results, task: str) -> TaskRun:
     if task not in results["configs"]:
         raise BadRun(f"{file} has no results for {task}")
     scores = results["results"].get(task)
@@ -180,9 +189,9 @@ def _read_task(file: Path, results: Mapping[str, Any], task: str) -> TaskRun:
     path = samples_file(file, task)
     if not path.exists():
         raise BadRun(f"{file} has no samples of {task} beside it; run with --log_samples")
-    counts = results.get("n-samples", {}).get(task, {})
+    counts = results.get("n-samples", {}).get(task, Counts())
     samples = _read_samples(path, list(dict.fromkeys(key.rpartition(",")[2] for key in totals)))
-    original = int(counts.get("original", len(samples)))
+    original = counts.get("original", len(samples))
     _check_whole(path, samples, _expected(counts, original, results["config"].get("offset") or 0))
     better = results.get("higher_is_better", {}).get(task, {})
     return TaskRun(task, samples, totals, better, results["configs"][task], original)
@@ -194,14 +203,13 @@ def read_totals(scores: Mapping[str, Any]) -> dict[str, float | None]:
     for key, value in scores.items():
         metric = key.rpartition(",")[0]
         if metric and not re.search(r"_stderr(_clt|_clustered)?$", metric):
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            totals[key] = float(value) if is_number else None
+            totals[key] = None if isinstance(value, bool) else as_number(value)
     return totals
 
 
-def _expected(counts: Mapping[str, Any], original: int, offset: int) -> range:
+def _expected(counts: Counts, original: int, offset: int) -> range:
     """The document ids a run under --limit and --offset asks."""
-    effective = int(counts.get("effective", original))
+    effective = counts.get("effective", original)
     return range(offset, min(offset + effective, original) if effective > 0 else original)
 
 
@@ -209,13 +217,13 @@ def _read_samples(path: Path, filters: list[str]) -> dict[int, Sample]:
     """Samples by document. With several filters a document has one line for each, in order."""
     seen: Counter[int] = Counter()
     samples: dict[int, Sample] = {}
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, text in enumerate(file, start=1):
             try:
-                line = json.loads(text)
-                doc_id = int(line["doc_id"])
-            except (ValueError, KeyError, TypeError):
-                raise BadRun(f"{path} is cut off or broken in line {number}") from None
+                line = parsed(schemas.SAMPLE, text)
+            except ValueError as error:
+                raise BadRun(f"{path} is cut off or broken in line {number}: {error}") from None
+            doc_id = line["doc_id"]
             if seen[doc_id] >= max(len(filters), 1):
                 raise BadRun(f"{path} holds document {doc_id} more than once")
             used = filters[seen[doc_id]] if filters else "none"
@@ -227,7 +235,7 @@ def _read_samples(path: Path, filters: list[str]) -> dict[int, Sample]:
     return samples
 
 
-def _sample(line: Mapping[str, Any], doc_id: int, values: Mapping[str, Any]) -> Sample:
+def _sample(line: SampleLine, doc_id: int, values: Mapping[str, Any]) -> Sample:
     counts = [c for c in line.get("token_counts") or [] if c]
     tokens = [
         [c[k] for c in counts if c.get(k) is not None] for k in ("input_tokens", "output_tokens")
@@ -251,11 +259,11 @@ def as_text(response: Any) -> str:
 
 
 def _check_whole(path: Path, samples: Mapping[int, Sample], expected: range) -> None:
-    missing = [i for i in expected if i not in samples]
-    if missing:
+    missing = next((i for i in expected if i not in samples), None)
+    if missing is not None:
         raise BadRun(
             f"{path} holds {len(samples)} of {len(expected)} documents (first missing: "
-            f"{missing[0]}): the run is partial or the file was cut off"
+            f"{missing}): the run is partial or the file was cut off"
         )
     beyond = [i for i in samples if i not in expected]
     if beyond:

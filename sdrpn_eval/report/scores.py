@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sdrpn_eval.report.runs import Run, TaskRun, is_number, read_totals
+from sdrpn_eval.schemas import as_number
 
 Document = tuple[str, int]
 """(task, document id): a group holds documents of several tasks."""
@@ -49,7 +50,7 @@ def document_value(value: Any, score_key: str = "score") -> float | None:
     """A document's part in a metric: the number itself, or the one under `score`; else None."""
     if isinstance(value, Mapping):
         value = value.get(score_key)
-    return float(value) if isinstance(value, int | float) else None
+    return as_number(value)
 
 
 def task_scores(task: TaskRun) -> list[Scores]:

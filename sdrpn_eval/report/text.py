@@ -94,13 +94,11 @@ def _scores(comparison: Comparison) -> Section:
     for row in comparison.rows:
         for i, score in enumerate(row.scores):
             difference = row.differences[i - 1] if i else None
+            metric = row.metric if row.filter == "none" else f"{row.metric} ({row.filter})"
+            first = [row.task, row.protocol, metric, f"{row.questions} / {row.images}"]
             lines.append(
                 [
-                    row.task if i == 0 else "",
-                    row.metric + ("" if row.filter == "none" else f" ({row.filter})")
-                    if i == 0
-                    else "",
-                    f"{row.questions} / {row.images}" if i == 0 else "",
+                    *(first if i == 0 else [""] * len(first)),
                     score.run,
                     _interval(row, score),
                     _difference(row, difference) if difference else "",
@@ -109,8 +107,8 @@ def _scores(comparison: Comparison) -> Section:
                     f"{score.published:.1f}" if score.published is not None else "",
                 ]
             )
-    header = ["task", "metric", "questions / images", "run", "score", "difference", "p"]
-    return Section("Scores", [*header, "won / lost", "published"], lines)
+    header = ["task", "protocol", "metric", "questions / images", "run", "score", "difference"]
+    return Section("Scores", [*header, "p", "won / lost", "published"], lines)
 
 
 def _looks(comparison: Comparison) -> Section:
@@ -162,13 +160,15 @@ def _missing(comparison: Comparison) -> Section:
     lines = [
         [
             one.task,
+            one.protocol,
             one.metric,
             one.reason,
             *(_total(one.totals[n], one.published[n]) for n in names),
         ]
         for one in comparison.not_compared
     ]
-    return Section("Not compared question by question", ["task", "metric", "why", *names], lines)
+    header = ["task", "protocol", "metric", "why", *names]
+    return Section("Not compared question by question", header, lines)
 
 
 def _total(total: float | None, published: float | None) -> str:
