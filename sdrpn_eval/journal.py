@@ -77,11 +77,13 @@ class Journal:
         key: gives a request its key; not called where no earlier run left any. The lines become
         this run's, so that its record is whole.
         """
-        known = {
-            line["key"]: text
+        known: dict[str | None, str] = {
+            then: text
             for task in dict.fromkeys(r.task for r in requests)
             for text, line in lines_of(self.writer.folder, task)
-            if line["run"] != self.writer.run and line.get("key") and not line.get("error")
+            if line["run"] != self.writer.run
+            and (then := line.get("key"))
+            and not line.get("error")
         }
         if not known:
             return {}

@@ -114,6 +114,7 @@ class RecordLine(TypedDict):
     task: str
     doc_id: Count
     images: list[ImageFacts]
+    prompt: str
     answer: str
     regions: list[tuple[Count, Count, Count, Count]]
     no_zoom: str | None
@@ -122,6 +123,8 @@ class RecordLine(TypedDict):
     map_max: float | None
     tokens: dict[str, Count]
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    key: NotRequired[str | None]
+    error: NotRequired[str | None]
 
 
 def _is_drawn(line: RecordLine) -> RecordLine:

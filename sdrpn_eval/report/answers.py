@@ -173,7 +173,7 @@ def _written(path: Path) -> dict[int, list[dict[str, Any]]]:
     with path.open("rb") as file:
         for text in file:
             line = parsed(SAMPLE, text)
-            found.setdefault(line["doc_id"], []).append(line)
+            found.setdefault(line["doc_id"], []).append(dict(line))
     return found
 
 

@@ -187,13 +187,13 @@ def _look(lines: list[RecordLine]) -> Look:
     images = first["images"]
     return Look(
         images=tuple(image["hash"] for image in images),
-        size=tuple(images[0]["size"]) if images else None,
+        size=images[0]["size"] if images else None,
         regions=tuple(PixelBox(*box) for box in first["regions"]),
         reason=first["no_zoom"],
         seconds=float(sum(line["seconds"] for line in lines)),
-        tokens={k: sum(line["tokens"][k] for line in lines) for k in first["tokens"]},
+        tokens={k: sum(line["tokens"].get(k, 0) for line in lines) for k in first["tokens"]},
         heat=first["map"],
-        grid=tuple(first["grid"]) if first["grid"] else None,
+        grid=first["grid"],
         map_max=first["map_max"],
     )
 

@@ -183,7 +183,7 @@ def _refuse_other_targets(source: Source, samples: Mapping[str, Sequence[Any]]) 
 def _save(source: Source, results: dict[str, Any], samples: Mapping[str, Any], out: Path) -> None:
     tracker = EvaluationTracker(output_path=str(out))
     known = tracker.general_config_tracker
-    old = source.run.results if source.run else {}
+    old: dict[str, Any] = {**source.run.results} if source.run else {}
     name = str(source.facts.arguments.get("pretrained")) if source.facts else "model"
     known.model_source = old.get("model_source") or str(source.config["model"])
     known.model_name = old.get("model_name") or name

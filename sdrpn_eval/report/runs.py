@@ -57,7 +57,7 @@ class TaskRun:
     name: str
     samples: Mapping[int, Sample]
     totals: Mapping[str, float | None]
-    higher_is_better: Mapping[str, bool]
+    higher_is_better: Mapping[str, bool | None]
     config: Mapping[str, Any]
     original: int
 
@@ -237,16 +237,14 @@ def _read_samples(path: Path, filters: list[str]) -> dict[int, Sample]:
 
 def _sample(line: SampleLine, doc_id: int, values: Mapping[str, Any]) -> Sample:
     counts = [c for c in line.get("token_counts") or [] if c]
-    tokens = [
-        [c[k] for c in counts if c.get(k) is not None] for k in ("input_tokens", "output_tokens")
-    ]
-    read, written = (sum(column) if column else None for column in tokens)
+    read = [n for c in counts if (n := c.get("input_tokens")) is not None]
+    written = [n for c in counts if (n := c.get("output_tokens")) is not None]
     return Sample(
         doc_id,
         prompt=str(line.get("input", "")),
         target=str(line.get("target", "")),
         answer=as_text(line.get("filtered_resps")),
-        tokens=(read, written),
+        tokens=(sum(read) if read else None, sum(written) if written else None),
         values=values,
     )
 
