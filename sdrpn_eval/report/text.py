@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sdrpn_eval.report.boxes import Looking
+from sdrpn_eval.report.boxes import HOLDS, Looking
 from sdrpn_eval.report.results import Comparison, Difference, MetricRow, RunScore
 
 METHOD = (
@@ -146,7 +146,8 @@ def _boxes(comparison: Comparison) -> Section:
     ]
     header = ["task", "run", "answer's share of the image", "questions", "right"]
     header += ["region holds the answer", "wrong: no zoom", "wrong: looked wrong"]
-    return Section("Where it looked", [*header, "wrong: looked right, read wrong"], lines)
+    title = f"Where it looked (to hold the answer: to cover {HOLDS:.0%} of its box)"
+    return Section(title, [*header, "wrong: looked right, read wrong"], lines)
 
 
 def _errors(row: Looking) -> list[str]:
@@ -201,7 +202,7 @@ def show(comparison: Comparison, console: Console) -> None:
     for section in sections(comparison):
         table = Table(title=section.title, title_justify="left")
         for name in section.header:
-            table.add_column(escape(name))
+            table.add_column(escape(name), overflow="fold")  # names cut short are alike
         for cells in section.rows:
             table.add_row(*(escape(cell) for cell in cells))
         console.print(table)
