@@ -258,6 +258,8 @@ class RPNConfig:
                 f"hidden_size {self.hidden_size} must be a multiple of {heads} heads, and these of "
                 f"{kv_heads} key and value heads"
             )
+        if self.hidden_size // heads % 2:
+            raise ValueError(f"heads of {self.hidden_size // heads} channels cannot be rotated")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -60,7 +60,7 @@ def llama_config(config: RPNConfig, attn_implementation: str) -> LlamaConfig:
         intermediate_size=config.intermediate_size,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
-        rms_norm_eps=config.rms_norm_eps,
+        rms_norm_eps=float(config.rms_norm_eps),  # JSON may write a whole number
         num_hidden_layers=config.depth - 1,
     )
     shape._attn_implementation = attn_implementation

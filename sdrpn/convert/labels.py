@@ -105,7 +105,7 @@ def _row(
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return label_row(
-        str(checked["question_id"]),
+        _text({**checked, "question_id": str(checked["question_id"])}, "question_id", where),
         _image(_text(checked, "image", where), where, images),
         _text(checked, "prompt", where).replace(IMAGE_TOKEN, "").strip(),
         _text(checked, "text", where).strip(),
@@ -144,9 +144,14 @@ def _map(record: Mapping[str, Any], key: str, where: str) -> np.ndarray:
 
 
 def _text(record: Mapping[str, Any], key: str, where: str) -> str:
-    if not isinstance(record[key], str):
-        raise ValueError(f"{where}: {key} must be text, got {_kind(record[key])}")
-    return record[key]
+    value = record[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key} must be text, got {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: {key} holds half a character: {value!r:.80}") from None
+    return value
 
 
 def _image(path: str, where: str, images: Path | None) -> str:

@@ -19,6 +19,10 @@ KINDS = "biuf"
 """Kinds of numbers that an array may hold: booleans, integers, floats."""
 
 
+PLAIN = (str, bytes, bytearray, int, float, type(None), np.ndarray, np.generic)
+"""What may come out, beside lists, tuples, sets and dicts of it."""
+
+
 class Refused(ValueError):
     """A pickle that asks for something which is not among plain values and arrays."""
 
@@ -139,6 +143,8 @@ def _unwrapped(value: Any, seen: dict[int, Any]) -> Any:
         return value.array
     if isinstance(value, dict):
         return {_finished(k, seen): _finished(v, seen) for k, v in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | set | frozenset):
         return type(value)(_finished(v, seen) for v in value)
+    if not isinstance(value, PLAIN):
+        raise Refused(f"a {type(value).__name__}, which is no plain value")
     return value

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from sdrpn.files import parsed, read_parsed
+from sdrpn.files import parsed, read_bounded
 from sdrpn_eval import schemas
 from sdrpn_eval.schemas import Counts, Results, SampleLine, as_number
 
@@ -155,12 +155,12 @@ def find_results(path: Path) -> Path:
 def parse_results(file: Path) -> Results:
     """A results file of lmms-eval. Raises BadRun, naming it, where it is none."""
     try:
-        results = read_parsed(schemas.RESULTS, file)
+        results = parsed(schemas.RESULTS, read_bounded(file))
         results_ended(results)
     except OSError as error:
         raise BadRun(f"{file} cannot be read: {error}") from None
     except ValueError as error:
-        raise BadRun(f"{error}; it is no results file of lmms-eval") from None
+        raise BadRun(f"{file} is no results file of lmms-eval: {error}") from None
     if not results["configs"]:
         raise BadRun(f"{file} holds no task")
     return results
