@@ -103,7 +103,7 @@ class ImageFacts(TypedDict):
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
     hash: str
-    size: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+    size: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2, max_length=2)]
 
 
 class RecordLine(TypedDict):
@@ -116,10 +116,10 @@ class RecordLine(TypedDict):
     images: list[ImageFacts]
     prompt: str
     answer: str
-    regions: list[tuple[Count, Count, Count, Count]]
+    regions: list[Annotated[list[Count], Field(min_length=4, max_length=4)]]
     no_zoom: str | None
     map: str | None
-    grid: tuple[Count, Count] | None
+    grid: Annotated[list[Count], Field(min_length=2, max_length=2)] | None
     map_max: float | None
     tokens: dict[str, Count]
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -284,11 +284,12 @@ def _facts(trainer: Trainer, samples: int, seconds: float | None) -> dict[str, A
     """What the card says. seconds: of this run, None where there was nothing to do."""
     arguments = trainer.args
     accumulated = arguments.gradient_accumulation_steps * arguments.world_size
+    loss = _last_loss(trainer)
     return {
         "samples": samples,
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0, 3),
-        "final loss": round(_last_loss(trainer), 4),
+        **({} if loss is None else {"final loss": round(loss, 4)}),
         "learning rate": arguments.learning_rate,
         "batch size": arguments.train_batch_size * accumulated,
         "seed": arguments.seed,
@@ -331,6 +332,7 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _last_loss(trainer: Trainer) -> float:
+def _last_loss(trainer: Trainer) -> float | None:
+    """None where the training was shorter than --logging_steps."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses[-1] if losses else float("nan")
+    return losses[-1] if losses else None

@@ -184,16 +184,16 @@ def _as_record(run: Run, lines: list[RecordLine]) -> Record:
 
 def _look(lines: list[RecordLine]) -> Look:
     first = lines[0]
-    images = first["images"]
+    images, grid = first["images"], first["grid"]
     return Look(
         images=tuple(image["hash"] for image in images),
-        size=images[0]["size"] if images else None,
+        size=(images[0]["size"][0], images[0]["size"][1]) if images else None,
         regions=tuple(PixelBox(*box) for box in first["regions"]),
         reason=first["no_zoom"],
         seconds=float(sum(line["seconds"] for line in lines)),
         tokens={k: sum(line["tokens"].get(k, 0) for line in lines) for k in first["tokens"]},
         heat=first["map"],
-        grid=first["grid"],
+        grid=(grid[0], grid[1]) if grid else None,
         map_max=first["map_max"],
     )
 
