@@ -438,8 +438,8 @@ def test_a_base_model_s_settings_that_its_weights_belie(
     ("head", "message"),
     [
         (b"", "cannot be read as safetensors"),
-        (struct.pack("<Q", 2**63) + b"{}", "(?i)header ?too ?large"),
-        (struct.pack("<Q", 1 << 40) + b"{}", "(?i)header ?too ?large"),
+        (struct.pack("<Q", 2**63) + b"{}", "[Hh]eader ?[Tt]oo ?[Ll]arge"),
+        (struct.pack("<Q", 1 << 40) + b"{}", "[Hh]eader ?[Tt]oo ?[Ll]arge"),
         (struct.pack("<Q", 90 << 20) + b"{}", "cannot be read as safetensors"),
         (struct.pack("<Q", 2) + b"[]", "cannot be read as safetensors"),
         (struct.pack("<Q", 100_000) + b"[" * 100_000, "cannot be read as safetensors"),
