@@ -6,6 +6,7 @@ An entry point names a function without arguments that returns (model folder, RP
 from __future__ import annotations
 
 from importlib.metadata import entry_points
+from pathlib import Path
 
 GROUP = "sdrpn.models"
 
@@ -19,10 +20,17 @@ PUBLISHED_RPN = {
 
 
 def resolve(model: str, rpn: str | None) -> tuple[str, str | None]:
-    """Where a model and its RPN are; anything that is not a short name stays as it is."""
+    """Where a model and its RPN are; anything that is not a short name stays as it is.
+
+    Raises ValueError for a path without a folder, which would be looked for on the hub.
+    """
     for point in entry_points(group=GROUP, name=model):
         folder, own_rpn = point.load()()
         return folder, rpn or own_rpn
+    path = Path(model)
+    is_path = path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2
+    if is_path and not path.is_dir():
+        raise ValueError(f"there is no folder {model}, and no model of the hub is called so")
     return model, rpn
 
 

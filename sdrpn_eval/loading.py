@@ -11,10 +11,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from loguru import logger
 
 from sdrpn.config import ZoomConfig
-from sdrpn.names import PUBLISHED_RPN
+from sdrpn.names import PUBLISHED_RPN, resolve
 from sdrpn.zoom import ZoomLlava
 from sdrpn_eval.arguments import PRESETS
-from sdrpn_eval.demo import tiny_path
 
 TINY = "tiny"
 
@@ -95,13 +94,16 @@ def _load(pretrained: str, values: Mapping[str, Any], device: torch.device) -> Z
 def sources(values: Mapping[str, Any]) -> dict[str, str | None]:
     """Where the weights are, by what they are for: `pretrained`, `rpn`, `peft`; all None for a
     model in memory, `rpn` None for a proposer that needs none. Raises ValueError where no RPN is
-    known for the base."""
+    known for the base, or `pretrained` is a path without a folder."""
     pretrained, rpn, peft = values["pretrained"], values["rpn"], values["peft"]
     if not isinstance(pretrained, str):
         return {"pretrained": None, "rpn": None, "peft": None}
-    if pretrained == TINY:
-        folder = tiny_path()
-        return {"pretrained": str(folder), "rpn": rpn or str(folder / "rpn"), "peft": peft}
+    try:
+        folder, rpn = resolve(pretrained, rpn)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; pretrained=tiny (the embedded model) is for a first try"
+        ) from None
     if values["proposer"] == "rpn" and rpn is None:
         rpn = PUBLISHED_RPN.get(pretrained)
         if rpn is None:
@@ -110,4 +112,4 @@ def sources(values: Mapping[str, Any]) -> dict[str, str | None]:
                 "`sdrpn train`, proposer=attention (needs no training) or proposer=none (stock "
                 "LLaVA); or pretrained=tiny (the embedded model) for a first try."
             )
-    return {"pretrained": pretrained, "rpn": rpn, "peft": peft}
+    return {"pretrained": folder, "rpn": rpn, "peft": peft}

@@ -144,12 +144,16 @@ def test_the_default_says_what_is_missing_and_names_tiny() -> None:
 def test_missing_weights_are_named_with_a_way_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pretrained=tiny") as error:
         LlavaSdrpn(pretrained=str(tmp_path / "nothing"), proposer="none", device="cpu")
+    assert f"there is no folder {tmp_path}/nothing" in str(error.value)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="pretrained=tiny") as error:
+        LlavaSdrpn(pretrained=str(tmp_path / "nothing"), proposer="none", device="cpu")
     assert f"pretrained={tmp_path}/nothing cannot be loaded" in str(error.value)
 
 
 def test_a_model_without_an_rpn_asks_for_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no RPN is known for pretrained=/my/llava"):
-        LlavaSdrpn(pretrained="/my/llava", device="cpu")
+    with pytest.raises(ValueError, match=f"no RPN is known for pretrained={tmp_path}"):
+        LlavaSdrpn(pretrained=str(tmp_path), device="cpu")
 
 
 def test_what_is_no_model_is_refused() -> None:

@@ -200,7 +200,10 @@ class LabelledImages:
         keep = [i for i, reason in enumerate(rows["reason"]) if reason is None]
         self.rows, self.root = rows.select(keep), root
         names = set(self.rows["image"])
-        missing = sorted(name for name in names if not inside(root, name).is_file())
+        try:
+            missing = sorted(name for name in names if not inside(root, name).is_file())
+        except OSError as error:  # a name longer than any file's
+            raise ValueError(f"the images' folder cannot be searched: {error.strerror}") from None
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(names)} images are not in {root} ({missing[0]}, ...): say "
