@@ -31,9 +31,6 @@ from sdrpn.llava import Llava
 from sdrpn.rpn import RPN
 from sdrpn.weights import check_finite
 
-GLOBAL_BATCH = 512
-"""Questions a step, over all processes (METHOD section 5)."""
-
 _CHECKPOINTING = next(
     f.name
     for f in fields(TrainingArguments)
