@@ -340,6 +340,10 @@ def test_a_task_of_one_run_only_is_named(tmp_path: Path) -> None:
             lambda results, samples: results.write_text("{}"),
             "is no results file of lmms-eval: results: Field",
         ),
+        (
+            lambda results, _: results.write_text(results.read_text().replace('"UTC"', '"0/"')),
+            "is no results file of lmms-eval: it does not say when it was written",
+        ),
         (lambda _, s: s.write_text(s.read_text()[:-20]), "is cut off or broken in line 4"),
         (lambda _, s: s.write_text("".join(s.read_text().splitlines(True)[:2])), "holds 2 of 4"),
         (lambda _, s: s.write_text(2 * s.read_text()), "holds document 0 more than once"),

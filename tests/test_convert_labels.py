@@ -255,6 +255,22 @@ def test_arrays_of_unknown_make_are_refused(tmp_path: Path, value: Any) -> None:
         safe_pickle.load(pickled(tmp_path, [value]))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"c_codecs\nencode\n.",
+        b"cnumpy\ndtype\n.",
+        b"(cnumpy\ndtype\nl.",
+        b"\x80\x04\x8f(cnumpy\ndtype\n\x90.",
+    ],
+)
+def test_what_is_no_value_does_not_come_out(tmp_path: Path, content: bytes) -> None:
+    """A pickle may name a function without having it called."""
+    (tmp_path / "labels.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"labels.pkl is refused: .*, which is no plain value"):
+        safe_pickle.load(tmp_path / "labels.pkl")
+
+
 def test_an_array_s_flags_are_not_believed(tmp_path: Path) -> None:
     """numpy would take the last number as flags, and floats for pointers with the right ones."""
     flags = Built(np.dtype, ("f8", False, True), (3, "<", None, None, None, -1, -1, 63))
@@ -290,6 +306,8 @@ def changed(**changes: Any) -> list[dict[str, Any]]:
         ),
         (changed(sink_attn=np.zeros(100)), "record 2 has maps of 100 and 576 image tokens"),
         (changed(prompt=5), "record 2: prompt must be text, got a int"),
+        (changed(question_id="\ud800"), "record 2: question_id holds half a character"),
+        (changed(text="a \udfff"), "record 2: text holds half a character"),
         (
             changed(image="/data/gqa/1.jpg"),
             "record 2: image '/data/gqa/1.jpg' is not below an image",

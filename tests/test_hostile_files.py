@@ -382,6 +382,7 @@ def test_rows_of_a_data_set_without_text_are_named(tmp_path: Path, row: dict[str
         ({"num_attention_heads": 0}, "sizes must be 1 or more"),
         ({"num_attention_heads": 3}, "hidden_size 128 must be a multiple of 3 heads"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be float, got 'nan'"),
+        ({"num_attention_heads": 128, "num_key_value_heads": 1}, "heads of 1 channels cannot be"),
         ({"image_tokens": 0}, "sizes must be 1 or more"),
         ({"zoom": []}, "ZoomConfig must be an object, got a list"),
         ({"zoom": {"threshold": "high"}}, "threshold must be float, got 'high'"),
