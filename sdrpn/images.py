@@ -49,8 +49,12 @@ def load_image(source: Path | bytes, name: str = "") -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tags that are damaged
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with _no_half_images(), Image.open(file) as image:
+                # Looked at here: other threads may change what becomes of Pillow's warning.
+                limit = Image.MAX_IMAGE_PIXELS
+                if limit is not None and image.width * image.height > limit:
+                    size = f"{image.width} x {image.height} pixels"
+                    raise BadImage("too large", where, f"{size}, the limit is {limit:,}; shrink it")
                 if image.format == "EPS":
                     raise BadImage("not an image", where, "EPS is a program that draws one")
                 if max(image.size) > MAX_ASPECT * min(image.size):
@@ -127,15 +131,15 @@ def bounded(image: Image.Image, padding: str) -> Image.Image:
 @contextmanager
 def _no_half_images() -> Iterator[None]:
     """Pillow as it is by itself: lmms-eval, once imported, lets it pass files that are cut off."""
-    if not ImageFile.LOAD_TRUNCATED_IMAGES:
-        yield
-        return
-    with _LENIENT:
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
-        try:
-            yield
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = True
+    with _LENIENT:  # asked with the lock held: another thread may have it switched off for a while
+        if ImageFile.LOAD_TRUNCATED_IMAGES:
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+            try:
+                yield
+            finally:
+                ImageFile.LOAD_TRUNCATED_IMAGES = True
+            return
+    yield
 
 
 def inside(root: Path, name: str) -> Path:

@@ -5,6 +5,7 @@ An entry point names a function without arguments that returns (model folder, RP
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def resolve(model: str, rpn: str | None) -> tuple[str, str | None]:
         return folder, rpn or own_rpn
     path = Path(model)
     is_path = path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2
-    if is_path and not path.is_dir():
+    if is_path and not os.path.isdir(model):  # Path.is_dir raises for names that are too long
         raise ValueError(f"there is no folder {model}, and no model of the hub is called so")
     return model, rpn
 

@@ -14,6 +14,8 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict  # pydantic's demand up to Python 3.11
 
 OPEN = ConfigDict(extra="allow")
+EXACT = ConfigDict(extra="forbid")
+"""Of files that are written by hand too: a slip of the pen must not pass."""
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Hex = Annotated[str, Field(pattern="^[0-9a-f]{1,64}$")]
 

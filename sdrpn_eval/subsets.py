@@ -25,6 +25,7 @@ from pydantic import TypeAdapter
 
 from sdrpn.cli.shared import errors_as_sentences
 from sdrpn.files import read_parsed
+from sdrpn_eval.schemas import EXACT
 
 COUNT = 200
 VARIABLE = "SDRPN_SUBSETS"
@@ -58,6 +59,7 @@ ALL = ",".join(SOURCES)
 class Subset:
     """What a file holds. ids: rows of the whole split, in order. strata: in words."""
 
+    __pydantic_config__ = EXACT
     task: str
     source: str
     rows: int

@@ -326,6 +326,19 @@ def test_junit_and_step_summary(
     assert "### gate: passed, 2 task(s) stand" in summary.read_text()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"tolerence": {"": 0.1}}, "tolerence"), ({"format": 2}, "its format is 2, this version")],
+)
+def test_a_baseline_with_a_slip_of_the_pen_is_refused(
+    tmp_path: Path, baseline: Path, change: dict[str, Any], message: str
+) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(json.loads(baseline.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"own\.json is no baseline.*{message}"):
+        read_baseline(own)
+
+
 def test_baseline_holds_what_the_run_was_made_of(tmp_path: Path) -> None:
     folder = _recorded(tmp_path / "run")
     run_gate(folder, tmp_path / "b.json", "--update")

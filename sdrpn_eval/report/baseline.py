@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from sdrpn.files import read_parsed
+from sdrpn.files import read_object, read_parsed
 from sdrpn_eval.fingerprints import digest, without_addresses
 from sdrpn_eval.report.checks import SCORING, Evidence
 from sdrpn_eval.report.comparison import cluster_keys
 from sdrpn_eval.report.scores import task_scores
 from sdrpn_eval.run_facts import device_facts, versions
+from sdrpn_eval.schemas import EXACT
 
 FORMAT = 1
 MARK = 8
@@ -27,6 +28,7 @@ MARK = 8
 class MetricBaseline:
     """A metric's scores in the order of the task's documents, None for those it does not count."""
 
+    __pydantic_config__ = EXACT
     higher_is_better: bool
     mean: float
     scores: list[float | None]
@@ -40,6 +42,7 @@ class TaskBaseline:
     scorer: fingerprint of its source, None where the run left no facts; settings: of its settings.
     """
 
+    __pydantic_config__ = EXACT
     documents: list[int]
     questions: list[str]
     images: list[str | None]
@@ -60,6 +63,7 @@ class Baseline:
     tolerance: the largest fall that passes, by task; "" for all others.
     """
 
+    __pydantic_config__ = EXACT
     run: str
     date: str
     model: str
@@ -136,9 +140,10 @@ def mark(*parts: str) -> str:
 def read_baseline(path: Path) -> Baseline:
     """A baseline file. Raises ValueError, naming it, where it is missing or of another make."""
     try:
+        made = read_object(path).get("format")
+        if made != FORMAT:
+            raise ValueError(f"its format is {made}, this version reads {FORMAT}")
         found = read_parsed(READ, path)
-        if found.format != FORMAT:
-            raise ValueError(f"its format is {found.format}, this version reads {FORMAT}")
         for name, task in found.tasks.items():
             _check_lengths(name, task)
     except FileNotFoundError:

@@ -13,7 +13,7 @@ import numpy as np
 from sdrpn.region import PixelBox
 from sdrpn_eval.record import read_records
 from sdrpn_eval.report.facts import begun_runs, moment
-from sdrpn_eval.report.runs import RESULTS, BadRun, Run, parse_results, results_ended
+from sdrpn_eval.report.runs import RESULTS, Run, parse_results, results_ended
 from sdrpn_eval.report.scores import Document
 from sdrpn_eval.schemas import RecordLine
 
@@ -146,7 +146,7 @@ def unfinished_later_run(run: Run) -> str | None:
 def _ended(file: Path) -> datetime | None:
     try:
         return results_ended(parse_results(file))
-    except BadRun:
+    except ValueError:
         return None
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from sdrpn.files import parsed, read_bounded
 from sdrpn_eval import schemas
@@ -94,8 +94,11 @@ class Run:
 
     @property
     def ended(self) -> datetime:
-        """When lmms-eval wrote the results, in UTC."""
-        return results_ended(self.results)
+        """When lmms-eval wrote the results, in UTC. Raises BadRun where they do not say."""
+        try:
+            return results_ended(self.results)
+        except ValueError as error:
+            raise BadRun(f"{self.file}: {error}") from None
 
 
 def results_ended(results: Results) -> datetime:
@@ -107,10 +110,18 @@ def results_ended(results: Results) -> datetime:
     said = config.get("timezone") or "Asia/Singapore"  # lmms-eval's default
     seconds = results.get("total_evaluation_time_seconds") or 0
     try:
-        started = datetime.strptime(results["date"], "%Y%m%d_%H%M%S").replace(tzinfo=ZoneInfo(said))
+        started = datetime.strptime(results["date"], "%Y%m%d_%H%M%S").replace(tzinfo=_zone(said))
         return started.astimezone(UTC) + timedelta(seconds=float(seconds) + 1)
     except (ValueError, TypeError, OverflowError, OSError, ZoneInfoNotFoundError) as error:
         raise ValueError(f"it does not say when it was written: {error}") from None
+
+
+def _zone(name: str) -> ZoneInfo:
+    try:
+        return ZoneInfo(name)
+    except ZoneInfoNotFoundError:  # lmms-eval takes a name in capitals or not
+        found = (one for one in available_timezones() if one.lower() == name.lower())
+        return ZoneInfo(next(found, name))
 
 
 def read_run(path: Path, name: str | None = None, tasks: Iterable[str] | None = None) -> Run:
@@ -156,7 +167,6 @@ def parse_results(file: Path) -> Results:
     """A results file of lmms-eval. Raises BadRun, naming it, where it is none."""
     try:
         results = parsed(schemas.RESULTS, read_bounded(file))
-        results_ended(results)
     except OSError as error:
         raise BadRun(f"{file} cannot be read: {error}") from None
     except ValueError as error:
