@@ -178,13 +178,3 @@ SAMPLE = TypeAdapter(SampleLine)
 RECORD = TypeAdapter(Annotated[RecordLine, AfterValidator(_is_drawn)])
 FACTS = TypeAdapter(FactsFile)
 BOXES = TypeAdapter(Boxes, config=ConfigDict(allow_inf_nan=False))
-
-
-def as_number(value: Any) -> float | None:
-    """A JSON number, true and false among them, as a float; None for anything else."""
-    if not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None

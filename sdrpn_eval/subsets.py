@@ -78,6 +78,9 @@ class Subset:
         return path
 
 
+READ = TypeAdapter(Subset)
+
+
 # Choosing
 
 
@@ -139,7 +142,7 @@ def read_subset(task: str) -> Subset:
     own = Path(given).expanduser() / f"{task}.json" if given else None
     path = own if own and own.exists() else tasks_folder() / "ci" / "ids" / f"{task}.json"
     try:
-        found = read_parsed(TypeAdapter(Subset), path)
+        found = read_parsed(READ, path)
     except FileNotFoundError:
         raise ValueError(f"there is no subset {task}, only {', '.join(SOURCES)}") from None
     except ValueError as error:

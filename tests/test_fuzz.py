@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 FUZZ = Path(__file__).parents[1] / "fuzz"
 sys.path.insert(0, str(FUZZ))
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
 
-from harness import Property  # noqa: E402
+from harness import LOOSE, Property  # noqa: E402
 
-FEW = settings(
-    max_examples=EXAMPLES,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+FEW = settings(LOOSE, max_examples=25, derandomize=True)
 
 
 def properties() -> list[Property]:

@@ -105,10 +105,10 @@ def _row(
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return label_row(
-        _text({**checked, "question_id": str(checked["question_id"])}, "question_id", where),
-        _image(_text(checked, "image", where), where, images),
-        _text(checked, "prompt", where).replace(IMAGE_TOKEN, "").strip(),
-        _text(checked, "text", where).strip(),
+        _text(str(checked["question_id"]), "question_id", where),
+        _image(_text(checked["image"], "image", where), where, images),
+        _text(checked["prompt"], "prompt", where).replace(IMAGE_TOKEN, "").strip(),
+        _text(checked["text"], "text", where).strip(),
         grounding=grounding,
         sink=sink,
         labels=labels,
@@ -143,8 +143,7 @@ def _map(record: Mapping[str, Any], key: str, where: str) -> np.ndarray:
     return value
 
 
-def _text(record: Mapping[str, Any], key: str, where: str) -> str:
-    value = record[key]
+def _text(value: Any, key: str, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: {key} must be text, got {_kind(value)}")
     try:

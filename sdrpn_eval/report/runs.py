@@ -19,7 +19,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from sdrpn.files import parsed, read_bounded
 from sdrpn_eval import schemas
-from sdrpn_eval.schemas import Counts, Results, SampleLine, as_number
+from sdrpn_eval.schemas import Counts, Results, SampleLine
 
 RESULTS = "_results.json"
 NOT_METRICS = {"doc_id", "doc", "target", "resps", "filtered_resps", "token_counts"}
@@ -276,6 +276,16 @@ def _check_whole(path: Path, samples: Mapping[int, Sample], expected: range) -> 
     beyond = [i for i in samples if i not in expected]
     if beyond:
         raise BadRun(f"{path} holds document {beyond[0]}, which the results file does not count")
+
+
+def as_number(value: Any) -> float | None:
+    """A JSON number, true and false among them, as a float; None for anything else."""
+    if not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def is_number(value: float | None) -> bool:

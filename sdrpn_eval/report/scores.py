@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sdrpn_eval.report.runs import Run, TaskRun, is_number, read_totals
-from sdrpn_eval.schemas import as_number
+from sdrpn_eval.report.runs import Run, TaskRun, as_number, is_number, read_totals
 
 Document = tuple[str, int]
 """(task, document id): a group holds documents of several tasks."""
