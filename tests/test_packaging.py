@@ -15,8 +15,11 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import sdrpn
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -54,7 +57,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in FOLDERS:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     sdist = build("sdist", source, work)
     with tarfile.open(sdist) as archive:
@@ -86,6 +89,25 @@ def test_the_wheel_announces_its_entry_points(wheel: Path) -> None:
         "sdrpn-eval = sdrpn_eval.report.cli:app",
     ):
         assert line in points
+
+
+def test_the_wheel_carries_its_licence(wheel: Path) -> None:
+    """Without one nobody may use it: an SPDX expression for tools, the text for people."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
+        (licence,) = (n for n in names if n.endswith(".dist-info/licenses/LICENSE"))
+        assert "\nLicense-Expression: Apache-2.0\n" in archive.read(metadata).decode()
+        text = archive.read(licence).decode()
+    assert "Apache License" in text
+    assert "Version 2.0, January 2004" in text
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == sdrpn.__version__
+    assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+    assert citation["preferred-citation"]["url"] == "https://arxiv.org/abs/2509.16944"
 
 
 def imported() -> dict[str, str]:
