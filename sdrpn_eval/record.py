@@ -8,7 +8,6 @@ A run that went on from an earlier one holds that one's lines too, marked `resum
 from __future__ import annotations
 
 import base64
-import json
 import os
 import re
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from loguru import logger
 
-from sdrpn.files import parsed
+from sdrpn.files import as_json, parsed
 from sdrpn.zoom import Answer
 from sdrpn_eval.schemas import RECORD, RecordLine
 
@@ -46,7 +45,7 @@ class RecordWriter:
         """
         by_task: dict[str, list[str]] = {}
         for line in lines:
-            text = json.dumps({"run": self.run, **line}, ensure_ascii=False)
+            text = as_json({"run": self.run, **line}, ensure_ascii=False)
             by_task.setdefault(line["task"], []).append(text + "\n")
         for task, texts in by_task.items():
             path = self.folder / f"{_stem(task)}{self.rank}.jsonl"

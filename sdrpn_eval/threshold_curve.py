@@ -8,8 +8,6 @@ level line. Intervals are clustered by image.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdrpn.cli.shared import errors_as_sentences, say
+from sdrpn.files import as_json
 from sdrpn_eval.arguments import ARGUMENTS, WITHOUT_THRESHOLD
+from sdrpn_eval.stats import with_interval
 
 if TYPE_CHECKING:
     from sdrpn_eval.report.checks import Evidence
@@ -45,8 +45,8 @@ class Point:
     threshold: float | None
     published: bool
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     zoomed: float | None
 
 
@@ -172,10 +172,7 @@ def _refuse_twins(curve: Curve) -> None:
 
 def as_dict(found: Sequence[Curve]) -> dict[str, Any]:
     """What curve.json holds; the interval of a single image, which has none, is null."""
-    every = [asdict(curve) for curve in found]
-    for point in (point for curve in every for point in curve["points"]):
-        point |= {k: None for k in ("low", "high") if not math.isfinite(point[k])}
-    return {"curves": every}
+    return {"curves": [asdict(curve) for curve in found]}
 
 
 def markdown(found: Sequence[Curve]) -> str:
@@ -198,10 +195,9 @@ def markdown(found: Sequence[Curve]) -> str:
 
 
 def _cell(curve: Curve, point: Point, with_threshold: bool) -> str:
-    values = (point.mean, point.low, point.high)
-    mean, low, high = (f"{100 * v:.1f}" if curve.percent else f"{v:.4g}" for v in values)
+    scale, digits = (100, ".1f") if curve.percent else (1, ".4g")
     at = f" (t = {point.threshold:g})" if with_threshold else ""
-    return f"{mean} [{low}, {high}]{at}"
+    return with_interval(point.mean, point.low, point.high, scale, digits) + at
 
 
 def draw(found: Sequence[Curve], path: Path) -> None:
@@ -230,7 +226,8 @@ def _draw_one(plot: Any, curve: Curve) -> None:
         colour = STOCK if level else COLOURS[i % len(COLOURS)]
         for p in level:
             plot.axhline(scale * p.mean, color=colour, linestyle="--", label=series or "no zoom")
-            plot.axhspan(scale * p.low, scale * p.high, color=colour, alpha=0.15, linewidth=0)
+            if p.low is not None and p.high is not None:
+                plot.axhspan(scale * p.low, scale * p.high, color=colour, alpha=0.15, linewidth=0)
         swept = sorted(given, key=lambda p: p.threshold or 0)
         _draw_points(plot, swept, scale, colour, series or "one threshold for all", "o-")
         published = [p for p in own if p.published]
@@ -250,8 +247,8 @@ def _draw_points(
         [p.threshold for p in points],
         [scale * p.mean for p in points],
         yerr=[
-            [max(0, scale * (p.mean - p.low)) for p in points],
-            [max(0, scale * (p.high - p.mean)) for p in points],
+            [0 if p.low is None else max(0, scale * (p.mean - p.low)) for p in points],
+            [0 if p.high is None else max(0, scale * (p.high - p.mean)) for p in points],
         ],
         fmt=style,
         capsize=3,
@@ -264,7 +261,7 @@ def _draw_points(
 def write(found: Sequence[Curve], folder: Path) -> None:
     """curve.json, curve.md and curve.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(as_dict(found), indent=2, ensure_ascii=False) + "\n"
+    text = as_json(as_dict(found), indent=2, ensure_ascii=False) + "\n"
     (folder / "curve.json").write_text(text, encoding="utf-8")
     (folder / "curve.md").write_text(markdown(found), encoding="utf-8")
     draw(found, folder / "curve.png")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +16,9 @@ from sdrpn_eval.report.ladder import ladder
 from sdrpn_eval.report.replay import replay
 from sdrpn_eval.report.score import score
 from sdrpn_eval.threshold_curve import curve
+
+if TYPE_CHECKING:
+    from sdrpn_eval.report.gate import Rules
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -135,18 +140,30 @@ def gate(
         from sdrpn_eval.report import gate_report
         from sdrpn_eval.report.gate import Rules, safely_check
 
-        allowed = {k: _number(v, k) for k, v in _pairs(tolerance or [])}
+        rules = Rules(
+            {k: _number(v, k) for k, v in _named("--tolerance", tolerance or []).items()},
+            alpha,
+            _named("--metric", metric or []),
+            _age(max_age),
+            allow_skipped,
+        )
+        if "" in (rules.metrics or {}):
+            raise ValueError(f"--metric must be TASK=METRIC, got {(rules.metrics or {})['']!r}")
         if update:
-            typer.echo(_update(run, baseline, allowed, allow_skipped))
+            unused = {"--junit": junit, "--metric": metric}
+            if without := [option for option, value in unused.items() if value]:
+                raise ValueError(
+                    f"{without[0]} has no effect with --update: it is of a check and is not kept "
+                    "in the baseline"
+                )
+            for text in _update(run, baseline, rules):
+                typer.echo(text)
             return
         from sdrpn_eval.report.baseline import read_baseline
 
         stored = read_baseline(baseline)
-        age = None if max_age is None else timedelta(hours=max_age)
-        rules = Rules(
-            allowed or stored.tolerance, alpha, dict(_pairs(metric or [])), age, allow_skipped
-        )
-        verdicts = safely_check(run, stored, rules)
+        kept = rules.tolerance or stored.tolerance
+        verdicts = safely_check(run, stored, replace(rules, tolerance=kept))
         for verdict in verdicts:
             typer.echo(f"{gate_report.WORDS[verdict.code]}: {gate_report.line(verdict)}")
         typer.echo(gate_report.conclusion(verdicts))
@@ -158,31 +175,58 @@ def gate(
     raise typer.Exit(gate_report.exit_code(verdicts))
 
 
-def _update(run: Path, baseline: Path, allowed: dict[str, float], skipped: int) -> str:
-    """Write a baseline from a whole run; a tolerance that was in the old one stays."""
+def _update(run: Path, baseline: Path, rules: Rules) -> list[str]:
+    """Write a baseline from a whole run; a tolerance that was in the old one stays.
+
+    Returns lines about tasks too small to be held by their noise, then one about the file.
+    """
     from sdrpn_eval.report.baseline import make_baseline, read_baseline
     from sdrpn_eval.report.comparison import gather
-    from sdrpn_eval.report.gate import check_run, metric_key, refuse_skipped
+    from sdrpn_eval.report.gate import check_rules, check_run, metric_key, refuse_skipped, small
     from sdrpn_eval.report.runs import read_run
 
-    kept = read_baseline(baseline).tolerance if baseline.exists() and not allowed else allowed
+    old = baseline.exists() and not rules.tolerance
+    kept = read_baseline(baseline).tolerance if old else rules.tolerance
     read = read_run(run)
-    check_run(read)
+    check_run(read, rules.max_age)
     evidence = gather(read)
     for name in read.tasks:
-        refuse_skipped(evidence, name, skipped)
+        refuse_skipped(evidence, name, rules.skipped)
     made = make_baseline(evidence, kept)
+    rules = replace(rules, tolerance=kept)
+    check_rules(rules, made.tasks)
     made.save(baseline)
     held = [f"{name} by {metric_key(name, task)}" for name, task in made.tasks.items()]
     left_out = [name for name in read.tasks if name not in made.tasks]
     more = f"; without a score a document: {', '.join(left_out)}" if left_out else ""
-    return f"{baseline}: {', '.join(held)}, from {read.file}{more}"
+    told = [
+        f"note: {name}: {why}; until then every fall fails, unless a --tolerance is given"
+        for name, why in small(made.tasks, rules).items()
+    ]
+    return [*told, f"{baseline}: {', '.join(held)}, from {read.file}{more}"]
 
 
-def _pairs(texts: list[str]) -> list[tuple[str, str]]:
-    """`NAME=VALUE`; a value alone gets the name ""."""
-    pairs = [text.rpartition("=") for text in texts]
-    return [(name, value) for name, _, value in pairs]
+def _named(option: str, texts: list[str]) -> dict[str, str]:
+    """`NAME=VALUE` by name; a value alone has the name ""."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.rpartition("=")
+        if equals and not name:
+            raise ValueError(f"{option} {text}: there is no task before the =")
+        if name in found:
+            what = f"of {name} " if name else ""
+            raise ValueError(f"{option} {what}is given twice: {found[name]} and {value}")
+        found[name] = value
+    return found
+
+
+def _age(hours: float | None) -> timedelta | None:
+    if hours is None:
+        return None
+    most = timedelta.max.total_seconds() / 3600
+    if not 0 < hours < most:
+        raise ValueError(f"--max-age must be in (0, {most:.0f}) hours, got {hours:g}")
+    return timedelta(hours=hours)
 
 
 def _number(text: str, name: str) -> float:
@@ -190,10 +234,9 @@ def _number(text: str, name: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not value >= 0:
-        raise ValueError(
-            f"--tolerance{f' of {name}' if name else ''} must be 0 or more, got {text}"
-        )
+    if not (value >= 0 and math.isfinite(value)):
+        of = f" of {name}" if name else ""
+        raise ValueError(f"--tolerance{of} must be 0 or more, and finite, got {text}")
     return value
 
 

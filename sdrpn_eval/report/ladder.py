@@ -102,7 +102,7 @@ def caption(comparison: Comparison, plan: Ladder) -> str:
         f"Measured by lmms-eval --model llava_sdrpn --model_args {plan.model_args or 'none'} "
         f"--tasks {plan.tasks}{f' --limit {plan.limit}' if plan.limit else ''}, one run for each "
         "proposer.",
-        "Whiskers: 95 % intervals, from a bootstrap that resamples whole images.",
+        "Whiskers: 95 % intervals, clustered by image.",
         "true box: the box that each document carries, cropped as it is."
         if any(run["name"] == "true box" for run in comparison.runs)
         else "",

@@ -11,11 +11,13 @@ from rich.table import Table
 
 from sdrpn_eval.report.boxes import HOLDS, Looking
 from sdrpn_eval.report.results import Comparison, Difference, MetricRow, RunScore
+from sdrpn_eval.stats import with_interval
 
 METHOD = (
-    "Intervals are 95 %, from a bootstrap that resamples whole images; p is two-sided, of a test "
-    "that flips the signs of whole images' differences; wins and losses are questions scored "
-    "higher and lower than by the first run."
+    "Intervals are 95 %, clustered by image: of scores in [0, 1] Korn and Graubard's, of their "
+    "differences from those of gains and losses, of other scores a bootstrap over images. p is "
+    "two-sided, of a test that flips the signs of whole images' differences; wins and losses are "
+    "questions scored higher and lower than by the first run."
 )
 
 FEW = 20
@@ -65,6 +67,10 @@ def _verdict(row: MetricRow, score: RunScore, difference: Difference) -> str:
         f"{_difference(row, difference)}, p = {difference.decisive_p:.2g}{adjusted}; "
         f"{difference.wins} won, {difference.losses} lost of {row.questions} questions"
     )
+    if difference.verdict == "few":
+        count = "1 image" if row.images == 1 else f"{row.images} images"
+        need = f", {difference.images_needed} are needed" if difference.images_needed else ""
+        return f"too few to tell {score.run} from {first.run}: {count}{need} ({facts})"
     if difference.verdict == "same":
         return f"no difference shown between {score.run} and {first.run} ({facts})"
     return f"{score.run} is {difference.verdict} than {first.run} ({facts})"
@@ -84,8 +90,9 @@ def cautions(comparison: Comparison) -> list[str]:
                 f"{task.task}: no record names the images, so every question counts as independent "
                 "and intervals may be too narrow"
             )
-    few = {r.task: r.images for r in comparison.rows if r.main and r.images < FEW}
-    found += [f"{task}: {n} images, too few for these intervals" for task, n in few.items()]
+    bootstrapped = [row for row in comparison.rows if row.main and not row.percent]
+    few = {row.task: row.images for row in bootstrapped if row.images < FEW}
+    found += [f"{task}: {n} images, too few for a bootstrap's intervals" for task, n in few.items()]
     return [*found, *comparison.notes]
 
 
@@ -182,15 +189,13 @@ def _plain(row: MetricRow, value: float) -> str:
 
 
 def _interval(row: MetricRow, score: RunScore) -> str:
-    mean, low, high = (_plain(row, value) for value in (score.mean, score.low, score.high))
-    return f"{mean} [{low}, {high}]"
+    scale, digits = (100, ".1f") if row.percent else (1, ".4g")
+    return with_interval(score.mean, score.low, score.high, scale, digits)
 
 
 def _difference(row: MetricRow, difference: Difference) -> str:
     scale, digits = (100, ".1f") if row.percent else (1, ".4g")
-    values = (difference.mean, difference.low, difference.high)
-    mean, low, high = (f"{scale * v:+{digits}}" for v in values)
-    return f"{mean} [{low}, {high}]"
+    return with_interval(difference.mean, difference.low, difference.high, scale, f"+{digits}")
 
 
 def _share(value: float | None) -> str:
