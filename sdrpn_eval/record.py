@@ -13,14 +13,16 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from loguru import logger
 
 from sdrpn.files import as_json, parsed
-from sdrpn.zoom import Answer
 from sdrpn_eval.schemas import RECORD, RecordLine
+
+if TYPE_CHECKING:  # the reports read records, and must not wait for torch
+    from sdrpn.zoom import Answer
 
 RUN_STAMP = "%Y%m%dT%H%M%S.%fZ"
 """A run's name: when it began, in UTC; names sort by time."""

@@ -92,7 +92,8 @@ def clustered_difference(
         raise ValueError(f"differences of scores in [0, 1] must be in [-1, 1], got {largest:g}")
     gains, _ = _by_cluster(values.clip(0, None).tolist(), clusters)
     losses, _ = _by_cluster((-values).clip(0, None).tolist(), clusters)
-    gain, loss = _share(gains, counts), _share(losses, counts)
+    size = _size_of_changes(gains + losses, counts)
+    gain, loss = _share(gains, counts, size), _share(losses, counts, size)
     mean = gain.mean - loss.mean
     if gain.low is None or gain.high is None or loss.low is None or loss.high is None:
         return Estimate(mean, None, None)
@@ -119,8 +120,23 @@ def with_interval(
     return f"{scale * mean:{digits}} [{ends}]"
 
 
-def _share(sums: np.ndarray, counts: np.ndarray) -> Estimate:
-    """Korn and Graubard's interval; never narrower at an end than where all clusters agree."""
+def _size_of_changes(changes: np.ndarray, counts: np.ndarray) -> float:
+    """Effective number of questions by how many of an image change together.
+
+    One more image, of mean size and changed as a whole, is counted beside those that changed:
+    where none did, the questions on an image may all change at once, and it is one observation.
+    """
+    questions, images = float(counts.sum()), len(counts)
+    together = (questions / images + changes.sum()) / (1 + np.count_nonzero(changes))
+    return min(questions, max(float(images), questions / together))
+
+
+def _share(sums: np.ndarray, counts: np.ndarray, alike: float | None = None) -> Estimate:
+    """Korn and Graubard's interval; at no end narrower than where all clusters agree.
+
+    alike: the effective size where the clusters agree, by default their number: nothing tells then
+    that it is larger.
+    """
     # Imported here: behind a command, and slow.
     from scipy.special import betaincinv, stdtrit
 
@@ -129,15 +145,15 @@ def _share(sums: np.ndarray, counts: np.ndarray) -> Estimate:
     if images == 1:
         return Estimate(mean, None, None)
     variance = _covariance(sums, sums, counts)
-    size = float(images)  # the smallest it can be: where all are alike nothing tells it is larger
+    size = alike = alike or float(images)
     if variance > NO_VARIANCE:
         freedom = stdtrit(questions - 1, 1 - TAIL) / stdtrit(images - 1, 1 - TAIL)
         size = min(questions, mean * (1 - mean) / variance) * float(freedom) ** 2
     right, wrong = mean * size, (1 - mean) * size
     low = float(betaincinv(right, wrong + 1, TAIL)) if right > 0 else 0.0
     high = float(betaincinv(right + 1, wrong, 1 - TAIL)) if wrong > 0 else 1.0
-    all_alike = TAIL ** (1 / images)
-    return Estimate(mean, min(low, all_alike), max(high, 1 - all_alike))
+    end = TAIL ** (1 / alike)
+    return Estimate(mean, min(low, end), max(high, 1 - end))
 
 
 def _covariance(first: np.ndarray, second: np.ndarray, counts: np.ndarray) -> float:

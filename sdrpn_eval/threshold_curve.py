@@ -18,7 +18,6 @@ import typer
 from sdrpn.cli.shared import errors_as_sentences, say
 from sdrpn.files import as_json
 from sdrpn_eval.arguments import ARGUMENTS, WITHOUT_THRESHOLD
-from sdrpn_eval.stats import with_interval
 
 if TYPE_CHECKING:
     from sdrpn_eval.report.checks import Evidence
@@ -195,6 +194,8 @@ def markdown(found: Sequence[Curve]) -> str:
 
 
 def _cell(curve: Curve, point: Point, with_threshold: bool) -> str:
+    from sdrpn_eval.stats import with_interval
+
     scale, digits = (100, ".1f") if curve.percent else (1, ".4g")
     at = f" (t = {point.threshold:g})" if with_threshold else ""
     return with_interval(point.mean, point.low, point.high, scale, digits) + at

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 
 from sdrpn.files import as_json, read_object, read_parsed
@@ -17,7 +16,6 @@ from sdrpn_eval.report.checks import SCORING, Evidence
 from sdrpn_eval.report.comparison import cluster_keys
 from sdrpn_eval.report.runs import BESIDE
 from sdrpn_eval.report.scores import task_scores
-from sdrpn_eval.run_facts import device_facts, versions
 from sdrpn_eval.schemas import EXACT, FINITE
 
 FORMAT = 1
@@ -98,10 +96,19 @@ def make_baseline(evidence: Evidence, tolerance: Mapping[str, float]) -> Baselin
         model=run.model,
         model_args=str(run.results["config"].get("model_args") or ""),
         made_of={n: getattr(facts, n) for n in names} if facts else None,
-        written_on={"versions": versions(), **device_facts(torch.device("cpu"))},
+        written_on=_this_machine(),
         tasks=scored,
         tolerance=dict(tolerance),
     )
+
+
+def _this_machine() -> dict[str, Any]:
+    # Imported here: seconds of imports, that a check against a baseline must not wait for.
+    import torch
+
+    from sdrpn_eval.run_facts import device_facts, versions
+
+    return {"versions": versions(), **device_facts(torch.device("cpu"))}
 
 
 def task_baseline(evidence: Evidence, name: str) -> TaskBaseline:
