@@ -173,7 +173,71 @@ def test_difference_wins_and_losses(tmp_path: Path) -> None:
     assert change.mean == pytest.approx(2 / 6)
     assert change.low < change.mean < change.high
     assert change.p == 10 / 16  # |3 - 1| is reached by 10 of the 16 sign patterns
-    assert change.verdict == "same"
+    assert change.verdict == "few"
+
+
+@pytest.mark.parametrize(
+    ("questions", "fixed", "verdict", "says"),
+    [
+        (6, 3, "few", "toy: too few to tell rpn from stock: 6 images, 12 are needed (accuracy"),
+        (11, 5, "few", "toy: too few to tell rpn from stock: 11 images, 12 are needed (accuracy"),
+        (12, 5, "same", "toy: no difference shown between rpn and stock (accuracy"),
+        (12, 6, "better", "toy: rpn is better than stock (accuracy"),
+        (6, 6, "better", "toy: rpn is better than stock (accuracy"),
+        (1, 1, "few", "toy: too few to tell rpn from stock: 1 image, 12 are needed (accuracy"),
+    ],
+)
+def test_too_few_to_tell_is_no_difference_shown(
+    tmp_path: Path, questions: int, fixed: int, verdict: str, says: str
+) -> None:
+    before = [sample(i, "blue") for i in range(questions)]
+    after = [sample(i, "red" if i < fixed else "blue") for i in range(questions)]
+    comparison = compared(*pair(tmp_path, before, after))
+    (line,) = text.verdicts(comparison)
+    assert line.startswith(says)
+    assert row_of(comparison, "toy", "accuracy").differences[0].verdict == verdict
+    assert "nan" not in text.markdown(comparison)
+
+
+def test_more_tests_need_more_images(tmp_path: Path) -> None:
+    """Of three runs there are two tests, and 0.031 of twelve images is doubled: 14 are needed."""
+    rows = [sample(i, "red" if i < 6 else "blue") for i in range(13)]
+    runs = [write_run(tmp_path / name, {"toy": rows}) for name in ("a", "b", "c")]
+    says = "toy: too few to tell b from a: 13 images, 14 are needed"
+    assert text.verdicts(compared(*runs))[0].startswith(says)
+    assert text.verdicts(compared(*runs[:2]))[0].startswith("toy: no difference shown")
+
+
+def test_one_image_has_no_interval_and_valid_json(tmp_path: Path) -> None:
+    folders = pair(tmp_path, [sample(0, "blue")], [sample(0)])
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["compare", *map(str, folders), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "0.0 [n/a]" in done.output
+    assert "+100.0 [n/a]" in done.output
+    content = json.loads((out / "compare.json").read_text(), parse_constant=pytest.fail)
+    (row,) = content["rows"]
+    assert [(s["mean"], s["low"], s["high"]) for s in row["scores"]] == [
+        (0.0, None, None),
+        (1.0, None, None),
+    ]
+    assert (row["differences"][0]["low"], row["differences"][0]["high"]) == (None, None)
+    assert "| 0.0 [n/a] |" in (out / "compare.md").read_text()
+    assert "nan" not in (out / "compare.html").read_text().lower().split("<script")[0]
+
+
+def test_a_perfect_score_and_no_change_have_an_interval(tmp_path: Path) -> None:
+    """Of 100 images: 0.025 ** (1 / 100) is 0.9638."""
+    rows = [sample(i) for i in range(100)]
+    page = text.markdown(compared(*pair(tmp_path, rows, rows)))
+    assert "| stock | 100.0 [96.4, 100.0] |" in page
+    assert "| rpn | 100.0 [96.4, 100.0] | +0.0 [-3.6, +3.6] | 1 | 0 / 0 |" in page
+
+
+def test_scores_of_another_scale_that_never_change_have_no_interval(tmp_path: Path) -> None:
+    rows = [sample(i, accuracy=1400.0) for i in range(30)]
+    page = text.markdown(compared(*pair(tmp_path, rows, rows)))
+    assert "| rpn | 1400 [n/a] | +0 [n/a] | 1 |" in page
 
 
 def test_a_metric_that_should_be_low_is_won_by_lower(tmp_path: Path) -> None:
@@ -554,7 +618,7 @@ def test_command_writes_everything(tmp_path: Path) -> None:
     assert content["rows"][0]["scores"][1]["mean"] == 1.0
     assert content["rows"][0]["differences"][0]["wins"] == 10
     page = (out / "compare.md").read_text()
-    assert "| toy | accuracy | 10 / 10 | stock | 0.0 [0.0, 0.0] |" in page
+    assert "| toy | accuracy | 10 / 10 | stock | 0.0 [0.0, 30.8] |" in page
     assert "**toy: rpn is better than stock" in page
     assert "<title>stock / rpn</title>" in (out / "compare.html").read_text()
 
