@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdrpn.cli.shared import errors_as_sentences, say
+from sdrpn.cli.shared import console, errors_as_sentences, say
 from sdrpn.files import as_json
 from sdrpn_eval.arguments import ARGUMENTS, WITHOUT_THRESHOLD
 
@@ -179,10 +179,7 @@ def markdown(found: Sequence[Curve]) -> str:
     head = ["", "threshold", *(curve.task for curve in found)]
     lines = [head, ["---"] * len(head)]
     for points in zip(*(curve.points for curve in found), strict=True):
-        first = points[0]
-        own = "none" if first.threshold is None else f"{first.threshold:g} for all"
-        if first.published:
-            own = "published, by task"
+        first, own = points[0], _threshold(points[0])
         cells = [_cell(c, p, first.published) for c, p in zip(found, points, strict=True)]
         lines.append([first.series, own, *cells])
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
@@ -191,6 +188,31 @@ def markdown(found: Sequence[Curve]) -> str:
         f"{table}\n\nFirst metric of each task, in percent where it is a share; 95 % intervals "
         f"clustered by image. Questions / images: {counts}.\n"
     )
+
+
+def lines(found: Sequence[Curve], width: int) -> list[str]:
+    """The same for a terminal, a table a task."""
+    # Imported here, so that --help answers at once.
+    from sdrpn_eval.report.columns import columns, counted
+
+    told: list[str] = []
+    for curve in found:
+        rows = [
+            [", ".join(filter(None, (p.series, _threshold(p)))), _cell(curve, p, p.published)]
+            for p in curve.points
+        ]
+        told.append(
+            f"{curve.task}, {curve.metric}: {counted(curve.questions, 'question')}, "
+            f"{counted(curve.images, 'image')}"
+        )
+        told += [*columns(["threshold", "score"], rows, width), ""]
+    return told
+
+
+def _threshold(point: Point) -> str:
+    if point.published:
+        return "published, by task"
+    return "none" if point.threshold is None else f"{point.threshold:g} for all"
 
 
 def _cell(curve: Curve, point: Point, with_threshold: bool) -> str:
@@ -291,7 +313,8 @@ def curve(
         if not found:
             raise ValueError("the runs have no metric with a score a document in common")
         write(found, out)
-        say(markdown(found))
+        for line in lines(found, console.width):
+            say(line)
         say(f"{out / 'curve.png'}, curve.md and curve.json beside it")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 GAP = 2
@@ -27,7 +28,7 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) ->
     cells = [max(len(row[i]) for row in rows) for i in range(1, len(header))]
     widths = [max(size, len(title)) for size, title in zip(cells, header[1:], strict=True)]
     if needed + sum(widths) + GAP * len(widths) > width:
-        words = [max(map(len, title.split())) for title in header[1:]]
+        words = [max(map(len, _words(title))) for title in header[1:]]
         widths = [max(pair) for pair in zip(cells, words, strict=True)]
     while widths and needed + sum(widths) + GAP * len(widths) > width:
         widths.pop()
@@ -46,9 +47,19 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) ->
     return lines
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 image, 2 images."""
+    return f"1 {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _words(title: str) -> list[str]:
+    """A stroke stays with the word before it."""
+    return re.split(r" (?!/)", title)
+
+
 def _folded(title: str, width: int) -> list[str]:
     lines: list[str] = []
-    for word in title.split():
+    for word in _words(title):
         if lines and len(lines[-1]) + 1 + len(word) <= width:
             lines[-1] += f" {word}"
         else:

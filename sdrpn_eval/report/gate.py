@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sdrpn_eval.report.baseline import Baseline, MetricBaseline, TaskBaseline, task_baseline
 from sdrpn_eval.report.checks import Evidence, other_data
+from sdrpn_eval.report.columns import counted
 from sdrpn_eval.report.comparison import gather
 from sdrpn_eval.report.facts import Facts
 from sdrpn_eval.report.looks import unfinished_later_run
@@ -346,14 +347,13 @@ def too_few(images: int, alpha: float, tests: int) -> str:
     """Why the noise cannot decide about a task, and how many images it takes."""
     if not images:
         return "the baseline's score is the worst there is, so no fall can be seen"
-    count = "1 image" if images == 1 else f"{images} images"
     least, half = (min(1.0, tests * smallest_p(n)) for n in (images, images // 2))
     corrected = f", corrected for {tests} tasks" if tests > 1 else ""
     why = f"the smallest p-value that they can reach is {least:.2g}"
     if least < alpha:
         why = f"the smallest p-value where half of them fall is {half:.2g}"
     return (
-        f"only {count} can fall, too few to tell a fall from noise ({why}{corrected}, not below "
+        f"only {counted(images, 'image')} can fall, too few to tell a fall from noise ({why}{corrected}, not below "
         f"alpha = {alpha:g}); at least {images_needed(alpha, tests)} are needed"
     )
 

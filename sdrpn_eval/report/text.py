@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from sdrpn_eval.report.boxes import HOLDS, Looking
-from sdrpn_eval.report.columns import columns
+from sdrpn_eval.report.columns import columns, counted
 from sdrpn_eval.report.results import Comparison, Difference, MetricRow, RunScore, TaskInfo
 from sdrpn_eval.stats import with_interval
 
@@ -60,7 +60,7 @@ def _score_block(row: MetricRow) -> Section:
     header = ["run", "score", "difference", "p", "published", "won / lost"]
     metric = row.metric if row.filter == "none" else f"{row.metric} ({row.filter})"
     named = ", ".join(part for part in (row.task, row.protocol, metric) if part)
-    counts = f"{_count(row.questions, 'question')}, {_count(row.images, 'image')}"
+    counts = f"{counted(row.questions, 'question')}, {counted(row.images, 'image')}"
     return Section(f"{named}: {counts}", header, lines)
 
 
@@ -89,10 +89,6 @@ def _look_blocks(task: TaskInfo) -> list[Section]:
         header += ["wrong: no zoom", "wrong: looked wrong", "wrong: looked right, read wrong"]
         found.append(Section(f"{task.task}, {run}: where it looked", header, lines))
     return found
-
-
-def _count(number: int, noun: str) -> str:
-    return f"1 {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def sections(comparison: Comparison) -> list[Section]:
@@ -130,7 +126,7 @@ def _verdict(row: MetricRow, score: RunScore, difference: Difference) -> str:
         f"{difference.wins} won, {difference.losses} lost of {row.questions} questions"
     )
     if difference.verdict == "few":
-        count = _count(row.images, "image")
+        count = counted(row.images, "image")
         need = f", {difference.images_needed} are needed" if difference.images_needed else ""
         return f"too few to tell {score.run} from {first.run}: {count}{need} ({facts})"
     if difference.verdict == "same":
@@ -155,7 +151,7 @@ def cautions(comparison: Comparison) -> list[str]:
     bootstrapped = [row for row in comparison.rows if row.main and not row.percent]
     few = {row.task: row.images for row in bootstrapped if row.images < FEW}
     found += [
-        f"{task}: {_count(n, 'image')}, too few for a bootstrap's intervals"
+        f"{task}: {counted(n, 'image')}, too few for a bootstrap's intervals"
         for task, n in few.items()
     ]
     return [*found, *comparison.notes]
