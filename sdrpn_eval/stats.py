@@ -108,16 +108,10 @@ def rounded(estimate: Estimate, digits: int = 4) -> list[float | None]:
     return [None if value is None else round(value, digits) for value in estimate]
 
 
-def with_interval(
-    mean: float, low: float | None, high: float | None, scale: float, digits: str
-) -> str:
+def with_interval(estimate: Sequence[float | None], scale: float, digits: str) -> str:
     """`mean [low, high]`, each times scale in a format such as ".1f"; "n/a" for no interval."""
-    ends = (
-        "n/a"
-        if low is None or high is None
-        else ", ".join(f"{scale * end:{digits}}" for end in (low, high))
-    )
-    return f"{scale * mean:{digits}} [{ends}]"
+    mean, *ends = ["n/a" if v is None else f"{scale * v:{digits}}" for v in estimate]
+    return f"{mean} [{'n/a' if 'n/a' in ends else ', '.join(ends)}]"
 
 
 def _size_of_changes(changes: np.ndarray, counts: np.ndarray) -> float:

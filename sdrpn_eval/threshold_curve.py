@@ -18,6 +18,7 @@ import typer
 from sdrpn.cli.shared import console, errors_as_sentences, say
 from sdrpn.files import as_json
 from sdrpn_eval.arguments import ARGUMENTS, WITHOUT_THRESHOLD
+from sdrpn_eval.report.options import SeedOption, at_least
 
 if TYPE_CHECKING:
     from sdrpn_eval.report.checks import Evidence
@@ -220,7 +221,7 @@ def _cell(curve: Curve, point: Point, with_threshold: bool) -> str:
 
     scale, digits = (100, ".1f") if curve.percent else (1, ".4g")
     at = f" (t = {point.threshold:g})" if with_threshold else ""
-    return with_interval(point.mean, point.low, point.high, scale, digits) + at
+    return with_interval((point.mean, point.low, point.high), scale, digits) + at
 
 
 def draw(found: Sequence[Curve], path: Path) -> None:
@@ -299,7 +300,7 @@ def curve(
     tasks: Annotated[
         str, typer.Option(help="These tasks only, with commas; default: all in common.")
     ] = "",
-    seed: Annotated[int, typer.Option(help="For the intervals.")] = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Score over threshold, with the published thresholds beside one for all.
 
@@ -309,6 +310,7 @@ def curve(
       sdrpn-eval curve out/stock out/published out/t005 out/t015 --out curve
     """
     with errors_as_sentences():
+        at_least(0, seed=seed)
         found = curves(runs, [name for name in tasks.split(",") if name], seed)
         if not found:
             raise ValueError("the runs have no metric with a score a document in common")

@@ -640,6 +640,10 @@ def test_markdown_holds_hostile_names(tmp_path: Path) -> None:
         (["{run}", "{run}", "--names", "a,a"], "runs need different names"),
         (["{run}", "{run}", "--names", "a,b", "--tasks", "nope"], "has no results for nope"),
         (["{run}", "{run}", "--names", "a,b", "--boxes", "{run}/no.json"], "no.json must hold"),
+        (["{run}", "{run}", "--budget-mb", "nan"], "--budget-mb must be greater than 0, got nan"),
+        (["{run}", "{run}", "--budget-mb", "0"], "--budget-mb must be greater than 0, got 0"),
+        (["{run}", "{run}", "--budget-mb", "inf"], "--budget-mb must be greater than 0, got inf"),
+        (["{run}", "{run}", "--seed", "-1"], "--seed must be 0 or more, got -1"),
     ],
 )
 def test_wrong_use_ends_with_one_sentence(tmp_path: Path, words: list[str], says: str) -> None:

@@ -61,7 +61,7 @@ def differences(result: Mapping[str, Any]) -> str:
     }
     lines = []
     for key, name in names.items():
-        cells = [with_interval(*result[key][group], 100, "+.1f") for group in GROUPS]
+        cells = [with_interval(result[key][group], 100, "+.1f") for group in GROUPS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

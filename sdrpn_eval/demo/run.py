@@ -148,7 +148,7 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def _cell(estimate: Sequence[Any]) -> str:
-    return with_interval(*estimate, 100, ".1f")
+    return with_interval(estimate, 100, ".1f")
 
 
 def demo(out: Path, *, batch_size: int = 32, limit: int | None = None) -> dict[str, Any]:

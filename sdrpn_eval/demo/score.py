@@ -169,7 +169,7 @@ def markdown(result: Mapping[str, Any], names: Sequence[str] | None = None) -> s
     rows = {row["name"]: row for row in result["rows"]}
     lines = ["| proposer | all | fine | coarse | zoomed |", "|---|---|---|---|---|"]
     for row in (rows[name] for name in names or rows):
-        cells = (with_interval(*row[group], 100, ".1f") for group in GROUPS)
+        cells = (with_interval(row[group], 100, ".1f") for group in GROUPS)
         lines.append(f"| {row['name']} | {' | '.join(cells)} | {100 * row['zoomed']:.0f} % |")
     return "\n".join(lines)
 
@@ -181,7 +181,7 @@ def show(result: Mapping[str, Any]) -> None:
     for column in ("", *GROUPS, "zoomed"):
         table.add_column(column)
     for row in result["rows"]:
-        cells = [with_interval(*row[g], 1, ".3f") for g in GROUPS]
+        cells = [with_interval(row[g], 1, ".3f") for g in GROUPS]
         table.add_row(row["name"], *cells, f"{row['zoomed']:.2f}")
     console = Console(width=130)
     console.print(table)

@@ -13,6 +13,7 @@ import typer
 
 from sdrpn.cli.shared import console, errors_as_sentences, say
 from sdrpn_eval.report.ladder import ladder
+from sdrpn_eval.report.options import SeedOption, at_least
 from sdrpn_eval.report.replay import replay
 from sdrpn_eval.report.score import score
 from sdrpn_eval.threshold_curve import curve
@@ -58,7 +59,7 @@ def compare(
         typer.Option(help=r"True boxes: JSON {task: {document id: \[x0, y0, x1, y1]}}, in pixels."),
     ] = None,
     budget_mb: Annotated[float, typer.Option(help="Largest page, in MB.")] = 50,
-    seed: Annotated[int, typer.Option(help="For intervals, tests and the choice of pictures.")] = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Is it better, where, by how much: a table, JSON, Markdown and an HTML page.
 
@@ -77,6 +78,9 @@ def compare(
         from sdrpn_eval.report.compared import show, write_comparison
         from sdrpn_eval.report.documents import load_data, read_boxes
 
+        at_least(0, seed=seed)
+        if not (budget_mb > 0 and math.isfinite(budget_mb)):
+            raise ValueError(f"--budget-mb must be greater than 0, got {budget_mb:g}")
         given = read_boxes(boxes) if boxes else {}
         read = _read(runs, [n for n in names.split(",") if n], [t for t in tasks.split(",") if t])
         cli = read[0].results["config"].get("resolved_cli_args") or {}
@@ -119,7 +123,7 @@ def gate(
         float | None, typer.Option(help="Hours; older results are not this job's.")
     ] = None,
     allow_skipped: Annotated[
-        int, typer.Option(min=0, help="Documents of a task that on_error may have skipped.")
+        int, typer.Option(help="Documents of a task that on_error may have skipped.")
     ] = 0,
     junit: Annotated[Path | None, typer.Option(help="JUnit XML to write.")] = None,
 ) -> None:
@@ -140,6 +144,7 @@ def gate(
         from sdrpn_eval.report import gate_report
         from sdrpn_eval.report.gate import Rules, safely_check
 
+        at_least(0, allow_skipped=allow_skipped)
         rules = Rules(
             {k: _number(v, k) for k, v in _named("--tolerance", tolerance or []).items()},
             alpha,

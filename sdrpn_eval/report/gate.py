@@ -353,8 +353,9 @@ def too_few(images: int, alpha: float, tests: int) -> str:
     if least < alpha:
         why = f"the smallest p-value where half of them fall is {half:.2g}"
     return (
-        f"only {counted(images, 'image')} can fall, too few to tell a fall from noise ({why}{corrected}, not below "
-        f"alpha = {alpha:g}); at least {images_needed(alpha, tests)} are needed"
+        f"only {counted(images, 'image')} can fall, too few to tell a fall from noise "
+        f"({why}{corrected}, not below alpha = {alpha:g}); at least "
+        f"{images_needed(alpha, tests)} are needed"
     )
 
 

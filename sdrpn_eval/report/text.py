@@ -271,12 +271,13 @@ def _plain(row: MetricRow, value: float) -> str:
 
 def _interval(row: MetricRow, score: RunScore) -> str:
     scale, digits = (100, ".1f") if row.percent else (1, ".4g")
-    return with_interval(score.mean, score.low, score.high, scale, digits)
+    return with_interval((score.mean, score.low, score.high), scale, digits)
 
 
 def _difference(row: MetricRow, difference: Difference) -> str:
     scale, digits = (100, ".1f") if row.percent else (1, ".4g")
-    return with_interval(difference.mean, difference.low, difference.high, scale, f"+{digits}")
+    ends = (difference.mean, difference.low, difference.high)
+    return with_interval(ends, scale, f"+{digits}")
 
 
 def _share(value: float | None) -> str:
