@@ -22,7 +22,7 @@ from sdrpn_eval.report.documents import read_boxes
 from sdrpn_eval.report.looks import covered, unfinished_later_run
 from sdrpn_eval.report.published import COLUMN_OF, PUBLISHED, published_score
 from sdrpn_eval.report.results import Comparison, MetricRow
-from sdrpn_eval.report.runs import BadRun, parse_arguments, read_run
+from sdrpn_eval.report.runs import BadRun, Run, parse_arguments, read_run
 
 STOCK = "pretrained=tiny,proposer=none"
 
@@ -155,6 +155,85 @@ def test_ocrbench_is_read_under_a_limit_and_chartqa_by_split(tmp_path: Path) -> 
     assert row_of(comparison, "ocrbench", "ocrbench_accuracy").scores[1].mean == 0.75
     assert row_of(comparison, "chartqa", "relaxed_human_split").scores[1].mean == 1
     assert row_of(comparison, "chartqa", "relaxed_augmented_split").questions == 2
+
+
+def one_metric(folder: Path, values: list[float], total: float, metric: str = "accuracy") -> Run:
+    """A run whose documents have these scores, and whose printed score is the total."""
+    rows = [sample(i, **{metric: value}) for i, value in enumerate(values)]
+    return read_run(write_run(folder, {"toy": rows}, {"toy": {f"{metric},none": total}}))
+
+
+@pytest.mark.parametrize("off", [0.01, 0.005, 0.001, 1e-4, 1e-5, -0.01, -1e-4, -1e-5])
+def test_a_total_that_disagrees_with_its_mean_is_not_compared(tmp_path: Path, off: float) -> None:
+    values = [1.0, 1.0, 1.0, 0.0]
+    comparison = compare([one_metric(tmp_path / n, values, 0.75 * (1 + off)) for n in ("a", "b")])
+    assert not comparison.rows
+    (one,) = comparison.not_compared
+    assert one.reason.startswith("is no mean over documents: theirs is 0.75, the score is 0.7")
+
+
+@pytest.mark.parametrize(
+    ("values", "total", "metric"),
+    [
+        ([1.0, 1.0, 1.0, 0.0], 0.75, "accuracy"),
+        ([1.0, 1.0, 1.0, 0.0], 0.75 * (1 + 4e-7), "accuracy"),  # as lmms-eval rounds
+        ([1.0, 1.0, 1.0, 0.0], 75.0, "accuracy"),  # in percent
+        ([0.0, 0.0, 0.0, 0.0], 0.0, "accuracy"),
+        ([1.0, 1.0, 1.0, 0.0], 0.003, "ocrbench_accuracy"),  # of its 1000 questions
+    ],
+)
+def test_a_total_that_is_the_mean_of_its_documents_is_compared(
+    tmp_path: Path, values: list[float], total: float, metric: str
+) -> None:
+    comparison = compare([one_metric(tmp_path / n, values, total, metric) for n in ("a", "b")])
+    assert not comparison.not_compared
+    assert [score.mean for score in comparison.rows[0].scores] == [sum(values) / 4] * 2
+
+
+@pytest.mark.parametrize(
+    ("total", "metric"), [(0.003, "accuracy"), (0.3, "ocrbench_accuracy"), (7.5, "accuracy")]
+)
+def test_another_scale_than_a_mean_s_is_not_compared(
+    tmp_path: Path, total: float, metric: str
+) -> None:
+    values = [1.0, 1.0, 1.0, 0.0]
+    comparison = compare([one_metric(tmp_path / n, values, total, metric) for n in ("a", "b")])
+    assert "is no mean over documents" in comparison.not_compared[0].reason
+
+
+def grouped(folder: Path, total: float | None, better: bool = True) -> Run:
+    """A group of two tasks with 2 of 3 and 1 of 1 right."""
+    tasks = {"x": [sample(0), sample(1), sample(2, "blue")], "y": [sample(0)]}
+    path = write_run(folder, tasks, better={"accuracy": better})
+    file = next(path.rglob("*_results.json"))
+    content = json.loads(file.read_text())
+    content["group_subtasks"] = {"both": ["x", "y"], "x": [], "y": []}
+    content["results"]["both"] = {"alias": "both", "accuracy,none": total}
+    file.write_text(json.dumps(content))
+    return read_run(path)
+
+
+def test_a_group_is_over_the_documents_of_its_tasks(tmp_path: Path) -> None:
+    comparison = compare([grouped(tmp_path / n, 0.75) for n in ("a", "b")])
+    both = row_of(comparison, "both", "accuracy")
+    assert (both.questions, both.scores[0].mean, both.main) == (4, 0.75, True)
+    assert both.differences[0].p_adjusted is None  # it repeats its tasks
+
+
+@pytest.mark.parametrize(
+    ("total", "reason"),
+    [
+        (0.8333, "is no mean over documents: theirs is 0.75, the score is 0.8333"),
+        (None, "has no number"),
+        (float("nan"), "has no number"),
+    ],
+)
+def test_a_group_s_total_that_is_no_mean_is_not_compared(
+    tmp_path: Path, total: float | None, reason: str
+) -> None:
+    comparison = compare([grouped(tmp_path / n, total) for n in ("a", "b")])
+    (one,) = comparison.not_compared
+    assert (one.task, one.reason) == ("both", reason)
 
 
 # Numbers known by hand
