@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from sdrpn import __version__
 from sdrpn.ahead import ahead
 from sdrpn.distill.claim import claim
-from sdrpn.files import parse_json, whole
+from sdrpn.files import as_json, parse_json, whole
 from sdrpn.fingerprint import base_hash, weights_hash
 from sdrpn.images import BadImage, inside, load_image
 from sdrpn.question_file import Asked
@@ -86,7 +85,7 @@ class AnswerFile:
 
 
 def _as_text(lines: Iterable[Mapping[str, Any]]) -> bytes:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    return "".join(as_json(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
 class AnswerJob:

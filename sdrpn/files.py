@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -42,11 +43,32 @@ def remove_parts(folder: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def as_json(value: Any, **options: Any) -> str:
+    """JSON as the standard has it: a NaN or an infinity, which it lacks, is written as null.
+
+    Args:
+        value: What `json.dumps` takes.
+        **options: Of `json.dumps`, such as `indent`.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write an object so that a file of this name is always whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as part:
-        part.write_text(json.dumps(dict(values), indent=2) + "\n", encoding="utf-8")
+        part.write_text(as_json(dict(values), indent=2) + "\n", encoding="utf-8")
 
 
 def parsed(schema: TypeAdapter[T], text: str | bytes) -> T:

@@ -6,6 +6,7 @@ boxes are counted in are the ones a viewer shows.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import threading
 import warnings
@@ -151,3 +152,11 @@ def inside(root: Path, name: str) -> Path:
     if not path.is_relative_to(root.resolve()):
         raise BadImage("outside the image folder", name)
     return path
+
+
+def image_key(image: Image.Image) -> str:
+    """A name for an image's content: equal for equal pixels, whatever file they came from."""
+    rgb = as_shown(image)
+    digest = hashlib.blake2b(rgb.tobytes(), digest_size=16)
+    digest.update(str(rgb.size).encode())
+    return digest.hexdigest()

@@ -6,7 +6,6 @@ number of questions, looks and zooms grow from one prefix.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +13,9 @@ from typing import Any
 
 import psutil
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from sdrpn.images import as_shown
 from sdrpn.layers import KV, cache_of, fill_cache
 from sdrpn.llava import Llava
 from sdrpn.rpn import RPN
@@ -126,14 +123,6 @@ def pad_between(prefix_length: int, suffixes: Sequence[Tensor]) -> tuple[Tensor,
         embeds[row, pad:] = suffix
         mask[row, prefix_length : prefix_length + pad] = 0
     return embeds, mask
-
-
-def image_key(image: Image.Image) -> str:
-    """A name for an image's content: equal for equal pixels, whatever file they came from."""
-    rgb = as_shown(image)
-    digest = hashlib.blake2b(rgb.tobytes(), digest_size=16)
-    digest.update(str(rgb.size).encode())
-    return digest.hexdigest()
 
 
 def free_memory(device: torch.device) -> int:

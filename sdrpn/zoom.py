@@ -23,9 +23,9 @@ from torch import Tensor
 from sdrpn.answer import Suffix, generate, generate_plain, losses, losses_plain
 from sdrpn.config import PROPOSERS, LabelConfig, ZoomConfig, published_labels
 from sdrpn.crops import crop_tokens
-from sdrpn.images import as_shown
+from sdrpn.images import as_shown, image_key
 from sdrpn.llava import Llava
-from sdrpn.prefix import Prefix, PrefixCache, free_memory, image_key, read
+from sdrpn.prefix import Prefix, PrefixCache, free_memory, read
 from sdrpn.proposers import BY_NAME, Look, Models, Proposal
 from sdrpn.region import PixelBox, Region, given
 from sdrpn.rpn import RPN

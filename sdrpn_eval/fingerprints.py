@@ -17,14 +17,14 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-from datasets import Image as ImageColumn
 from PIL import Image
 
-from sdrpn.prefix import image_key
-from sdrpn_eval.questions import Request
+from sdrpn.images import image_key
+
+if TYPE_CHECKING:
+    from sdrpn_eval.questions import Request
 
 BITS = 128
 SCORING = ("metric_list", "filter_list", "output_type", "score_key", "repeats")
@@ -72,6 +72,10 @@ def data_fingerprint(rows: Any, doc_ids: Iterable[int]) -> str:
 
 def undecoded(rows: Any) -> Any:
     """A data set with its image files as bytes; anything else as it is."""
+    # Imported here: seconds of imports, that the commands reading a fingerprint must not wait for.
+    from datasets import Dataset
+    from datasets import Image as ImageColumn
+
     if not isinstance(rows, Dataset):
         return rows
     for name, kind in rows.features.items():

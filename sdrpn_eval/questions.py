@@ -18,7 +18,7 @@ from loguru import logger
 from PIL import Image
 
 from sdrpn.ahead import ahead as made_ahead
-from sdrpn.prefix import image_key
+from sdrpn.images import image_key
 from sdrpn_eval.generation import group_key
 
 IMAGE_PLACEHOLDER = "<image>"

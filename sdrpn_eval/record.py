@@ -8,20 +8,21 @@ A run that went on from an earlier one holds that one's lines too, marked `resum
 from __future__ import annotations
 
 import base64
-import json
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from loguru import logger
 
-from sdrpn.files import parsed
-from sdrpn.zoom import Answer
+from sdrpn.files import as_json, parsed
 from sdrpn_eval.schemas import RECORD, RecordLine
+
+if TYPE_CHECKING:  # the reports read records, and must not wait for torch
+    from sdrpn.zoom import Answer
 
 RUN_STAMP = "%Y%m%dT%H%M%S.%fZ"
 """A run's name: when it began, in UTC; names sort by time."""
@@ -46,7 +47,7 @@ class RecordWriter:
         """
         by_task: dict[str, list[str]] = {}
         for line in lines:
-            text = json.dumps({"run": self.run, **line}, ensure_ascii=False)
+            text = as_json({"run": self.run, **line}, ensure_ascii=False)
             by_task.setdefault(line["task"], []).append(text + "\n")
         for task, texts in by_task.items():
             path = self.folder / f"{_stem(task)}{self.rank}.jsonl"

@@ -16,6 +16,8 @@ from typing_extensions import TypedDict  # pydantic's demand up to Python 3.11
 OPEN = ConfigDict(extra="allow")
 EXACT = ConfigDict(extra="forbid")
 """Of files that are written by hand too: a slip of the pen must not pass."""
+FINITE = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""EXACT, and every number a finite one."""
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Hex = Annotated[str, Field(pattern="^[0-9a-f]{1,64}$")]
 

@@ -24,7 +24,7 @@ from loguru import logger
 from pydantic import TypeAdapter
 
 from sdrpn.cli.shared import errors_as_sentences
-from sdrpn.files import read_parsed
+from sdrpn.files import as_json, read_parsed
 from sdrpn_eval.schemas import EXACT
 
 COUNT = 200
@@ -72,7 +72,7 @@ class Subset:
         folder.mkdir(parents=True, exist_ok=True)
         head = {k: v for k, v in asdict(self).items() if k != "ids"}
         lines = [", ".join(map(str, self.ids[i : i + 10])) for i in range(0, len(self.ids), 10)]
-        text = json.dumps(head, indent=2).removesuffix("\n}")
+        text = as_json(head, indent=2).removesuffix("\n}")
         path = folder / f"{self.task}.json"
         path.write_text(text + ',\n  "ids": [\n    ' + ",\n    ".join(lines) + "\n  ]\n}\n")
         return path

@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from lmms_eval.utils import load_yaml_config
-
 from sdrpn_eval.arguments import on_command_line
 
 DEFAULT_THRESHOLD = 0.15
@@ -115,10 +113,16 @@ def parts(name: str, index: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     elif entry.get("type") == "tag":
         yield from entry["task"]
     elif entry.get("type") == "group":
-        for member in load_yaml_config(entry["yaml_path"], mode="simple")["task"]:
+        for member in _settings(entry)["task"]:
             yield from parts(member if isinstance(member, str) else member.get("task", ""), index)
 
 
 def _metrics(entry: Mapping[str, Any]) -> list[str]:
-    config = load_yaml_config(entry["yaml_path"], mode="simple")
-    return [str(metric["metric"]) for metric in config.get("metric_list") or []]
+    return [str(metric["metric"]) for metric in _settings(entry).get("metric_list") or []]
+
+
+def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
+    # Imported here: seconds of imports, that reports looking up a threshold must not wait for.
+    from lmms_eval.utils import load_yaml_config
+
+    return load_yaml_config(entry["yaml_path"], mode="simple")

@@ -8,8 +8,6 @@ level line. Intervals are clustered by image.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdrpn.cli.shared import errors_as_sentences, say
+from sdrpn.cli.shared import console, errors_as_sentences, say
+from sdrpn.files import as_json
 from sdrpn_eval.arguments import ARGUMENTS, WITHOUT_THRESHOLD
+from sdrpn_eval.report.options import SeedOption, at_least
 
 if TYPE_CHECKING:
     from sdrpn_eval.report.checks import Evidence
@@ -45,8 +45,8 @@ class Point:
     threshold: float | None
     published: bool
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     zoomed: float | None
 
 
@@ -172,10 +172,7 @@ def _refuse_twins(curve: Curve) -> None:
 
 def as_dict(found: Sequence[Curve]) -> dict[str, Any]:
     """What curve.json holds; the interval of a single image, which has none, is null."""
-    every = [asdict(curve) for curve in found]
-    for point in (point for curve in every for point in curve["points"]):
-        point |= {k: None for k in ("low", "high") if not math.isfinite(point[k])}
-    return {"curves": every}
+    return {"curves": [asdict(curve) for curve in found]}
 
 
 def markdown(found: Sequence[Curve]) -> str:
@@ -183,10 +180,7 @@ def markdown(found: Sequence[Curve]) -> str:
     head = ["", "threshold", *(curve.task for curve in found)]
     lines = [head, ["---"] * len(head)]
     for points in zip(*(curve.points for curve in found), strict=True):
-        first = points[0]
-        own = "none" if first.threshold is None else f"{first.threshold:g} for all"
-        if first.published:
-            own = "published, by task"
+        first, own = points[0], _threshold(points[0])
         cells = [_cell(c, p, first.published) for c, p in zip(found, points, strict=True)]
         lines.append([first.series, own, *cells])
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
@@ -197,11 +191,37 @@ def markdown(found: Sequence[Curve]) -> str:
     )
 
 
+def lines(found: Sequence[Curve], width: int) -> list[str]:
+    """The same for a terminal, a table a task."""
+    # Imported here, so that --help answers at once.
+    from sdrpn_eval.report.columns import columns, counted
+
+    told: list[str] = []
+    for curve in found:
+        rows = [
+            [", ".join(filter(None, (p.series, _threshold(p)))), _cell(curve, p, p.published)]
+            for p in curve.points
+        ]
+        told.append(
+            f"{curve.task}, {curve.metric}: {counted(curve.questions, 'question')}, "
+            f"{counted(curve.images, 'image')}"
+        )
+        told += [*columns(["threshold", "score"], rows, width), ""]
+    return told
+
+
+def _threshold(point: Point) -> str:
+    if point.published:
+        return "published, by task"
+    return "none" if point.threshold is None else f"{point.threshold:g} for all"
+
+
 def _cell(curve: Curve, point: Point, with_threshold: bool) -> str:
-    values = (point.mean, point.low, point.high)
-    mean, low, high = (f"{100 * v:.1f}" if curve.percent else f"{v:.4g}" for v in values)
+    from sdrpn_eval.stats import with_interval
+
+    scale, digits = (100, ".1f") if curve.percent else (1, ".4g")
     at = f" (t = {point.threshold:g})" if with_threshold else ""
-    return f"{mean} [{low}, {high}]{at}"
+    return with_interval((point.mean, point.low, point.high), scale, digits) + at
 
 
 def draw(found: Sequence[Curve], path: Path) -> None:
@@ -230,7 +250,8 @@ def _draw_one(plot: Any, curve: Curve) -> None:
         colour = STOCK if level else COLOURS[i % len(COLOURS)]
         for p in level:
             plot.axhline(scale * p.mean, color=colour, linestyle="--", label=series or "no zoom")
-            plot.axhspan(scale * p.low, scale * p.high, color=colour, alpha=0.15, linewidth=0)
+            if p.low is not None and p.high is not None:
+                plot.axhspan(scale * p.low, scale * p.high, color=colour, alpha=0.15, linewidth=0)
         swept = sorted(given, key=lambda p: p.threshold or 0)
         _draw_points(plot, swept, scale, colour, series or "one threshold for all", "o-")
         published = [p for p in own if p.published]
@@ -250,8 +271,8 @@ def _draw_points(
         [p.threshold for p in points],
         [scale * p.mean for p in points],
         yerr=[
-            [max(0, scale * (p.mean - p.low)) for p in points],
-            [max(0, scale * (p.high - p.mean)) for p in points],
+            [0 if p.low is None else max(0, scale * (p.mean - p.low)) for p in points],
+            [0 if p.high is None else max(0, scale * (p.high - p.mean)) for p in points],
         ],
         fmt=style,
         capsize=3,
@@ -264,7 +285,7 @@ def _draw_points(
 def write(found: Sequence[Curve], folder: Path) -> None:
     """curve.json, curve.md and curve.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(as_dict(found), indent=2, ensure_ascii=False) + "\n"
+    text = as_json(as_dict(found), indent=2, ensure_ascii=False) + "\n"
     (folder / "curve.json").write_text(text, encoding="utf-8")
     (folder / "curve.md").write_text(markdown(found), encoding="utf-8")
     draw(found, folder / "curve.png")
@@ -279,7 +300,7 @@ def curve(
     tasks: Annotated[
         str, typer.Option(help="These tasks only, with commas; default: all in common.")
     ] = "",
-    seed: Annotated[int, typer.Option(help="For the intervals.")] = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Score over threshold, with the published thresholds beside one for all.
 
@@ -289,11 +310,13 @@ def curve(
       sdrpn-eval curve out/stock out/published out/t005 out/t015 --out curve
     """
     with errors_as_sentences():
+        at_least(0, seed=seed)
         found = curves(runs, [name for name in tasks.split(",") if name], seed)
         if not found:
             raise ValueError("the runs have no metric with a score a document in common")
         write(found, out)
-        say(markdown(found))
+        for line in lines(found, console.width):
+            say(line)
         say(f"{out / 'curve.png'}, curve.md and curve.json beside it")
 
 

@@ -22,7 +22,7 @@ from sdrpn_eval.report.documents import read_boxes
 from sdrpn_eval.report.looks import covered, unfinished_later_run
 from sdrpn_eval.report.published import COLUMN_OF, PUBLISHED, published_score
 from sdrpn_eval.report.results import Comparison, MetricRow
-from sdrpn_eval.report.runs import BadRun, parse_arguments, read_run
+from sdrpn_eval.report.runs import BadRun, Run, parse_arguments, read_run
 
 STOCK = "pretrained=tiny,proposer=none"
 
@@ -157,6 +157,85 @@ def test_ocrbench_is_read_under_a_limit_and_chartqa_by_split(tmp_path: Path) -> 
     assert row_of(comparison, "chartqa", "relaxed_augmented_split").questions == 2
 
 
+def one_metric(folder: Path, values: list[float], total: float, metric: str = "accuracy") -> Run:
+    """A run whose documents have these scores, and whose printed score is the total."""
+    rows = [sample(i, **{metric: value}) for i, value in enumerate(values)]
+    return read_run(write_run(folder, {"toy": rows}, {"toy": {f"{metric},none": total}}))
+
+
+@pytest.mark.parametrize("off", [0.01, 0.005, 0.001, 1e-4, 1e-5, -0.01, -1e-4, -1e-5])
+def test_a_total_that_disagrees_with_its_mean_is_not_compared(tmp_path: Path, off: float) -> None:
+    values = [1.0, 1.0, 1.0, 0.0]
+    comparison = compare([one_metric(tmp_path / n, values, 0.75 * (1 + off)) for n in ("a", "b")])
+    assert not comparison.rows
+    (one,) = comparison.not_compared
+    assert one.reason.startswith("is no mean over documents: theirs is 0.75, the score is 0.7")
+
+
+@pytest.mark.parametrize(
+    ("values", "total", "metric"),
+    [
+        ([1.0, 1.0, 1.0, 0.0], 0.75, "accuracy"),
+        ([1.0, 1.0, 1.0, 0.0], 0.75 * (1 + 4e-7), "accuracy"),  # as lmms-eval rounds
+        ([1.0, 1.0, 1.0, 0.0], 75.0, "accuracy"),  # in percent
+        ([0.0, 0.0, 0.0, 0.0], 0.0, "accuracy"),
+        ([1.0, 1.0, 1.0, 0.0], 0.003, "ocrbench_accuracy"),  # of its 1000 questions
+    ],
+)
+def test_a_total_that_is_the_mean_of_its_documents_is_compared(
+    tmp_path: Path, values: list[float], total: float, metric: str
+) -> None:
+    comparison = compare([one_metric(tmp_path / n, values, total, metric) for n in ("a", "b")])
+    assert not comparison.not_compared
+    assert [score.mean for score in comparison.rows[0].scores] == [sum(values) / 4] * 2
+
+
+@pytest.mark.parametrize(
+    ("total", "metric"), [(0.003, "accuracy"), (0.3, "ocrbench_accuracy"), (7.5, "accuracy")]
+)
+def test_another_scale_than_a_mean_s_is_not_compared(
+    tmp_path: Path, total: float, metric: str
+) -> None:
+    values = [1.0, 1.0, 1.0, 0.0]
+    comparison = compare([one_metric(tmp_path / n, values, total, metric) for n in ("a", "b")])
+    assert "is no mean over documents" in comparison.not_compared[0].reason
+
+
+def grouped(folder: Path, total: float | None, better: bool = True) -> Run:
+    """A group of two tasks with 2 of 3 and 1 of 1 right."""
+    tasks = {"x": [sample(0), sample(1), sample(2, "blue")], "y": [sample(0)]}
+    path = write_run(folder, tasks, better={"accuracy": better})
+    file = next(path.rglob("*_results.json"))
+    content = json.loads(file.read_text())
+    content["group_subtasks"] = {"both": ["x", "y"], "x": [], "y": []}
+    content["results"]["both"] = {"alias": "both", "accuracy,none": total}
+    file.write_text(json.dumps(content))
+    return read_run(path)
+
+
+def test_a_group_is_over_the_documents_of_its_tasks(tmp_path: Path) -> None:
+    comparison = compare([grouped(tmp_path / n, 0.75) for n in ("a", "b")])
+    both = row_of(comparison, "both", "accuracy")
+    assert (both.questions, both.scores[0].mean, both.main) == (4, 0.75, True)
+    assert both.differences[0].p_adjusted is None  # it repeats its tasks
+
+
+@pytest.mark.parametrize(
+    ("total", "reason"),
+    [
+        (0.8333, "is no mean over documents: theirs is 0.75, the score is 0.8333"),
+        (None, "has no number"),
+        (float("nan"), "has no number"),
+    ],
+)
+def test_a_group_s_total_that_is_no_mean_is_not_compared(
+    tmp_path: Path, total: float | None, reason: str
+) -> None:
+    comparison = compare([grouped(tmp_path / n, total) for n in ("a", "b")])
+    (one,) = comparison.not_compared
+    assert (one.task, one.reason) == ("both", reason)
+
+
 # Numbers known by hand
 
 
@@ -173,7 +252,71 @@ def test_difference_wins_and_losses(tmp_path: Path) -> None:
     assert change.mean == pytest.approx(2 / 6)
     assert change.low < change.mean < change.high
     assert change.p == 10 / 16  # |3 - 1| is reached by 10 of the 16 sign patterns
-    assert change.verdict == "same"
+    assert change.verdict == "few"
+
+
+@pytest.mark.parametrize(
+    ("questions", "fixed", "verdict", "says"),
+    [
+        (6, 3, "few", "toy: too few to tell rpn from stock: 6 images, 12 are needed (accuracy"),
+        (11, 5, "few", "toy: too few to tell rpn from stock: 11 images, 12 are needed (accuracy"),
+        (12, 5, "same", "toy: no difference shown between rpn and stock (accuracy"),
+        (12, 6, "better", "toy: rpn is better than stock (accuracy"),
+        (6, 6, "better", "toy: rpn is better than stock (accuracy"),
+        (1, 1, "few", "toy: too few to tell rpn from stock: 1 image, 12 are needed (accuracy"),
+    ],
+)
+def test_too_few_to_tell_is_no_difference_shown(
+    tmp_path: Path, questions: int, fixed: int, verdict: str, says: str
+) -> None:
+    before = [sample(i, "blue") for i in range(questions)]
+    after = [sample(i, "red" if i < fixed else "blue") for i in range(questions)]
+    comparison = compared(*pair(tmp_path, before, after))
+    (line,) = text.verdicts(comparison)
+    assert line.startswith(says)
+    assert row_of(comparison, "toy", "accuracy").differences[0].verdict == verdict
+    assert "nan" not in text.markdown(comparison)
+
+
+def test_more_tests_need_more_images(tmp_path: Path) -> None:
+    """Of three runs there are two tests, and 0.031 of twelve images is doubled: 14 are needed."""
+    rows = [sample(i, "red" if i < 6 else "blue") for i in range(13)]
+    runs = [write_run(tmp_path / name, {"toy": rows}) for name in ("a", "b", "c")]
+    says = "toy: too few to tell b from a: 13 images, 14 are needed"
+    assert text.verdicts(compared(*runs))[0].startswith(says)
+    assert text.verdicts(compared(*runs[:2]))[0].startswith("toy: no difference shown")
+
+
+def test_one_image_has_no_interval_and_valid_json(tmp_path: Path) -> None:
+    folders = pair(tmp_path, [sample(0, "blue")], [sample(0)])
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["compare", *map(str, folders), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "0.0 [n/a]" in done.output
+    assert "+100.0 [n/a]" in done.output
+    content = json.loads((out / "compare.json").read_text(), parse_constant=pytest.fail)
+    (row,) = content["rows"]
+    assert [(s["mean"], s["low"], s["high"]) for s in row["scores"]] == [
+        (0.0, None, None),
+        (1.0, None, None),
+    ]
+    assert (row["differences"][0]["low"], row["differences"][0]["high"]) == (None, None)
+    assert "| 0.0 [n/a] |" in (out / "compare.md").read_text()
+    assert "nan" not in (out / "compare.html").read_text().lower().split("<script")[0]
+
+
+def test_a_perfect_score_and_no_change_have_an_interval(tmp_path: Path) -> None:
+    """Of 100 images: 0.025 ** (1 / 100) is 0.9638."""
+    rows = [sample(i) for i in range(100)]
+    page = text.markdown(compared(*pair(tmp_path, rows, rows)))
+    assert "| stock | 100.0 [96.4, 100.0] |" in page
+    assert "| rpn | 100.0 [96.4, 100.0] | +0.0 [-3.6, +3.6] | 1 | 0 / 0 |" in page
+
+
+def test_scores_of_another_scale_that_never_change_have_no_interval(tmp_path: Path) -> None:
+    rows = [sample(i, accuracy=1400.0) for i in range(30)]
+    page = text.markdown(compared(*pair(tmp_path, rows, rows)))
+    assert "| rpn | 1400 [n/a] | +0 [n/a] | 1 |" in page
 
 
 def test_a_metric_that_should_be_low_is_won_by_lower(tmp_path: Path) -> None:
@@ -554,7 +697,7 @@ def test_command_writes_everything(tmp_path: Path) -> None:
     assert content["rows"][0]["scores"][1]["mean"] == 1.0
     assert content["rows"][0]["differences"][0]["wins"] == 10
     page = (out / "compare.md").read_text()
-    assert "| toy | accuracy | 10 / 10 | stock | 0.0 [0.0, 0.0] |" in page
+    assert "| toy | accuracy | 10 / 10 | stock | 0.0 [0.0, 30.8] |" in page
     assert "**toy: rpn is better than stock" in page
     assert "<title>stock / rpn</title>" in (out / "compare.html").read_text()
 
@@ -576,6 +719,10 @@ def test_markdown_holds_hostile_names(tmp_path: Path) -> None:
         (["{run}", "{run}", "--names", "a,a"], "runs need different names"),
         (["{run}", "{run}", "--names", "a,b", "--tasks", "nope"], "has no results for nope"),
         (["{run}", "{run}", "--names", "a,b", "--boxes", "{run}/no.json"], "no.json must hold"),
+        (["{run}", "{run}", "--budget-mb", "nan"], "--budget-mb must be greater than 0, got nan"),
+        (["{run}", "{run}", "--budget-mb", "0"], "--budget-mb must be greater than 0, got 0"),
+        (["{run}", "{run}", "--budget-mb", "inf"], "--budget-mb must be greater than 0, got inf"),
+        (["{run}", "{run}", "--seed", "-1"], "--seed must be 0 or more, got -1"),
     ],
 )
 def test_wrong_use_ends_with_one_sentence(tmp_path: Path, words: list[str], says: str) -> None:

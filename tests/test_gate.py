@@ -97,19 +97,186 @@ def test_a_gain_passes(tmp_path: Path, baseline: Path) -> None:
     assert run_gate(tmp_path / "good", baseline, "--tolerance", "0")[0] == 0
 
 
+def on_images(folder: Path, images: int, wrong: int = 0, right_before: int = N) -> Path:
+    """A run of the task toy: N questions on so many images in order, the first ones wrong."""
+    red = range(wrong, right_before)
+    write_run(folder, {"toy": [sample(i, "red" if i in red else "blue") for i in range(N)]})
+    lines = [record_line(i, "red" if i in red else "blue") for i in range(N)]
+    for i, line in enumerate(lines):
+        line["images"] = [{"hash": f"image{i * images // N}", "size": [100, 100]}]
+    write_record(folder, lines)
+    return folder
+
+
 def test_images_and_not_questions_are_counted(tmp_path: Path) -> None:
     """Nine wrong questions on five images are less sure than on nine."""
-    folders = []
-    for name, wrong in (("good", 0), ("bad", 9)):
-        folder = write_run(tmp_path / name, {"toy": rows(wrong)})
-        lines = [record_line(i, "blue" if i < wrong else "red") for i in range(N)]
-        for i, line in enumerate(lines):
-            line["images"] = [{"hash": f"image{i // 9}", "size": [100, 100]}]
-        write_record(folder, lines)
-        folders.append(folder)
-    run_gate(folders[0], tmp_path / "b.json", "--update")
-    code, line = run_gate(folders[1], tmp_path / "b.json")
+    base = tmp_path / "b.json"
+    run_gate(on_images(tmp_path / "good", 20), base, "--update")
+    code, line = run_gate(on_images(tmp_path / "bad", 20, wrong=9), base)
     assert (code, line) == (0, "gate: passed, 1 task(s) stand")
+    run_gate(on_images(tmp_path / "apart", 40), base, "--update")
+    assert run_gate(on_images(tmp_path / "worse", 40, wrong=9), base)[0] == 1
+
+
+# Too few images for the noise to decide
+
+
+def verdict_lines(run: Path, baseline: Path, *words: str) -> str:
+    """All that the gate prints, on one line."""
+    done = CliRunner().invoke(app, ["gate", str(run), "--baseline", str(baseline), *words])
+    return " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 5, 6, 11, 12, 40])
+def test_a_collapse_fails_whatever_the_number_of_images(tmp_path: Path, images: int) -> None:
+    base = tmp_path / "b.json"
+    run_gate(on_images(tmp_path / "good", images), base, "--update")
+    code, line = run_gate(on_images(tmp_path / "bad", images, wrong=N), base)
+    assert code == 1
+    assert line.startswith("gate: fell: toy accuracy: 1.0000 -> 0.0000, fell by 1.0000")
+    assert "noise of 0.0000" not in line
+    assert "nan" not in line
+
+
+@pytest.mark.parametrize(
+    ("images", "why"),
+    [
+        (
+            1,
+            "only 1 image can fall, too few to tell a fall from noise (the smallest p-value that "
+            "they can reach is 1, not below alpha = 0.05); at least 12 are needed",
+        ),
+        (
+            3,
+            "only 3 images can fall, too few to tell a fall from noise (the smallest p-value that "
+            "they can reach is 0.25, not below alpha = 0.05); at least 12 are needed",
+        ),
+        (
+            10,
+            "only 10 images can fall, too few to tell a fall from noise (the smallest p-value "
+            "where half of them fall is 0.062, not below alpha = 0.05); at least 12 are needed",
+        ),
+    ],
+)
+def test_any_fall_fails_where_images_are_too_few(tmp_path: Path, images: int, why: str) -> None:
+    base = tmp_path / "b.json"
+    good = on_images(tmp_path / "good", images)
+    said = verdict_lines(good, base, "--update")
+    assert f"note: toy: {why}; until then every fall fails, unless a --tolerance is given" in said
+    code, line = run_gate(on_images(tmp_path / "bad", images, wrong=1), base)
+    assert (code, line) == (
+        1,
+        f"gate: fell: toy accuracy: 1.0000 -> 0.9750, fell by 0.0250; {why}, or a --tolerance",
+    )
+    assert run_gate(good, base)[0] == 0
+    assert f"passed: toy accuracy: 1.0000 -> 1.0000, did not fall; {why}" in verdict_lines(
+        good, base
+    )
+
+
+def test_enough_images_are_held_by_their_noise_and_nothing_is_said(tmp_path: Path) -> None:
+    base = tmp_path / "b.json"
+    said = verdict_lines(on_images(tmp_path / "good", 12), base, "--update")
+    assert "note:" not in said
+    said = verdict_lines(on_images(tmp_path / "bad", 12, wrong=1), base)
+    assert "fell by 0.0250, within the noise of 0." in said
+
+
+def test_a_tolerance_needs_no_number_of_images(tmp_path: Path) -> None:
+    base, bad = tmp_path / "b.json", on_images(tmp_path / "bad", 3, wrong=2)
+    said = verdict_lines(on_images(tmp_path / "g", 3), base, "--update", "--tolerance", "0.05")
+    assert "note:" not in said
+    assert run_gate(bad, base) == (0, "gate: passed, 1 task(s) stand")
+    assert run_gate(bad, base, "--tolerance", "0.04")[0] == 1
+
+
+def test_images_that_cannot_fall_do_not_count(tmp_path: Path) -> None:
+    """Of 40 images the baseline has ten right: their p-value of five is not below 0.05."""
+    base = tmp_path / "b.json"
+    said = verdict_lines(on_images(tmp_path / "good", 40, right_before=10), base, "--update")
+    assert "note: toy: only 10 images can fall" in said
+    code, line = run_gate(on_images(tmp_path / "bad", 40, wrong=1, right_before=10), base)
+    assert code == 1
+    assert "0.2500 -> 0.2250, fell by 0.0250; only 10 images can fall" in line
+
+
+def test_a_baseline_at_the_worst_score_says_that_it_sees_nothing(tmp_path: Path) -> None:
+    base, zero = tmp_path / "b.json", on_images(tmp_path / "zero", 40, wrong=40)
+    worst = "the baseline's score is the worst there is, so no fall can be seen"
+    assert f"note: toy: {worst}" in verdict_lines(zero, base, "--update")
+    assert f"0.0000 -> 0.0000, did not fall; {worst}" in verdict_lines(zero, base)
+
+
+def lower(folder: Path, values: list[float]) -> Path:
+    lines = [sample(i, unparsed=v) for i, v in enumerate(values)]
+    totals = {"toy": {"unparsed,none": sum(values) / len(values)}}
+    return write_run(folder, {"toy": lines}, totals, better={"unparsed": False})
+
+
+def test_of_a_score_that_should_be_low_the_images_below_one_can_fall(tmp_path: Path) -> None:
+    base = tmp_path / "b.json"
+    said = verdict_lines(lower(tmp_path / "a", [1.0] * 30 + [0.0] * 10), base, "--update")
+    assert "note: toy: only 10 images can fall" in said
+    said = verdict_lines(lower(tmp_path / "b", [1.0] * 10 + [0.0] * 30), base, "--update")
+    assert "note:" not in said
+    said = verdict_lines(lower(tmp_path / "c", [1.0] * 28 + [7.0] * 12), base, "--update")
+    assert "note:" not in said  # of another scale: it can rise without end
+
+
+def test_scores_of_another_scale_fall_to_nothing(tmp_path: Path) -> None:
+    def run(name: str, points: list[float]) -> Path:
+        lines = [sample(i, accuracy=p) for i, p in enumerate(points)]
+        totals = {"toy": {"accuracy,none": sum(points) / len(points)}}
+        return write_run(tmp_path / name, {"toy": lines}, totals)
+
+    base = tmp_path / "b.json"
+    said = verdict_lines(run("few", [0.0] * 30 + [20.0] * 10), base, "--update")
+    assert "note: toy: only 10 images can fall" in said
+    said = verdict_lines(run("good", [20.0] * 40), base, "--update")
+    assert "note:" not in said
+    # All alike: no interval, and the sentence names none.
+    code, line = run_gate(run("same", [19.0] * 40), base)
+    assert (code, line) == (
+        1,
+        "gate: fell: toy accuracy: 20.0000 -> 19.0000, fell by 1.0000, p = 0.0001",
+    )
+    said = verdict_lines(run("noise", [19.0, 22.0, 17.0] + [20.0] * 37), base)
+    assert "fell by 0.0500, within the noise of 0." in said
+
+
+def test_tasks_that_are_too_small_do_not_make_others_less_sure(tmp_path: Path) -> None:
+    """Of 12 images six fall, p = 0.031: enough for one task, not for Holm's two."""
+    base = tmp_path / "b.json"
+    tasks = {"large": rows(n=12), "small": rows(n=4)}
+    run_gate(write_run(tmp_path / "good", tasks), base, "--update")
+    bad = write_run(tmp_path / "bad", {"large": rows(wrong=6, n=12), "small": rows(n=4)})
+    said = verdict_lines(bad, base)
+    assert "fell: large accuracy: 1.0000 -> 0.5000, fell by 0.5000, p = 0.031" in said
+    corrected = "the smallest p-value that they can reach is 0.25, corrected for 2 tasks"
+    assert "small accuracy: 1.0000 -> 1.0000, did not fall; only 4 images can fall" in said
+    assert corrected in said
+    assert "at least 14 are needed" in said
+
+
+def test_two_tasks_are_corrected_for(tmp_path: Path, baseline: Path) -> None:
+    """Six of forty wrong, p = 2 / 64: beyond the noise of one task, not of one of two."""
+    run = write_run(tmp_path / "run", {"x": rows(wrong=6), "y": rows()})
+    assert run_gate(run, baseline)[0] == 0
+    assert "x accuracy: 1.0000 -> 0.8500, fell by 0.1500, not more than chance (p = 0.062)" in (
+        verdict_lines(run, baseline)
+    )
+    both = write_run(tmp_path / "both", {"x": rows(wrong=6), "y": rows(wrong=9)})
+    said = verdict_lines(both, baseline)
+    assert "fell: x accuracy: 1.0000 -> 0.8500, fell by 0.1500, p = 0.031" in said
+    assert "fell: y accuracy: 1.0000 -> 0.7750, fell by 0.2250, p = 0.0078" in said
+    alone = tmp_path / "alone.json"
+    run_gate(write_run(tmp_path / "x", {"x": rows()}), alone, "--update")
+    code, line = run_gate(write_run(tmp_path / "six", {"x": rows(wrong=6)}), alone)
+    assert (code, line) == (
+        1,
+        "gate: fell: x accuracy: 1.0000 -> 0.8500, fell by 0.1500, p = 0.031",
+    )
+    assert run_gate(write_run(tmp_path / "five", {"x": rows(wrong=5)}), alone)[0] == 0
 
 
 def test_another_metric_can_be_held(tmp_path: Path) -> None:
@@ -260,6 +427,31 @@ def test_silent_failures_to_generate_are_broken(tmp_path: Path, baseline: Path) 
     assert "40 of 40 answers are empty" in line
 
 
+@pytest.mark.parametrize("blank", [" ", "\n\t ", "\u00a0", ["", " "], [" ", "\n", ""]])
+def test_answers_of_blanks_are_empty(tmp_path: Path, baseline: Path, blank: Any) -> None:
+    mute = [sample(i, accuracy=0.0) | {"filtered_resps": blank} for i in range(N)]
+    code, line = run_gate(write_run(tmp_path / "run", {"x": mute, "y": rows()}), baseline)
+    assert (code, line) == (
+        2,
+        "gate: broken: x accuracy: 40 of 40 answers are empty",
+    )
+
+
+@pytest.mark.parametrize(("empty", "code"), [(20, 1), (21, 2)])
+def test_most_answers_must_be_empty_for_a_silent_failure(
+    tmp_path: Path, baseline: Path, empty: int, code: int
+) -> None:
+    mute = [sample(i, "" if i < empty else "red", accuracy=float(i >= empty)) for i in range(N)]
+    assert run_gate(write_run(tmp_path / "run", {"x": mute, "y": rows()}), baseline)[0] == code
+
+
+def test_a_model_that_was_as_mute_before_is_held_by_its_score(tmp_path: Path) -> None:
+    mute = [sample(i, "" if i < 30 else "red", accuracy=float(i >= 30)) for i in range(N)]
+    run = write_run(tmp_path / "run", {"x": mute})
+    assert run_gate(run, tmp_path / "b.json", "--update")[0] == 0
+    assert run_gate(run, tmp_path / "b.json")[0] == 0
+
+
 def test_old_results_are_not_this_job_s(tmp_path: Path, baseline: Path) -> None:
     assert run_gate(tmp_path / "good", baseline, "--max-age", "1e9")[0] == 0
     code, line = run_gate(tmp_path / "good", baseline, "--max-age", "0.001")
@@ -286,11 +478,145 @@ def test_a_bad_baseline_is_named(tmp_path: Path, content: str | None) -> None:
     assert "--update" in line
 
 
-@pytest.mark.parametrize("text", ["much", "-1", "x=nan", "x="])
+@pytest.mark.parametrize("text", ["much", "-1", "x=nan", "x=", "inf", "x=-inf", "-0.01"])
 def test_a_bad_tolerance_is_named(tmp_path: Path, baseline: Path, text: str) -> None:
-    code, line = run_gate(tmp_path / "good", baseline, "--tolerance", text)
+    for more in ([], ["--update"]):
+        code, line = run_gate(tmp_path / "good", baseline, f"--tolerance={text}", *more)
+        assert code == 2
+        assert "must be 0 or more, and finite, got" in line
+        assert line.endswith(text.rpartition("=")[2])
+
+
+BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
+    "unknown task": (
+        ["--tolerance", "z=0.02"],
+        "--tolerance z=0.02: the baseline has no task z, only x, y",
+    ),
+    "one task unknown": (
+        ["--tolerance", "x=0.02", "--tolerance", "X=0.02"],
+        "--tolerance X=0.02: the baseline has no task X, only x, y",
+    ),
+    "more than a score": (
+        ["--tolerance", "2"],
+        "--tolerance 2 would pass every fall: scores of x can fall by 1 at most; give a value in "
+        "[0, 1)",
+    ),
+    "all of a score": (
+        ["--tolerance", "y=1"],
+        "--tolerance y=1 would pass every fall: scores of y",
+    ),
+    "percent": (["--tolerance", "x=5"], "--tolerance x=5 would pass every fall"),
+    "no name": (["--tolerance", "=0.1"], "--tolerance =0.1: there is no task before the ="),
+    "twice": (
+        ["--tolerance", "0.1", "--tolerance", "0.2"],
+        "--tolerance is given twice: 0.1 and 0.2",
+    ),
+    "a task twice": (
+        ["--tolerance", "x=0.1", "--tolerance", "x=0.1"],
+        "--tolerance of x is given twice: 0.1 and 0.1",
+    ),
+    "alpha 0": (["--alpha", "0"], "--alpha must be in (0, 1), got 0"),
+    "alpha 1": (["--alpha", "1"], "--alpha must be in (0, 1), got 1"),
+    "alpha 5": (["--alpha", "5"], "--alpha must be in (0, 1), got 5"),
+    "alpha below 0": (["--alpha=-0.05"], "--alpha must be in (0, 1), got -0.05"),
+    "alpha nan": (["--alpha", "nan"], "--alpha must be in (0, 1), got nan"),
+    "alpha out of reach": (
+        ["--alpha", "0.0002"],
+        "--alpha 0.0002 cannot be reached: the smallest p-value of 2 task(s) is 0.0002; give a "
+        "larger --alpha, or a --tolerance",
+    ),
+    "age 0": (["--max-age", "0"], "--max-age must be in (0, 24000000000) hours, got 0"),
+    "age below 0": (["--max-age=-1"], "--max-age must be in (0, 24000000000) hours, got -1"),
+    "age nan": (["--max-age", "nan"], "--max-age must be in (0, 24000000000) hours, got nan"),
+    "age inf": (["--max-age", "inf"], "--max-age must be in (0, 24000000000) hours, got inf"),
+    "age 1e300": (["--max-age", "1e300"], "hours, got 1e+300"),
+    "skipped": (["--allow-skipped=-1"], "--allow-skipped must be 0 or more, got -1"),
+    "metric of no task": (["--metric", "accuracy"], "--metric must be TASK=METRIC, got 'accuracy'"),
+    "metric twice": (
+        ["--metric", "x=accuracy", "--metric", "x=accuracy"],
+        "--metric of x is given twice: accuracy and accuracy",
+    ),
+    "metric of an unknown task": (
+        ["--metric", "z=accuracy"],
+        "--metric z=accuracy: the baseline has no task z, only x, y",
+    ),
+}
+
+
+@pytest.mark.parametrize("update", [False, True])
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_options_that_cannot_mean_anything_are_refused(
+    tmp_path: Path, baseline: Path, case: str, update: bool
+) -> None:
+    words, says = BAD_OPTIONS[case]
+    before = baseline.read_text()
+    run = write_run(tmp_path / "run", {"x": rows(wrong=1), "y": rows()})
+    code, line = run_gate(run, baseline, *words, *(["--update"] if update else []))
     assert code == 2
-    assert "must be 0 or more" in line
+    assert line.startswith("error: ")
+    if not (update and case == "metric of an unknown task"):
+        assert says in line
+    assert baseline.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--junit", "gate.xml"], "--junit has no effect with --update"),
+        (["--metric", "x=accuracy"], "--metric has no effect with --update"),
+    ],
+)
+def test_options_of_a_check_are_refused_with_update(
+    tmp_path: Path, baseline: Path, words: list[str], says: str
+) -> None:
+    code, line = run_gate(tmp_path / "good", baseline, "--update", *words)
+    assert code == 2
+    assert says in line
+
+
+def test_old_results_make_no_baseline(tmp_path: Path, baseline: Path) -> None:
+    code, line = run_gate(tmp_path / "good", baseline, "--update", "--max-age", "0.001")
+    assert code == 2
+    assert "hours old" in line
+
+
+@pytest.mark.parametrize("allowed", [2.0, 1.0, -0.1])
+def test_a_tolerance_in_the_baseline_is_checked_too(
+    tmp_path: Path, baseline: Path, allowed: float
+) -> None:
+    content = json.loads(baseline.read_text()) | {"tolerance": {"x": allowed}}
+    baseline.write_text(json.dumps(content))
+    code, line = run_gate(tmp_path / "good", baseline)
+    assert code == 2
+    assert f"--tolerance x={allowed:g}" in line
+
+
+def test_a_tolerance_has_the_scale_of_the_score(tmp_path: Path) -> None:
+    """Points from 0 to 20: a fall of 5 can be allowed, one of 20 is a fall to nothing."""
+    base = tmp_path / "b.json"
+
+    def run(name: str, points: float) -> Path:
+        lines = [sample(i, accuracy=points if i else 20.0) for i in range(N)]
+        mean = (points * (N - 1) + 20) / N
+        return write_run(tmp_path / name, {"toy": lines}, {"toy": {"accuracy,none": mean}})
+
+    run_gate(run("good", 20), base, "--update")
+    assert run_gate(run("less", 16), base, "--tolerance", "5")[0] == 0
+    assert run_gate(run("less", 16), base, "--tolerance", "3")[0] == 1
+    code, line = run_gate(run("less", 16), base, "--tolerance", "20")
+    assert code == 2
+    assert "scores of toy can fall by 20 at most; give a value in [0, 20)" in line
+
+
+def test_a_score_that_is_no_number_in_the_baseline_is_refused(
+    tmp_path: Path, baseline: Path
+) -> None:
+    """NaN in a baseline passed every fall, "within the noise of nan"."""
+    text = baseline.read_text().replace('"scores": [1.0, ', '"scores": [NaN, ')
+    baseline.write_text(text)
+    code, line = run_gate(tmp_path / "good", baseline)
+    assert code == 2
+    assert "is no baseline" in line
 
 
 def test_a_submission_is_left_out_by_name(tmp_path: Path) -> None:

@@ -99,8 +99,8 @@ def test_one_command_makes_runs_comparison_and_figure(
         "rpn": 6 / 8,
         "true box": 1.0,
     }
-    assert "rpn is better than stock" not in said  # eight questions show no difference
-    assert "toy: no difference shown between rpn and stock" in said
+    assert "rpn is better than stock" not in said  # not of eight questions
+    assert "toy: too few to tell rpn from stock" in said
     for name in ("comparison.md", "comparison.html", "ladder.svg"):
         assert (out / name).stat().st_size > 1000
     with Image.open(out / "ladder.png") as figure:
@@ -306,3 +306,25 @@ def test_help_needs_no_torch() -> None:
         )
         assert done.stdout.endswith("loaded set()\n"), done.stdout + done.stderr
         assert f"sdrpn-eval {command} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--proposers", "none,zoom"], "--proposers must be of rpn, attention, vicrop, none, box"),
+        (["--batch-size", "0"], "--batch-size must be 1 or more, or auto, got '0'"),
+        (["--batch-size", "-4"], "--batch-size must be 1 or more, or auto, got '-4'"),
+        (["--batch-size", "some"], "--batch-size must be 1 or more, or auto, got 'some'"),
+        (["--limit", "0"], "--limit must be 1 or more, got 0"),
+        (["--limit", "-5"], "--limit must be 1 or more, got -5"),
+        (["--tasks", ","], "--tasks names no task, got ','"),
+        (["--seed", "-1"], "--seed must be 0 or more, got -1"),
+    ],
+)
+def test_options_that_cannot_mean_anything_are_refused_before_anything_runs(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], says: str
+) -> None:
+    code, said = run_ladder(monkeypatch, tmp_path / "ladder", *words)
+    assert code == 2
+    assert says in said
+    assert runner.asked == []

@@ -21,9 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 from sdrpn.config import ZoomConfig
-from sdrpn.images import LONGEST, WIDEST, BadImage, as_shown, bounded, inside, load_image
+from sdrpn.images import LONGEST, WIDEST, BadImage, as_shown, bounded, image_key, inside, load_image
 from sdrpn.llava import Llava
-from sdrpn.prefix import image_key
 from sdrpn.region import PixelBox
 from sdrpn.rpn import RPN
 from sdrpn.zoom import Question, ZoomLlava

@@ -7,14 +7,21 @@ import math
 import numpy as np
 import pytest
 
-from sdrpn_eval.stats import FLIPS, clustered, holm, sign_flip
+from sdrpn_eval.stats import (
+    clustered,
+    clustered_difference,
+    holm,
+    images_needed,
+    sign_flip,
+    smallest_p,
+)
 
 
 def test_mean_is_over_values_not_over_clusters() -> None:
     estimate = clustered([1, 1, 1, 0], ["a", "a", "a", "b"])
     assert estimate.mean == 0.75
-    assert estimate.low == 0.0
-    assert estimate.high == 1.0
+    assert estimate.low == pytest.approx(0.0, abs=1e-9)  # two images tell next to nothing
+    assert estimate.high == pytest.approx(1.0, abs=1e-9)
 
 
 def test_questions_that_stand_or_fall_together_widen_the_interval() -> None:
@@ -42,9 +49,180 @@ def test_same_seed_same_interval() -> None:
 
 def test_one_cluster_has_no_interval() -> None:
     estimate = clustered([1, 0], ["a", "a"])
-    assert estimate.mean == 0.5
-    assert math.isnan(estimate.low)
-    assert math.isnan(estimate.high)
+    assert estimate == (0.5, None, None)
+    assert clustered([1400.0, 0.0], ["a", "a"]) == (700.0, None, None)
+    assert clustered_difference([1, 0], ["a", "a"]) == (0.5, None, None)
+    assert clustered_difference([5, 0], ["a", "a"], shares=False) == (2.5, None, None)
+
+
+# At 0 and 1, and near them. Clopper and Pearson's limits are 0.025 ** (1 / n) for n of n, and
+# those that tables and `scipy.stats.binomtest` give.
+
+
+@pytest.mark.parametrize(
+    ("images", "low"), [(2, 0.15811), (3, 0.29240), (10, 0.69150), (100, 0.96378), (500, 0.99265)]
+)
+def test_all_right_has_the_exact_interval_of_its_images(images: int, low: float) -> None:
+    """Whatever the number of questions: those on an image may all be right for one reason."""
+    for questions in (1, 5):
+        values, clusters = [1.0] * images * questions, [*range(images)] * questions
+        assert clustered(values, clusters) == (1.0, pytest.approx(low, abs=1e-5), 1.0)
+        wrong = clustered([0.0] * images * questions, clusters)
+        assert wrong == (0.0, 0.0, pytest.approx(1 - low, abs=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "low", "high"),
+    [(1, 0.98889, 0.99995), (2, 0.98561, 0.99952), (5, 0.97680, 0.99675), (250, 0.45529, 0.54471)],
+)
+def test_independent_questions_have_clopper_and_pearson_s_interval(
+    wrong: int, low: float, high: float
+) -> None:
+    found = clustered([0.0] * wrong + [1.0] * (500 - wrong), list(range(500)))
+    assert found.mean == pytest.approx(1 - wrong / 500)
+    assert found[1:] == (pytest.approx(low, abs=2e-4), pytest.approx(high, abs=2e-4))
+
+
+@pytest.mark.parametrize("per_image", [1, 4])
+def test_a_better_score_has_no_wider_interval_below_it(per_image: int) -> None:
+    clusters = [i // per_image for i in range(480)]
+    lows = []
+    for wrong in range(12):
+        values = [1.0] * 480
+        values[: wrong * per_image : per_image] = [0.0] * wrong
+        lows.append(clustered(values, clusters).low or 0.0)
+    assert lows == sorted(lows, reverse=True)
+    assert lows[0] == pytest.approx(0.025 ** (per_image / 480))
+
+
+def test_scores_that_are_all_the_same_are_as_sure_as_their_images() -> None:
+    """Half of ten images: Clopper and Pearson's 5 of 10."""
+    found = clustered([0.5] * 30, [i // 3 for i in range(30)])
+    assert found == (0.5, pytest.approx(0.18709, abs=1e-5), pytest.approx(0.81291, abs=1e-5))
+
+
+def test_scores_of_another_scale_that_are_all_the_same_have_no_interval() -> None:
+    assert clustered([1400.0] * 9, list(range(9))) == (1400.0, None, None)
+    assert clustered([0.1 + 7.2] * 9, [0, 0, 0, 1, 1, 1, 2, 2, 3]).low is None
+    assert clustered_difference([0.0] * 9, list(range(9)), shares=False) == (0.0, None, None)
+
+
+def test_scores_of_another_scale_are_resampled_by_image() -> None:
+    rng = np.random.default_rng(2)
+    values = rng.normal(100, 10, 200).tolist()
+    found = clustered(values, list(range(200)))
+    assert found.low == pytest.approx(found.mean - 1.96 * 10 / math.sqrt(200), abs=0.4)
+    assert found.high == pytest.approx(found.mean + 1.96 * 10 / math.sqrt(200), abs=0.4)
+    twice = clustered(values * 2, [*range(200)] * 2)  # no news on the same images
+    assert twice.low == pytest.approx(found.low, abs=0.15)
+    changes = clustered_difference([v - 100 for v in values], list(range(200)), shares=False)
+    assert changes.low == pytest.approx(found.low - 100)
+    assert clustered(values, list(range(200)), seed=1) != found
+
+
+def test_few_images_are_less_sure_than_their_variance() -> None:
+    """Five images with 20, 40, 60, 80 and 50 % right of 20 questions.
+
+    The mean's variance, 0.01, is that of 25 independent questions; Student's t of 4 degrees of
+    freedom against that of 99 leaves 12.77 of them, and Clopper and Pearson's limits are for half.
+    """
+    right = [4, 8, 12, 16, 10]
+    values = [float(j < n) for n in right for j in range(20)]
+    found = clustered(values, [i for i in range(5) for _ in range(20)])
+    assert found == (0.5, pytest.approx(0.21886, abs=1e-5), pytest.approx(0.78114, abs=1e-5))
+
+
+# Differences
+
+
+@pytest.mark.parametrize(("images", "half"), [(3, 0.70760), (10, 0.30850), (125, 0.02908)])
+def test_no_change_is_known_as_well_as_the_share_of_images_that_may_change(
+    images: int, half: float
+) -> None:
+    found = clustered_difference([0.0] * images * 4, [*range(images)] * 4)
+    assert found == (0.0, pytest.approx(-half, abs=1e-5), pytest.approx(half, abs=1e-5))
+
+
+def test_a_difference_is_made_of_gains_and_losses() -> None:
+    """Of 100: 10 won, none lost. Exact limits of 10 of 100: 4.90 and 17.62; of none: 3.62."""
+    found = clustered_difference([1.0] * 10 + [0.0] * 90, list(range(100)))
+    assert found.mean == pytest.approx(0.1)
+    assert found.low == pytest.approx(0.1 - math.hypot(0.1 - 0.0490, 0.0362), abs=5e-4)
+    assert found.high == pytest.approx(0.1762, abs=5e-4)
+    lost = clustered_difference([-1.0] * 10 + [0.0] * 90, list(range(100)))
+    assert lost == pytest.approx((-found.mean, -(found.high or 0), -(found.low or 0)))
+
+
+def test_gains_and_losses_of_one_image_are_not_independent() -> None:
+    """Where each image wins one question and loses another, nothing is gained, and surely so."""
+    rng = np.random.default_rng(4)
+    tied = [v for size in rng.integers(0, 4, 60) for v in [1.0] * size + [-1.0] * size + [0.0] * 4]
+    images = [
+        i
+        for i, size in enumerate(np.random.default_rng(4).integers(0, 4, 60))
+        for _ in range(2 * size + 4)
+    ]
+    found = clustered_difference(tied, images)
+    apart = clustered_difference(tied, list(range(len(tied))))
+    assert found.mean == 0
+    assert (found.high or 0) < 0.5 * (apart.high or 0)
+
+
+def test_a_large_difference_has_the_textbook_interval() -> None:
+    values = [1.0] * 240 + [-1.0] * 60 + [0.0] * 300
+    half = 1.96 * math.sqrt((0.4 + 0.1 - 0.3**2) / 600)
+    found = clustered_difference(values, list(range(600)))
+    assert found.low == pytest.approx(0.3 - half, abs=0.005)
+    assert found.high == pytest.approx(0.3 + half, abs=0.005)
+
+
+def test_changes_that_come_singly_are_surer_than_whole_images() -> None:
+    """Thirteen won of 700 on 140 images, each on its own: that none was lost is known, too."""
+    values = [0.0] * 700
+    for image in range(13):
+        values[5 * image] = 1.0
+    found = clustered_difference(values, [i // 5 for i in range(700)])
+    assert found.low == pytest.approx(0.0076, abs=5e-4)
+
+
+def test_an_interval_ends_at_what_a_difference_can_be() -> None:
+    assert clustered_difference([1.0, 1.0, 1.0], [0, 1, 2]).high == 1.0
+    assert clustered_difference([-1.0, -1.0, -1.0], [0, 1, 2]).low == -1.0
+
+
+def test_differences_of_another_scale_are_not_taken_for_shares() -> None:
+    with pytest.raises(ValueError, match=r"must be in \[-1, 1\], got 5"):
+        clustered_difference([0.0, -5.0], [0, 1])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_refused(bad: float) -> None:
+    for function in (clustered, clustered_difference, sign_flip):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            function([1.0, bad], [0, 1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("images", "per_image"), [(12, 5), (60, 5), (200, 1)])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.98])
+@pytest.mark.parametrize("alike", [0.0, 0.3, 1.0])
+def test_intervals_hold_what_they_promise(
+    images: int, per_image: int, share: float, alike: float
+) -> None:
+    """95 of 100 intervals hold the truth, also close to 1, where a bootstrap's do not."""
+    rng = np.random.default_rng(7)
+    clusters = np.repeat(np.arange(images), per_image).tolist()
+    held = 0
+    for _ in range(200):
+        chance = np.full(images, share)
+        if alike:
+            chance = rng.beta(*(np.array([share, 1 - share]) * (1 / alike - 1 + 1e-9)), images)
+        values = (rng.random((images, per_image)) < chance[:, None]).astype(float).ravel()
+        _, low, high = clustered(values.tolist(), clusters)
+        assert low is not None
+        assert high is not None
+        held += low <= share <= high
+    assert held >= 183  # of 200; as few as this of 95 % come once in 500 times
 
 
 @pytest.mark.parametrize(("values", "clusters"), [([], []), ([1.0], [1, 2])])
@@ -65,7 +243,7 @@ def test_no_difference_is_no_evidence() -> None:
 
 
 def test_clear_difference_over_many_clusters_has_the_smallest_p() -> None:
-    assert sign_flip([1.0] * 40, list(range(40))) == pytest.approx(1 / (FLIPS + 1))
+    assert sign_flip([1.0] * 40, list(range(40))) == pytest.approx(1e-4)
 
 
 def test_questions_on_one_image_count_once() -> None:
@@ -89,6 +267,23 @@ def test_exact_and_drawn_agree() -> None:
     # A fourteenth cluster that hardly counts turns the exact test into the drawn one.
     drawn = sign_flip([*values.tolist(), 1e-9], list(range(14)))
     assert drawn == pytest.approx(exact, abs=0.02)
+
+
+def test_the_smallest_p_is_what_the_test_gives_at_best() -> None:
+    assert [smallest_p(n) for n in (0, 1, 2, 3, 6)] == [1.0, 1.0, 0.5, 0.25, 0.03125]
+    assert smallest_p(14) == 2 / 2**14
+    assert smallest_p(15) == smallest_p(1000) == 1e-4
+    for images in (1, 2, 5, 13):
+        assert smallest_p(images) == sign_flip([1.0] * images, list(range(images)))
+
+
+@pytest.mark.parametrize(
+    ("alpha", "tests", "images"),
+    [(0.05, 1, 12), (0.05, 2, 14), (0.05, 10, 18), (0.01, 1, 16), (0.5, 1, 6), (0.0001, 1, None)],
+)
+def test_images_that_are_needed(alpha: float, tests: int, images: int | None) -> None:
+    """2 / 2 ** 6 is the first below 0.05, and half of the images shall be enough."""
+    assert images_needed(alpha, tests) == images
 
 
 def test_holm_by_hand() -> None:

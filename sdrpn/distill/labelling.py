@@ -41,8 +41,7 @@ from sdrpn.distill.pseudo_labels import judge
 from sdrpn.distill.questions import Item
 from sdrpn.draw import Card, sheet
 from sdrpn.files import remove_parts, whole
-from sdrpn.images import BadImage, inside, load_image
-from sdrpn.prefix import image_key
+from sdrpn.images import BadImage, image_key, inside, load_image
 from sdrpn.proposers import known_labels
 from sdrpn.region import View
 from sdrpn.zoom import Question, ZoomLlava

@@ -7,7 +7,6 @@ Every scene has 5 or 6 discs and every disc is asked about. The scenes' seed is 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from datasets import Dataset, Features, Image, Sequence, Value, load_dataset
 from pyarrow import parquet
 from tqdm import tqdm
 
+from sdrpn.files import as_json
 from sdrpn_eval.demo import scenes as sc
 
 BENCHMARK_SEED = (20260, 99)
@@ -101,7 +101,7 @@ def main() -> None:
         "megabytes": round(args.out.stat().st_size / 1e6, 2),
         "first_image": str(back[0]["image"].size),
     }
-    print(json.dumps(facts, indent=2))
+    print(as_json(facts, indent=2))
 
 
 if __name__ == "__main__":

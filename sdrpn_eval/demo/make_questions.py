@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdrpn.distill.dataset import load_labels
+from sdrpn.files import as_json
 from sdrpn_eval.demo import scenes as sc
 
 LABEL_POOL = 7
@@ -42,8 +43,8 @@ def write_questions(out: Path, scenes: int, seed: int) -> int:
             ]
             entries.append({"id": identity, "image": name, "conversations": turns})
             covers[identity] = np.flatnonzero(sc.patch_covers((disc,), sc.WHOLE)[0] > 0.1).tolist()
-    (out / "questions.json").write_text(json.dumps(entries))
-    (out / "boxes.json").write_text(json.dumps(covers))
+    (out / "questions.json").write_text(as_json(entries))
+    (out / "boxes.json").write_text(as_json(covers))
     return len(entries)
 
 

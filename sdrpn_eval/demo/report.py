@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from sdrpn_eval.demo import HERE
 from sdrpn_eval.demo.score import GROUPS, headline, markdown
+from sdrpn_eval.stats import with_interval
 
 RESULTS = HERE / "data" / "tiny_vstar.json"
 
@@ -19,7 +20,7 @@ PAGE = """# tiny_vstar, measured
 
 {questions} held-out questions on {images} scenes, {fine:.0f} % of them about patterns too fine for
 the first look (chosen so, as V* asks about small things); exact match, in percent; 95 % intervals
-from a bootstrap that resamples images. Made by `python -m sdrpn_eval.demo.build`, float32 on a
+clustered by image ([how](statistics.md)). Made by `python -m sdrpn_eval.demo.build`, float32 on a
 CPU; the scores are those of the shipped float16 weights on the shipped WebP scenes.
 
 {table}
@@ -60,10 +61,7 @@ def differences(result: Mapping[str, Any]) -> str:
     }
     lines = []
     for key, name in names.items():
-        cells = [
-            f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-            for mean, low, high in (result[key][group] for group in GROUPS)
-        ]
+        cells = [with_interval(result[key][group], 100, "+.1f") for group in GROUPS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from sdrpn_eval.demo import BENCHMARK
 from sdrpn_eval.demo.scenes import GRID, VIEW_SIDE
 from sdrpn_eval.record import decode_map, read_records
 from sdrpn_eval.report.rungs import end_of, run_logged
-from sdrpn_eval.stats import Estimate, clustered
+from sdrpn_eval.stats import Estimate, clustered, clustered_difference, rounded, with_interval
 
 TASK = "tiny_vstar"
 PROPOSERS = {"stock": "none", "rpn": "rpn", "attention": "attention"}
@@ -73,32 +73,28 @@ def summarise(
         group: [i for i in docs if rows[i]["category"] == group] for group in ("fine", "coarse")
     }
 
-    def by_group(values: Mapping[int, float]) -> dict[str, list[float]]:
+    def by_group(
+        values: Mapping[int, float], how: Callable[..., Estimate] = clustered
+    ) -> dict[str, list[float | None]]:
         return {
-            group: _rounded(
-                clustered([values[i] for i in some], [rows[i]["image_id"] for i in some])
-            )
+            group: rounded(how([values[i] for i in some], [rows[i]["image_id"] for i in some]))
             for group, some in groups.items()
             if some
         }
 
     gain = {i: scores["rpn"][i] - scores["stock"][i] for i in docs}
-    overall = clustered([gain[i] for i in docs], images)
+    gains = by_group(gain, clustered_difference)
     return {
         "task": TASK,
         "n": len(docs),
         "images": len(set(images)),
         "accuracy": {name: by_group(one)["all"][0] for name, one in scores.items()},
         "accuracy_by_group": {name: by_group(one) for name, one in scores.items()},
-        "gain": round(overall.mean, 4),
-        "gain_interval_95": [round(overall.low, 4), round(overall.high, 4)],
-        "gain_by_group": by_group(gain),
+        "gain": gains["all"][0],
+        "gain_interval_95": gains["all"][1:],
+        "gain_by_group": gains,
         "seconds": {name: round(s, 1) for name, s in seconds.items()},
     }
-
-
-def _rounded(estimate: Estimate) -> list[float]:
-    return [round(value, 4) for value in estimate]
 
 
 def contact_sheet(out: Path, rows: Any, count: int = 8) -> Path:
@@ -151,9 +147,8 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
     console.print("Exact match, 95 % intervals clustered by image; seconds of the whole command.")
 
 
-def _cell(estimate: list[float]) -> str:
-    mean, low, high = (100 * value for value in estimate)
-    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+def _cell(estimate: Sequence[Any]) -> str:
+    return with_interval(estimate, 100, ".1f")
 
 
 def demo(out: Path, *, batch_size: int = 32, limit: int | None = None) -> dict[str, Any]:

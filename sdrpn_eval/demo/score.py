@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from sdrpn.llava import Llava
 from sdrpn.region import PixelBox
 from sdrpn_eval.demo import BENCHMARK, tiny_path
 from sdrpn_eval.demo.scenes import CELL, GRID, oracle_box
-from sdrpn_eval.stats import clustered
+from sdrpn_eval.stats import Estimate, clustered, clustered_difference, rounded, with_interval
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 POLICIES = ("strongest", "mask", "bbox")
@@ -101,16 +101,18 @@ class Scorer:
             }
         )
 
-    def estimate(self, values: np.ndarray, group: str) -> list[float]:
+    def estimate(
+        self, values: np.ndarray, group: str, how: Callable[..., Estimate] = clustered
+    ) -> list[float | None]:
         """[mean, low, high] of one group of questions."""
         chosen = [i for i, r in enumerate(self.rows) if group in ("all", r["category"])]
         images = [self.rows[i]["image_id"] for i in chosen]
-        return [round(v, 4) for v in clustered([float(values[i]) for i in chosen], images)]
+        return rounded(how([float(values[i]) for i in chosen], images))
 
-    def difference(self, name: str, other: str) -> dict[str, list[float]]:
+    def difference(self, name: str, other: str) -> dict[str, list[float | None]]:
         """Paired difference of two runs, by group."""
         delta = self.correct[name] - self.correct[other]
-        return {group: self.estimate(delta, group) for group in GROUPS}
+        return {group: self.estimate(delta, group, clustered_difference) for group in GROUPS}
 
 
 GROUPS = ("all", "fine", "coarse")
@@ -167,10 +169,7 @@ def markdown(result: Mapping[str, Any], names: Sequence[str] | None = None) -> s
     rows = {row["name"]: row for row in result["rows"]}
     lines = ["| proposer | all | fine | coarse | zoomed |", "|---|---|---|---|---|"]
     for row in (rows[name] for name in names or rows):
-        cells = (
-            f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-            for mean, low, high in (row[group] for group in GROUPS)
-        )
+        cells = (with_interval(row[group], 100, ".1f") for group in GROUPS)
         lines.append(f"| {row['name']} | {' | '.join(cells)} | {100 * row['zoomed']:.0f} % |")
     return "\n".join(lines)
 
@@ -182,7 +181,7 @@ def show(result: Mapping[str, Any]) -> None:
     for column in ("", *GROUPS, "zoomed"):
         table.add_column(column)
     for row in result["rows"]:
-        cells = [f"{m:.3f} [{low:.3f}, {high:.3f}]" for m, low, high in (row[g] for g in GROUPS)]
+        cells = [with_interval(row[g], 1, ".3f") for g in GROUPS]
         table.add_row(row["name"], *cells, f"{row['zoomed']:.2f}")
     console = Console(width=130)
     console.print(table)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sdrpn.files import as_json
 from sdrpn_eval.demo.make_questions import SCENES, label_quality, write_questions
 
 BRANCH_LAYER = 1
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     facts = distil(args.model, args.work, args.out or args.model / "rpn", seed=args.seed)
-    print(json.dumps(facts, indent=2))
+    print(as_json(facts, indent=2))
 
 
 if __name__ == "__main__":

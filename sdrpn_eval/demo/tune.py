@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +22,13 @@ from PIL import Image
 
 from sdrpn import RPN, Question, ZoomLlava
 from sdrpn.config import ZoomConfig
+from sdrpn.files import as_json
 from sdrpn.llava import Llava
 from sdrpn_eval.arguments import PRESETS
 from sdrpn_eval.demo import BENCHMARK, make_benchmark, tiny_path
 from sdrpn_eval.demo.score import ask_all, is_right
 from sdrpn_eval.loading import ZOOM_ARGUMENTS
-from sdrpn_eval.stats import clustered
+from sdrpn_eval.stats import clustered, clustered_difference, rounded
 
 TUNING_SEED = (20260, 5)
 SCENES = 150
@@ -85,15 +85,18 @@ def measure(
         right = [float(is_right(a.text, r)) for a, r in zip(answers, rows, strict=True)]
         row = {
             "name": name,
-            "accuracy": [round(v, 4) for v in clustered(right, images)],
+            "accuracy": rounded(clustered(right, images)),
             "zoomed": round(float(np.mean([bool(a.regions) for a in answers])), 4),
             "crop_tokens": round(float(np.mean([a.crop_tokens for a in answers])), 1),
         }
         if name == "budget whole grid":
             whole = right
         elif whole is not None:
-            lost = [100 * (a - b) for a, b in zip(right, whole, strict=True)]
-            row["against_whole_grid"] = [round(v, 2) for v in clustered(lost, images)]
+            lost = [a - b for a, b in zip(right, whole, strict=True)]
+            found_lost = rounded(clustered_difference(lost, images))
+            row["against_whole_grid"] = [
+                None if v is None else round(100 * v, 2) for v in found_lost
+            ]
         found.append(row)
         print(row, flush=True)
     return found
@@ -194,7 +197,7 @@ def main() -> None:
     args = parser.parse_args()
     result = tune(args.model or tiny_path(), args.scenes)
     args.docs.mkdir(parents=True, exist_ok=True)
-    (args.docs / "fast.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.docs / "fast.json").write_text(as_json(result, indent=1) + "\n")
     draw(result).savefig(args.docs / "fast.png")
     (args.docs / "fast.md").write_text(page(result))
 

@@ -8,16 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 
-from sdrpn.files import read_object, read_parsed
+from sdrpn.files import as_json, read_object, read_parsed
 from sdrpn_eval.fingerprints import digest, without_addresses
 from sdrpn_eval.report.checks import SCORING, Evidence
 from sdrpn_eval.report.comparison import cluster_keys
+from sdrpn_eval.report.runs import BESIDE
 from sdrpn_eval.report.scores import task_scores
-from sdrpn_eval.run_facts import device_facts, versions
-from sdrpn_eval.schemas import EXACT
+from sdrpn_eval.schemas import EXACT, FINITE
 
 FORMAT = 1
 MARK = 8
@@ -28,7 +27,7 @@ MARK = 8
 class MetricBaseline:
     """A metric's scores in the order of the task's documents, None for those it does not count."""
 
-    __pydantic_config__ = EXACT
+    __pydantic_config__ = FINITE
     higher_is_better: bool
     mean: float
     scores: list[float | None]
@@ -63,7 +62,7 @@ class Baseline:
     tolerance: the largest fall that passes, by task; "" for all others.
     """
 
-    __pydantic_config__ = EXACT
+    __pydantic_config__ = FINITE
     run: str
     date: str
     model: str
@@ -97,10 +96,19 @@ def make_baseline(evidence: Evidence, tolerance: Mapping[str, float]) -> Baselin
         model=run.model,
         model_args=str(run.results["config"].get("model_args") or ""),
         made_of={n: getattr(facts, n) for n in names} if facts else None,
-        written_on={"versions": versions(), **device_facts(torch.device("cpu"))},
+        written_on=_this_machine(),
         tasks=scored,
         tolerance=dict(tolerance),
     )
+
+
+def _this_machine() -> dict[str, Any]:
+    # Imported here: seconds of imports, that a check against a baseline must not wait for.
+    import torch
+
+    from sdrpn_eval.run_facts import device_facts, versions
+
+    return {"versions": versions(), **device_facts(torch.device("cpu"))}
 
 
 def task_baseline(evidence: Evidence, name: str) -> TaskBaseline:
@@ -117,7 +125,7 @@ def task_baseline(evidence: Evidence, name: str) -> TaskBaseline:
         images=[mark(*look.images) if look and look.images else None for look in looks],
         clusters=[numbers[keys[name, d]] for d in documents],
         clustered_by=how,
-        empty_answers=sum(not s.answer.strip() for s in samples),
+        empty_answers=sum(is_empty(s.answer) for s in samples),
         scorer=evidence.facts.scorers.get(name) if evidence.facts else None,
         settings=mark(*(without_addresses(task.config.get(part)) for part in SCORING)),
         metrics={
@@ -130,6 +138,11 @@ def task_baseline(evidence: Evidence, name: str) -> TaskBaseline:
             if one.values
         },
     )
+
+
+def is_empty(answer: str) -> bool:
+    """Whether an answer, or each of several side by side, holds nothing but blanks."""
+    return not answer.replace(BESIDE.strip(), "").strip()
 
 
 def mark(*parts: str) -> str:
@@ -163,7 +176,7 @@ def _check_lengths(name: str, task: TaskBaseline) -> None:
 def _lines(value: Any, indent: str = "") -> str:
     """JSON with dicts over several lines and lists in one."""
     if not isinstance(value, dict) or not value:
-        return json.dumps(value, ensure_ascii=False)
+        return as_json(value, ensure_ascii=False)
     inner = indent + "  "
     parts = [f"{inner}{json.dumps(str(k))}: {_lines(v, inner)}" for k, v in value.items()]
     return "{\n" + ",\n".join(parts) + f"\n{indent}}}"

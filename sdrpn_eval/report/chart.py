@@ -15,7 +15,8 @@ def scores_chart(rows: Sequence[MetricRow]) -> str:
     """A bar a run and task, with its interval, and a mark where the paper published a number."""
     body, y = [], HEAD
     for row in rows:
-        top = 1.0 if row.percent else max((s.high for s in row.scores), default=1.0) or 1.0
+        ends = [s.mean if s.high is None else s.high for s in row.scores]
+        top = 1.0 if row.percent else max(ends, default=1.0) or 1.0
         body.append(_label(row.task, y + BAR * len(row.scores) / 2))
         for index, score in enumerate(row.scores):
             middle = y + BAR / 2
@@ -25,8 +26,9 @@ def scores_chart(rows: Sequence[MetricRow]) -> str:
                 f'<rect x="{LEFT}" y="{y + 2}" width="{_along(score.mean / top):.1f}" '
                 f'height="{BAR - 4}" rx="2"/></g>'
             )
-            low, high = (LEFT + _along(min(v / top, 1)) for v in (score.low, score.high))
-            body.append(_whisker(low, high, middle))
+            if score.low is not None and score.high is not None:
+                low, high = (LEFT + _along(min(v / top, 1)) for v in (score.low, score.high))
+                body.append(_whisker(low, high, middle))
             if score.published is not None and row.percent:
                 at = LEFT + _along(score.published / 100)
                 body.append(
@@ -45,7 +47,8 @@ def differences_chart(rows: Sequence[MetricRow]) -> str:
     pairs = [(row, i, d) for row in rows if row.percent for i, d in enumerate(row.differences)]
     if not pairs:
         return ""
-    reach = max(max(abs(d.low), abs(d.high), abs(d.mean), 0.01) for _, _, d in pairs) * 1.05
+    ends = [end for _, _, d in pairs for end in (d.low, d.high, d.mean) if end is not None]
+    reach = max(0.01, *map(abs, ends)) * 1.05
 
     def place(value: float) -> float:
         return LEFT + _along((value + reach) / (2 * reach))
@@ -57,7 +60,8 @@ def differences_chart(rows: Sequence[MetricRow]) -> str:
             body.append(_label(row.task, y + BAR * len(row.differences) / 2))
             previous = row.task
         middle = y + BAR / 2
-        body.append(_whisker(place(difference.low), place(difference.high), middle))
+        if difference.low is not None and difference.high is not None:
+            body.append(_whisker(place(difference.low), place(difference.high), middle))
         body.append(
             f'<circle class="run{index + 1} {difference.verdict}" cx="{place(difference.mean):.1f}"'
             f' cy="{middle}" r="5"><title>{escape(difference.run)}</title></circle>'
@@ -86,8 +90,6 @@ def _value(text: str, y: float) -> str:
 
 
 def _whisker(low: float, high: float, y: float) -> str:
-    if low != low or high != high:  # one image has no interval
-        return ""
     ends = "".join(
         f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 3}" y2="{y + 3}"/>' for x in (low, high)
     )

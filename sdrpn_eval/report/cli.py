@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sdrpn.cli.shared import console, errors_as_sentences, say
 from sdrpn_eval.report.ladder import ladder
+from sdrpn_eval.report.options import SeedOption, at_least
 from sdrpn_eval.report.replay import replay
 from sdrpn_eval.report.score import score
 from sdrpn_eval.threshold_curve import curve
+
+if TYPE_CHECKING:
+    from sdrpn_eval.report.gate import Rules
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,7 +59,7 @@ def compare(
         typer.Option(help=r"True boxes: JSON {task: {document id: \[x0, y0, x1, y1]}}, in pixels."),
     ] = None,
     budget_mb: Annotated[float, typer.Option(help="Largest page, in MB.")] = 50,
-    seed: Annotated[int, typer.Option(help="For intervals, tests and the choice of pictures.")] = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Is it better, where, by how much: a table, JSON, Markdown and an HTML page.
 
@@ -72,6 +78,9 @@ def compare(
         from sdrpn_eval.report.compared import show, write_comparison
         from sdrpn_eval.report.documents import load_data, read_boxes
 
+        at_least(0, seed=seed)
+        if not (budget_mb > 0 and math.isfinite(budget_mb)):
+            raise ValueError(f"--budget-mb must be greater than 0, got {budget_mb:g}")
         given = read_boxes(boxes) if boxes else {}
         read = _read(runs, [n for n in names.split(",") if n], [t for t in tasks.split(",") if t])
         cli = read[0].results["config"].get("resolved_cli_args") or {}
@@ -114,7 +123,7 @@ def gate(
         float | None, typer.Option(help="Hours; older results are not this job's.")
     ] = None,
     allow_skipped: Annotated[
-        int, typer.Option(min=0, help="Documents of a task that on_error may have skipped.")
+        int, typer.Option(help="Documents of a task that on_error may have skipped.")
     ] = 0,
     junit: Annotated[Path | None, typer.Option(help="JUnit XML to write.")] = None,
 ) -> None:
@@ -135,18 +144,31 @@ def gate(
         from sdrpn_eval.report import gate_report
         from sdrpn_eval.report.gate import Rules, safely_check
 
-        allowed = {k: _number(v, k) for k, v in _pairs(tolerance or [])}
+        at_least(0, allow_skipped=allow_skipped)
+        rules = Rules(
+            {k: _number(v, k) for k, v in _named("--tolerance", tolerance or []).items()},
+            alpha,
+            _named("--metric", metric or []),
+            _age(max_age),
+            allow_skipped,
+        )
+        if "" in (rules.metrics or {}):
+            raise ValueError(f"--metric must be TASK=METRIC, got {(rules.metrics or {})['']!r}")
         if update:
-            typer.echo(_update(run, baseline, allowed, allow_skipped))
+            unused = {"--junit": junit, "--metric": metric}
+            if without := [option for option, value in unused.items() if value]:
+                raise ValueError(
+                    f"{without[0]} has no effect with --update: it is of a check and is not kept "
+                    "in the baseline"
+                )
+            for text in _update(run, baseline, rules):
+                typer.echo(text)
             return
         from sdrpn_eval.report.baseline import read_baseline
 
         stored = read_baseline(baseline)
-        age = None if max_age is None else timedelta(hours=max_age)
-        rules = Rules(
-            allowed or stored.tolerance, alpha, dict(_pairs(metric or [])), age, allow_skipped
-        )
-        verdicts = safely_check(run, stored, rules)
+        kept = rules.tolerance or stored.tolerance
+        verdicts = safely_check(run, stored, replace(rules, tolerance=kept))
         for verdict in verdicts:
             typer.echo(f"{gate_report.WORDS[verdict.code]}: {gate_report.line(verdict)}")
         typer.echo(gate_report.conclusion(verdicts))
@@ -158,31 +180,58 @@ def gate(
     raise typer.Exit(gate_report.exit_code(verdicts))
 
 
-def _update(run: Path, baseline: Path, allowed: dict[str, float], skipped: int) -> str:
-    """Write a baseline from a whole run; a tolerance that was in the old one stays."""
+def _update(run: Path, baseline: Path, rules: Rules) -> list[str]:
+    """Write a baseline from a whole run; a tolerance that was in the old one stays.
+
+    Returns lines about tasks too small to be held by their noise, then one about the file.
+    """
     from sdrpn_eval.report.baseline import make_baseline, read_baseline
     from sdrpn_eval.report.comparison import gather
-    from sdrpn_eval.report.gate import check_run, metric_key, refuse_skipped
+    from sdrpn_eval.report.gate import check_rules, check_run, metric_key, refuse_skipped, small
     from sdrpn_eval.report.runs import read_run
 
-    kept = read_baseline(baseline).tolerance if baseline.exists() and not allowed else allowed
+    old = baseline.exists() and not rules.tolerance
+    kept = read_baseline(baseline).tolerance if old else rules.tolerance
     read = read_run(run)
-    check_run(read)
+    check_run(read, rules.max_age)
     evidence = gather(read)
     for name in read.tasks:
-        refuse_skipped(evidence, name, skipped)
+        refuse_skipped(evidence, name, rules.skipped)
     made = make_baseline(evidence, kept)
+    rules = replace(rules, tolerance=kept)
+    check_rules(rules, made.tasks)
     made.save(baseline)
     held = [f"{name} by {metric_key(name, task)}" for name, task in made.tasks.items()]
     left_out = [name for name in read.tasks if name not in made.tasks]
     more = f"; without a score a document: {', '.join(left_out)}" if left_out else ""
-    return f"{baseline}: {', '.join(held)}, from {read.file}{more}"
+    told = [
+        f"note: {name}: {why}; until then every fall fails, unless a --tolerance is given"
+        for name, why in small(made.tasks, rules).items()
+    ]
+    return [*told, f"{baseline}: {', '.join(held)}, from {read.file}{more}"]
 
 
-def _pairs(texts: list[str]) -> list[tuple[str, str]]:
-    """`NAME=VALUE`; a value alone gets the name ""."""
-    pairs = [text.rpartition("=") for text in texts]
-    return [(name, value) for name, _, value in pairs]
+def _named(option: str, texts: list[str]) -> dict[str, str]:
+    """`NAME=VALUE` by name; a value alone has the name ""."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.rpartition("=")
+        if equals and not name:
+            raise ValueError(f"{option} {text}: there is no task before the =")
+        if name in found:
+            what = f"of {name} " if name else ""
+            raise ValueError(f"{option} {what}is given twice: {found[name]} and {value}")
+        found[name] = value
+    return found
+
+
+def _age(hours: float | None) -> timedelta | None:
+    if hours is None:
+        return None
+    most = timedelta.max.total_seconds() / 3600
+    if not 0 < hours < most:
+        raise ValueError(f"--max-age must be in (0, {most:.0f}) hours, got {hours:g}")
+    return timedelta(hours=hours)
 
 
 def _number(text: str, name: str) -> float:
@@ -190,10 +239,9 @@ def _number(text: str, name: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not value >= 0:
-        raise ValueError(
-            f"--tolerance{f' of {name}' if name else ''} must be 0 or more, got {text}"
-        )
+    if not (value >= 0 and math.isfinite(value)):
+        of = f" of {name}" if name else ""
+        raise ValueError(f"--tolerance{of} must be 0 or more, and finite, got {text}")
     return value
 
 

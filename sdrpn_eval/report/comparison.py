@@ -15,6 +15,7 @@ from sdrpn_eval.report.looks import averages, read_looks, record_folders, unfini
 from sdrpn_eval.report.published import published_score
 from sdrpn_eval.report.results import (
     RIGHT,
+    SIGNIFICANT,
     Comparison,
     Difference,
     MetricRow,
@@ -24,7 +25,7 @@ from sdrpn_eval.report.results import (
 )
 from sdrpn_eval.report.runs import Run
 from sdrpn_eval.report.scores import Document, Scores, all_scores
-from sdrpn_eval.stats import clustered, holm, sign_flip
+from sdrpn_eval.stats import clustered, clustered_difference, holm, images_needed, sign_flip
 from sdrpn_eval.tasks_info import PROTOCOLS
 
 
@@ -180,11 +181,11 @@ def _metric_row(
         )
         for run, column in zip(runs, columns, strict=True)
     ]
+    percent = all(0 <= v <= 1 for column in columns for v in column)
     others = [
-        _difference(run.name, column, columns[0], keys, first.higher_is_better, seed)
+        _difference(run.name, column, columns[0], keys, first.higher_is_better, percent, seed)
         for run, column in list(zip(runs, columns, strict=True))[1:]
     ]
-    percent = all(0 <= v <= 1 for column in columns for v in column)
     return MetricRow(
         first.task,
         PROTOCOLS.get(first.task, ""),
@@ -206,13 +207,22 @@ def _difference(
     reference: Sequence[float],
     keys: Sequence[Hashable],
     higher_is_better: bool,
+    shares: bool,
     seed: int,
 ) -> Difference:
     deltas = [a - b for a, b in zip(column, reference, strict=True)]
     signed = deltas if higher_is_better else [-d for d in deltas]
     wins, losses = sum(d > 0 for d in signed), sum(d < 0 for d in signed)
-    estimate, p = clustered(deltas, keys, seed), sign_flip(deltas, keys, seed)
-    return Difference(name, *estimate, p, wins, losses, len(deltas) - wins - losses)
+    return Difference(
+        name,
+        *clustered_difference(deltas, keys, seed, shares=shares),
+        p=sign_flip(deltas, keys, seed),
+        wins=wins,
+        losses=losses,
+        ties=len(deltas) - wins - losses,
+        images=len(set(keys)),
+        images_needed=images_needed(SIGNIFICANT),
+    )
 
 
 def _adjusted(rows: list[MetricRow], tasks: Sequence[str]) -> list[MetricRow]:
@@ -226,7 +236,8 @@ def _adjusted(rows: list[MetricRow], tasks: Sequence[str]) -> list[MetricRow]:
     adjusted = holm([rows[i].differences[j].p for i, j in places])
     changed = [list(row.differences) for row in rows]
     for (i, j), p in zip(places, adjusted, strict=True):
-        changed[i][j] = replace(changed[i][j], p_adjusted=p)
+        needed = images_needed(SIGNIFICANT, len(places))
+        changed[i][j] = replace(changed[i][j], p_adjusted=p, images_needed=needed)
     return [replace(r, differences=d) for r, d in zip(rows, changed, strict=True)]
 
 

@@ -43,15 +43,15 @@ class TaskData:
         return len(self.task.eval_docs_no_media) > 0 and self.box(0) is not None
 
 
-def task_manager(include_path: Any = None) -> Any:
-    """lmms-eval's index of tasks, with ours and those under include_path."""
+def task_manager(include_path: Any = None, include_defaults: bool = True) -> Any:
+    """lmms-eval's index of tasks: its own unless told not to, ours and those under include_path."""
     from lmms_eval.tasks import TaskManager
 
     from sdrpn_eval.plugin import add_tasks
 
     add_tasks()
     with quiet():
-        return TaskManager(verbosity="ERROR", include_path=include_path)
+        return TaskManager("ERROR", include_path, include_defaults)
 
 
 @contextmanager
@@ -74,7 +74,8 @@ def load_data(
     """
     from lmms_eval.tasks import get_task_dict
 
-    manager = manager or task_manager(include_path)
+    tasks = list(tasks)
+    manager = manager or _smallest_index(tasks, include_path)
     found: dict[str, TaskData] = {}
     notes = []
     for name in tasks:
@@ -85,6 +86,14 @@ def load_data(
             cause = _cause(error)
             notes.append(f"{name}: no pictures, its data cannot be loaded here ({cause})")
     return found, notes
+
+
+def _smallest_index(tasks: Sequence[str], include_path: Any) -> Any:
+    """An index that holds the tasks: lmms-eval's own, thousands of files, only where needed."""
+    manager = task_manager(include_path, include_defaults=False)
+    if set(tasks) <= set(manager.all_tasks):
+        return manager
+    return task_manager(include_path)
 
 
 def _cause(error: BaseException) -> str:

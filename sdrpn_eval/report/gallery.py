@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from sdrpn.prefix import image_key
+from sdrpn.images import image_key
 from sdrpn_eval.report.boxes import outcome
 from sdrpn_eval.report.checks import preprocessing
 from sdrpn_eval.report.documents import TaskData

@@ -6,6 +6,7 @@ when every document of the baseline is there, asked and scored as then.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -13,11 +14,12 @@ from pathlib import Path
 
 from sdrpn_eval.report.baseline import Baseline, MetricBaseline, TaskBaseline, task_baseline
 from sdrpn_eval.report.checks import Evidence, other_data
+from sdrpn_eval.report.columns import counted
 from sdrpn_eval.report.comparison import gather
 from sdrpn_eval.report.facts import Facts
 from sdrpn_eval.report.looks import unfinished_later_run
 from sdrpn_eval.report.runs import BadRun, Run, is_number, read_run
-from sdrpn_eval.stats import clustered, holm, sign_flip
+from sdrpn_eval.stats import clustered_difference, holm, images_needed, sign_flip, smallest_p
 
 PASSED, FELL, BROKEN = 0, 1, 2
 ROUNDING = 1e-9
@@ -30,9 +32,10 @@ class Rules:
     """How far a task may fall. tolerance: by task, "" for all others; in the units of the score.
 
     Without a tolerance a fall counts when it is beyond the noise: p < alpha in the sign-flip test
-    over images, after Holm's correction for several tasks. metrics: the one to hold a task by,
-    where it is not its first. max_age: of the results. skipped: documents of a task that may have
-    been skipped, see the model's `on_error`.
+    over images, after Holm's correction for several tasks. Where so few images can fall that their
+    p tells nothing, every fall counts. metrics: the one to hold a task by, where it is not its
+    first. max_age: of the results. skipped: documents of a task that may have been skipped, see
+    the model's `on_error`.
     """
 
     tolerance: Mapping[str, float]
@@ -50,7 +53,9 @@ class Verdict:
     """What became of one task (or of the whole run). code: PASSED, FELL or BROKEN.
 
     fall: how much worse than the baseline, in the units of the score; negative where better.
-    noise: half the width of the fall's 95 % interval, clustered by image.
+    noise: how far the fall's 95 % interval, clustered by image, reaches below it; None where there
+    is no interval. p: of the sign-flip test, adjusted where the task is judged by it. images: that
+    can fall.
     """
 
     task: str
@@ -62,6 +67,7 @@ class Verdict:
     fall: float | None = None
     noise: float | None = None
     p: float | None = None
+    images: int | None = None
 
 
 class Broken(ValueError):
@@ -81,16 +87,62 @@ def check(folder: Path, baseline: Baseline, rules: Rules) -> list[Verdict]:
 
 def safely_check(folder: Path, baseline: Baseline, rules: Rules) -> list[Verdict]:
     """`check`, where files that nobody foresaw are broken too: Python's own exit code is 1."""
-    unknown = [name for name in rules.metrics or {} if name not in baseline.tasks]
-    if unknown:
-        raise ValueError(f"the baseline has no task {unknown[0]}, only {', '.join(baseline.tasks)}")
-    for name, wanted in (rules.metrics or {}).items():
-        metric_key(name, baseline.tasks[name], wanted)
+    check_rules(rules, baseline.tasks)
     try:
         return check(folder, baseline, rules)
     except Exception as error:
         reason = f"{folder} cannot be read as a run: {type(error).__name__}: {error}"
         return [Verdict("run", "", BROKEN, reason)]
+
+
+def check_rules(rules: Rules, tasks: Mapping[str, TaskBaseline]) -> None:
+    """Raise ValueError, naming the option and its value, for rules that cannot mean anything.
+
+    Args:
+        rules: As given on the command line; tolerances may come from the baseline.
+        tasks: Of the baseline, by name.
+    """
+    if not 0 < rules.alpha < 1:
+        raise ValueError(f"--alpha must be in (0, 1), got {rules.alpha:g}")
+    named = {"--tolerance": rules.tolerance, "--metric": rules.metrics or {}}
+    for option, given in named.items():
+        for name in given:
+            if name and name not in tasks:
+                held = ", ".join(tasks)
+                raise ValueError(
+                    f"{option} {name}={given[name]}: the baseline has no task {name}, only {held}"
+                )
+    keys = {n: metric_key(n, task, (rules.metrics or {}).get(n)) for n, task in tasks.items()}
+    for name, allowed in rules.tolerance.items():
+        for task in [name] if name else [t for t in tasks if t not in rules.tolerance]:
+            _check_tolerance(name, allowed, task, tasks[task].metrics[keys[task]])
+    waiting = sum(rules.allowed(name) is None for name in tasks)
+    if waiting and images_needed(rules.alpha, waiting) is None:
+        least = waiting * smallest_p(100)
+        raise ValueError(
+            f"--alpha {rules.alpha:g} cannot be reached: the smallest p-value of {waiting} task(s) "
+            f"is {least:g}; give a larger --alpha, or a --tolerance"
+        )
+
+
+def _check_tolerance(name: str, allowed: float, task: str, metric: MetricBaseline) -> None:
+    given = f"--tolerance {name}={allowed:g}" if name else f"--tolerance {allowed:g}"
+    if not (math.isfinite(allowed) and allowed >= 0):
+        raise ValueError(f"{given} must be a finite number, 0 or more")
+    largest = _largest_fall(metric)
+    if largest is not None and allowed >= largest:
+        raise ValueError(
+            f"{given} would pass every fall: scores of {task} can fall by {largest:g} at most; "
+            f"give a value in [0, {largest:g})"
+        )
+
+
+def _largest_fall(metric: MetricBaseline) -> float | None:
+    """How far a mean can fall at most, by the scale of its scores; None where it has no end."""
+    scores = [score for score in metric.scores if score is not None]
+    if all(0 <= score <= 1 for score in scores):
+        return 1.0
+    return max(scores) if metric.higher_is_better and min(scores) >= 0 else None
 
 
 def _any_run(folder: Path, tasks: Sequence[str]) -> Run:
@@ -207,7 +259,8 @@ def _judge(
         reason = f"{after.empty_answers} of {len(after.documents)} answers are empty"
         return Verdict(name, key, BROKEN, reason)
     falls, clusters = _paired(old, new, before.clusters)
-    fall = clustered(falls, clusters)
+    shares = _largest_fall(old) == _largest_fall(new) == 1.0
+    fall = clustered_difference(falls, clusters, shares=shares)
     verdict = Verdict(
         name,
         key,
@@ -216,15 +269,16 @@ def _judge(
         old.mean,
         new.mean,
         fall.mean,
-        (fall.high - fall.low) / 2,
+        None if fall.low is None else fall.mean - fall.low,
         sign_flip(falls, clusters),
+        images_that_can_fall(before, key),
     )
     if allowed is None:
         return verdict  # judged with the other tasks, in _beyond_noise
     if fall.mean > allowed + ROUNDING:
         reason = f"fell by {fall.mean:.4f}, more than the tolerance of {allowed:g}"
         return replace(verdict, code=FELL, reason=reason)
-    said = f"fell by {fall.mean:.4f}" if fall.mean > 0 else "did not fall"
+    said = f"fell by {fall.mean:.4f}" if fall.mean > ROUNDING else "did not fall"
     return replace(verdict, reason=f"{said}, tolerance {allowed:g}")
 
 
@@ -238,21 +292,106 @@ def _paired(
     return [fall for fall, _ in pairs], [cluster for _, cluster in pairs]
 
 
+def images_that_can_fall(task: TaskBaseline, key: str) -> int:
+    """Images with a document whose score is not the worst there is, and so can get worse.
+
+    The worst is 0 of scores that are never negative, 1 of shares that should be low; of other
+    scores there is none.
+    """
+    metric = task.metrics[key]
+    scored = [(s, c) for s, c in zip(metric.scores, task.clusters, strict=True) if s is not None]
+    if _largest_fall(metric) is None:
+        return len({cluster for _, cluster in scored})
+    worst = 0 if metric.higher_is_better else 1
+    return len({cluster for score, cluster in scored if score != worst})
+
+
+def decided_by_noise(images: Mapping[str, int], alpha: float) -> dict[str, int]:
+    """Tasks with enough images for the sign-flip test, with the images that each needs.
+
+    The fewest go first, and then the others are fewer tests to correct for.
+
+    Args:
+        images: By task, how many can fall.
+        alpha: Level that the p-values, after Holm's correction, are held against.
+
+    Returns:
+        By task, the images needed; only of tasks that have them.
+    """
+    left = dict(images)
+    while left:
+        needed = images_needed(alpha, len(left))
+        fewest = min(left, key=lambda task: left[task])
+        if needed is not None and left[fewest] >= needed:
+            return dict.fromkeys(left, needed)
+        del left[fewest]
+    return {}
+
+
+def small(tasks: Mapping[str, TaskBaseline], rules: Rules) -> dict[str, str]:
+    """By task of a baseline, why the noise cannot decide about it; none where it can."""
+    waiting = {
+        name: images_that_can_fall(task, metric_key(name, task, (rules.metrics or {}).get(name)))
+        for name, task in tasks.items()
+        if rules.allowed(name) is None
+    }
+    enough = decided_by_noise(waiting, rules.alpha)
+    return {
+        name: too_few(images, rules.alpha, len(enough) + 1)
+        for name, images in waiting.items()
+        if name not in enough
+    }
+
+
+def too_few(images: int, alpha: float, tests: int) -> str:
+    """Why the noise cannot decide about a task, and how many images it takes."""
+    if not images:
+        return "the baseline's score is the worst there is, so no fall can be seen"
+    least, half = (min(1.0, tests * smallest_p(n)) for n in (images, images // 2))
+    corrected = f", corrected for {tests} tasks" if tests > 1 else ""
+    why = f"the smallest p-value that they can reach is {least:.2g}"
+    if least < alpha:
+        why = f"the smallest p-value where half of them fall is {half:.2g}"
+    return (
+        f"only {counted(images, 'image')} can fall, too few to tell a fall from noise "
+        f"({why}{corrected}, not below alpha = {alpha:g}); at least "
+        f"{images_needed(alpha, tests)} are needed"
+    )
+
+
 def _beyond_noise(verdicts: Sequence[Verdict], alpha: float) -> list[Verdict]:
     """Judge the tasks without a tolerance, together: of many, one falls by chance."""
-    waiting = [i for i, v in enumerate(verdicts) if not v.reason]
-    adjusted = holm([verdicts[i].p or 0.0 for i in waiting])
-    judged = list(verdicts)
-    for i, p in zip(waiting, adjusted, strict=True):
-        judged[i] = _against_noise(verdicts[i], p, alpha)
+    waiting = {v.task: v.images or 0 for v in verdicts if not v.reason}
+    enough = decided_by_noise(waiting, alpha)
+    order = [i for i, v in enumerate(verdicts) if not v.reason and v.task in enough]
+    adjusted = dict(zip(order, holm([verdicts[i].p or 0.0 for i in order]), strict=True))
+    judged = []
+    for i, verdict in enumerate(verdicts):
+        if verdict.reason:
+            judged.append(verdict)
+        elif i in adjusted:
+            judged.append(_against_noise(verdict, adjusted[i], alpha))
+        else:
+            judged.append(_without_noise(verdict, alpha, len(enough) + 1))
     return judged
 
 
 def _against_noise(verdict: Verdict, p: float, alpha: float) -> Verdict:
-    fall, noise = verdict.fall or 0.0, verdict.noise or 0.0
-    if fall <= 0:
+    fall, noise = verdict.fall or 0.0, verdict.noise
+    if fall <= ROUNDING:
         return replace(verdict, reason="did not fall", p=p)
     if p < alpha:
         return replace(verdict, code=FELL, reason=f"fell by {fall:.4f}, p = {p:.2g}", p=p)
-    reason = f"fell by {fall:.4f}, within the noise of {noise:.4f} (p = {p:.2g})"
-    return replace(verdict, reason=reason, p=p)
+    by_chance = f"not more than chance (p = {p:.2g})"
+    if noise is not None and fall <= noise:
+        by_chance = f"within the noise of {noise:.4f} (p = {p:.2g})"
+    return replace(verdict, reason=f"fell by {fall:.4f}, {by_chance}", p=p)
+
+
+def _without_noise(verdict: Verdict, alpha: float, tests: int) -> Verdict:
+    """Any fall counts: no p-value of so few images would be below alpha."""
+    fall = verdict.fall or 0.0
+    few = too_few(verdict.images or 0, alpha, tests)
+    if fall <= ROUNDING:
+        return replace(verdict, reason=f"did not fall; {few}")
+    return replace(verdict, code=FELL, reason=f"fell by {fall:.4f}; {few}, or a --tolerance")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdrpn.cli.shared import console, errors_as_sentences, say
+from sdrpn.config import PROPOSERS as PROPOSERS_OF_MODEL
+from sdrpn_eval.report.options import SeedOption, at_least
 
 if TYPE_CHECKING:
     from sdrpn_eval.report.results import Comparison
@@ -42,7 +44,7 @@ def ladder(
     include_path: Annotated[
         str | None, typer.Option(help="Folder of your own tasks' YAML.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="For intervals, tests and the choice of pictures.")] = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Stock, ViCrop, attention, RPN and oracle: run, compared question by question, drawn.
 
@@ -55,9 +57,18 @@ def ladder(
       sdrpn-eval ladder --tasks textvqa_val,vstar --model_args dtype=bfloat16 --out out/7b
     """
     with errors_as_sentences():
+        at_least(0, seed=seed)
+        at_least(1, limit=limit)
         names = [name for name in proposers.split(",") if name]
         if len(set(names)) < max(len(names), 2):
             raise ValueError(f"--proposers needs two different ones or more, got {proposers!r}")
+        known = (*PROPOSERS_OF_MODEL, "box")
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"--proposers must be of {', '.join(known)}, got {unknown[0]!r}")
+        if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
+            raise ValueError(f"--batch-size must be 1 or more, or auto, got {batch_size!r}")
+        if not tasks.strip(" ,"):
+            raise ValueError(f"--tasks names no task, got {tasks!r}")
         # Imported here, so that --help answers at once.
         from sdrpn_eval.report.compared import show, write_comparison
         from sdrpn_eval.report.documents import load_data
@@ -102,7 +113,7 @@ def caption(comparison: Comparison, plan: Ladder) -> str:
         f"Measured by lmms-eval --model llava_sdrpn --model_args {plan.model_args or 'none'} "
         f"--tasks {plan.tasks}{f' --limit {plan.limit}' if plan.limit else ''}, one run for each "
         "proposer.",
-        "Whiskers: 95 % intervals, from a bootstrap that resamples whole images.",
+        "Whiskers: 95 % intervals, clustered by image.",
         "true box: the box that each document carries, cropped as it is."
         if any(run["name"] == "true box" for run in comparison.runs)
         else "",

@@ -78,8 +78,8 @@ def draw(comparison: Comparison, caption: str, paths: Sequence[Path]) -> None:
 def _ends(rows: Sequence[MetricRow], place: int) -> tuple[list[float], list[float]]:
     """Lower and upper ends; an interval that is not known, of a single image, has no length."""
     scores = [row.scores[place] for row in rows]
-    lows = [s.low if s.low == s.low else s.mean for s in scores]
-    highs = [s.high if s.high == s.high else s.mean for s in scores]
+    lows = [s.mean if s.low is None else s.low for s in scores]
+    highs = [s.mean if s.high is None else s.high for s in scores]
     return lows, highs
 
 

@@ -6,7 +6,6 @@ reaches the page as JSON that cannot end its script element, and is put on it as
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -14,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from sdrpn.files import as_json as valid_json
 from sdrpn_eval.report import text
 from sdrpn_eval.report.chart import differences_chart, scores_chart
 from sdrpn_eval.report.checks import established
@@ -67,7 +67,7 @@ def fill(template: str, **parts: str) -> str:
 
 def as_json(value: Any) -> str:
     """JSON that may stand inside a script element, whatever text it holds."""
-    plain = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    plain = valid_json(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         plain = plain.replace(character, f"\\u{ord(character):04x}")
     return plain
@@ -97,6 +97,7 @@ def _summary(comparison: Comparison, left_out: Sequence[str]) -> str:
 
 def _verdicts(comparison: Comparison) -> str:
     words = {"better": "better", "worse": "worse", "same": "no difference shown"}
+    words["few"] = "too few to tell"
     kinds = [d.verdict for row in comparison.rows if row.main for d in row.differences]
     lines = zip(kinds, text.verdicts(comparison), strict=True)
     items = (

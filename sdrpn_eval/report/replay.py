@@ -45,7 +45,7 @@ def replay(
     """
     with errors_as_sentences():
         task, _, number = doc.rpartition(":")
-        if not task or not number.isdigit():
+        if not task or not (number.isascii() and number.isdecimal()):
             raise ValueError(f"--doc must be TASK:ID, such as tiny_vstar:17, got {doc!r}")
         # Imported here, so that --help answers at once.
         from sdrpn_eval.report.answers import read_source

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sdrpn.files import as_json
 from sdrpn.region import PixelBox
 from sdrpn_eval.report.boxes import Looking
 from sdrpn_eval.report.checks import Evidence
@@ -20,12 +20,15 @@ RIGHT = 0.5
 
 @dataclass(frozen=True)
 class RunScore:
-    """A run's mean score with its 95 % interval; published: the paper's number, in percent."""
+    """A run's mean score with its 95 % interval; published: the paper's number, in percent.
+
+    low, high: None where the scores give no interval, such as those of a single image.
+    """
 
     run: str
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     published: float | None
 
 
@@ -34,18 +37,22 @@ class Difference:
     """A run minus the first one, over the same questions. p: of the sign-flip test.
 
     p_adjusted: Holm's, over the main metrics of all tasks and runs; None for other metrics.
-    wins: questions it answered better; losses: worse.
+    wins: questions it answered better; losses: worse. images_needed: fewer cannot tell whether
+    there is a difference: were half of them to change, and all in one direction, p would not be
+    below SIGNIFICANT.
     """
 
     run: str
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
     wins: int
     losses: int
     ties: int
     p_adjusted: float | None = None
+    images: int = 0
+    images_needed: int | None = None
 
     @property
     def decisive_p(self) -> float:
@@ -53,9 +60,12 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, or `same` where the difference may be chance; higher is better."""
+        """`better`, `worse`, `same` where the difference may be chance, or `few` where there are
+        too few images to tell; higher is better.
+        """
         if self.decisive_p >= SIGNIFICANT:
-            return "same"
+            enough = self.images_needed is not None and self.images >= self.images_needed
+            return "same" if enough else "few"
         return "better" if self.mean > 0 else "worse"
 
 
@@ -128,4 +138,5 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Write compare.json."""
-        path.write_text(json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n")
+        text = as_json(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")

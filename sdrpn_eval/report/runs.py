@@ -27,6 +27,10 @@ NOT_METRICS |= {"doc_hash", "input", "input_media"}
 """Keys of a samples line that lmms-eval writes itself; all others are the task's metrics."""
 
 
+BESIDE = " | "
+"""Between several answers to one document."""
+
+
 class BadRun(ValueError):
     """A run that is missing, partial or broken; the message is one sentence a problem."""
 
@@ -262,7 +266,7 @@ def _sample(line: SampleLine, doc_id: int, values: Mapping[str, Any]) -> Sample:
 def as_text(response: Any) -> str:
     """One answer as it stands; several, as of multiple choice, side by side."""
     if isinstance(response, list):
-        return " | ".join(as_text(one) for one in response)
+        return BESIDE.join(as_text(one) for one in response)
     return "" if response is None else str(response)
 
 

@@ -55,20 +55,33 @@ def score(
         manager = task_manager(include_path or source.include_path)
         scored = score_again(source, out or beside(source), manager)
         found = changes(source, scored)
-        console.print(_table(found))
+        _show(found)
         say(_in_words(found))
         say(f"scored anew from {source.place}: {scored.file}")
 
 
-def _table(found: Sequence[Change]) -> Table:
-    table = Table(title="Scored anew", title_justify="left")
-    for name in ("task", "metric", "before", "after", "documents changed"):
-        table.add_column(name)
+def _show(found: Sequence[Change]) -> None:
+    """A table; one without lines between its columns where a terminal is too narrow for names."""
+    # Imported here, so that --help answers at once.
+    from sdrpn_eval.report.columns import columns
+
+    header = ["task", "metric", "before", "after", "documents changed"]
+    rows = []
     for one in found:
         numbers = ["none" if v is None else f"{v:.4f}" for v in (one.before, one.after)]
         changed = "" if one.changed is None else str(one.changed)
-        table.add_row(escape(one.task), escape(_plain(one.metric)), *numbers, changed)
-    return table
+        rows.append([one.task, _plain(one.metric), *numbers, changed])
+    table = Table(title="Scored anew", title_justify="left")
+    for name in header:
+        table.add_column(name, no_wrap=name in header[:2])
+    for row in rows:
+        table.add_row(*map(escape, row))
+    if console.measure(table).minimum <= console.width:
+        console.print(table)
+        return
+    joined = [[f"{task}, {metric}", *numbers] for task, metric, *numbers in rows]
+    for line in columns(["task, metric", *header[2:]], joined, console.width):
+        say(line)
 
 
 def _in_words(found: Sequence[Change]) -> str:

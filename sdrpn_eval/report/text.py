@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from sdrpn_eval.report.boxes import HOLDS, Looking
-from sdrpn_eval.report.results import Comparison, Difference, MetricRow, RunScore
+from sdrpn_eval.report.columns import columns, counted
+from sdrpn_eval.report.results import Comparison, Difference, MetricRow, RunScore, TaskInfo
+from sdrpn_eval.stats import with_interval
 
 METHOD = (
-    "Intervals are 95 %, from a bootstrap that resamples whole images; p is two-sided, of a test "
-    "that flips the signs of whole images' differences; wins and losses are questions scored "
-    "higher and lower than by the first run."
+    "Intervals are 95 %, clustered by image: of scores in [0, 1] Korn and Graubard's, of their "
+    "differences from those of gains and losses, of other scores a bootstrap over images. p is "
+    "two-sided, of a test that flips the signs of whole images' differences; wins and losses are "
+    "questions scored higher and lower than by the first run."
 )
 
 FEW = 20
@@ -29,6 +31,64 @@ class Section:
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+
+def blocks(comparison: Comparison) -> list[Section]:
+    """The tables for a terminal: one a metric or task, named in its title, a row a run.
+
+    The columns that matter most come first; what does not fit stands in the page.
+    """
+    found = [_score_block(row) for row in comparison.rows]
+    for task in comparison.tasks:
+        found += _look_blocks(task)
+    return [_without_empty(block) for block in found]
+
+
+def _score_block(row: MetricRow) -> Section:
+    differences = [None, *row.differences]
+    lines = [
+        [
+            score.run,
+            _interval(row, score),
+            _difference(row, difference) if difference else "",
+            f"{difference.p:.2g}" if difference else "",
+            f"{score.published:.1f}" if score.published is not None else "",
+            f"{difference.wins} / {difference.losses}" if difference else "",
+        ]
+        for score, difference in zip(row.scores, differences, strict=True)
+    ]
+    header = ["run", "score", "difference", "p", "published", "won / lost"]
+    metric = row.metric if row.filter == "none" else f"{row.metric} ({row.filter})"
+    named = ", ".join(part for part in (row.task, row.protocol, metric) if part)
+    counts = f"{counted(row.questions, 'question')}, {counted(row.images, 'image')}"
+    return Section(f"{named}: {counts}", header, lines)
+
+
+def _look_blocks(task: TaskInfo) -> list[Section]:
+    """What it cost, a row a run; then where each run looked, a row a size."""
+    costs = [
+        [run, _share(look["zoomed"]), _share(look["crop_share"]), *_cost(look)]
+        for run, look in task.looks.items()
+        if look["questions"]
+    ]
+    header = ["run", "questions zoomed", "crop's share of the image"]
+    header += ["tokens a question", "seconds a question"]
+    found = [Section(f"{task.task}: what it cost", header, costs)] if costs else []
+    for run, rows in task.boxes.items():
+        lines = [
+            [
+                _size(row),
+                str(row.questions),
+                _share(row.right / row.questions),
+                _share(row.holds / row.questions) if row.zoomed else "",
+                *_errors(row),
+            ]
+            for row in rows
+        ]
+        header = ["answer's share", "questions", "right", "region holds the answer"]
+        header += ["wrong: no zoom", "wrong: looked wrong", "wrong: looked right, read wrong"]
+        found.append(Section(f"{task.task}, {run}: where it looked", header, lines))
+    return found
 
 
 def sections(comparison: Comparison) -> list[Section]:
@@ -65,6 +125,10 @@ def _verdict(row: MetricRow, score: RunScore, difference: Difference) -> str:
         f"{_difference(row, difference)}, p = {difference.decisive_p:.2g}{adjusted}; "
         f"{difference.wins} won, {difference.losses} lost of {row.questions} questions"
     )
+    if difference.verdict == "few":
+        count = counted(row.images, "image")
+        need = f", {difference.images_needed} are needed" if difference.images_needed else ""
+        return f"too few to tell {score.run} from {first.run}: {count}{need} ({facts})"
     if difference.verdict == "same":
         return f"no difference shown between {score.run} and {first.run} ({facts})"
     return f"{score.run} is {difference.verdict} than {first.run} ({facts})"
@@ -84,8 +148,12 @@ def cautions(comparison: Comparison) -> list[str]:
                 f"{task.task}: no record names the images, so every question counts as independent "
                 "and intervals may be too narrow"
             )
-    few = {r.task: r.images for r in comparison.rows if r.main and r.images < FEW}
-    found += [f"{task}: {n} images, too few for these intervals" for task, n in few.items()]
+    bootstrapped = [row for row in comparison.rows if row.main and not row.percent]
+    few = {row.task: row.images for row in bootstrapped if row.images < FEW}
+    found += [
+        f"{task}: {counted(n, 'image')}, too few for a bootstrap's intervals"
+        for task, n in few.items()
+    ]
     return [*found, *comparison.notes]
 
 
@@ -118,8 +186,7 @@ def _looks(comparison: Comparison) -> Section:
             run,
             _share(look["zoomed"]),
             _share(look["crop_share"]),
-            "" if look["tokens"] is None else f"{look['tokens']:.0f}",
-            "" if look["seconds"] is None else f"{look['seconds']:.3f}",
+            *_cost(look),
         ]
         for task in comparison.tasks
         for run, look in task.looks.items()
@@ -129,12 +196,24 @@ def _looks(comparison: Comparison) -> Section:
     return Section("What it cost", [*header, "seconds a question"], lines)
 
 
+def _cost(look: Mapping[str, Any]) -> list[str]:
+    """Tokens and seconds a question."""
+    return [
+        "" if look["tokens"] is None else f"{look['tokens']:.0f}",
+        "" if look["seconds"] is None else f"{look['seconds']:.3f}",
+    ]
+
+
+def _size(row: Looking) -> str:
+    return row.size if row.size == "all" else f"{row.size}, to {100 * row.to_share:.2g} %"
+
+
 def _boxes(comparison: Comparison) -> Section:
     lines = [
         [
             task.task if i == j == 0 else "",
             run if j == 0 else "",
-            row.size if row.size == "all" else f"{row.size}, to {100 * row.to_share:.2g} %",
+            _size(row),
             str(row.questions),
             _share(row.right / row.questions),
             _share(row.holds / row.questions) if row.zoomed else "",
@@ -172,6 +251,15 @@ def _missing(comparison: Comparison) -> Section:
     return Section("Not compared question by question", header, lines)
 
 
+def _left_out(comparison: Comparison) -> list[str]:
+    """What is not compared question by question, a sentence a metric."""
+    return [
+        f"{one.task}: {one.metric} is not compared question by question ({one.reason}): "
+        + ", ".join(f"{n} {_total(t, one.published[n])}" for n, t in one.totals.items())
+        for one in comparison.not_compared
+    ]
+
+
 def _total(total: float | None, published: float | None) -> str:
     text = "none" if total is None else f"{total:.4g}"
     return text if published is None else f"{text} (published {published:.1f} %)"
@@ -182,15 +270,14 @@ def _plain(row: MetricRow, value: float) -> str:
 
 
 def _interval(row: MetricRow, score: RunScore) -> str:
-    mean, low, high = (_plain(row, value) for value in (score.mean, score.low, score.high))
-    return f"{mean} [{low}, {high}]"
+    scale, digits = (100, ".1f") if row.percent else (1, ".4g")
+    return with_interval((score.mean, score.low, score.high), scale, digits)
 
 
 def _difference(row: MetricRow, difference: Difference) -> str:
     scale, digits = (100, ".1f") if row.percent else (1, ".4g")
-    values = (difference.mean, difference.low, difference.high)
-    mean, low, high = (f"{scale * v:+{digits}}" for v in values)
-    return f"{mean} [{low}, {high}]"
+    ends = (difference.mean, difference.low, difference.high)
+    return with_interval(ends, scale, f"+{digits}")
 
 
 def _share(value: float | None) -> str:
@@ -199,14 +286,12 @@ def _share(value: float | None) -> str:
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print verdicts, tables and cautions."""
-    for section in sections(comparison):
-        table = Table(title=section.title, title_justify="left")
-        for name in section.header:
-            table.add_column(escape(name), overflow="fold")  # names cut short are alike
-        for cells in section.rows:
-            table.add_row(*(escape(cell) for cell in cells))
-        console.print(table)
-    for line in verdicts(comparison):
+    for section in blocks(comparison):
+        console.print(section.title, highlight=False, markup=False)
+        for line in columns(section.header, section.rows, console.width):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print()
+    for line in [*_left_out(comparison), *verdicts(comparison)]:
         console.print(line, highlight=False, markup=False)
     for line in cautions(comparison):
         console.print(f"note: {line}", highlight=False, markup=False)
