@@ -150,7 +150,7 @@ class Llava:
             image_mean=own.image_mean,
             image_std=own.image_std,
         )
-        self.plain_text = PlainText(self.tokenizer, self.image_token_id)
+        self.plain_text = PlainText(self.tokenizer, self.image_token_id, self.name)
         self.head_ids, _ = self.prompt_ids("")
 
     @classmethod
@@ -259,7 +259,7 @@ class Llava:
         return self.plain_text.ids(prompt + answer)
 
     def prompt_ids(self, question: str) -> tuple[list[int], list[int]]:
-        """Token ids before the image and behind it, as the whole prompt is tokenised."""
+        """Token ids before the image and behind it, each part encoded on its own."""
         ids = self.whole_ids(question)
         where = ids.index(self.image_token_id)
         return ids[:where], ids[where + 1 :]
