@@ -82,8 +82,8 @@ def encode_as_sentencepiece(tokenizer: Any) -> None:
     a space and, with `legacy=False`, behind every added token. Changes the tokenizer in place; one
     that puts no "▁" anywhere, or is of another kind, stays as it is.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    splitter = backend.pre_tokenizer if backend is not None else None
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    splitter = getattr(backend, "pre_tokenizer", None)
     if (
         not isinstance(splitter, pre_tokenizers.Metaspace)
         or splitter.prepend_scheme == "never"

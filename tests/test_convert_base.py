@@ -11,7 +11,9 @@ import original_layout as original
 import pytest
 import torch
 from conftest import QUESTIONS, make_llava
+from llama_tokenizers import train, write_settings
 from safetensors.torch import load_file, save_file
+from test_prompt import FIRST, hub_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
@@ -236,6 +238,65 @@ def test_an_rpn_inside_is_left_out(
     assert set(found) == set(random.model.state_dict())
 
 
+# --- how its images are made square --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "noted", "padding"),
+    [("pad", "pad", "pad"), ("square", "square", "crop"), (None, "square", "crop")],
+)
+def test_the_aspect_ratio_of_training_is_noted_and_followed(
+    folder: Path,
+    random: Llava,
+    tmp_path: Path,
+    images: list[Any],
+    ratio: str | None,
+    noted: str,
+    padding: str,
+) -> None:
+    """LLaVA's own code pads for `pad` only; without a value it crops."""
+    edit(folder, image_aspect_ratio=ratio)
+    out = tmp_path / "converted"
+    convert_base(str(folder), out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["image_aspect_ratio"] == noted
+    llava = Llava.load(str(out), dtype="float32", device="cpu")
+    assert llava.padding == padding
+    assert llava.view(images[1]).padding == padding
+    expected = Llava(random.model, random.processor, padding=padding).pixels(images[1:2])
+    assert torch.equal(llava.pixels(images[1:2]), expected)
+    # What is asked for goes before the note.
+    for asked in ("pad", "crop"):
+        assert Llava.load(str(out), device="cpu", padding=asked).padding == asked
+
+
+@pytest.mark.parametrize("value", ["keep", "Pad", 1, ["pad"]])
+def test_another_aspect_ratio_is_refused(folder: Path, tmp_path: Path, value: Any) -> None:
+    edit(folder, image_aspect_ratio=value)
+    told = said(str(folder), "--out", str(tmp_path / "out"))
+    assert f"image_aspect_ratio in config.json must be pad or square, got {value!r}" in told
+
+
+# --- which tokenizer -----------------------------------------------------------------------------
+
+
+def test_a_tokenizer_json_keeps_spaces_behind_images(folder: Path, tmp_path: Path) -> None:
+    """A fine-tune's own tokenizer.json of LLaMA's kind, whatever transformers makes of it."""
+    for path in folder.glob("token*"):
+        path.unlink()
+    made = hub_tokenizer(normalizer=None, pre_tokenizer=FIRST)
+    made.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = read_tokenizer(Source(str(folder)))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "config.json").write_text('{"model_type": "llava"}')
+    for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        ids = one("a:<image>\nthe")["input_ids"]
+        assert ids == [1, 263, 29901, 32000, 29871, 13, 29873, 354]
+        assert one("a:<image> the")["input_ids"] == [1, 263, 29901, 32000, 259, 29873, 354]
+
+
 # --- a sentencepiece tokenizer -------------------------------------------------------------------
 
 
@@ -416,6 +477,147 @@ def test_a_base_is_for_lora_only(folder: Path, tmp_path: Path, random: Llava) ->
         read_base(str(folder), base=str(folder))
 
 
+def test_a_lora_fine_tune_names_its_base(folder: Path, tmp_path: Path, random: Llava) -> None:
+    """Before anything else that it lacks, such as a tokenizer."""
+    tuned, out = tmp_path / "tuned", str(tmp_path / "out")
+    write_lora(tuned, random)
+    told = said(str(tuned), "--out", out)
+    assert (
+        f"{tuned} is a LoRA fine-tune (adapter_config.json is there): say with --base what it was "
+        "trained on, such as liuhaotian/llava-v1.5-7b" in told
+    )
+    write_lora(tuned, random, base_model_name_or_path="lmsys/vicuna-7b-v1.5")
+    told = said(str(tuned), "--out", out)
+    assert "what it was trained on (adapter_config.json names 'lmsys/vicuna-7b-v1.5')" in told
+    (tuned / "config.json").unlink()
+    assert "say with --base what it was trained on" in said(str(tuned), "--out", out)
+
+
+def test_a_lora_without_a_config_has_its_base_s(
+    folder: Path, tmp_path: Path, random: Llava
+) -> None:
+    """As a training run's own checkpoints, which hold the adapter alone."""
+    tuned = tmp_path / "tuned"
+    write_lora(tuned, random)
+    expected = read_base(str(tuned), base=str(folder)).state_dict()
+    (tuned / "config.json").unlink()
+    found = read_base(str(tuned), base=str(folder), vision_tower=str(folder / TOWER)).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_base_in_the_other_layout_is_told(folder: Path, tmp_path: Path, random: Llava) -> None:
+    tuned, base = tmp_path / "tuned", tmp_path / "hugging-face"
+    write_lora(tuned, random)
+    random.model.save_pretrained(base)
+    out = str(tmp_path / "out")
+    told = said(str(tuned), "--base", str(base), "--out", out)
+    assert (
+        f"--base {base} is in the Hugging Face layout, {tuned} in the original one: give the base "
+        "in the original layout, such as liuhaotian/llava-v1.5-7b; an adapter trained on the "
+        "Hugging Face model needs no conversion, give it as peft=" in told
+    )
+    told = said(str(tuned), "--base", str(tuned), "--out", out)
+    assert f"--base {tuned} is a LoRA fine-tune itself: convert that one first" in told
+    told = said(str(base), "--out", out)
+    assert f"{base} is already in the Hugging Face layout: use it as it is" in told
+    told = said(str(folder), "--base", str(folder), "--out", out)
+    assert f"{folder} is a whole model: it is no LoRA fine-tune, leave --base out" in told
+
+
+def test_an_adapter_of_the_other_layout_is_told(
+    folder: Path, tmp_path: Path, random: Llava
+) -> None:
+    tuned = tmp_path / "tuned"
+    write_lora(tuned, random)
+    stem = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    pair = {f"{stem}.lora_A.weight": torch.zeros(4, 128)}
+    pair |= {f"{stem}.lora_B.weight": torch.zeros(128, 4)}
+    save_file(pair, tuned / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"needs no conversion: give it as peft=$") as error:
+        read_base(str(tuned), base=str(folder))
+    assert str(error.value).startswith(
+        f"{tuned} is an adapter of a model in the Hugging Face layout (it changes "
+        "model.language_model.layers.0.self_attn.q_proj.weight)"
+    )
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_lora_on_the_tower_is_merged(
+    folder: Path, tmp_path: Path, random: Llava, tensors: original.Tensors, inside: bool
+) -> None:
+    """Whether the base holds a vision tower, or the CLIP that config.json names does."""
+    tuned = tmp_path / "tuned"
+    write_lora(tuned, random)
+    stem = "vision_tower.vision_tower.vision_model.encoder.layers.1.self_attn.q_proj"
+    a, b = torch.randn(RANK, 128), torch.randn(128, RANK)
+    name = f"base_model.model.model.{stem}"
+    pair = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    save_file(load_lora(tuned) | pair, tuned / "adapter_model.safetensors")
+    tower = random.model.model.vision_tower.state_dict()
+    write_tower(tuned / TOWER, random.model.config.vision_config, tower)
+    if not inside:
+        words = {n: t for n, t in tensors.items() if "vision_tower" not in n}
+        original.one_safetensors(folder, words)
+    found = read_base(str(tuned), base=str(folder)).state_dict()
+    ours = "model.vision_tower.encoder.layers.1.self_attn.q_proj.weight"
+    expected = random.model.state_dict()[ours] + 2.5 * (b @ a)
+    assert torch.allclose(found[ours], expected, rtol=1e-5, atol=1e-4)
+    other = "model.vision_tower.encoder.layers.1.self_attn.k_proj.weight"
+    assert torch.equal(found[other], random.model.state_dict()[other])
+
+
+def test_a_tower_trained_as_it_is_needs_no_clip(
+    folder: Path, tmp_path: Path, random: Llava, tensors: original.Tensors
+) -> None:
+    tuned = tmp_path / "tuned"
+    write_lora(tuned, random)
+    own = {n: t for n, t in tensors.items() if "vision_tower" not in n}
+    original.one_safetensors(folder, own)
+    trained = {f"base_model.model.{n}": t + 1 for n, t in tensors.items() if "vision_tower" in n}
+    torch.save(trained, tuned / "non_lora_trainables.bin")
+    found = read_base(str(tuned), base=str(folder)).state_dict()
+    name = "model.vision_tower.pre_layrnorm.weight"
+    assert torch.equal(found[name], random.model.state_dict()[name] + 1)
+
+
+def write_projector(folder: Path, random: Llava, tensors: original.Tensors) -> None:
+    original.write_config(folder, original.config_of(random, mm_vision_tower=TOWER))
+    tower = random.model.model.vision_tower.state_dict()
+    write_tower(folder / TOWER, random.model.config.vision_config, tower)
+    own = {name: t for name, t in tensors.items() if "mm_projector" in name}
+    torch.save(own, folder / "mm_projector.bin")
+
+
+def test_a_projector_alone_needs_its_language_model(
+    tmp_path: Path, random: Llava, tensors: original.Tensors
+) -> None:
+    alone, vicuna = tmp_path / "alone", tmp_path / "vicuna"
+    write_projector(alone, random, tensors)
+    told = said(str(alone), "--out", str(tmp_path / "out"))
+    assert (
+        f"{alone} is a projector alone (mm_projector.bin), as pretraining leaves it: say with "
+        "--base what it was trained on, such as lmsys/vicuna-7b-v1.5" in told
+    )
+    vicuna.mkdir()
+    words = {n: t for n, t in tensors.items() if "mm_projector" not in n and "vision" not in n}
+    original.one_bin(vicuna, words)
+    write_tokenizer(vicuna)
+    (vicuna / "config.json").write_text('{"model_type": "llama"}')
+    found = read_base(str(alone), base=str(vicuna)).state_dict()
+    expected = random.model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    convert_base(str(alone), tmp_path / "converted", base=str(vicuna))
+    assert Llava.load(str(tmp_path / "converted"), device="cpu").padding == "pad"
+
+
+def test_a_whole_model_beside_its_projector_is_whole(
+    folder: Path, random: Llava, tensors: original.Tensors
+) -> None:
+    torch.save({}, folder / "mm_projector.bin")
+    found = read_base(str(folder)).state_dict()
+    assert all(torch.equal(found[n], t) for n, t in random.model.state_dict().items())
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -461,6 +663,57 @@ def test_settings_that_do_not_fit(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "sign"),
+    [
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is 'anyres_max_9'"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
+        ({"model_type": "llava_mistral"}, "model_type is 'llava_mistral'"),
+        ({"model_type": "llava_next", "vision_config": {}}, "model_type is 'llava_next'"),
+    ],
+)
+def test_a_llava_1_6_is_told(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], sign: str
+) -> None:
+    edit(folder, **changes)
+    sentence = (
+        f"{folder} is not a LLaVA-1.5 model but a LLaVA-1.6 ({sign} in config.json), which reads "
+        "an image in tiles; give a LLaVA-1.5, such as llava-hf/llava-1.5-7b-hf or "
+        "liuhaotian/llava-v1.5-7b"
+    )
+    assert sentence in said(str(folder), "--out", str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"LLaVA-1\.6") as error:
+        Llava.load(str(folder), device="cpu")
+    assert str(error.value) == sentence
+
+
+def test_a_flat_merge_type_is_llava_1_5_s(folder: Path, random: Llava) -> None:
+    edit(folder, mm_patch_merge_type="flat")
+    assert set(read_base(str(folder)).state_dict()) == set(random.model.state_dict())
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_byte_order_mark_is_read_over(
+    folder: Path, tmp_path: Path, random: Llava, file: str
+) -> None:
+    """As editors on Windows write it."""
+    for path in folder.glob("token*"):
+        path.unlink()
+    train(folder / "tokenizer.model")
+    write_settings(folder, model_max_length=77)
+    path = folder / file
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_tokenizer(Source(str(folder))).model_max_length == 77
+    assert set(read_base(str(folder)).state_dict()) == set(random.model.state_dict())
+
+
+def test_a_file_is_no_folder(folder: Path, tmp_path: Path) -> None:
+    file = folder / "model.safetensors"
+    told = said(str(file), "--out", str(tmp_path / "out"))
+    assert f"{file} is a file; give the folder that it is in" in told
+
+
 def test_loading_it_as_it_is_names_the_command(folder: Path) -> None:
     with pytest.raises(ValueError, match=f"`sdrpn convert base {folder} --out FOLDER`"):
         Llava.load(str(folder), device="cpu")
@@ -484,6 +737,11 @@ def test_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
     for path in folder.glob("token*"):
         path.unlink()
     told = said(str(folder), "--out", out)
-    assert "holds no tokenizer: put tokenizer.json or tokenizer.model" in told
+    assert (
+        f"{folder} holds no tokenizer: put tokenizer.json or tokenizer.model, with its "
+        "tokenizer_config.json, there; LLaVA-1.5's is Vicuna's" in told
+    )
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer, and neither does --base "):
+        read_tokenizer(Source(str(folder)), str(folder / TOWER))
     (folder / "tokenizer.model").write_text("not a model")
     assert "cannot be read as a sentencepiece model" in said(str(folder), "--out", out)

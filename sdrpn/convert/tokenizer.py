@@ -6,6 +6,7 @@ begins with a space of its own. transformers calls this `legacy`, and it is aske
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ def read_tokenizer(folder: Source, base: str | None = None) -> Any:
     found = _find(folder) or (_find(Source(base)) if base is not None else None)
     if found is None:
         raise FileNotFoundError(
-            f"{folder.name} holds no tokenizer: put {' or '.join(FILES)}, with its "
-            "tokenizer_config.json, there; LLaVA-1.5's is Vicuna's"
+            f"{folder.name} holds no tokenizer"
+            + ("" if base is None else f", and neither does --base {base}")
+            + f": put {' or '.join(FILES)}, with its tokenizer_config.json, there; LLaVA-1.5's is "
+            "Vicuna's"
         )
     source, path = found
     if path.suffix == ".model":
@@ -122,9 +125,9 @@ PROBES = (
 
 
 def _check_same(tokenizer: Any, model: Any, path: Path) -> None:
-    own = (model.IdToPiece(i) for i in range(model.GetPieceSize()))
-    # Of a user-defined piece, which sentencepiece never takes apart, each is looked at.
-    defined = tuple(f"a{p.replace(SPACE, ' ')}b" for p in own if _is_defined(model, p))
+    words = (_text_of(model, i) for i in range(model.GetPieceSize()) if _may_be_fixed(model, i))
+    # A user-defined piece never merges with what stands beside it.
+    defined = (f"{side}{word}{side}" for word in words for side in string.printable)
     for text in (*PROBES, *defined):
         found = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         expected = model.Encode(text)
@@ -136,11 +139,14 @@ def _check_same(tokenizer: Any, model: Any, path: Path) -> None:
             )
 
 
-def _is_defined(model: Any, piece: str) -> bool:
-    """Whether a piece was added by hand to a sentencepiece model: it is encoded whole anywhere."""
-    number = model.PieceToId(piece)
+def _may_be_fixed(model: Any, number: int) -> bool:
+    """Whether a piece may be user-defined: those have score 0, as few others have."""
     special = model.IsControl(number) or model.IsUnknown(number) or model.IsByte(number)
     return not special and model.GetScore(number) == 0
+
+
+def _text_of(model: Any, number: int) -> str:
+    return model.IdToPiece(number).replace(SPACE, " ")
 
 
 def _add_tokens(tokenizer: Any, source: Source, settings: dict[str, Any], size: int) -> None:
