@@ -1,4 +1,4 @@
-"""How images are made square, from the command line to what is recorded: `--padding`, `padding=`."""
+"""How images are made square: `--padding`, `padding=` and what is recorded of it."""
 
 from __future__ import annotations
 
