@@ -15,6 +15,12 @@ VICUNA_SYSTEM_PROMPT = (
 
 POLICIES = ("mask", "bbox", "strongest")
 PADDINGS = ("pad", "crop")
+ASPECT_RATIO = "image_aspect_ratio"
+"""Key of a LLaVA's config.json, original LLaVA's own: how images were made square in training."""
+
+NOTED_PADDINGS = {"pad": "pad", "square": "crop"}
+"""Values of ASPECT_RATIO -> padding. `square` is resized and cropped by the CLIP processor."""
+
 PROPOSERS = ("rpn", "attention", "vicrop", "none")
 
 

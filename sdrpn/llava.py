@@ -25,7 +25,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
 from sdrpn.adapters import four_bits, with_adapter
-from sdrpn.config import PADDINGS, VICUNA_SYSTEM_PROMPT
+from sdrpn.config import ASPECT_RATIO, NOTED_PADDINGS, PADDINGS, VICUNA_SYSTEM_PROMPT
 from sdrpn.convert.checkpoint import reason
 from sdrpn.images import as_shown, bounded
 from sdrpn.layers import Span, cache_argument, positions_of
@@ -34,12 +34,6 @@ from sdrpn.region import PixelBox, View, crop
 from sdrpn.weights import broken_files_named, check_complete, check_finite, check_layers, check_size
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ASPECT_RATIO = "image_aspect_ratio"
-"""Key of config.json, original LLaVA's own: how images were made square in training."""
-
-NOTED_PADDINGS = {"pad": "pad", "square": "crop"}
-"""Values of ASPECT_RATIO -> padding. `square` is resized and cropped by the CLIP processor."""
-
 IMAGE_TOKEN = "<image>"
 
 
@@ -79,7 +73,7 @@ def check_not_llava16(config: Mapping[str, Any], name: str) -> None:
     """Refuse a LLaVA-1.6 (LLaVA-NeXT), which cuts an image into tiles. config: its config.json."""
     kind, ratio = config.get("model_type"), config.get(ASPECT_RATIO)
     signs = {
-        "model_type": kind if kind in ("llava_next", "llava_mistral") else None,
+        "model_type": kind if kind == "llava_mistral" else None,
         ASPECT_RATIO: ratio if isinstance(ratio, str) and ratio.startswith("anyres") else None,
         "mm_patch_merge_type": config.get("mm_patch_merge_type"),
     }

@@ -670,7 +670,6 @@ def test_settings_that_do_not_fit(
         ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is 'anyres_max_9'"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
         ({"model_type": "llava_mistral"}, "model_type is 'llava_mistral'"),
-        ({"model_type": "llava_next", "vision_config": {}}, "model_type is 'llava_next'"),
     ],
 )
 def test_a_llava_1_6_is_told(
@@ -686,6 +685,12 @@ def test_a_llava_1_6_is_told(
     with pytest.raises(ValueError, match=r"LLaVA-1\.6") as error:
         Llava.load(str(folder), device="cpu")
     assert str(error.value) == sentence
+
+
+def test_a_llava_1_6_in_the_other_layout_is_told(folder: Path, tmp_path: Path) -> None:
+    edit(folder, model_type="llava_next", vision_config={}, mm_vision_tower=None)
+    told = said(str(folder), "--out", str(tmp_path / "out"))
+    assert f"{folder} is not a LLaVA-1.5 model but llava_next; sdrpn needs a LLaMA" in told
 
 
 def test_a_flat_merge_type_is_llava_1_5_s(folder: Path, random: Llava) -> None:

@@ -20,6 +20,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from sdrpn.config import ASPECT_RATIO
 from sdrpn.convert import lora
 from sdrpn.convert.checkpoint import (
     CONFIG_FILE,
@@ -34,7 +35,7 @@ from sdrpn.convert.published import LLAVA_TYPES, tower_of
 from sdrpn.convert.tokenizer import read_tokenizer
 from sdrpn.convert.weight_maps import Names, base_names, rename, require
 from sdrpn.files import read_object
-from sdrpn.llava import ASPECT_RATIO, IMAGE_TOKEN, check_not_llava16, noted_padding
+from sdrpn.llava import IMAGE_TOKEN, check_is_llava15, check_not_llava16, noted_padding
 from sdrpn.weights import MAX_LAYERS, broken_files_named, check_finite
 
 SHARD = "5GB"
@@ -193,6 +194,8 @@ def read_config(folder: Source, base: str | None = None) -> dict[str, Any]:
         folder = Source(base)
     config = folder.config("a LLaVA in the original layout")
     check_not_llava16(config, folder.name)
+    if _is_hugging_face(config) and config.get("model_type") not in LLAVA_TYPES:
+        check_is_llava15(config, folder.name)
     if "mm_vision_tower" not in config or config.get("model_type") not in LLAVA_TYPES:
         there = (
             "is already in the Hugging Face layout: use it as it is"
