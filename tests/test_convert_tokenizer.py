@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from llama_tokenizers import random_texts, shuffle_pieces, slow_ids, train, write_settings
 from sentencepiece import SentencePieceProcessor
+from test_prompt import write_hub_files
 from transformers import AutoTokenizer
 
 from sdrpn.convert.checkpoint import Source
@@ -203,13 +204,39 @@ def test_ids_that_would_shift_are_refused(folder: Path, words: Any, message: str
         read(folder)
 
 
-@pytest.mark.parametrize("entry", [{"x": {"content": "<a>"}}, {"520": {}}, {"520": "<a>"}])
+@pytest.mark.parametrize(
+    "entry", [{"x": {"content": "<a>"}}, {"520": {}}, {"520": {"content": 3}}, {"520": "<a>"}]
+)
 def test_flags_that_make_no_sense_are_refused(folder: Path, entry: Any) -> None:
     write_settings(folder, added_tokens_decoder=entry)
     with pytest.raises(
         ValueError, match=r"added_tokens_decoder in tokenizer_config\.json has an entry"
     ):
         read(folder)
+
+
+def test_flags_that_are_no_object_are_refused(folder: Path) -> None:
+    write_settings(folder, added_tokens_decoder=["<a>"])
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json must be an object, got a list"):
+        read(folder)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xef\xbb\xbf{}", " starts with a byte order mark: save it as UTF-8 without one"),
+        (b"{", " is not valid JSON: Expecting property name enclosed in double quotes"),
+    ],
+)
+def test_files_that_transformers_cannot_read_are_named(
+    tmp_path: Path, file: str, content: bytes, message: str
+) -> None:
+    write_hub_files(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=r"^cannot load ") as error:
+        read(tmp_path)
+    assert f": {tmp_path / file}{message}" in str(error.value)
 
 
 def test_words_inside_the_vocabulary_are_let_be(folder: Path) -> None:

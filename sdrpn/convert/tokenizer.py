@@ -175,8 +175,14 @@ def _added(source: Source, settings: dict[str, Any], size: int) -> list[tuple[in
         if type(number) is not int:
             raise ValueError(f"{source.name}: added_tokens.json has no id for {text!r}")
         tokens[number] = _token({"lstrip": True, "rstrip": True} | told.get(text, {}), text)
-    for number, token in (settings.get("added_tokens_decoder") or {}).items():
-        if not number.isdecimal() or not isinstance(token, dict) or "content" not in token:
+    decoder = settings.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ValueError(
+            f"{source.name}: added_tokens_decoder in tokenizer_config.json must be an object, got "
+            f"a {type(decoder).__name__}"
+        )
+    for number, token in decoder.items():
+        if not number.isdecimal() or not _is_token(token):
             raise ValueError(
                 f"{source.name}: added_tokens_decoder in tokenizer_config.json has an entry "
                 f"{number!r} without a content"
@@ -190,12 +196,16 @@ def _token(flags: dict[str, Any], text: str, special: bool = False) -> AddedToke
     return AddedToken(text, special=special, normalized=False, **known)
 
 
+def _is_token(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str)
+
+
 def _told_apart(source: Source) -> dict[str, dict[str, Any]]:
     """Tokens whose spaces special_tokens_map.json says something about, by their text."""
     entries: list[Any] = []
     for value in _object(source, "special_tokens_map.json").values():
         entries += value if isinstance(value, list) else [value]
-    found = [one for one in entries if isinstance(one, dict) and "content" in one]
+    found = [one for one in entries if _is_token(one)]
     return {one["content"]: {"lstrip": False, "rstrip": False} | one for one in found}
 
 
