@@ -434,6 +434,11 @@ def test_a_lora_fine_tune_of_vicuna(
         ({"lora_alpha": None}, "adapter_config.json needs r and lora_alpha, got 4, None"),
         ({"use_dora": True}, "adapter_config.json has use_dora True; only plain LoRA"),
         ({"rank_pattern": {"q": 8}}, "has rank_pattern"),
+        ({"alpha_pattern": {"q": 8}}, "has alpha_pattern"),
+        ({"fan_in_fan_out": True}, "has fan_in_fan_out True"),
+        ({"modules_to_save": ["lm_head"]}, r"has modules_to_save \['lm_head'\]"),
+        ({"r": "4"}, "needs r and lora_alpha, got 4, 10"),
+        ({"r": 0}, "needs r and lora_alpha, got 0, 10"),
         ({"peft_type": "IA3"}, "has peft_type 'IA3'"),
     ],
 )
@@ -451,6 +456,10 @@ def test_other_adapters_are_refused(
         ("model.layers.9.self_attn.q_proj.lora_A.weight", torch.zeros(4, 128), "changes model.lay"),
         ("model.layers.0.self_attn.q_proj.lora_A.weight", None, "lacks its lora_A.weight"),
         ("model.layers.0.self_attn.q_proj.lora_B.weight", torch.zeros(128, 5), "do not fit"),
+        ("model.layers.0.self_attn.q_proj.lora_B.weight", torch.zeros(127, 4), "do not fit"),
+        ("model.layers.0.self_attn.q_proj.lora_A.weight", torch.zeros(4, 127), "do not fit"),
+        ("model.layers.0.self_attn.q_proj.lora_B.weight", None, "lacks its lora_B.weight"),
+        ("model.layers.0.self_attn.q_proj.bias", torch.zeros(128), "q_proj.bias, which is no LoRA"),
         ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", torch.zeros(5), "is no LoRA we"),
         ("model.embed_tokens.lora_embedding_A", torch.zeros(5), "lacks its|changes|is no LoRA we"),
     ],
@@ -493,6 +502,28 @@ def test_a_lora_fine_tune_names_its_base(folder: Path, tmp_path: Path, random: L
     assert "say with --base what it was trained on" in said(str(tuned), "--out", out)
 
 
+@pytest.mark.parametrize("named", ["", 3, None])
+def test_a_base_without_a_name_is_not_named(tmp_path: Path, random: Llava, named: Any) -> None:
+    write_lora(tmp_path / "tuned", random, base_model_name_or_path=named)
+    with pytest.raises(ValueError, match=r"trained on, such as liuhaotian/llava-v1\.5-7b$"):
+        read_base(str(tmp_path / "tuned"))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_lora_of_rank_one_is_merged_at_its_full_alpha(
+    folder: Path, tmp_path: Path, random: Llava, rslora: bool
+) -> None:
+    tuned = tmp_path / "tuned"
+    write_lora(tuned, random, r=1, use_rslora=rslora)
+    weights = load_lora(tuned)
+    stem = "base_model.model.model.layers.2.mlp.down_proj"
+    change = weights[f"{stem}.lora_B.weight"] @ weights[f"{stem}.lora_A.weight"]
+    name = "model.language_model.layers.2.mlp.down_proj.weight"
+    expected = random.model.state_dict()[name] + 10 * change
+    found = read_base(str(tuned), base=str(folder)).state_dict()[name]
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-3)
+
+
 def test_a_lora_without_a_config_has_its_base_s(
     folder: Path, tmp_path: Path, random: Llava
 ) -> None:
@@ -524,12 +555,15 @@ def test_a_base_in_the_other_layout_is_told(folder: Path, tmp_path: Path, random
     assert f"{folder} is a whole model: it is no LoRA fine-tune, leave --base out" in told
 
 
+@pytest.mark.parametrize(
+    "target", ["language_model.layers.0.self_attn.q_proj", "multi_modal_projector.linear_1"]
+)
 def test_an_adapter_of_the_other_layout_is_told(
-    folder: Path, tmp_path: Path, random: Llava
+    folder: Path, tmp_path: Path, random: Llava, target: str
 ) -> None:
     tuned = tmp_path / "tuned"
     write_lora(tuned, random)
-    stem = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    stem = f"base_model.model.model.{target}"
     pair = {f"{stem}.lora_A.weight": torch.zeros(4, 128)}
     pair |= {f"{stem}.lora_B.weight": torch.zeros(128, 4)}
     save_file(pair, tuned / "adapter_model.safetensors")
@@ -537,7 +571,7 @@ def test_an_adapter_of_the_other_layout_is_told(
         read_base(str(tuned), base=str(folder))
     assert str(error.value).startswith(
         f"{tuned} is an adapter of a model in the Hugging Face layout (it changes "
-        "model.language_model.layers.0.self_attn.q_proj.weight)"
+        f"model.{target}.weight)"
     )
 
 
@@ -733,6 +767,15 @@ def test_tensors_that_do_not_fit(folder: Path, tensors: original.Tensors, tmp_pa
     original.one_safetensors(folder, lacking)
     told = said(str(folder), "--out", out)
     assert "lacks model.mm_projector.2.bias; a pruned model is no base" in told
+
+
+def test_values_that_are_not_finite_are_named(
+    folder: Path, tensors: original.Tensors, tmp_path: Path
+) -> None:
+    tensors["model.norm.weight"][3] = float("nan")
+    original.one_safetensors(folder, tensors)
+    told = said(str(folder), "--out", str(tmp_path / "out"))
+    assert f"{folder}: model.language_model.norm.weight holds values that are not finite" in told
 
 
 def test_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
