@@ -17,6 +17,7 @@ from test_prompt import FIRST, hub_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
+    AutoProcessor,
     AutoTokenizer,
     CLIPConfig,
     CLIPImageProcessor,
@@ -226,6 +227,31 @@ def test_the_tower_comes_from_its_clip(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_another_tower_s_folder_is_taken_from_the_command_line(
+    folder: Path, tensors: original.Tensors, random: Llava, tmp_path: Path, images: list[Any]
+) -> None:
+    """And what is written beside the weights counts image tokens as transformers does."""
+    own = {name: t for name, t in tensors.items() if "vision_tower" not in name}
+    original.one_safetensors(folder, own)
+    clip, out = tmp_path / "clip", tmp_path / "converted"
+    tower = random.model.model.vision_tower.state_dict()
+    write_tower(clip, random.model.config.vision_config, tower)
+    edit(folder, mm_vision_tower="/home/authors/clip-vit")
+    done = runner.invoke(
+        app, ["convert", "base", str(folder), "--vision-tower", str(clip), "--out", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    processor = AutoProcessor.from_pretrained(out)
+    assert (processor.patch_size, processor.num_additional_image_tokens) == (14, 1)
+    assert processor.vision_feature_select_strategy == "default"
+    assert processor.image_token == "<image>"
+    inputs = processor(images=images[0], text="<image>", return_tensors="pt")
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 64
+    name = "model.vision_tower.pre_layrnorm.weight"
+    found = Llava.load(str(out), dtype="float32", device="cpu").model.state_dict()[name]
+    assert torch.equal(found, random.model.state_dict()[name])
+
+
 def test_an_rpn_inside_is_left_out(
     folder: Path, tensors: original.Tensors, perturbed_rpn: RPN, random: Llava
 ) -> None:
@@ -236,6 +262,46 @@ def test_an_rpn_inside_is_left_out(
     edit(folder, twig_K=2, twig_T=3, roi_multi_head=True)
     found = read_base(str(folder)).state_dict()
     assert set(found) == set(random.model.state_dict())
+
+
+def test_the_language_model_s_settings_are_the_checkpoint_s(folder: Path) -> None:
+    """Those that change no shape, and so would go unnoticed."""
+    edit(
+        folder,
+        hidden_act="gelu",
+        max_position_embeddings=777,
+        initializer_range=0.5,
+        rms_norm_eps=0.001,
+        rope_theta=500000.0,
+        rope_scaling={"type": "linear", "factor": 2.0},
+        mm_vision_select_layer=-1,
+        bos_token_id=5,
+        eos_token_id=6,
+        pad_token_id=7,
+    )
+    model = read_base(str(folder))
+    text = model.config.text_config
+    assert (text.hidden_act, text.max_position_embeddings) == ("gelu", 777)
+    assert (text.initializer_range, text.rms_norm_eps) == (0.5, 0.001)
+    assert (text.bos_token_id, text.eos_token_id, text.pad_token_id) == (5, 6, 7)
+    assert text.tie_word_embeddings is False
+    rope = text.rope_parameters
+    assert (rope["rope_theta"], rope["rope_type"], rope["factor"]) == (500000.0, "linear", 2.0)
+    assert model.config.vision_feature_layer == -1
+    assert model.config.vision_feature_select_strategy == "default"
+    assert model.config.image_seq_length == 64
+
+
+def test_query_heads_may_share_keys(tmp_path: Path) -> None:
+    llava = make_llava(key_value_heads=2)
+    words = len(write_tokenizer(tmp_path))
+    llava.model.resize_token_embeddings(words, mean_resizing=False)
+    original.write_config(tmp_path, original.config_of(llava, mm_vision_tower=TOWER))
+    original.one_safetensors(tmp_path, original.base_tensors(llava.model))
+    write_tower(tmp_path / TOWER, llava.model.config.vision_config)
+    model = read_base(str(tmp_path))
+    assert model.config.text_config.num_key_value_heads == 2
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in llava.model.state_dict().items())
 
 
 # --- how its images are made square --------------------------------------------------------------
@@ -673,6 +739,7 @@ def said(*words: str) -> str:
             {"mm_projector_type": "linear"},
             "not a LLaVA-1.5: mm_projector_type is 'linear', not 'ml",
         ),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True, not False"),
         ({"mm_use_im_start_end": True}, "not a LLaVA-1.5: mm_use_im_start_end is True, not False"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
         ({"mm_vision_tower": "no/clip"}, "the vision tower no/clip cannot be had; give its folder"),
