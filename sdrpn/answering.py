@@ -123,6 +123,7 @@ class AnswerJob:
                 "zoom": asdict(zoom.zoom),
                 "images": str(images.resolve()),
                 "sdrpn": __version__,
+                "padding": zoom.llava.padding,
                 **self.generation,
             }
         )

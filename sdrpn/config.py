@@ -14,6 +14,13 @@ VICUNA_SYSTEM_PROMPT = (
 """The sentence LLaVA-1.5 was trained and scored with; the hub's chat template leaves it out."""
 
 POLICIES = ("mask", "bbox", "strongest")
+PADDINGS = ("pad", "crop")
+ASPECT_RATIO = "image_aspect_ratio"
+"""Key of a LLaVA's config.json, original LLaVA's own: how images were made square in training."""
+
+NOTED_PADDINGS = {"pad": "pad", "square": "crop"}
+"""Values of ASPECT_RATIO -> padding. `square` is resized and cropped by the CLIP processor."""
+
 PROPOSERS = ("rpn", "attention", "vicrop", "none")
 
 
@@ -226,7 +233,8 @@ class RPNConfig:
     multi_head: mean over heads of q.k/sqrt(d); False: one unscaled dot product over the width.
     base_model, base_hash: the base it was trained on, by name and by `fingerprint.base_hash`; no
         hash where that is not known. zoom: how its maps are best turned into crops.
-    labels: how its training labels were made.
+    labels: how its training labels were made. padding: how it was shown images in training, `pad`
+        or `crop`; empty where that is not known.
     """
 
     hidden_size: int
@@ -243,8 +251,11 @@ class RPNConfig:
     zoom: ZoomConfig = field(default_factory=ZoomConfig)
     labels: LabelConfig | None = None
     sdrpn_version: str = ""
+    padding: str = ""
 
     def __post_init__(self) -> None:
+        if self.padding not in ("", *PADDINGS):
+            raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {self.padding!r}")
         if self.depth < 1 or self.branch_layer < 1:
             raise ValueError(
                 f"branch_layer and depth must be 1 or more, got {self.branch_layer}, {self.depth}"

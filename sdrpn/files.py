@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -94,11 +95,14 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_bounded(path: Path, mend: str = "") -> bytes:
-    """A settings file's content. Raises ValueError where it is larger than any is."""
+    """A settings file's content, without a byte order mark, which JSON does not allow.
+
+    Raises ValueError where it is larger than any is.
+    """
     size = path.stat().st_size
     if size > MAX_SETTINGS:
         raise ValueError(f"{path} has {size:,} bytes, more than any settings file{mend}")
-    return path.read_bytes()
+    return path.read_bytes().removeprefix(codecs.BOM_UTF8)
 
 
 def read_parsed(schema: TypeAdapter[T], path: Path) -> T:

@@ -5,7 +5,7 @@ Shapes: B rows, N new tokens, P cached tokens, C hidden size, T image tokens (57
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -25,7 +25,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
 from sdrpn.adapters import four_bits, with_adapter
-from sdrpn.config import VICUNA_SYSTEM_PROMPT
+from sdrpn.config import ASPECT_RATIO, NOTED_PADDINGS, PADDINGS, VICUNA_SYSTEM_PROMPT
 from sdrpn.convert.checkpoint import reason
 from sdrpn.images import as_shown, bounded
 from sdrpn.layers import Span, cache_argument, positions_of
@@ -34,7 +34,6 @@ from sdrpn.region import PixelBox, View, crop
 from sdrpn.weights import broken_files_named, check_complete, check_finite, check_layers, check_size
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PADDINGS = ("pad", "crop")
 IMAGE_TOKEN = "<image>"
 
 
@@ -44,6 +43,7 @@ class WeightsUnavailable(OSError):
 
 def check_is_llava15(config: dict[str, Any], name: str) -> None:
     """Refuse, by name, every model that is not a LLaVA-1.5. config: its config.json."""
+    check_not_llava16(config, name)
     kind = config.get("model_type", "a model without a model_type")
     if kind in ("llava_llama", "llava"):
         check_layers(config, name)
@@ -67,6 +67,46 @@ def check_is_llava15(config: dict[str, Any], name: str) -> None:
         f"{name} is not a LLaVA-1.5 model but {kind}; sdrpn needs a LLaMA language model behind a "
         "CLIP tower with one feature layer and no CLS token, such as llava-hf/llava-1.5-7b-hf"
     )
+
+
+def check_not_llava16(config: Mapping[str, Any], name: str) -> None:
+    """Refuse a LLaVA-1.6 (LLaVA-NeXT), which cuts an image into tiles. config: its config.json."""
+    kind, ratio = config.get("model_type"), config.get(ASPECT_RATIO)
+    signs = {
+        "model_type": kind if kind == "llava_mistral" else None,
+        ASPECT_RATIO: ratio if isinstance(ratio, str) and ratio.startswith("anyres") else None,
+        "mm_patch_merge_type": config.get("mm_patch_merge_type"),
+    }
+    found = {key: sign for key, sign in signs.items() if sign not in (None, "flat")}
+    if found:
+        key, sign = next(iter(found.items()))
+        raise ValueError(
+            f"{name} is not a LLaVA-1.5 model but a LLaVA-1.6 ({key} is {sign!r} in config.json), "
+            "which reads an image in tiles; give a LLaVA-1.5, such as llava-hf/llava-1.5-7b-hf or "
+            "liuhaotian/llava-v1.5-7b"
+        )
+
+
+def noted_padding(config: Mapping[str, Any], name: str) -> str:
+    """How a model's config.json says its images were made square: `pad`, where it says nothing.
+
+    Raises ValueError for a value that is not known.
+    """
+    ratio = config.get(ASPECT_RATIO)
+    if ratio is None:
+        return "pad"
+    if not isinstance(ratio, str) or ratio not in NOTED_PADDINGS:
+        raise ValueError(
+            f"{name}: {ASPECT_RATIO} in config.json must be {' or '.join(NOTED_PADDINGS)}, got "
+            f"{ratio!r:.80}; correct it to how the model was trained"
+        )
+    return NOTED_PADDINGS[ratio]
+
+
+def check_padding(padding: str | None) -> None:
+    """Raise ValueError for a padding that is not known; None is the model's own."""
+    if padding is not None and padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -115,7 +155,8 @@ class Llava:
     """A frozen LLaVA-1.5 with its processor and its prompt.
 
     padding: `pad` shows the whole image on a square, as LLaVA-1.5 was trained and scored; `crop`
-    uses the checkpoint's own image processor without padding, which cuts the sides off.
+    uses the checkpoint's own image processor without padding, which cuts the sides off. Default:
+    what its config.json notes as `image_aspect_ratio` (`pad`, or `square` for crop), else `pad`.
     """
 
     def __init__(
@@ -123,17 +164,17 @@ class Llava:
         model: LlavaForConditionalGeneration,
         processor: LlavaProcessor,
         *,
-        padding: str = "pad",
+        padding: str | None = None,
         system_prompt: str = VICUNA_SYSTEM_PROMPT,
         name: str = "",
     ) -> None:
-        if padding not in PADDINGS:
-            raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+        check_padding(padding)
         self.model: Any = model.eval().requires_grad_(False)
         self.processor: Any = processor
-        self.padding = padding
         self.system_prompt = system_prompt
         self.name = name or model.config._name_or_path
+        noted = {ASPECT_RATIO: getattr(model.config, ASPECT_RATIO, None)}
+        self.padding: str = padding or noted_padding(noted, self.name)
         vision: Any = model.config.vision_config
         self.side: int = vision.image_size
         self.grid: int = vision.image_size // vision.patch_size
@@ -150,7 +191,7 @@ class Llava:
             image_mean=own.image_mean,
             image_std=own.image_std,
         )
-        self.plain_text = PlainText(self.tokenizer, self.image_token_id)
+        self.plain_text = PlainText(self.tokenizer, self.image_token_id, self.name)
         self.head_ids, _ = self.prompt_ids("")
 
     @classmethod
@@ -166,7 +207,7 @@ class Llava:
         num_layers: int | None = None,
         peft: str | None = None,
         load_in_4bit: bool = False,
-        padding: str = "pad",
+        padding: str | None = None,
         system_prompt: str = VICUNA_SYSTEM_PROMPT,
     ) -> Self:
         """Load a LLaVA-1.5 and its processor from a folder or a hub id.
@@ -174,9 +215,9 @@ class Llava:
         device: one device (default: the GPU where there is one). device_map: accelerate's, instead
         of a device. num_layers: read only the first decoder layers, for training an RPN over them;
         such a model cannot answer. peft: a PEFT adapter to put on it. load_in_4bit: its language
-        model, with bitsandbytes. Raises ValueError when it is another kind of model, or has a file
-        that is broken or a tensor that is missing or not finite, naming it; WeightsUnavailable when
-        there is nothing to load.
+        model, with bitsandbytes. padding: see the class. Raises ValueError when it is another kind
+        of model, or has a file that is broken or a tensor that is missing or not finite, naming it;
+        WeightsUnavailable when there is nothing to load.
         """
         fastest = "cuda" if torch.cuda.is_available() else "cpu"
         target = torch.device(device or fastest)
@@ -186,12 +227,14 @@ class Llava:
             target = torch.device("cpu" if device_map in ("cpu", {"": "cpu"}) else fastest)
         source: dict[str, Any] = {"revision": revision or "main"}
         weights = pick_dtype(dtype, target)
+        check_padding(padding)
         try:
             with broken_files_named(pretrained):
                 config, _ = PreTrainedConfig.get_config_dict(pretrained, **source)
             if not config or not isinstance(config, dict):
                 raise OSError("there is no config.json, or none that holds an object")
             check_is_llava15(config, pretrained)
+            padding = padding or noted_padding(config, pretrained)
             quantized = four_bits(weights) if load_in_4bit else {}
             with (
                 _first_layers(config, pretrained, num_layers) as shape,
@@ -259,7 +302,7 @@ class Llava:
         return self.plain_text.ids(prompt + answer)
 
     def prompt_ids(self, question: str) -> tuple[list[int], list[int]]:
-        """Token ids before the image and behind it, as the whole prompt is tokenised."""
+        """Token ids before the image and behind it, each part encoded on its own."""
         ids = self.whole_ids(question)
         where = ids.index(self.image_token_id)
         return ids[:where], ids[where + 1 :]

@@ -149,6 +149,7 @@ class RPN(nn.Module, ModelHubMixin):
             base_hash=base_hash(llava, branch_layer),
             zoom=zoom or ZoomConfig(),
             labels=labels,
+            padding=llava.padding,
             **shape_of(llava),
         )
         rpn = cls(config, llava.text_config._attn_implementation)
@@ -184,9 +185,11 @@ class RPN(nn.Module, ModelHubMixin):
         """Put the RPN where the backbone's layer B is, with its attention backend.
 
         dtype: default the backbone's; training keeps float32 weights over a half backbone. Warns
-        where the backbone's weights are not those it was trained on.
+        where the backbone's weights are not those it was trained on, or its images are padded
+        otherwise.
         """
         self.check_fits(llava)
+        self._warn_of_padding(llava)
         self._tell_of_another_base(llava)
         layer: Any = llava.layers[self.config.branch_layer][1]
         for own in self.layers:
@@ -194,6 +197,18 @@ class RPN(nn.Module, ModelHubMixin):
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation = llava.text_config._attn_implementation
         return self.to(device=next(layer.parameters()).device, dtype=dtype or llava.dtype)
+
+    def _warn_of_padding(self, llava: Llava) -> None:
+        own = self.config.padding
+        if own and own != llava.padding:
+            logger.warning(
+                "this RPN was trained with padding=%s and %s is loaded with padding=%s: its maps "
+                "may be off; load it with padding=%s",
+                own,
+                llava.name,
+                llava.padding,
+                own,
+            )
 
     def _tell_of_another_base(self, llava: Llava) -> None:
         own = self.config.base_hash

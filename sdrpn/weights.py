@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sdrpn.convert.checkpoint import reason, tensor_names
+from sdrpn.files import parse_json
 
 MAX_LAYERS = 1000
 """More layers than any model of this kind has; a config.json that asks for more is refused before
@@ -101,8 +103,26 @@ def broken_files_named(model: str) -> Iterator[None]:
     except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers raises many kinds
-        told = _broken_weights(Path(model)) or f"{type(error).__name__}: {reason(error)}"
+        folder = Path(model)
+        told = (
+            _broken_weights(folder)
+            or _broken_settings(folder)
+            or f"{type(error).__name__}: {reason(error)}"
+        )
         raise ValueError(f"cannot load {model!r}: {told}") from error
+
+
+def _broken_settings(folder: Path) -> str | None:
+    """What is wrong with the first JSON file that transformers cannot read; None where all can."""
+    for path in sorted(folder.glob("*.json")):
+        content = path.read_bytes()
+        if content.startswith(codecs.BOM_UTF8):
+            return f"{path} starts with a byte order mark: save it as UTF-8 without one"
+        try:
+            parse_json(content)
+        except ValueError as error:
+            return f"{path} is not valid JSON: {error}"
+    return None
 
 
 def _broken_weights(folder: Path) -> str | None:

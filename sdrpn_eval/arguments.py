@@ -147,7 +147,11 @@ ARGUMENTS: Mapping[str, Argument] = {
         None, _flag, "threshold in shares of the map's maximum: true or false (published)"
     ),
     "max_crop_tokens": Argument(None, _count, "crop tokens of one question at most, or none"),
-    "padding": Argument("pad", _one_of("pad", "crop"), "pad to a square, or crop the centre"),
+    "padding": Argument(
+        "pad",
+        _one_of("pad", "crop"),
+        "pad to a square, or crop the centre; default: as config.json notes, else",
+    ),
     "system_prompt": Argument(None, _text, "sentence, or file with it; empty: none"),
     "dtype": Argument(
         "auto",

@@ -75,6 +75,9 @@ class LlavaSdrpn(lmms):
                 check_writable(folder)
             self._announce_early()
             self.engine = load_engine(values, given, self._device)
+            if isinstance(self.engine, ZoomLlava):
+                # Noted in the record as it is, whoever decided it.
+                values["padding"] = self.engine.llava.padding
             self._zoom_settings = zoom_settings(self.engine, values, given)
             if folder is not None:
                 self._start_hashing()

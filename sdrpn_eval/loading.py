@@ -35,7 +35,7 @@ def load_engine(
     pretrained = values["pretrained"]
     if not isinstance(pretrained, str):
         return _in_memory(pretrained, values, given)
-    return _load(pretrained, values, device)
+    return _load(pretrained, values, given, device)
 
 
 def zoom_settings(
@@ -60,7 +60,9 @@ def _in_memory(model: Any, values: Mapping[str, Any], given: Mapping[str, Any]) 
     return model
 
 
-def _load(pretrained: str, values: Mapping[str, Any], device: torch.device) -> ZoomLlava:
+def _load(
+    pretrained: str, values: Mapping[str, Any], given: Mapping[str, Any], device: torch.device
+) -> ZoomLlava:
     places = sources(values)
     rpn = places["rpn"]
     if pretrained == TINY:
@@ -72,6 +74,8 @@ def _load(pretrained: str, values: Mapping[str, Any], device: torch.device) -> Z
     names = ("attn_implementation", "device_map", "padding", "prefix_cache", "revision", "peft")
     names += ("load_in_4bit", "system_prompt")
     options = {n: values[n] for n in names if values[n] is not None}
+    if "padding" not in {*given, *PRESETS.get(values["preset"], {})}:
+        del options["padding"]  # the model's own, where its config.json notes one
     # With given boxes nobody is asked where to look.
     proposer = "none" if values["proposer"] == "box" else values["proposer"]
     try:

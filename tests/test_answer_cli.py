@@ -217,6 +217,8 @@ def test_other_settings_are_refused_with_the_reason(
         assert reason in said
         assert (folder / "out" / "answers.jsonl").read_bytes() == before
 
+    own = engine.zoom.llava
+    cropping = Llava(own.model, own.processor, padding="crop", name=own.name)
     refused("max_new_tokens: 3 there, 4 now", "--max-new-tokens", "4")
     refused("other now", "--images", str(folder / "other"))
     assert answer(folder, "--images", str(folder / "images2"))[0] == 0  # the same folder
@@ -224,6 +226,7 @@ def test_other_settings_are_refused_with_the_reason(
         (ZoomLlava(engine.zoom.llava, perturbed_rpn), "zoom: {"),
         (ZoomLlava(engine.zoom.llava, proposer="none", zoom=ZOOM), "proposer: rpn there, none now"),
         (ZoomLlava(make_llava(seed=3), perturbed_rpn, zoom=ZOOM), "model_hash: "),
+        (ZoomLlava(cropping, perturbed_rpn, zoom=ZOOM), "padding: pad there, crop now"),
         (ZoomLlava(engine.zoom.llava, _retrained(perturbed_rpn), zoom=ZOOM), "rpn_hash: "),
     ):
         engine.zoom = changed

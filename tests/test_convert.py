@@ -176,6 +176,16 @@ def test_one_dot_product_over_the_width(folder: Path) -> None:
     assert not RPN.from_pretrained(str(folder)).config.multi_head
 
 
+@pytest.mark.parametrize(
+    ("ratio", "padding"),
+    [("pad", "pad"), ("square", "crop"), ("anyres", ""), (None, ""), (["pad"], "")],
+)
+def test_its_padding_is_noted(folder: Path, ratio: Any, padding: str) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"image_aspect_ratio": ratio}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert RPN.from_pretrained(str(folder)).config.padding == padding
+
+
 def test_it_must_still_fit_its_base(folder: Path, gqa_llava: Llava, llava: Llava) -> None:
     with pytest.raises(ValueError, match=r"num_key_value_heads 4 \(the model has 2\)"):
         ZoomLlava(gqa_llava, RPN.from_pretrained(str(folder)))

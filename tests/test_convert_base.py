@@ -11,10 +11,13 @@ import original_layout as original
 import pytest
 import torch
 from conftest import QUESTIONS, make_llava
+from llama_tokenizers import train, write_settings
 from safetensors.torch import load_file, save_file
+from test_prompt import FIRST, hub_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
+    AutoProcessor,
     AutoTokenizer,
     CLIPConfig,
     CLIPImageProcessor,
@@ -224,6 +227,31 @@ def test_the_tower_comes_from_its_clip(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_another_tower_s_folder_is_taken_from_the_command_line(
+    folder: Path, tensors: original.Tensors, random: Llava, tmp_path: Path, images: list[Any]
+) -> None:
+    """And what is written beside the weights counts image tokens as transformers does."""
+    own = {name: t for name, t in tensors.items() if "vision_tower" not in name}
+    original.one_safetensors(folder, own)
+    clip, out = tmp_path / "clip", tmp_path / "converted"
+    tower = random.model.model.vision_tower.state_dict()
+    write_tower(clip, random.model.config.vision_config, tower)
+    edit(folder, mm_vision_tower="/home/authors/clip-vit")
+    done = runner.invoke(
+        app, ["convert", "base", str(folder), "--vision-tower", str(clip), "--out", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    processor = AutoProcessor.from_pretrained(out)
+    assert (processor.patch_size, processor.num_additional_image_tokens) == (14, 1)
+    assert processor.vision_feature_select_strategy == "default"
+    assert processor.image_token == "<image>"
+    inputs = processor(images=images[0], text="<image>", return_tensors="pt")
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 64
+    name = "model.vision_tower.pre_layrnorm.weight"
+    found = Llava.load(str(out), dtype="float32", device="cpu").model.state_dict()[name]
+    assert torch.equal(found, random.model.state_dict()[name])
+
+
 def test_an_rpn_inside_is_left_out(
     folder: Path, tensors: original.Tensors, perturbed_rpn: RPN, random: Llava
 ) -> None:
@@ -234,6 +262,105 @@ def test_an_rpn_inside_is_left_out(
     edit(folder, twig_K=2, twig_T=3, roi_multi_head=True)
     found = read_base(str(folder)).state_dict()
     assert set(found) == set(random.model.state_dict())
+
+
+def test_the_language_model_s_settings_are_the_checkpoint_s(folder: Path) -> None:
+    """Those that change no shape, and so would go unnoticed."""
+    edit(
+        folder,
+        hidden_act="gelu",
+        max_position_embeddings=777,
+        initializer_range=0.5,
+        rms_norm_eps=0.001,
+        rope_theta=500000.0,
+        rope_scaling={"type": "linear", "factor": 2.0},
+        mm_vision_select_layer=-1,
+        bos_token_id=5,
+        eos_token_id=6,
+        pad_token_id=7,
+    )
+    model = read_base(str(folder))
+    text = model.config.text_config
+    assert (text.hidden_act, text.max_position_embeddings) == ("gelu", 777)
+    assert (text.initializer_range, text.rms_norm_eps) == (0.5, 0.001)
+    assert (text.bos_token_id, text.eos_token_id, text.pad_token_id) == (5, 6, 7)
+    assert text.tie_word_embeddings is False
+    rope = text.rope_parameters
+    assert (rope["rope_theta"], rope["rope_type"], rope["factor"]) == (500000.0, "linear", 2.0)
+    assert model.config.vision_feature_layer == -1
+    assert model.config.vision_feature_select_strategy == "default"
+    assert model.config.image_seq_length == 64
+
+
+def test_query_heads_may_share_keys(tmp_path: Path) -> None:
+    llava = make_llava(key_value_heads=2)
+    words = len(write_tokenizer(tmp_path))
+    llava.model.resize_token_embeddings(words, mean_resizing=False)
+    original.write_config(tmp_path, original.config_of(llava, mm_vision_tower=TOWER))
+    original.one_safetensors(tmp_path, original.base_tensors(llava.model))
+    write_tower(tmp_path / TOWER, llava.model.config.vision_config)
+    model = read_base(str(tmp_path))
+    assert model.config.text_config.num_key_value_heads == 2
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in llava.model.state_dict().items())
+
+
+# --- how its images are made square --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "noted", "padding"),
+    [("pad", "pad", "pad"), ("square", "square", "crop"), (None, "square", "crop")],
+)
+def test_the_aspect_ratio_of_training_is_noted_and_followed(
+    folder: Path,
+    random: Llava,
+    tmp_path: Path,
+    images: list[Any],
+    ratio: str | None,
+    noted: str,
+    padding: str,
+) -> None:
+    """LLaVA's own code pads for `pad` only; without a value it crops."""
+    edit(folder, image_aspect_ratio=ratio)
+    out = tmp_path / "converted"
+    convert_base(str(folder), out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["image_aspect_ratio"] == noted
+    llava = Llava.load(str(out), dtype="float32", device="cpu")
+    assert llava.padding == padding
+    assert llava.view(images[1]).padding == padding
+    expected = Llava(random.model, random.processor, padding=padding).pixels(images[1:2])
+    assert torch.equal(llava.pixels(images[1:2]), expected)
+    # What is asked for goes before the note.
+    for asked in ("pad", "crop"):
+        assert Llava.load(str(out), device="cpu", padding=asked).padding == asked
+
+
+@pytest.mark.parametrize("value", ["keep", "Pad", 1, ["pad"]])
+def test_another_aspect_ratio_is_refused(folder: Path, tmp_path: Path, value: Any) -> None:
+    edit(folder, image_aspect_ratio=value)
+    told = said(str(folder), "--out", str(tmp_path / "out"))
+    assert f"image_aspect_ratio in config.json must be pad or square, got {value!r}" in told
+
+
+# --- which tokenizer -----------------------------------------------------------------------------
+
+
+def test_a_tokenizer_json_keeps_spaces_behind_images(folder: Path, tmp_path: Path) -> None:
+    """A fine-tune's own tokenizer.json of LLaMA's kind, whatever transformers makes of it."""
+    for path in folder.glob("token*"):
+        path.unlink()
+    made = hub_tokenizer(normalizer=None, pre_tokenizer=FIRST)
+    made.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = read_tokenizer(Source(str(folder)))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "config.json").write_text('{"model_type": "llava"}')
+    for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        ids = one("a:<image>\nthe")["input_ids"]
+        assert ids == [1, 263, 29901, 32000, 29871, 13, 29873, 354]
+        assert one("a:<image> the")["input_ids"] == [1, 263, 29901, 32000, 259, 29873, 354]
 
 
 # --- a sentencepiece tokenizer -------------------------------------------------------------------
@@ -373,6 +500,11 @@ def test_a_lora_fine_tune_of_vicuna(
         ({"lora_alpha": None}, "adapter_config.json needs r and lora_alpha, got 4, None"),
         ({"use_dora": True}, "adapter_config.json has use_dora True; only plain LoRA"),
         ({"rank_pattern": {"q": 8}}, "has rank_pattern"),
+        ({"alpha_pattern": {"q": 8}}, "has alpha_pattern"),
+        ({"fan_in_fan_out": True}, "has fan_in_fan_out True"),
+        ({"modules_to_save": ["lm_head"]}, r"has modules_to_save \['lm_head'\]"),
+        ({"r": "4"}, "needs r and lora_alpha, got 4, 10"),
+        ({"r": 0}, "needs r and lora_alpha, got 0, 10"),
         ({"peft_type": "IA3"}, "has peft_type 'IA3'"),
     ],
 )
@@ -390,6 +522,10 @@ def test_other_adapters_are_refused(
         ("model.layers.9.self_attn.q_proj.lora_A.weight", torch.zeros(4, 128), "changes model.lay"),
         ("model.layers.0.self_attn.q_proj.lora_A.weight", None, "lacks its lora_A.weight"),
         ("model.layers.0.self_attn.q_proj.lora_B.weight", torch.zeros(128, 5), "do not fit"),
+        ("model.layers.0.self_attn.q_proj.lora_B.weight", torch.zeros(127, 4), "do not fit"),
+        ("model.layers.0.self_attn.q_proj.lora_A.weight", torch.zeros(4, 127), "do not fit"),
+        ("model.layers.0.self_attn.q_proj.lora_B.weight", None, "lacks its lora_B.weight"),
+        ("model.layers.0.self_attn.q_proj.bias", torch.zeros(128), "q_proj.bias, which is no LoRA"),
         ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", torch.zeros(5), "is no LoRA we"),
         ("model.embed_tokens.lora_embedding_A", torch.zeros(5), "lacks its|changes|is no LoRA we"),
     ],
@@ -416,6 +552,172 @@ def test_a_base_is_for_lora_only(folder: Path, tmp_path: Path, random: Llava) ->
         read_base(str(folder), base=str(folder))
 
 
+def test_a_lora_fine_tune_names_its_base(folder: Path, tmp_path: Path, random: Llava) -> None:
+    """Before anything else that it lacks, such as a tokenizer."""
+    tuned, out = tmp_path / "tuned", str(tmp_path / "out")
+    write_lora(tuned, random)
+    told = said(str(tuned), "--out", out)
+    assert (
+        f"{tuned} is a LoRA fine-tune (adapter_config.json is there): say with --base what it was "
+        "trained on, such as liuhaotian/llava-v1.5-7b" in told
+    )
+    write_lora(tuned, random, base_model_name_or_path="lmsys/vicuna-7b-v1.5")
+    told = said(str(tuned), "--out", out)
+    assert "what it was trained on (adapter_config.json names 'lmsys/vicuna-7b-v1.5')" in told
+    (tuned / "config.json").unlink()
+    assert "say with --base what it was trained on" in said(str(tuned), "--out", out)
+
+
+@pytest.mark.parametrize("named", ["", 3, None])
+def test_a_base_without_a_name_is_not_named(tmp_path: Path, random: Llava, named: Any) -> None:
+    write_lora(tmp_path / "tuned", random, base_model_name_or_path=named)
+    with pytest.raises(ValueError, match=r"trained on, such as liuhaotian/llava-v1\.5-7b$"):
+        read_base(str(tmp_path / "tuned"))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_lora_of_rank_one_is_merged_at_its_full_alpha(
+    folder: Path, tmp_path: Path, random: Llava, rslora: bool
+) -> None:
+    tuned = tmp_path / "tuned"
+    write_lora(tuned, random, r=1, use_rslora=rslora)
+    weights = load_lora(tuned)
+    stem = "base_model.model.model.layers.2.mlp.down_proj"
+    change = weights[f"{stem}.lora_B.weight"] @ weights[f"{stem}.lora_A.weight"]
+    name = "model.language_model.layers.2.mlp.down_proj.weight"
+    expected = random.model.state_dict()[name] + 10 * change
+    found = read_base(str(tuned), base=str(folder)).state_dict()[name]
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_a_lora_without_a_config_has_its_base_s(
+    folder: Path, tmp_path: Path, random: Llava
+) -> None:
+    """As a training run's own checkpoints, which hold the adapter alone."""
+    tuned = tmp_path / "tuned"
+    write_lora(tuned, random)
+    expected = read_base(str(tuned), base=str(folder)).state_dict()
+    (tuned / "config.json").unlink()
+    found = read_base(str(tuned), base=str(folder), vision_tower=str(folder / TOWER)).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_base_in_the_other_layout_is_told(folder: Path, tmp_path: Path, random: Llava) -> None:
+    tuned, base = tmp_path / "tuned", tmp_path / "hugging-face"
+    write_lora(tuned, random)
+    random.model.save_pretrained(base)
+    out = str(tmp_path / "out")
+    told = said(str(tuned), "--base", str(base), "--out", out)
+    assert (
+        f"--base {base} is in the Hugging Face layout, {tuned} in the original one: give the base "
+        "in the original layout, such as liuhaotian/llava-v1.5-7b; an adapter trained on the "
+        "Hugging Face model needs no conversion, give it as peft=" in told
+    )
+    told = said(str(tuned), "--base", str(tuned), "--out", out)
+    assert f"--base {tuned} is a LoRA fine-tune itself: convert that one first" in told
+    told = said(str(base), "--out", out)
+    assert f"{base} is already in the Hugging Face layout: use it as it is" in told
+    told = said(str(folder), "--base", str(folder), "--out", out)
+    assert f"{folder} is a whole model: it is no LoRA fine-tune, leave --base out" in told
+
+
+@pytest.mark.parametrize(
+    "target", ["language_model.layers.0.self_attn.q_proj", "multi_modal_projector.linear_1"]
+)
+def test_an_adapter_of_the_other_layout_is_told(
+    folder: Path, tmp_path: Path, random: Llava, target: str
+) -> None:
+    tuned = tmp_path / "tuned"
+    write_lora(tuned, random)
+    stem = f"base_model.model.model.{target}"
+    pair = {f"{stem}.lora_A.weight": torch.zeros(4, 128)}
+    pair |= {f"{stem}.lora_B.weight": torch.zeros(128, 4)}
+    save_file(pair, tuned / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"needs no conversion: give it as peft=$") as error:
+        read_base(str(tuned), base=str(folder))
+    assert str(error.value).startswith(
+        f"{tuned} is an adapter of a model in the Hugging Face layout (it changes "
+        f"model.{target}.weight)"
+    )
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_lora_on_the_tower_is_merged(
+    folder: Path, tmp_path: Path, random: Llava, tensors: original.Tensors, inside: bool
+) -> None:
+    """Whether the base holds a vision tower, or the CLIP that config.json names does."""
+    tuned = tmp_path / "tuned"
+    write_lora(tuned, random)
+    stem = "vision_tower.vision_tower.vision_model.encoder.layers.1.self_attn.q_proj"
+    a, b = torch.randn(RANK, 128), torch.randn(128, RANK)
+    name = f"base_model.model.model.{stem}"
+    pair = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    save_file(load_lora(tuned) | pair, tuned / "adapter_model.safetensors")
+    tower = random.model.model.vision_tower.state_dict()
+    write_tower(tuned / TOWER, random.model.config.vision_config, tower)
+    if not inside:
+        words = {n: t for n, t in tensors.items() if "vision_tower" not in n}
+        original.one_safetensors(folder, words)
+    found = read_base(str(tuned), base=str(folder)).state_dict()
+    ours = "model.vision_tower.encoder.layers.1.self_attn.q_proj.weight"
+    expected = random.model.state_dict()[ours] + 2.5 * (b @ a)
+    assert torch.allclose(found[ours], expected, rtol=1e-5, atol=1e-4)
+    other = "model.vision_tower.encoder.layers.1.self_attn.k_proj.weight"
+    assert torch.equal(found[other], random.model.state_dict()[other])
+
+
+def test_a_tower_trained_as_it_is_needs_no_clip(
+    folder: Path, tmp_path: Path, random: Llava, tensors: original.Tensors
+) -> None:
+    tuned = tmp_path / "tuned"
+    write_lora(tuned, random)
+    own = {n: t for n, t in tensors.items() if "vision_tower" not in n}
+    original.one_safetensors(folder, own)
+    trained = {f"base_model.model.{n}": t + 1 for n, t in tensors.items() if "vision_tower" in n}
+    torch.save(trained, tuned / "non_lora_trainables.bin")
+    found = read_base(str(tuned), base=str(folder)).state_dict()
+    name = "model.vision_tower.pre_layrnorm.weight"
+    assert torch.equal(found[name], random.model.state_dict()[name] + 1)
+
+
+def write_projector(folder: Path, random: Llava, tensors: original.Tensors) -> None:
+    original.write_config(folder, original.config_of(random, mm_vision_tower=TOWER))
+    tower = random.model.model.vision_tower.state_dict()
+    write_tower(folder / TOWER, random.model.config.vision_config, tower)
+    own = {name: t for name, t in tensors.items() if "mm_projector" in name}
+    torch.save(own, folder / "mm_projector.bin")
+
+
+def test_a_projector_alone_needs_its_language_model(
+    tmp_path: Path, random: Llava, tensors: original.Tensors
+) -> None:
+    alone, vicuna = tmp_path / "alone", tmp_path / "vicuna"
+    write_projector(alone, random, tensors)
+    told = said(str(alone), "--out", str(tmp_path / "out"))
+    assert (
+        f"{alone} is a projector alone (mm_projector.bin), as pretraining leaves it: say with "
+        "--base what it was trained on, such as lmsys/vicuna-7b-v1.5" in told
+    )
+    vicuna.mkdir()
+    words = {n: t for n, t in tensors.items() if "mm_projector" not in n and "vision" not in n}
+    original.one_bin(vicuna, words)
+    write_tokenizer(vicuna)
+    (vicuna / "config.json").write_text('{"model_type": "llama"}')
+    found = read_base(str(alone), base=str(vicuna)).state_dict()
+    expected = random.model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    convert_base(str(alone), tmp_path / "converted", base=str(vicuna))
+    assert Llava.load(str(tmp_path / "converted"), device="cpu").padding == "pad"
+
+
+def test_a_whole_model_beside_its_projector_is_whole(
+    folder: Path, random: Llava, tensors: original.Tensors
+) -> None:
+    torch.save({}, folder / "mm_projector.bin")
+    found = read_base(str(folder)).state_dict()
+    assert all(torch.equal(found[n], t) for n, t in random.model.state_dict().items())
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -437,6 +739,7 @@ def said(*words: str) -> str:
             {"mm_projector_type": "linear"},
             "not a LLaVA-1.5: mm_projector_type is 'linear', not 'ml",
         ),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True, not False"),
         ({"mm_use_im_start_end": True}, "not a LLaVA-1.5: mm_use_im_start_end is True, not False"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
         ({"mm_vision_tower": "no/clip"}, "the vision tower no/clip cannot be had; give its folder"),
@@ -461,6 +764,62 @@ def test_settings_that_do_not_fit(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "sign"),
+    [
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is 'anyres_max_9'"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
+        ({"model_type": "llava_mistral"}, "model_type is 'llava_mistral'"),
+    ],
+)
+def test_a_llava_1_6_is_told(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], sign: str
+) -> None:
+    edit(folder, **changes)
+    sentence = (
+        f"{folder} is not a LLaVA-1.5 model but a LLaVA-1.6 ({sign} in config.json), which reads "
+        "an image in tiles; give a LLaVA-1.5, such as llava-hf/llava-1.5-7b-hf or "
+        "liuhaotian/llava-v1.5-7b"
+    )
+    assert sentence in said(str(folder), "--out", str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"LLaVA-1\.6") as error:
+        Llava.load(str(folder), device="cpu")
+    assert str(error.value) == sentence
+
+
+def test_a_llava_1_6_in_the_other_layout_is_told(folder: Path, tmp_path: Path) -> None:
+    edit(folder, model_type="llava_next", vision_config={}, mm_vision_tower=None)
+    told = said(str(folder), "--out", str(tmp_path / "out"))
+    assert f"{folder} is not a LLaVA-1.5 model but llava_next; sdrpn needs a LLaMA" in told
+
+
+def test_a_flat_merge_type_is_llava_1_5_s(folder: Path, random: Llava) -> None:
+    edit(folder, mm_patch_merge_type="flat")
+    assert set(read_base(str(folder)).state_dict()) == set(random.model.state_dict())
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_byte_order_mark_is_read_over(
+    folder: Path, tmp_path: Path, random: Llava, file: str
+) -> None:
+    """As editors on Windows write it."""
+    for path in folder.glob("token*"):
+        path.unlink()
+    train(folder / "tokenizer.model")
+    write_settings(folder, model_max_length=77)
+    path = folder / file
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_tokenizer(Source(str(folder))).model_max_length == 77
+    assert set(read_base(str(folder)).state_dict()) == set(random.model.state_dict())
+
+
+def test_a_file_is_no_folder(folder: Path, tmp_path: Path) -> None:
+    file = folder / "model.safetensors"
+    told = said(str(file), "--out", str(tmp_path / "out"))
+    assert f"{file} is a file; give the folder that it is in" in told
+
+
 def test_loading_it_as_it_is_names_the_command(folder: Path) -> None:
     with pytest.raises(ValueError, match=f"`sdrpn convert base {folder} --out FOLDER`"):
         Llava.load(str(folder), device="cpu")
@@ -477,6 +836,15 @@ def test_tensors_that_do_not_fit(folder: Path, tensors: original.Tensors, tmp_pa
     assert "lacks model.mm_projector.2.bias; a pruned model is no base" in told
 
 
+def test_values_that_are_not_finite_are_named(
+    folder: Path, tensors: original.Tensors, tmp_path: Path
+) -> None:
+    tensors["model.norm.weight"][3] = float("nan")
+    original.one_safetensors(folder, tensors)
+    told = said(str(folder), "--out", str(tmp_path / "out"))
+    assert f"{folder}: model.language_model.norm.weight holds values that are not finite" in told
+
+
 def test_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     assert "holds something already" in said(str(folder), "--out", str(folder))
@@ -484,6 +852,11 @@ def test_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
     for path in folder.glob("token*"):
         path.unlink()
     told = said(str(folder), "--out", out)
-    assert "holds no tokenizer: put tokenizer.json or tokenizer.model" in told
+    assert (
+        f"{folder} holds no tokenizer: put tokenizer.json or tokenizer.model, with its "
+        "tokenizer_config.json, there; LLaVA-1.5's is Vicuna's" in told
+    )
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer, and neither does --base "):
+        read_tokenizer(Source(str(folder)), str(folder / TOWER))
     (folder / "tokenizer.model").write_text("not a model")
     assert "cannot be read as a sentencepiece model" in said(str(folder), "--out", out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -300,9 +301,42 @@ def test_crops_are_the_stretched_boxes(llava: Llava, size: tuple[int, int]) -> N
     assert (pixels - by_hand.stretched(image, box, llava.side)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("noted", "padding"), [({}, "pad"), ("pad", "pad"), ("square", "crop"), (None, "pad")]
+)
+def test_the_padding_that_config_json_notes_is_the_default(
+    folder: str, tmp_path: Path, noted: Any, padding: str
+) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    note = {} if noted == {} else {"image_aspect_ratio": noted}
+    (tmp_path / "config.json").write_text(json.dumps(config | note))
+    loaded = Llava.load(str(tmp_path), device="cpu")
+    assert loaded.padding == padding
+    assert Llava(loaded.model, loaded.processor).padding == padding
+    assert Llava.load(str(tmp_path), device="cpu", num_layers=2).padding == padding
+    for asked in ("pad", "crop"):
+        assert Llava.load(str(tmp_path), device="cpu", padding=asked).padding == asked
+
+
+def test_another_note_is_refused_by_name(folder: str, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"image_aspect_ratio": "keep"}))
+    with pytest.raises(ValueError, match="image_aspect_ratio") as error:
+        Llava.load(str(tmp_path), device="cpu")
+    assert str(error.value) == (
+        f"{tmp_path}: image_aspect_ratio in config.json must be pad or square, got 'keep'; correct "
+        "it to how the model was trained"
+    )
+    assert Llava.load(str(tmp_path), device="cpu", padding="crop").padding == "crop"
+
+
 def test_unknown_padding_is_refused(llava: Llava) -> None:
     with pytest.raises(ValueError, match="padding must be one of pad, crop, got 'stretch'"):
         Llava(llava.model, llava.processor, padding="stretch")
+    with pytest.raises(ValueError, match="padding must be one of pad, crop, got 'stretch'"):
+        Llava.load("/no/folder", padding="stretch")
 
 
 @pytest.fixture(scope="module")

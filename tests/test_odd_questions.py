@@ -82,7 +82,7 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(params=["word-level", "converted", "loaded", "legacy=False"])
 def tokenizer(request: pytest.FixtureRequest, llava: Llava) -> Any:
     """The embedded model's; LLaMA's as our converter makes it, as it loads again, and as newer
-    checkpoints have it, where no space is put before what follows an image."""
+    checkpoints have it, where transformers puts no space before what follows an image."""
     if request.param == "word-level":
         return llava.tokenizer
     made, folder, _ = request.getfixturevalue("sentencepiece")
@@ -107,8 +107,16 @@ def special(tokenizer: Any) -> set[int]:
 
 
 @pytest.mark.parametrize("question", ORDINARY)
-def test_ordinary_text_has_the_tokenizers_own_ids(tokenizer: Any, question: str) -> None:
-    """Before and behind an image, several of them, and none."""
+def test_ordinary_text_has_the_ids_of_its_parts(
+    request: pytest.FixtureRequest, tokenizer: Any, llava: Llava, question: str
+) -> None:
+    """Before and behind an image, several of them, and none: each part encoded on its own."""
+    if tokenizer is llava.tokenizer:
+
+        def alone(part: str) -> list[int]:
+            return tokenizer(part)["input_ids"][1:]
+    else:
+        alone = request.getfixturevalue("sentencepiece")[2].encode
     plain = PlainText(tokenizer, image_id(tokenizer))
     for text in (
         f"{HEAD}<image>\n{question} ASSISTANT:",
@@ -117,7 +125,11 @@ def test_ordinary_text_has_the_tokenizers_own_ids(tokenizer: Any, question: str)
         f"<image>{question}",
         f"{question}<image>",
     ):
-        assert plain.ids(text.replace("<image>", plain.mark)) == tokenizer(text)["input_ids"]
+        first, *others = text.split("<image>")
+        expected = [1, *alone(first)]
+        for part in others:
+            expected += [image_id(tokenizer), *alone(part)]
+        assert plain.ids(text.replace("<image>", plain.mark)) == expected
 
 
 @given(question=st.text(st.characters(exclude_categories=["Cs"])))

@@ -11,6 +11,7 @@ from sdrpn import names
 from sdrpn.cli.shared import (
     DtypeOption,
     ModelOption,
+    PaddingOption,
     PolicyOption,
     ProposerOption,
     RpnOption,
@@ -53,6 +54,7 @@ def answer(
         ),
     ] = "raise",
     dtype: DtypeOption = "auto",
+    padding: PaddingOption = None,
 ) -> None:
     """Answer a file of questions about images, each with a second look.
 
@@ -73,7 +75,7 @@ def answer(
 
         check_options(batch_size, max_new_tokens, on_error)
         file = AnswerFile(out)
-        zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype)
+        zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype, padding)
     with errors_as_sentences():
         from sdrpn.answering import AnswerJob
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdrpn import names
-from sdrpn.cli.shared import MODEL_HELP, errors_as_sentences, say, weights_hint
+from sdrpn.cli.shared import MODEL_HELP, PaddingOption, errors_as_sentences, say, weights_hint
 
 if TYPE_CHECKING:
     from sdrpn.distill.heads import Findings
@@ -25,6 +25,7 @@ def heads(
     max_heads: Annotated[int, typer.Option(help="Most heads to choose.")] = 7,
     depth: Annotated[int, typer.Option(help="R of the RPN that will be trained.")] = 3,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    padding: PaddingOption = None,
 ) -> None:
     """Find the heads whose attention makes a model's pseudo-labels, and where an RPN branches off.
 
@@ -42,7 +43,7 @@ def heads(
 
         out.mkdir(parents=True, exist_ok=True)  # before the work, so that it is not in vain
         folder, _ = names.resolve(model, None)
-        zoom = ZoomLlava.from_pretrained(folder, proposer="none", dtype=dtype)
+        zoom = ZoomLlava.from_pretrained(folder, proposer="none", dtype=dtype, padding=padding)
         zoom.llava.name = model
         found = find_heads(
             zoom,

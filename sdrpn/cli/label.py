@@ -9,7 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from sdrpn import names
-from sdrpn.cli.shared import MODEL_HELP, check_images, errors_as_sentences, say, say_kept
+from sdrpn.cli.shared import (
+    MODEL_HELP,
+    PaddingOption,
+    check_images,
+    errors_as_sentences,
+    say,
+    say_kept,
+)
 
 
 def label(
@@ -39,6 +46,7 @@ def label(
         int, typer.Option(help="Questions a file: what is redone at most.")
     ] = 512,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    padding: PaddingOption = None,
     preview: Annotated[int, typer.Option(help="Draw so many samples to OUT/preview.png.")] = 0,
 ) -> None:
     """Let the frozen model answer, and keep where its answers looked: labels without annotation.
@@ -64,7 +72,7 @@ def label(
         if images is None and not embedded:
             raise ValueError(f"{data} names image files: give their folder with --images")
         state = PartialState()
-        zoom = _engine(model, heads, dtype, state.device)
+        zoom = _engine(model, heads, dtype, padding, state.device)
         job = LabelJob(
             zoom,
             items,
@@ -85,7 +93,7 @@ def label(
             _finish(out, preview, seed)
 
 
-def _engine(model: str, heads: Path | None, dtype: str, device: Any) -> Any:
+def _engine(model: str, heads: Path | None, dtype: str, padding: str | None, device: Any) -> Any:
     from sdrpn.distill.heads import load_label_config
     from sdrpn.rpn import RPN
     from sdrpn.zoom import ZoomLlava
@@ -95,7 +103,7 @@ def _engine(model: str, heads: Path | None, dtype: str, device: Any) -> Any:
     if labels is None and rpn:
         labels = RPN.from_pretrained(rpn).config.labels
     zoom = ZoomLlava.from_pretrained(
-        folder, proposer="none", labels=labels, dtype=dtype, device=device
+        folder, proposer="none", labels=labels, dtype=dtype, device=device, padding=padding
     )
     zoom.llava.name = model
     if zoom.models.labels is None:

@@ -12,6 +12,7 @@ from sdrpn import names
 from sdrpn.cli.shared import (
     DtypeOption,
     ModelOption,
+    PaddingOption,
     PolicyOption,
     ProposerOption,
     RpnOption,
@@ -37,6 +38,7 @@ def look(
     threshold: ThresholdOption = None,
     policy: PolicyOption = None,
     dtype: DtypeOption = "auto",
+    padding: PaddingOption = None,
 ) -> None:
     """Ask one question twice, stock and with the second look, and draw where it looked.
 
@@ -44,7 +46,7 @@ def look(
     """
     picture = open_image(image)
     with errors_as_sentences(weights_hint(model)):
-        zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype)
+        zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype, padding)
         text, path = _look(zoom, picture, question, out)
     say(text)
     say(f"picture: {path}")

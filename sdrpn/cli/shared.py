@@ -32,6 +32,13 @@ ThresholdOption = Annotated[
 PolicyOption = Annotated[
     str | None, typer.Option(help=f"One of {', '.join(POLICIES)}; default: the RPN's own.")
 ]
+PaddingOption = Annotated[
+    str | None,
+    typer.Option(
+        help="pad (the whole image on a square) or crop (its centre); default: as config.json "
+        "notes in image_aspect_ratio, else pad."
+    ),
+]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 console = Console()
@@ -65,18 +72,23 @@ def load_zoom(
     threshold: float | None,
     policy: str | None,
     dtype: str,
+    padding: str | None = None,
 ) -> ZoomLlava:
     """The engine that the options of these names ask for."""
     given = {"threshold": threshold, "policy": policy}
     chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     ZoomConfig(**chosen)  # wrong ones are told before the weights are loaded
     # Imported here, so that --help and a wrong path answer at once.
+    from sdrpn.llava import check_padding
     from sdrpn.zoom import ZoomLlava
 
+    check_padding(padding)
     if proposer == "rpn":
         rpn = rpn or names.PUBLISHED_RPN.get(model)
     folder, network = names.resolve(model, rpn)
-    zoom = ZoomLlava.from_pretrained(folder, network, proposer=proposer, dtype=dtype)
+    zoom = ZoomLlava.from_pretrained(
+        folder, network, proposer=proposer, dtype=dtype, padding=padding
+    )
     zoom.zoom = replace(zoom.zoom, **chosen)
     zoom.llava.name = model
     return zoom

@@ -44,6 +44,9 @@ def train(
     save_dtype: Annotated[
         str, typer.Option(help="Of the saved RPN; auto: bfloat16 on a GPU, else float32.")
     ] = "auto",
+    padding: Annotated[
+        str | None, typer.Option(help="pad or crop; default: as the labels were made.")
+    ] = None,
 ) -> None:
     """Train an RPN on labels, with the published hyper-parameters unless told otherwise.
 
@@ -75,13 +78,17 @@ def train(
         )
         from sdrpn.distill.split import split_by_image
         from sdrpn.distill.train import train as run
-        from sdrpn.llava import Llava
+        from sdrpn.llava import Llava, check_padding
         from sdrpn.rpn import RPN
 
         trained, kept_back = split_by_image(rows, held_out, samples, arguments.seed)
+        check_padding(padding)
+        labelled = check_same_padding(padding, settings, labels)
         folder, _ = names.resolve(model, None)
         layers = branch_layer + depth
-        llava = Llava.load(folder, dtype=dtype, device=arguments.device, num_layers=layers)
+        llava = Llava.load(
+            folder, dtype=dtype, device=arguments.device, num_layers=layers, padding=labelled
+        )
         llava.name = model
         check_same_grid(llava, settings, labels)
         made = read_label_config(labels)
@@ -99,6 +106,8 @@ def train(
                 "global_batch": global_batch,
                 "arguments": context.args,
             }
+            if llava.padding != "pad":  # which earlier versions always used and did not note
+                chosen["padding"] = llava.padding
             remove_parts(out / CHECKPOINTS)
             claim(out / CHECKPOINTS / "settings.json", chosen)
         facts = run(llava, rpn, trained, arguments, held_out=kept_back, tell=say)
@@ -151,6 +160,20 @@ def check_same_grid(llava: Any, settings: dict[str, Any], labels: Path) -> None:
             f"{labels} labels {cells} image tokens, {llava.name} has {llava.image_tokens}: label "
             "with this model"
         )
+
+
+def check_same_padding(padding: str | None, settings: dict[str, Any], labels: Path) -> str | None:
+    """The padding that the labels were made with; refuse another one, whose cells lie elsewhere.
+
+    None where neither the command nor the labels name one.
+    """
+    made = settings.get("padding")
+    if padding is not None and made is not None and padding != made:
+        raise ValueError(
+            f"--padding {padding}, but {labels} was labelled with padding {made}: leave --padding "
+            "out, or label again with it"
+        )
+    return padding or made
 
 
 def pick_save_dtype(name: str, device: str) -> Any:

@@ -20,12 +20,22 @@ from transformers import (
     LlavaProcessor,
 )
 
+from sdrpn.config import ASPECT_RATIO
 from sdrpn.convert import lora
-from sdrpn.convert.checkpoint import Source, Weights, reason
+from sdrpn.convert.checkpoint import (
+    CONFIG_FILE,
+    INDEXES,
+    SINGLE_FILES,
+    Source,
+    Weights,
+    read_all,
+    reason,
+)
 from sdrpn.convert.published import LLAVA_TYPES, tower_of
 from sdrpn.convert.tokenizer import read_tokenizer
 from sdrpn.convert.weight_maps import Names, base_names, rename, require
-from sdrpn.llava import IMAGE_TOKEN
+from sdrpn.files import read_object
+from sdrpn.llava import IMAGE_TOKEN, check_is_llava15, check_not_llava16, noted_padding
 from sdrpn.weights import MAX_LAYERS, broken_files_named, check_finite
 
 SHARD = "5GB"
@@ -60,7 +70,11 @@ LIKE_LLAVA15: Mapping[str, Any] = {
 }
 """Settings that make a LLaVA a 1.5; one with others computes something else."""
 
-TOWER_PREFIX = "model.vision_tower."
+TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
+"""What original LLaVA puts before the names of its CLIP."""
+
+PROJECTOR = "mm_projector.bin"
+"""What LLaVA's pretraining leaves: the projector, for any folder with its language model."""
 
 
 def convert_base(
@@ -74,8 +88,9 @@ def convert_base(
     """
     folder = Source(source)
     # The dear part last: everything that can be missing is asked for first.
+    check_parts(folder, base)
+    config = read_config(folder, base)
     tokenizer = read_tokenizer(folder, base)
-    config = read_config(folder)
     tower = vision_tower or tower_of(config, folder)
     images = _from_tower(CLIPImageProcessor, tower)
     model = read_base(source, base=base, vision_tower=vision_tower)
@@ -99,17 +114,16 @@ def read_base(source: str, *, base: str | None = None, vision_tower: str | None 
     Returns a LlavaForConditionalGeneration on the CPU, in the checkpoint's own precision.
     """
     folder = Source(source)
-    own = read_config(folder)
+    check_parts(folder, base)
+    own = read_config(folder, base)
     tower = vision_tower or tower_of(own, folder)
     vision = _from_tower(CLIPVisionConfig, tower)
     with broken_files_named(source):
         config: Any = _model_config(own, vision)
     layers = config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers
     names = base_names(*layers, rpn_depth=own.get("twig_T") or 0)
-    tensors = _tensors(folder, base, names)
+    tensors = _tensors(folder, base, names, tower)
     ours = {to: tensors[name] for name, to in rename(tensors, names, source).items()}
-    if not any(name.startswith(TOWER_PREFIX) for name in ours):
-        ours |= _tower_tensors(tower)
     with init_empty_weights(), broken_files_named(source):
         model = LlavaForConditionalGeneration(config)
     _check(ours, model.state_dict(), names, source)
@@ -120,16 +134,76 @@ def read_base(source: str, *, base: str | None = None, vision_tower: str | None 
     return model.eval()
 
 
-def read_config(folder: Source) -> dict[str, Any]:
-    """config.json of an original-layout LLaVA-1.5; ValueError says what else it is."""
+def check_parts(folder: Source, base: str | None) -> None:
+    """Refuse a part of a model without the base it belongs to, and a base that fits no part.
+
+    folder: a whole model, a LoRA fine-tune, or a projector alone. Raises ValueError that names what
+    it is and what to do.
+    """
+    part = _part_of(folder)
+    if part is None:
+        if base is not None:
+            raise ValueError(
+                f"{folder.name} is a whole model: it is no LoRA fine-tune, leave --base out"
+            )
+        return
+    kind, example = part
+    if base is None:
+        named = lora.base_of(folder)
+        hint = f" ({lora.CONFIG_FILE} names {named!r})" if named else f", such as {example}"
+        raise ValueError(f"{folder.name} is a {kind}: say with --base what it was trained on{hint}")
+    below = Source(base)
+    if lora.is_lora(below):
+        raise ValueError(
+            f"--base {base} is a LoRA fine-tune itself: convert that one first, or give the whole "
+            "model it was trained on"
+        )
+    if _is_hugging_face(_config_of(below)):
+        raise ValueError(
+            f"--base {base} is in the Hugging Face layout, {folder.name} in the original one: give "
+            f"the base in the original layout, such as {example}; an adapter trained on the "
+            "Hugging Face model needs no conversion, give it as peft="
+        )
+
+
+def _part_of(folder: Source) -> tuple[str, str] | None:
+    """(what a folder is, a base for it); None where it is no part of a model."""
+    if lora.is_lora(folder):
+        return f"LoRA fine-tune ({lora.CONFIG_FILE} is there)", "liuhaotian/llava-v1.5-7b"
+    if folder.find(PROJECTOR) and not any(map(folder.find, (*INDEXES, *SINGLE_FILES))):
+        return f"projector alone ({PROJECTOR}), as pretraining leaves it", "lmsys/vicuna-7b-v1.5"
+    return None
+
+
+def _config_of(source: Source) -> dict[str, Any]:
+    """config.json, empty where there is none."""
+    path = source.find(CONFIG_FILE)
+    return read_object(path) if path is not None else {}
+
+
+def _is_hugging_face(config: Mapping[str, Any]) -> bool:
+    return "vision_config" in config or "text_config" in config
+
+
+def read_config(folder: Source, base: str | None = None) -> dict[str, Any]:
+    """config.json of an original-layout LLaVA-1.5, or its base's where a part brings none.
+
+    Raises ValueError that says what else it is.
+    """
+    if base is not None and folder.find(CONFIG_FILE) is None:
+        folder = Source(base)
     config = folder.config("a LLaVA in the original layout")
+    check_not_llava16(config, folder.name)
+    if _is_hugging_face(config) and config.get("model_type") not in LLAVA_TYPES:
+        check_is_llava15(config, folder.name)
     if "mm_vision_tower" not in config or config.get("model_type") not in LLAVA_TYPES:
         there = (
-            "is already in the Hugging Face layout"
-            if "vision_config" in config
+            "is already in the Hugging Face layout: use it as it is"
+            if _is_hugging_face(config)
             else (
-                f"is no LLaVA in the original layout but {config.get('model_type')!r}, without "
-                "mm_vision_tower in its config.json"
+                f"is no LLaVA in the original layout but {config.get('model_type')!r}"
+                + ("" if "mm_vision_tower" in config else ", without mm_vision_tower")
+                + " in its config.json; give a LLaVA-1.5 such as liuhaotian/llava-v1.5-7b"
             )
         )
         raise ValueError(f"{folder.name} {there}")
@@ -145,6 +219,9 @@ def read_config(folder: Source) -> dict[str, Any]:
         count = config.get(key, 0)
         if type(count) is not int or not 0 <= count <= MAX_LAYERS:
             raise ValueError(f"{folder.name}: {key} must be up to {MAX_LAYERS}, got {count!r:.80}")
+    # LLaVA's own code pads only where it is told to.
+    config[ASPECT_RATIO] = config.get(ASPECT_RATIO) or "square"
+    noted_padding(config, folder.name)
     return config
 
 
@@ -158,23 +235,24 @@ def _model_config(own: Mapping[str, Any], vision: Any) -> LlavaConfig:
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         # Until the vocabulary has one: behind its end, where no text has a token.
         image_token_index=text["vocab_size"],
+        # Under the original's name, so that `Llava` shows images as they were shown in training.
+        **{ASPECT_RATIO: own[ASPECT_RATIO]},
     )
 
 
-def _tensors(folder: Source, base: str | None, names: Names) -> dict[str, Tensor]:
-    """The checkpoint's tensors under its own names, a LoRA fine-tune's merged into its base's."""
-    tuned = lora.is_lora(folder)
-    if tuned and base is None:
-        raise ValueError(
-            f"{folder.name} is a LoRA fine-tune ({lora.CONFIG_FILE} is there): say with --base "
-            "what it was trained on, such as liuhaotian/llava-v1.5-7b"
-        )
-    if base is not None and not tuned:
-        raise ValueError(
-            f"{folder.name} holds no {lora.CONFIG_FILE}: it is no LoRA fine-tune, leave --base out"
-        )
+def _tensors(folder: Source, base: str | None, names: Names, tower: str) -> dict[str, Tensor]:
+    """The model's tensors under the checkpoint's names: a part's merged into its base's, and the
+    CLIP's own where no vision tower is among them."""
     weights = Weights(Source(base) if base is not None else folder)
     tensors = weights.load(rename(weights.names, names, weights.source.name))
+    tuned = base is not None and lora.is_lora(folder)
+    if tuned:
+        tensors |= lora.trained_whole(folder)
+    elif base is not None:
+        tensors |= read_all(folder.fetch(PROJECTOR))
+    if not any(name.startswith(TOWER_PREFIX) for name in tensors):
+        # Before the merge, which may change them.
+        tensors |= _tower_tensors(tower)
     return lora.merge(tensors, folder) if tuned else tensors
 
 

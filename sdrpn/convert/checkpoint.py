@@ -38,6 +38,8 @@ class Source:
         self.name, self.download = name, download
         self.folder = Path(name) if Path(name).is_dir() else None
         self._unreachable = False
+        if Path(name).is_file():
+            raise FileNotFoundError(f"{name} is a file; give the folder that it is in")
         if self.folder is None and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
             raise FileNotFoundError(f"there is no folder {name}")
 

@@ -26,18 +26,36 @@ def is_lora(source: Source) -> bool:
     return source.find(CONFIG_FILE) is not None
 
 
-def merge(tensors: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
-    """The base's tensors with the fine-tune's changes, under the base's names.
+def base_of(source: Source) -> str | None:
+    """The base that a fine-tune's adapter_config.json names; None where it names none."""
+    path = source.find(CONFIG_FILE)
+    named = read_object(path).get("base_model_name_or_path") if path is not None else None
+    return named if isinstance(named, str) and named else None
 
+
+def trained_whole(source: Source) -> dict[str, Tensor]:
+    """What a fine-tune trained as it is, such as the projector, under the base's names."""
+    path = source.find(TRAINED_WHOLE)
+    return {_plain(n): t for n, t in read_all(path).items()} if path else {}
+
+
+def merge(tensors: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
+    """The tensors with the fine-tune's low-rank changes, under the base's names.
+
+    tensors: the base's, with what was `trained_whole` in their place.
     Raises ValueError that names a setting or tensor that is unknown, unpaired or does not fit.
     """
     scale = _scale(read_object(source.fetch(CONFIG_FILE, "a LoRA fine-tune")), source)
-    whole = source.find(TRAINED_WHOLE)
-    merged = tensors | ({_plain(n): t for n, t in read_all(whole).items()} if whole else {})
+    merged = dict(tensors)
     weights = Weights(source, ADAPTER_FILES)
     changes = weights.load(weights.names)
     for stem in sorted({name.rpartition(".lora_")[0] for name in changes if ".lora_" in name}):
         target = f"{_plain(stem)}.weight"
+        if "language_model." in target or "multi_modal_projector." in target:
+            raise ValueError(
+                f"{source.name} is an adapter of a model in the Hugging Face layout (it changes "
+                f"{target}) and needs no conversion: give it as peft="
+            )
         if target not in merged:
             raise ValueError(f"{source.name} changes {target}, which its base does not have")
         a, b = (changes.pop(f"{stem}.lora_{x}.weight", None) for x in "AB")

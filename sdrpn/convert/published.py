@@ -13,7 +13,13 @@ from typing import Any
 
 from torch import Size, Tensor
 
-from sdrpn.config import RPNConfig, ZoomConfig, published_labels
+from sdrpn.config import (
+    ASPECT_RATIO,
+    NOTED_PADDINGS,
+    RPNConfig,
+    ZoomConfig,
+    published_labels,
+)
 from sdrpn.convert.checkpoint import CONFIG_FILE, Source, Weights
 from sdrpn.convert.weight_maps import rename, require, rpn_names
 from sdrpn.files import read_object
@@ -77,6 +83,7 @@ def read_config(values: Mapping[str, Any], source: Source) -> RPNConfig:
         base_model=base,
         zoom=ZoomConfig(threshold=0.15, policy="mask"),
         labels=published_labels(layers, hidden),
+        padding=NOTED_PADDINGS.get(str(values.get(ASPECT_RATIO)), ""),
     )
 
 

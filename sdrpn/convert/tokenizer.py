@@ -6,6 +6,7 @@ begins with a space of its own. transformers calls this `legacy`, and it is aske
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AddedToken, AutoTokenizer, LlamaConfig, LlamaTokenizer
 from sdrpn.convert.checkpoint import Source
 from sdrpn.files import read_object
 from sdrpn.llava import IMAGE_TOKEN
+from sdrpn.prompt import SPACE, encode_as_sentencepiece
 from sdrpn.weights import broken_files_named
 
 PAD_TOKEN = "<pad>"
@@ -28,8 +30,10 @@ def read_tokenizer(folder: Source, base: str | None = None) -> Any:
     found = _find(folder) or (_find(Source(base)) if base is not None else None)
     if found is None:
         raise FileNotFoundError(
-            f"{folder.name} holds no tokenizer: put {' or '.join(FILES)}, with its "
-            "tokenizer_config.json, there; LLaVA-1.5's is Vicuna's"
+            f"{folder.name} holds no tokenizer"
+            + ("" if base is None else f", and neither does --base {base}")
+            + f": put {' or '.join(FILES)}, with its tokenizer_config.json, there; LLaVA-1.5's is "
+            "Vicuna's"
         )
     source, path = found
     if path.suffix == ".model":
@@ -41,6 +45,7 @@ def read_tokenizer(folder: Source, base: str | None = None) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(
                 path.parent, config=LlamaConfig(), legacy=True, trust_remote_code=False
             )
+    encode_as_sentencepiece(tokenizer)
     if isinstance(tokenizer, LlamaTokenizer):
         # Saved with it: transformers keeps only what from_pretrained was given.
         tokenizer.init_kwargs["legacy"] = True
@@ -56,7 +61,10 @@ def _find(source: Source) -> tuple[Source, Path] | None:
 
 
 def _from_sentencepiece(path: Path, source: Source) -> Any:
-    """LLaMA's tokenizer from its first format, which transformers reads through protobuf only."""
+    """LLaMA's tokenizer from its first format, which transformers reads through protobuf only.
+
+    Raises ValueError where the result would not encode text as sentencepiece itself does.
+    """
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
@@ -66,42 +74,139 @@ def _from_sentencepiece(path: Path, source: Source) -> Any:
         model.Load(str(path))
     except (OSError, RuntimeError):
         raise ValueError(f"{path} cannot be read as a sentencepiece model") from None
-    pieces = [model.IdToPiece(i) for i in range(model.GetPieceSize())]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    plain = [p for i, p in enumerate(pieces) if not (model.IsControl(i) or model.IsByte(i))]
+    count = model.GetPieceSize()
+    vocabulary = {model.IdToPiece(i): i for i in range(count)}
     settings = _object(source, "tokenizer_config.json")
     length = settings.get("model_max_length")
     limit: dict[str, Any] = {"model_max_length": length} if isinstance(length, int) else {}
     tokenizer = LlamaTokenizer(
-        vocab=vocabulary,
-        merges=_merges(plain, vocabulary),
-        legacy=True,
-        add_bos_token=True,
-        **limit,
+        vocab=vocabulary, merges=_merges(model), legacy=True, add_bos_token=True, **limit
     )
-    tokenizer.add_tokens(_added(source, settings, len(vocabulary)))
+    encode_as_sentencepiece(tokenizer)
+    _check_same(tokenizer, model, path)
+    _add_tokens(tokenizer, source, settings, count)
     return tokenizer
 
 
-def _merges(pieces: list[str], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two, the most frequent pieces first."""
+def _merges(model: Any) -> list[tuple[str, str]]:
+    """Every way to put a piece together from two, in the order in which sentencepiece merges.
+
+    That is by score, the highest first, which need not be the order of the ids.
+    """
+    ids = range(model.GetPieceSize())
+    plain = [i for i in ids if not (model.IsControl(i) or model.IsByte(i) or model.IsUnknown(i))]
+    scores = {model.IdToPiece(i): model.GetScore(i) for i in plain}
     merges = []
-    for piece in pieces:
-        cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-        known = [(a, b) for a, b in cuts if a in vocabulary and b in vocabulary]
-        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    for i in sorted(plain, key=lambda i: (-model.GetScore(i), i)):
+        piece = model.IdToPiece(i)
+        cuts = ((piece[:k], piece[k:]) for k in range(1, len(piece)))
+        known = [(a, b) for a, b in cuts if a in scores and b in scores]
+        # Of one piece's two ways sentencepiece takes the leftmost in the text: the longer left.
+        merges += sorted(known, key=lambda pair: -len(pair[0]))
     return merges
 
 
-def _added(source: Source, settings: dict[str, Any], size: int) -> list[AddedToken]:
-    """Tokens that a fine-tune added behind the vocabulary, in the order of their numbers."""
-    tokens = {
-        number: (text, False) for text, number in _object(source, "added_tokens.json").items()
-    }
-    for number, token in (settings.get("added_tokens_decoder") or {}).items():
-        tokens[int(number)] = token["content"], bool(token.get("special"))
-    later = sorted((number, *token) for number, token in tokens.items() if number >= size)
-    return [AddedToken(text, special=special, normalized=False) for _, text, special in later]
+PROBES = (
+    "A chat between a curious user and an artificial intelligence assistant. USER: ",
+    "\nWhat is the total of 12.50 and 3,749? ASSISTANT:",
+    "",
+    " ",
+    " a",
+    "a ",
+    "a" * 20,
+    "▁a",
+    "\t\r\n\n  x",
+    "na\u00efve e\u0301 \ufb01 \u2168 \uff21\uff11 \u00bd \u00a0 \u3000.",
+    "\u732b\u306f\U0001f9d1\u200d\U0001f680\U0001f389 \u0627\u0644 \u0e17\u0e35\u0e48",
+    *(f"a{' ' * count}b\n{' ' * count}{count}" for count in range(1, 34)),
+    *(f"{'=' * count}{'-' * count}{'0' * count}{'.' * count}" for count in range(1, 18)),
+)
+"""Texts that a converted tokenizer must encode as sentencepiece does."""
+
+
+def _check_same(tokenizer: Any, model: Any, path: Path) -> None:
+    words = (_text_of(model, i) for i in range(model.GetPieceSize()) if _may_be_fixed(model, i))
+    # A user-defined piece never merges with what stands beside it.
+    defined = (f"{side}{word}{side}" for word in words for side in string.printable)
+    for text in (*PROBES, *defined):
+        found = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        expected = model.Encode(text)
+        if found != expected:
+            raise ValueError(
+                f"{path} is not a tokenizer of LLaMA's kind (byte-pair encoding without "
+                f"normalisation): sentencepiece encodes {text!r:.60} as {expected[:20]}, the "
+                f"converted tokenizer as {found[:20]}; give LLaVA-1.5's own, which is Vicuna's"
+            )
+
+
+def _may_be_fixed(model: Any, number: int) -> bool:
+    """Whether a piece may be user-defined: those have score 0, as few others have."""
+    special = model.IsControl(number) or model.IsUnknown(number) or model.IsByte(number)
+    return not special and model.GetScore(number) == 0
+
+
+def _text_of(model: Any, number: int) -> str:
+    return model.IdToPiece(number).replace(SPACE, " ")
+
+
+def _add_tokens(tokenizer: Any, source: Source, settings: dict[str, Any], size: int) -> None:
+    """Add the words that a fine-tune added behind the vocabulary of `size` pieces.
+
+    Raises ValueError for one whose id is not the next, which would shift all behind it.
+    """
+    for number, token in enumerate(_added(source, settings, size), start=size):
+        tokenizer.add_tokens(token[1])
+        if token[0] != number or tokenizer.convert_tokens_to_ids(token[1].content) != number:
+            raise ValueError(
+                f"{source.name}: added token {token[1].content!r} has the id {token[0]}, but the "
+                f"next free id is {number}; check added_tokens.json and tokenizer_config.json"
+            )
+
+
+def _added(source: Source, settings: dict[str, Any], size: int) -> list[tuple[int, AddedToken]]:
+    """(id, token) of what a fine-tune added, in the order of the ids.
+
+    As transformers read them at the time: a plain word in added_tokens.json loses the spaces
+    around it, other ones are told by their own `lstrip` and `rstrip`.
+    """
+    tokens: dict[int, AddedToken] = {}
+    told = _told_apart(source)
+    for text, number in _object(source, "added_tokens.json").items():
+        if type(number) is not int:
+            raise ValueError(f"{source.name}: added_tokens.json has no id for {text!r}")
+        tokens[number] = _token({"lstrip": True, "rstrip": True} | told.get(text, {}), text)
+    decoder = settings.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ValueError(
+            f"{source.name}: added_tokens_decoder in tokenizer_config.json must be an object, got "
+            f"a {type(decoder).__name__}"
+        )
+    for number, token in decoder.items():
+        if not number.isdecimal() or not _is_token(token):
+            raise ValueError(
+                f"{source.name}: added_tokens_decoder in tokenizer_config.json has an entry "
+                f"{number!r} without a content"
+            )
+        tokens[int(number)] = _token(token, token["content"], bool(token.get("special")))
+    return sorted((pair for pair in tokens.items() if pair[0] >= size), key=lambda pair: pair[0])
+
+
+def _token(flags: dict[str, Any], text: str, special: bool = False) -> AddedToken:
+    known = {name: bool(flags.get(name)) for name in ("lstrip", "rstrip", "single_word")}
+    return AddedToken(text, special=special, normalized=False, **known)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str)
+
+
+def _told_apart(source: Source) -> dict[str, dict[str, Any]]:
+    """Tokens whose spaces special_tokens_map.json says something about, by their text."""
+    entries: list[Any] = []
+    for value in _object(source, "special_tokens_map.json").values():
+        entries += value if isinstance(value, list) else [value]
+    found = [one for one in entries if _is_token(one)]
+    return {one["content"]: {"lstrip": False, "rstrip": False} | one for one in found}
 
 
 def _object(source: Source, file: str) -> dict[str, Any]:
