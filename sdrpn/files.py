@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,12 +24,18 @@ MB for each thousand tensors."""
 def whole(path: Path) -> Iterator[Path]:
     """A name to write a file under; it becomes `path` once it is whole, and goes where it fails.
 
-    A process that is killed leaves the part, for `remove_parts`. Raises OSError that names `path`
-    where the disk is full, or whatever else keeps it from being written.
+    The file has the mode that the umask allows. A process that is killed leaves the part, for
+    `remove_parts`. Raises OSError that names `path` where the disk is full, or whatever else keeps
+    it from being written.
     """
     part = path.with_name(f"{path.name}.part{os.getpid()}-{threading.get_ident()}")
     try:
+        # safetensors gives its files 0600; of one made here the system says what they should have.
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)
         yield part
+        if stat.S_IMODE(part.stat().st_mode) != mode:
+            part.chmod(mode)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:  # safetensors' own, for a full disk too
         raise OSError(f"{path} cannot be written: {error}") from error

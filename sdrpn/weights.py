@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdrpn.convert.checkpoint import reason, tensor_names
+from sdrpn import hub
+from sdrpn.convert.checkpoint import INDEXES, reason, tensor_names
+from sdrpn.files import read_object
 
 MAX_LAYERS = 1000
 """More layers than any model of this kind has; a config.json that asks for more is refused before
@@ -90,19 +92,43 @@ def check_size(parameters: int, model: str) -> None:
 
 
 @contextmanager
-def broken_files_named(model: str) -> Iterator[None]:
+def broken_files_named(model: str, revision: str | None = None) -> Iterator[None]:
     """Turn what loading raises for files that make no sense into ValueError, named where possible.
 
     OSError, which transformers raises where something is not there, passes, and so does what no
-    file is to blame for.
+    file is to blame for. An error of the connection to the Hub becomes an OSError.
     """
     try:
         yield
-    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers raises many kinds
-        told = _broken_weights(Path(model)) or f"{type(error).__name__}: {reason(error)}"
+        folder = hub.local_folder(model, revision)
+        if isinstance(error, OSError):
+            # transformers says of a damaged file of the cache that it is not there.
+            if folder is None or hub.explain(error, model) or not (told := _broken_file(folder)):
+                raise
+        elif told := hub.explain(error, model, revision=revision):
+            raise OSError(told) from error
+        else:
+            told = (folder and _broken_file(folder)) or f"{type(error).__name__}: {reason(error)}"
         raise ValueError(f"cannot load {model!r}: {told}") from error
+
+
+def _broken_file(folder: Path) -> str | None:
+    """What is wrong with the first file that cannot be read, weights first; None where all can."""
+    if told := _broken_weights(folder):
+        return told
+    for path in sorted(folder.glob("*.json")):
+        try:
+            values = read_object(path, f"; {hub.remedy(path)}")
+        except (OSError, ValueError) as error:
+            return str(error)
+        named = values.get("weight_map") if path.name in INDEXES else None
+        for file in sorted(set(named.values())) if isinstance(named, dict) else ():
+            if not (folder / str(file)).is_file():
+                return f"{path} names {file}, which is not there: copy or download it again"
+    return None
 
 
 def _broken_weights(folder: Path) -> str | None:

@@ -14,6 +14,7 @@ from sdrpn.cli.shared import (
     PolicyOption,
     ProposerOption,
     RpnOption,
+    RpnRevisionOption,
     ThresholdOption,
     check_images,
     errors_as_sentences,
@@ -40,6 +41,7 @@ def answer(
     ],
     model: ModelOption = names.LLAVA_7B,
     rpn: RpnOption = None,
+    rpn_revision: RpnRevisionOption = None,
     proposer: ProposerOption = "rpn",
     threshold: ThresholdOption = None,
     policy: PolicyOption = None,
@@ -73,7 +75,7 @@ def answer(
 
         check_options(batch_size, max_new_tokens, on_error)
         file = AnswerFile(out)
-        zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype)
+        zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype, rpn_revision)
     with errors_as_sentences():
         from sdrpn.answering import AnswerJob
 

@@ -25,6 +25,9 @@ ModelOption = Annotated[str, typer.Option(help=MODEL_HELP)]
 RpnOption = Annotated[
     str | None, typer.Option(help="RPN: a folder or a hub id; `tiny` brings its own.")
 ]
+RpnRevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of the RPN's hub id.")
+]
 ProposerOption = Annotated[str, typer.Option(help=f"One of {', '.join(PROPOSERS)}.")]
 ThresholdOption = Annotated[
     float | None, typer.Option(help="On the map, in (0, 1); default: the RPN's own.")
@@ -65,6 +68,7 @@ def load_zoom(
     threshold: float | None,
     policy: str | None,
     dtype: str,
+    rpn_revision: str | None = None,
 ) -> ZoomLlava:
     """The engine that the options of these names ask for."""
     given = {"threshold": threshold, "policy": policy}
@@ -76,7 +80,9 @@ def load_zoom(
     if proposer == "rpn":
         rpn = rpn or names.PUBLISHED_RPN.get(model)
     folder, network = names.resolve(model, rpn)
-    zoom = ZoomLlava.from_pretrained(folder, network, proposer=proposer, dtype=dtype)
+    zoom = ZoomLlava.from_pretrained(
+        folder, network, proposer=proposer, dtype=dtype, rpn_revision=rpn_revision
+    )
     zoom.zoom = replace(zoom.zoom, **chosen)
     zoom.llava.name = model
     return zoom
