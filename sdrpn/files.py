@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
+from sdrpn.plurals import counted
+
 T = TypeVar("T")
 MAX_SETTINGS = 64 << 20
 """Bytes of the largest settings file that is read; a checkpoint's index has about a tenth of one
@@ -82,7 +84,9 @@ def read_bounded(path: Path, mend: str = "") -> bytes:
     """A settings file's content. Raises ValueError where it is larger than any is."""
     size = path.stat().st_size
     if size > MAX_SETTINGS:
-        raise ValueError(f"{path} has {size:,} bytes, more than any settings file{mend}")
+        raise ValueError(
+            f"{path} has {counted(size, 'byte', commas=True)}, more than any settings file{mend}"
+        )
     return path.read_bytes()
 
 

@@ -192,7 +192,11 @@ def _of_file(error: BaseException) -> str | None:
         return None
     cut = re.search(r"should be of size (\d+) but has size (\d+)", str(error))
     if cut:
-        return f"the download was cut off at {int(cut[2]):,} of {int(cut[1]):,} bytes; run again"
+        return (
+            f"the download was cut off at {int(cut[2]):,} of "
+            f"{counted(int(cut[1]), 'byte', commas=True)}; "
+            "run again"
+        )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left for the cache {constants.HF_HUB_CACHE}; make room, or set HF_HOME"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:

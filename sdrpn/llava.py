@@ -31,6 +31,7 @@ from sdrpn.config import VICUNA_SYSTEM_PROMPT
 from sdrpn.convert.checkpoint import CONFIG_FILE, Source, reason
 from sdrpn.images import as_shown, bounded
 from sdrpn.layers import Span, cache_argument, positions_of
+from sdrpn.plurals import counted
 from sdrpn.prompt import PlainText
 from sdrpn.region import PixelBox, View, crop
 from sdrpn.weights import broken_files_named, check_complete, check_finite, check_layers, check_size
@@ -116,7 +117,8 @@ def _first_layers(
     text: Any = shape.text_config
     if num_layers > text.num_hidden_layers:
         raise ValueError(
-            f"{name} has {text.num_hidden_layers} decoder layers, {num_layers} are needed"
+            f"{name} has {counted(text.num_hidden_layers, 'decoder layer')}, {num_layers} are "
+            "needed"
         )
     text.num_hidden_layers = num_layers
     # The layers left out would be listed as unexpected, one warning of many lines.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 
-def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """A count with its noun; `plural` defaults to the noun with an s."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+def counted(number: int, noun: str, *, commas: bool = False) -> str:
+    """A count with its noun, to which an s makes the plural; commas: between thousands."""
+    figure = f"{number:,}" if commas else str(number)
+    return f"{figure} {noun}{'' if number == 1 else 's'}"

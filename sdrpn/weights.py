@@ -13,6 +13,7 @@ from torch import Tensor
 from sdrpn import hub
 from sdrpn.convert.checkpoint import INDEXES, reason, tensor_names
 from sdrpn.files import read_object
+from sdrpn.plurals import counted
 
 MAX_LAYERS = 1000
 """More layers than any model of this kind has; a config.json that asks for more is refused before
@@ -55,7 +56,7 @@ def check_complete(found: Mapping[str, Any], where: str) -> None:
         )
     missing = sorted(found["missing_keys"])
     if missing:
-        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        more = f" and {counted(len(missing) - 1, 'more tensor')}" if len(missing) > 1 else ""
         raise ValueError(f"{where} lacks {missing[0]}{more}: a file is missing or incomplete")
 
 
@@ -85,8 +86,12 @@ def check_size(parameters: int, model: str) -> None:
     if files and parameters > PARAMETERS_A_BYTE * held:
         raise ValueError(
             _broken_weights(Path(model))
-            or f"{model}: its config.json describes {parameters:,} parameters, more than its "
-            f"weights files of {held:,} bytes can hold: a file is missing, or config.json is "
+            or f"{model}: its config.json describes "
+            f"{counted(parameters, 'parameter', commas=True)}, more "
+            "than its "
+            f"weights files of {counted(held, 'byte', commas=True)} can hold: a file is missing, "
+            "or "
+            "config.json is "
             "another's"
         )
 

@@ -27,6 +27,7 @@ from sdrpn.convert.checkpoint import CONFIG_FILE, Source
 from sdrpn.crops import crop_tokens
 from sdrpn.images import as_shown
 from sdrpn.llava import Llava, check_reachable
+from sdrpn.plurals import counted
 from sdrpn.prefix import Prefix, PrefixCache, free_memory, image_key, read
 from sdrpn.proposers import BY_NAME, Look, Models, Proposal
 from sdrpn.region import PixelBox, Region, given
@@ -372,7 +373,8 @@ class ZoomLlava:
         limit = self.llava.context_length
         if tokens + 1 > limit:
             raise ValueError(
-                f"the prompt has {tokens} tokens, {tokens + 1 - limit} too many for a context of "
+                f"the prompt has {counted(tokens, 'token')}, {tokens + 1 - limit} too many for a "
+                "context of "
                 f"{limit} with one token to answer: shorten the question"
             )
         return limit - tokens - 1

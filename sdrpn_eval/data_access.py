@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
+from datasets import config as datasets_config
 from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import HfApi, constants, get_token
 from lmms_eval.utils import load_yaml_config
@@ -95,7 +95,7 @@ def _check_reachable(repo: str, task: str, token: bool | str | None) -> None:
 
 def _cached(repo: str) -> list[Path]:
     """Where `datasets` keeps what it prepared of a data set, by its own name or its older one."""
-    named = os.environ.get("LMMS_EVAL_DATASETS_CACHE") or datasets.config.HF_DATASETS_CACHE
+    named = os.environ.get("LMMS_EVAL_DATASETS_CACHE") or datasets_config.HF_DATASETS_CACHE
     owner, name = repo.split("/")
     root = Path(named).expanduser()
     return [root / f"{owner}___{one}" for one in (camelcase_to_snakecase(name), name)]

@@ -22,6 +22,7 @@ from sdrpn.cli.shared import (
     say,
     weights_hint,
 )
+from sdrpn.plurals import counted
 
 SOME_FAILED = 1
 """Exit code where --on-error empty passed over questions."""
@@ -91,7 +92,10 @@ def answer(
         lines = job.run().values()
     failed = [line for line in lines if "error" in line]
     zoomed = sum(bool(line.get("regions")) for line in lines)
-    say(f"{len(lines) - len(failed)} of {len(lines)} questions answered, {zoomed} with a zoom")
+    say(
+        f"{len(lines) - len(failed)} of {counted(len(lines), 'question')} answered, {zoomed} "
+        "with a zoom"
+    )
     say(f"answers: {out}")
     if failed:
         say(f"{len(failed)} could not be answered, such as {failed[0]['id']!r}:")

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from sdrpn import names
 from sdrpn.config import POLICIES, PROPOSERS, ZoomConfig
+from sdrpn.plurals import counted
 
 if TYPE_CHECKING:
     from sdrpn.zoom import ZoomLlava
@@ -96,7 +97,7 @@ def check_images(images: Path | None) -> None:
 
 def say_kept(found: Mapping[str, Any]) -> None:
     """Print how many questions gave labels, and why the others did not: a folder's summary."""
-    say(f"{found['kept']} of {found['questions']} questions gave labels")
+    say(f"{found['kept']} of {counted(found['questions'], 'question')} gave labels")
     for reason, count in found["ignored"].items():
         say(f"  ignored, {reason}: {count}")
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sdrpn.plurals import counted
 from sdrpn_eval.report.boxes import HOLDS, Looking
 from sdrpn_eval.report.results import Comparison, Difference, MetricRow, RunScore
 
@@ -63,7 +64,7 @@ def _verdict(row: MetricRow, score: RunScore, difference: Difference) -> str:
     facts = (
         f"{row.metric} {_plain(row, first.mean)} to {_plain(row, score.mean)}, "
         f"{_difference(row, difference)}, p = {difference.decisive_p:.2g}{adjusted}; "
-        f"{difference.wins} won, {difference.losses} lost of {row.questions} questions"
+        f"{difference.wins} won, {difference.losses} lost of {counted(row.questions, 'question')}"
     )
     if difference.verdict == "same":
         return f"no difference shown between {score.run} and {first.run} ({facts})"
@@ -76,7 +77,8 @@ def cautions(comparison: Comparison) -> list[str]:
     for task in comparison.tasks:
         if task.questions < task.original:
             found.append(
-                f"{task.task}: {task.questions} of {task.original} documents, not to be held "
+                f"{task.task}: {task.questions} of {counted(task.original, 'document')}, not to "
+                "be held "
                 "against published numbers"
             )
         if task.clusters == "single documents":
@@ -85,7 +87,9 @@ def cautions(comparison: Comparison) -> list[str]:
                 "and intervals may be too narrow"
             )
     few = {r.task: r.images for r in comparison.rows if r.main and r.images < FEW}
-    found += [f"{task}: {n} images, too few for these intervals" for task, n in few.items()]
+    found += [
+        f"{task}: {counted(n, 'image')}, too few for these intervals" for task, n in few.items()
+    ]
     return [*found, *comparison.notes]
 
 
