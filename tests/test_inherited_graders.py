@@ -1,4 +1,4 @@
-"""Traps of lmms-eval's graders, as docs/reproduce.md tells them; a grader that changes shows here."""
+"""Traps of lmms-eval's graders, as docs/reproduce.md tells them: a changed grader shows here."""
 
 from __future__ import annotations
 
