@@ -341,9 +341,9 @@ def test_code_in_a_bin_is_not_run(folder: Path, tmp_path: Path, zipped: bool) ->
         RPN.from_pretrained(str(folder))
     assert "weights_only" not in str(error.value), "torch's advice is to switch that off"
     assert str(error.value).endswith(
-        "is not a file of tensors: it holds a Python object (posix.mkdir), and code in a checkpoint "
-        "is never run; get a .safetensors copy, or download the file again if it should hold "
-        "tensors only"
+        "is not a file of tensors: it holds a Python object (posix.mkdir), and code in a "
+        "checkpoint is never run; get a .safetensors copy, or download the file again if it "
+        "should hold tensors only"
     )
     assert not (tmp_path / "run").exists()
     torch.load(path, weights_only=False)
