@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
+from sdrpn import hub
 from sdrpn.convert.checkpoint import reason
 
 KEPT_WHOLE = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
@@ -47,8 +48,9 @@ def with_adapter(model: Any, adapter: str, *, merge: bool = True) -> Any:
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
             adapted: Any = PeftModel.from_pretrained(model, adapter, torch_device=str(model.device))
     except Exception as error:  # PEFT raises many kinds for files that make no sense
+        told = hub.explain(error, adapter) or reason(error)[:300]
         raise ValueError(
-            f"peft={adapter} cannot be put on the base model: {reason(error)[:300]}"
+            f"peft={adapter} cannot be put on the base model: {told}"
             "\nAdapters trained in the original LLaVA code: `sdrpn convert base FOLDER --base BASE "
             "--out NEW`, then pretrained=NEW."
         ) from error

@@ -6,6 +6,7 @@ import codecs
 import json
 import math
 import os
+import stat
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
+
+from sdrpn.plurals import counted
 
 T = TypeVar("T")
 MAX_SETTINGS = 64 << 20
@@ -25,12 +28,18 @@ MB for each thousand tensors."""
 def whole(path: Path) -> Iterator[Path]:
     """A name to write a file under; it becomes `path` once it is whole, and goes where it fails.
 
-    A process that is killed leaves the part, for `remove_parts`. Raises OSError that names `path`
-    where the disk is full, or whatever else keeps it from being written.
+    The file has the mode that the umask allows. A process that is killed leaves the part, for
+    `remove_parts`. Raises OSError that names `path` where the disk is full, or whatever else keeps
+    it from being written.
     """
     part = path.with_name(f"{path.name}.part{os.getpid()}-{threading.get_ident()}")
     try:
+        # safetensors gives its files 0600; of one made here the system says what they should have.
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)
         yield part
+        if stat.S_IMODE(part.stat().st_mode) != mode:
+            part.chmod(mode)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:  # safetensors' own, for a full disk too
         raise OSError(f"{path} cannot be written: {error}") from error
@@ -101,7 +110,9 @@ def read_bounded(path: Path, mend: str = "") -> bytes:
     """
     size = path.stat().st_size
     if size > MAX_SETTINGS:
-        raise ValueError(f"{path} has {size:,} bytes, more than any settings file{mend}")
+        raise ValueError(
+            f"{path} has {counted(size, 'byte', commas=True)}, more than any settings file{mend}"
+        )
     return path.read_bytes().removeprefix(codecs.BOM_UTF8)
 
 

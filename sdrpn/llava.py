@@ -5,6 +5,7 @@ Shapes: B rows, N new tokens, P cached tokens, C hidden size, T image tokens (57
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -24,21 +25,37 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
+from sdrpn import hub
 from sdrpn.adapters import four_bits, with_adapter
 from sdrpn.config import ASPECT_RATIO, NOTED_PADDINGS, PADDINGS, VICUNA_SYSTEM_PROMPT
-from sdrpn.convert.checkpoint import reason
+from sdrpn.convert.checkpoint import CONFIG_FILE, Source, reason
 from sdrpn.images import as_shown, bounded
 from sdrpn.layers import Span, cache_argument, positions_of
+from sdrpn.plurals import counted
 from sdrpn.prompt import PlainText
 from sdrpn.region import PixelBox, View, crop
 from sdrpn.weights import broken_files_named, check_complete, check_finite, check_layers, check_size
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 IMAGE_TOKEN = "<image>"
+ADAPTER_FILE = "adapter_config.json"
 
 
 class WeightsUnavailable(OSError):
     """The weights of a model could not be found: no such folder, or no hub within reach."""
+
+
+def check_reachable(pretrained: str, revision: str | None = None, peft: str | None = None) -> None:
+    """Fetch the small file of a base model and of its adapter, by which a refusal shows.
+
+    Raises WeightsUnavailable, with the cause and its remedy.
+    """
+    for name, of, file in ((pretrained, revision, CONFIG_FILE), (peft, None, ADAPTER_FILE)):
+        if name and not os.path.isdir(name):
+            try:
+                Source(name, revision=of).fetch(file, "a model or an adapter")
+            except OSError as error:
+                raise WeightsUnavailable(f"cannot load {name!r}: {error}") from error
 
 
 def check_is_llava15(config: dict[str, Any], name: str) -> None:
@@ -113,6 +130,7 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """`auto` is float32 on the CPU and float16, LLaVA-1.5's own, on an accelerator."""
     if isinstance(dtype, torch.dtype):
         return dtype
+    dtype = dtype.removeprefix("torch.")
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.float16
     if dtype not in DTYPES:
@@ -139,7 +157,8 @@ def _first_layers(
     text: Any = shape.text_config
     if num_layers > text.num_hidden_layers:
         raise ValueError(
-            f"{name} has {text.num_hidden_layers} decoder layers, {num_layers} are needed"
+            f"{name} has {counted(text.num_hidden_layers, 'decoder layer')}, {num_layers} are "
+            "needed"
         )
     text.num_hidden_layers = num_layers
     # The layers left out would be listed as unexpected, one warning of many lines.
@@ -217,7 +236,8 @@ class Llava:
         such a model cannot answer. peft: a PEFT adapter to put on it. load_in_4bit: its language
         model, with bitsandbytes. padding: see the class. Raises ValueError when it is another kind
         of model, or has a file that is broken or a tensor that is missing or not finite, naming it;
-        WeightsUnavailable when there is nothing to load.
+        WeightsUnavailable when there is nothing to load, or the Hub does not hand it out, with the
+        cause and its remedy.
         """
         fastest = "cuda" if torch.cuda.is_available() else "cpu"
         target = torch.device(device or fastest)
@@ -225,12 +245,13 @@ class Llava:
             device_map = {"": str(target)}
         else:
             target = torch.device("cpu" if device_map in ("cpu", {"": "cpu"}) else fastest)
-        source: dict[str, Any] = {"revision": revision or "main"}
         weights = pick_dtype(dtype, target)
         check_padding(padding)
         try:
-            with broken_files_named(pretrained):
-                config, _ = PreTrainedConfig.get_config_dict(pretrained, **source)
+            source = Source(pretrained, revision=revision)
+            with broken_files_named(pretrained, revision):
+                folder = source.folder or source.fetch(CONFIG_FILE, "a LLaVA-1.5").parent
+                config, _ = PreTrainedConfig.get_config_dict(folder)
             if not config or not isinstance(config, dict):
                 raise OSError("there is no config.json, or none that holds an object")
             check_is_llava15(config, pretrained)
@@ -238,13 +259,12 @@ class Llava:
             quantized = four_bits(weights) if load_in_4bit else {}
             with (
                 _first_layers(config, pretrained, num_layers) as shape,
-                broken_files_named(pretrained),
+                broken_files_named(pretrained, revision),
             ):
-                processor = AutoProcessor.from_pretrained(
-                    pretrained, trust_remote_code=False, **source
-                )
+                folder = source.fetch_all()
+                processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
                 loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-                    pretrained,
+                    folder,
                     dtype=weights,
                     device_map=device_map,
                     attn_implementation=attn_implementation,
@@ -253,10 +273,11 @@ class Llava:
                     output_loading_info=True,
                     **quantized,
                     **shape,
-                    **source,
                 )
         except OSError as error:
-            raise WeightsUnavailable(f"cannot load {pretrained!r}: {reason(error)}") from error
+            told = str(error) if isinstance(error, hub.HubError) else None
+            told = told or hub.explain(error, pretrained, revision=revision) or reason(error)
+            raise WeightsUnavailable(f"cannot load {pretrained!r}: {told}") from error
         model, found = loaded
         check_complete(found, str(pretrained))
         if peft is not None:

@@ -260,7 +260,8 @@ class RPN(nn.Module, ModelHubMixin):
         """Load an RPN from a folder or hub id: ours, or one published by the paper's authors.
 
         download: hf_hub_download's revision, cache_dir, token, ... Raises FileNotFoundError where
-        something is missing, ValueError where a name, a shape or a setting does not fit.
+        something is missing, OSError where the Hub does not hand it out, with the cause and its
+        remedy, ValueError where a name, a shape or a setting does not fit.
         """
         source = Source(str(pretrained_model_name_or_path), **download)
         values = source.config(WHAT)

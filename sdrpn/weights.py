@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdrpn.convert.checkpoint import reason, tensor_names
-from sdrpn.files import parse_json
+from sdrpn import hub
+from sdrpn.convert.checkpoint import INDEXES, reason, tensor_names
+from sdrpn.files import read_object
+from sdrpn.plurals import counted
 
 MAX_LAYERS = 1000
 """More layers than any model of this kind has; a config.json that asks for more is refused before
@@ -55,7 +57,7 @@ def check_complete(found: Mapping[str, Any], where: str) -> None:
         )
     missing = sorted(found["missing_keys"])
     if missing:
-        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        more = f" and {counted(len(missing) - 1, 'more tensor')}" if len(missing) > 1 else ""
         raise ValueError(f"{where} lacks {missing[0]}{more}: a file is missing or incomplete")
 
 
@@ -85,43 +87,55 @@ def check_size(parameters: int, model: str) -> None:
     if files and parameters > PARAMETERS_A_BYTE * held:
         raise ValueError(
             _broken_weights(Path(model))
-            or f"{model}: its config.json describes {parameters:,} parameters, more than its "
-            f"weights files of {held:,} bytes can hold: a file is missing, or config.json is "
+            or f"{model}: its config.json describes "
+            f"{counted(parameters, 'parameter', commas=True)}, more "
+            "than its "
+            f"weights files of {counted(held, 'byte', commas=True)} can hold: a file is missing, "
+            "or "
+            "config.json is "
             "another's"
         )
 
 
 @contextmanager
-def broken_files_named(model: str) -> Iterator[None]:
+def broken_files_named(model: str, revision: str | None = None) -> Iterator[None]:
     """Turn what loading raises for files that make no sense into ValueError, named where possible.
 
     OSError, which transformers raises where something is not there, passes, and so does what no
-    file is to blame for.
+    file is to blame for. An error of the connection to the Hub becomes an OSError.
     """
     try:
         yield
-    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers raises many kinds
-        folder = Path(model)
-        told = (
-            _broken_weights(folder)
-            or _broken_settings(folder)
-            or f"{type(error).__name__}: {reason(error)}"
-        )
+        folder = hub.local_folder(model, revision)
+        if isinstance(error, OSError):
+            # transformers says of a damaged file of the cache that it is not there.
+            if folder is None or hub.explain(error, model) or not (told := _broken_file(folder)):
+                raise
+        elif told := hub.explain(error, model, revision=revision):
+            raise OSError(told) from error
+        else:
+            told = (folder and _broken_file(folder)) or f"{type(error).__name__}: {reason(error)}"
         raise ValueError(f"cannot load {model!r}: {told}") from error
 
 
-def _broken_settings(folder: Path) -> str | None:
-    """What is wrong with the first JSON file that transformers cannot read; None where all can."""
+def _broken_file(folder: Path) -> str | None:
+    """What is wrong with the first file that cannot be read, weights first; None where all can."""
+    if told := _broken_weights(folder):
+        return told
     for path in sorted(folder.glob("*.json")):
-        content = path.read_bytes()
-        if content.startswith(codecs.BOM_UTF8):
+        if path.read_bytes().startswith(codecs.BOM_UTF8):  # which transformers does not read
             return f"{path} starts with a byte order mark: save it as UTF-8 without one"
         try:
-            parse_json(content)
-        except ValueError as error:
-            return f"{path} is not valid JSON: {error}"
+            values = read_object(path, f"; {hub.remedy(path)}")
+        except (OSError, ValueError) as error:
+            return str(error)
+        named = values.get("weight_map") if path.name in INDEXES else None
+        for file in sorted(set(named.values())) if isinstance(named, dict) else ():
+            if not (folder / str(file)).is_file():
+                return f"{path} names {file}, which is not there: copy or download it again"
     return None
 
 

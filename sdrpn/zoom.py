@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +23,11 @@ from torch import Tensor
 
 from sdrpn.answer import Suffix, generate, generate_plain, losses, losses_plain
 from sdrpn.config import PROPOSERS, LabelConfig, ZoomConfig, published_labels
+from sdrpn.convert.checkpoint import CONFIG_FILE, Source
 from sdrpn.crops import crop_tokens
 from sdrpn.images import as_shown, image_key
-from sdrpn.llava import Llava
+from sdrpn.llava import Llava, check_reachable
+from sdrpn.plurals import counted
 from sdrpn.prefix import Prefix, PrefixCache, free_memory, read
 from sdrpn.proposers import BY_NAME, Look, Models, Proposal
 from sdrpn.region import PixelBox, Region, given
@@ -163,13 +166,19 @@ class ZoomLlava:
         zoom: ZoomConfig | None = None,
         labels: LabelConfig | None = None,
         prefix_cache: int | None = None,
+        rpn_revision: str | None = None,
         **load: Any,
     ) -> Self:
         """Load a LLaVA-1.5 and an RPN from folders or hub ids; `load` goes to `Llava.load`.
 
-        rpn: ours, or a checkpoint published by the paper's authors, as it is.
+        rpn: ours, or a checkpoint published by the paper's authors, as it is. rpn_revision: branch,
+        tag or commit of its Hub id; `revision` is the base model's.
         """
-        network = RPN.from_pretrained(rpn) if rpn else None
+        # The small files first: gigabytes of one are not fetched where another is refused.
+        if rpn and not os.path.isdir(rpn):
+            Source(rpn, revision=rpn_revision).fetch(CONFIG_FILE, "an RPN checkpoint")
+        check_reachable(pretrained, load.get("revision"), load.get("peft"))
+        network = RPN.from_pretrained(rpn, revision=rpn_revision) if rpn else None
         llava = Llava.load(pretrained, **load)
         return cls(
             llava, network, proposer=proposer, zoom=zoom, labels=labels, prefix_cache=prefix_cache
@@ -364,7 +373,8 @@ class ZoomLlava:
         limit = self.llava.context_length
         if tokens + 1 > limit:
             raise ValueError(
-                f"the prompt has {tokens} tokens, {tokens + 1 - limit} too many for a context of "
+                f"the prompt has {counted(tokens, 'token')}, {tokens + 1 - limit} too many for a "
+                "context of "
                 f"{limit} with one token to answer: shorten the question"
             )
         return limit - tokens - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+NONE_IS_A_VALUE = ("proposer", "prefix_cache", "record")
+NONE_IS_A_VALUE += ("token_budget", "skip_above", "max_crop_tokens")
+"""Arguments of which `none` switches something off; of every other it is the default."""
+
+
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("a number")
@@ -58,6 +66,14 @@ def _count(value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError("a whole number of 1 or more, or none")
     return value
+
+
+def _dtype(value: Any) -> str:
+    """A name, torch's own (`torch.float16`) included, or a torch.dtype."""
+    name = str(value).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"one of {', '.join(DTYPES)}")
+    return name
 
 
 def _text(value: Any) -> str:
@@ -128,6 +144,7 @@ ARGUMENTS: Mapping[str, Argument] = {
         _anything,
         "folder or hub id of the RPN, ours or the authors'; default: the base's published one",
     ),
+    "rpn_revision": Argument(None, _text, "branch, tag or commit of the RPN's hub id"),
     "peft": Argument(None, _text, "folder or hub id of a PEFT adapter for the base (needs peft)"),
     "load_in_4bit": Argument(False, _flag, "the base's language model, with bitsandbytes"),
     "proposer": Argument(
@@ -152,10 +169,10 @@ ARGUMENTS: Mapping[str, Argument] = {
         _one_of("pad", "crop"),
         "pad to a square, or crop the centre; default: as config.json notes, else",
     ),
-    "system_prompt": Argument(None, _text, "sentence, or file with it; empty: none"),
+    "system_prompt": Argument(None, _text, "sentence, or file with it; empty: no sentence"),
     "dtype": Argument(
         "auto",
-        _one_of("auto", "float32", "bfloat16", "float16"),
+        _dtype,
         "auto (float32 on the CPU, float16 on a GPU), float32, bfloat16, float16",
     ),
     "attn_implementation": Argument(None, _text, "as in transformers: sdpa, eager, ..."),
@@ -183,22 +200,36 @@ HINTS: Mapping[str, str] = {
 """What users of llava_hf may bring along, and why it is refused."""
 
 
+def stated(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that say something: None, and `none` where it is no value, are left out."""
+
+    def says_nothing(name: str, value: Any) -> bool:
+        named = isinstance(value, str) and value.lower() == "none"
+        return value is None or (named and name in ARGUMENTS and name not in NONE_IS_A_VALUE)
+
+    return {k: v for k, v in arguments.items() if not says_nothing(k, v)}
+
+
 def checked(given: Mapping[str, Any]) -> dict[str, Any]:
     """Every argument with its value: the given one, else the preset's, else the default.
 
-    Raises one ValueError for all that is unknown or ill-typed; it lists what there is.
+    Raises one ValueError for all that is unknown or ill-typed; its last line says what is wrong,
+    below the list of what there is where a name is unknown.
     """
-    wrong = [f"unknown {_hint(name)}" for name in given if name not in ARGUMENTS]
+    given = stated(given)
+    unknown = [name for name in given if name not in ARGUMENTS]
+    wrong = [f"unknown {_hint(name)}" for name in unknown]
     values: dict[str, Any] = {}
     for name, argument in ARGUMENTS.items():
-        if given.get(name) is None:
+        if name not in given:
             continue
         try:
             values[name] = argument.check(given[name])
         except ValueError as needed:
             wrong.append(f"{name} must be {needed}, got {given[name]!r}")
     if wrong:
-        raise ValueError(f"llava_sdrpn: {'; '.join(wrong)}.\nArguments:\n{listing()}")
+        listed = f"Arguments of llava_sdrpn:\n{listing()}\n" if unknown else ""
+        raise ValueError(f"{listed}llava_sdrpn: {'; '.join(wrong)}")
     defaults = {name: argument.default for name, argument in ARGUMENTS.items()}
     return defaults | dict(PRESETS.get(values.get("preset", ""), {})) | values
 
@@ -225,7 +256,10 @@ def refuse_use_cache(use_cache: str | None) -> None:
 
 
 def _hint(name: str) -> str:
-    return f"{name} ({HINTS[name]})" if name in HINTS else name
+    if name in HINTS:
+        return f"{name} ({HINTS[name]})"
+    near = difflib.get_close_matches(name, ARGUMENTS, n=1)
+    return f"{name}, did you mean {near[0]}?" if near else name
 
 
 def listing() -> str:

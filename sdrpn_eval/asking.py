@@ -14,6 +14,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from loguru import logger
 
+from sdrpn.plurals import counted
 from sdrpn.zoom import Question
 from sdrpn_eval.fingerprints import without_addresses
 from sdrpn_eval.kinds import Said
@@ -118,7 +119,8 @@ class Asker:
     def _tell_once(self) -> None:
         if self._too_many:
             logger.warning(
-                f"{self._too_many} questions at a time do not fit the memory: going on with "
+                f"{counted(self._too_many, 'question')} at a time do not fit the memory: going "
+                "on with "
                 f"{self.batch_size}"
             )
         self._too_many = 0
@@ -139,7 +141,8 @@ class Asker:
             if self.on_error == "raise":
                 raise error
             logger.warning(
-                f"a batch of {len(part)} questions failed ({_first_line(error)}), and each of them "
+                f"a batch of {counted(len(part), 'question')} failed ({_first_line(error)}), and "
+                "each of them "
                 "alone did not"
             )
 

@@ -28,11 +28,13 @@ from sdrpn_eval.arguments import (
     checked,
     on_command_line,
     refuse_use_cache,
+    stated,
 )
 from sdrpn_eval.asking import Asker, Outcome, is_out_of_memory
+from sdrpn_eval.data_access import check_data
 from sdrpn_eval.journal import Journal
 from sdrpn_eval.kinds import Kind, Losses, Words, result
-from sdrpn_eval.loading import TINY, load_engine, sources, zoom_settings
+from sdrpn_eval.loading import TINY, load_engine, revisions, sources, zoom_settings
 from sdrpn_eval.plugin import TaskIndex
 from sdrpn_eval.questions import Documents, Request, ahead, batches, parse, question_text
 from sdrpn_eval.ranks import ending_all
@@ -53,34 +55,33 @@ class LlavaSdrpn(lmms):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        given = {name: value for name, value in arguments.items() if value is not None}
-        self.arguments = values = checked(given)
-        if values["system_prompt"]:
-            values["system_prompt"] = self._resolve_system_prompt(values["system_prompt"])
+        self.arguments = given = stated(arguments)
         self.accelerator = Accelerator()
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
-        self._device = self._choose_device()
-        auto = values["max_batch_size"] or AUTO_BATCH_SIZE
-        self.batch_size = auto if values["batch_size"] == "auto" else values["batch_size"]
+        self._device = self.accelerator.device
         self.run_name = self._name_run()
         self._journal: Journal | None = None
-        self._hashes: Future[dict[str, str]] | None = None
         self._zooms: dict[str, ZoomConfig] = {}
         self._announced = False
         with ending_all(self._world_size):
+            # Before anything can fail, so that a gate sees that this run began.
+            self._facts = self._begin_facts()
+            self.arguments = values = checked(given)
+            if values["system_prompt"]:
+                values["system_prompt"] = self._resolve_system_prompt(values["system_prompt"])
+            self._device = self._choose_device()
+            auto = values["max_batch_size"] or AUTO_BATCH_SIZE
+            self.batch_size = auto if values["batch_size"] == "auto" else values["batch_size"]
             refuse_use_cache(on_command_line("--use_cache", sys.argv))
-            folder = self._record_folder([on_command_line("--output_path", sys.argv)])
-            if folder is not None:
-                check_writable(folder)
             self._announce_early()
             self.engine = load_engine(values, given, self._device)
             if isinstance(self.engine, ZoomLlava):
                 # Noted in the record as it is, whoever decided it.
                 values["padding"] = self.engine.llava.padding
             self._zoom_settings = zoom_settings(self.engine, values, given)
-            if folder is not None:
-                self._start_hashing()
+            if self._facts is not None:
+                self._start_hashing(self._facts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LlavaSdrpn:
         """Itself: lmms-eval's tracker copies the model it was given, weights and all, into text."""
@@ -210,6 +211,7 @@ class LlavaSdrpn(lmms):
             scored = tasks_info.scored_parts(names, TaskIndex.latest)
             if scored:
                 self._log_tasks(scored)
+            check_data(scored, TaskIndex.latest)
 
     def _announce(self, requests: Sequence[Request]) -> None:
         """Say once what will be scored, and with which thresholds; open the record."""
@@ -243,20 +245,19 @@ class LlavaSdrpn(lmms):
         def origin(task: str) -> str:
             if self.arguments["threshold"]:
                 return "as given"
-            source = tasks_info.family(task)
-            return f"as published for {source}" if source else "as none is published for it"
+            return tasks_info.threshold_origin(task, self.arguments["proposer"])
 
         said = [f"{task} {self._zoom(task).threshold} ({origin(task)})" for task in tasks]
         logger.info(f"Thresholds: {', '.join(said)}")
 
     def _record_folder(self, outputs: Iterable[str | None]) -> Path | None:
         """`record=`, else `sdrpn_record` in one of lmms-eval's output folders; None for none."""
-        given = self.arguments["record"]
+        given = self.arguments.get("record")
         if given is None:
             return next((Path(path) / "sdrpn_record" for path in outputs if path), None)
         if str(given).lower() not in ("none", "false"):
             return Path(str(given)).expanduser()
-        if self.arguments["on_error"] != "raise":
+        if self.arguments.get("on_error", "raise") != "raise":
             raise ValueError(
                 f"on_error={self.arguments['on_error']} needs a record, which tells what was "
                 "skipped; leave record=none out"
@@ -271,26 +272,35 @@ class LlavaSdrpn(lmms):
         check_writable(folder)
         if self.rank == 0:
             logger.info(f"record of this run ({self.run_name}): {folder}")
+        if self._facts is None or self._facts.folder != folder:  # not on the command line
+            self._facts = self._new_facts(folder)
+            self._start_hashing(self._facts)
         return Journal(
             RecordWriter(folder, self.run_name, self.rank),
-            RunFacts(
-                folder,
-                self.run_name,
-                self.rank,
-                self.world_size,
-                self.arguments,
-                self._start_hashing(),
-                self.device,
-            ),
+            self._facts,
             sources(self.arguments),
             str(self.engine.llava.dtype) if isinstance(self.arguments["pretrained"], str) else "",
         )
 
-    def _start_hashing(self) -> Future[dict[str, str]]:
+    def _begin_facts(self) -> RunFacts | None:
+        """Write that this run began; None where no folder for its record is known by now."""
+        folder = self._record_folder([on_command_line("--output_path", sys.argv)])
+        if folder is None:
+            return None
+        check_writable(folder)
+        facts = self._new_facts(folder)
+        facts.write()
+        return facts
+
+    def _new_facts(self, folder: Path) -> RunFacts:
+        ranks = (self._rank, self._world_size)
+        return RunFacts(folder, self.run_name, *ranks, self.arguments, Future(), self._device)
+
+    def _start_hashing(self, facts: RunFacts) -> None:
         """Begin to hash the weights: once they are loaded, their files are here and in memory."""
-        if self._hashes is None:
-            self._hashes = hash_ahead(sources(self.arguments), self.arguments["revision"])
-        return self._hashes
+        values = self.arguments
+        facts.arguments, facts.device = values, self._device
+        facts.hashes = hash_ahead(sources(values), revisions(values))
 
     def _earlier(self, requests: list[Request], kind: Kind) -> dict[int, dict[str, Any]]:
         """The lines of earlier runs that answer some of the requests, by index."""

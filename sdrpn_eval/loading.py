@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from loguru import logger
 
 from sdrpn.config import ZoomConfig
@@ -17,9 +16,8 @@ from sdrpn_eval.arguments import PRESETS
 
 TINY = "tiny"
 
-_LOADING = ("revision", "rpn", "padding", "system_prompt", "dtype", "attn_implementation")
-_LOADING += ("device", "device_map", "prefix_cache", "peft", "load_in_4bit")
-
+_LOADING = ("revision", "rpn", "rpn_revision", "padding", "system_prompt", "dtype")
+_LOADING += ("attn_implementation", "device", "device_map", "prefix_cache", "peft", "load_in_4bit")
 
 ZOOM_ARGUMENTS = ("policy", "token_budget", "max_crop_tokens", "skip_above", "relative")
 
@@ -72,7 +70,7 @@ def _load(
     # The embedded model's answers are promised in float32, on every device.
     dtype = "float32" if pretrained == TINY and values["dtype"] == "auto" else values["dtype"]
     names = ("attn_implementation", "device_map", "padding", "prefix_cache", "revision", "peft")
-    names += ("load_in_4bit", "system_prompt")
+    names += ("load_in_4bit", "system_prompt", "rpn_revision")
     options = {n: values[n] for n in names if values[n] is not None}
     if "padding" not in {*given, *PRESETS.get(values["preset"], {})}:
         del options["padding"]  # the model's own, where its config.json notes one
@@ -87,7 +85,7 @@ def _load(
             device=device,
             **options,
         )
-    except (OSError, HfHubHTTPError) as error:
+    except OSError as error:
         raise ValueError(
             f"pretrained={pretrained}{f' with rpn={rpn}' if rpn else ''} cannot be loaded: {error}"
             "\nGive folders with the weights, or pretrained=tiny (the embedded model) for a first "
@@ -117,3 +115,8 @@ def sources(values: Mapping[str, Any]) -> dict[str, str | None]:
                 "LLaVA); or pretrained=tiny (the embedded model) for a first try."
             )
     return {"pretrained": folder, "rpn": rpn, "peft": peft}
+
+
+def revisions(values: Mapping[str, Any]) -> dict[str, str | None]:
+    """Branch, tag or commit of what `sources` names, where it is of the Hub."""
+    return {"pretrained": values["revision"], "rpn": values["rpn_revision"]}

@@ -2,8 +2,9 @@
 
 `SDRPN_DATA/textvqa_val/*.parquet` serves the task `textvqa_val`; `SDRPN_DATA/vstar/*.parquet`
 serves every task of the group `vstar`. A folder also serves the tasks of its family that read the
-same data set and split and have no folder of their own: `textvqa_val_ocr` and `textvqa_ci` take
-`textvqa_val`'s, `vstar_shuffled` and its like `vstar`'s, `hrbench4k_offline` takes `hrbench4k`'s.
+same data set and split and have no folder of their own: `textvqa_val_public`, `textvqa_val_ocr` and
+`textvqa_ci` take `textvqa_val`'s, `vstar_shuffled` and its like `vstar`'s, `hrbench4k_offline`
+takes `hrbench4k`'s.
 Files named as on the hub (`validation-00000-of-00001`) are taken for the split they name. The task
 itself stays lmms-eval's: a generated YAML includes it and says where the data is.
 """
@@ -99,11 +100,14 @@ def _borrowed(index: TaskIndex, lent: dict[str, Files]) -> Iterator[tuple[str, F
 
 
 def _source(entry: dict[str, Any]) -> tuple[str, ...]:
-    """Data set, configuration, files and split: equal where two tasks read the same rows."""
+    """Data set, configuration, files and split: equal where two tasks read the same rows.
+
+    Of a data set of the hub the split says which rows; files only save the others' download.
+    """
     config = _config(entry)
-    files = (config.get("dataset_kwargs") or {}).get("data_files")
-    named = (config.get("dataset_path"), config.get("dataset_name"), files, _split(entry))
-    return tuple(map(str, named))
+    path = str(config.get("dataset_path"))
+    files = None if "/" in path else (config.get("dataset_kwargs") or {}).get("data_files")
+    return tuple(map(str, (path, config.get("dataset_name"), files, _split(entry))))
 
 
 def _files_of_task(folder: Path, entry: dict[str, Any]) -> Files:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from sdrpn.ahead import ahead as made_ahead
 from sdrpn.images import image_key
+from sdrpn.plurals import counted
 from sdrpn_eval.generation import group_key
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -174,7 +175,8 @@ def question_text(request: Request, images: int) -> str:
         return text
     if count != images:
         logger.warning(
-            f"document {request.doc_id} of {request.task} has {images} image(s), its prompt names "
+            f"document {request.doc_id} of {request.task} has {counted(images, 'image')}, its "
+            "prompt names "
             f"{count}"
         )
     return text.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()

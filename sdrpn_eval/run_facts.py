@@ -1,8 +1,8 @@
 """What a run was made of, written beside its record: `run_facts_{run}_rank{r}.json`.
 
 Package versions, weights' hashes, arguments, seeds, device, and per task the fingerprints of data,
-prompts and scorer. It is written before the first question is answered, so a run that died leaves
-its facts and no results: that is how a gate tells.
+prompts and scorer. It is first written before the weights are loaded, so a run that died leaves its
+facts and no results: that is how a gate tells.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from sdrpn.files import write_json
+from sdrpn.hub import local_folder
 from sdrpn_eval import fingerprints
 from sdrpn_eval.questions import Request
 
@@ -39,8 +40,8 @@ class RunFacts:
     """The facts of one process of a run; `add` as often as lmms-eval hands over requests.
 
     run: name of the run, the same on all ranks; names must sort by time.
-    arguments: as resolved, defaults and all. hashes: as `hash_ahead` makes them; the file lists
-    those of weights once they are there.
+    arguments: as resolved, defaults and all; as given until the model is loaded. hashes: as
+    `hash_ahead` makes them; the file lists those of weights once they are there.
     documents: task -> document -> digest of its content. skipped: task -> documents that were not
     answered as asked, see `on_error`.
     """
@@ -169,25 +170,30 @@ def device_facts(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def hash_ahead(sources: Mapping[str, str | None], revision: str | None) -> Future[dict[str, str]]:
+def hash_ahead(
+    sources: Mapping[str, str | None], revisions: Mapping[str, str | None] | None = None
+) -> Future[dict[str, str]]:
     """`hash_sources` in a thread: gigabytes, needed when the first answers are written down."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="hashes")
     try:
-        return pool.submit(hash_sources, sources, revision)
+        return pool.submit(hash_sources, sources, revisions)
     finally:
         pool.shutdown(wait=False)
 
 
-def hash_sources(sources: Mapping[str, str | None], revision: str | None = None) -> dict[str, str]:
+def hash_sources(
+    sources: Mapping[str, str | None], revisions: Mapping[str, str | None] | None = None
+) -> dict[str, str]:
     """blake2b of every file of weights or settings, by "what it is for/name of the file".
 
     sources: folders by what they are for (`pretrained`, `rpn`, `peft`); a hub id is looked up in
-    the local cache. revision: of the base model (`pretrained`) alone.
+    the local cache. revisions: of hub ids, by the same names.
     """
+    revisions = revisions or {}
     files = {
         f"{use}/{file.name}": file
         for use, source in sources.items()
-        if source and (folder := local_folder(source, revision if use == "pretrained" else None))
+        if source and (folder := local_folder(source, revisions.get(use)))
         for pattern in (*WEIGHTS, *SETTINGS)
         for file in sorted(folder.glob(pattern))
     }
@@ -207,19 +213,6 @@ def weights_only(hashes: Mapping[str, str]) -> dict[str, str]:
         for name, value in hashes.items()
         if any(PurePath(name).match(pattern) for pattern in WEIGHTS)
     }
-
-
-def local_folder(source: str, revision: str | None = None) -> Path | None:
-    """The folder of a checkpoint: itself, or the hub's in the local cache; None without either."""
-    if Path(source).expanduser().is_dir():
-        return Path(source).expanduser()
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        config = try_to_load_from_cache(source, "config.json", revision=revision)
-    except ValueError:  # no valid hub id either
-        return None
-    return Path(config).parent if isinstance(config, str) else None
 
 
 @functools.cache

@@ -13,6 +13,8 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict  # pydantic's demand up to Python 3.11
 
+from sdrpn.plurals import counted
+
 OPEN = ConfigDict(extra="allow")
 EXACT = ConfigDict(extra="forbid")
 """Of files that are written by hand too: a slip of the pen must not pass."""
@@ -142,7 +144,9 @@ def _is_drawn(line: RecordLine) -> RecordLine:
         except (binascii.Error, ValueError):
             raise ValueError("its map is not in base64") from None
         if line["grid"] is None or len(cells) != prod(line["grid"]):
-            raise ValueError(f"its map has {len(cells)} cells, its grid is {line['grid']}")
+            raise ValueError(
+                f"its map has {counted(len(cells), 'cell')}, its grid is {line['grid']}"
+            )
     return line
 
 

@@ -25,6 +25,7 @@ from pydantic import TypeAdapter
 
 from sdrpn.cli.shared import errors_as_sentences
 from sdrpn.files import as_json, read_parsed
+from sdrpn.plurals import counted
 from sdrpn_eval.schemas import EXACT
 
 COUNT = 200
@@ -164,12 +165,14 @@ def subset(task: str, dataset: Any) -> Any:
     if len(dataset) <= len(chosen.ids) and _is_local(dataset):
         if len(dataset) < len(chosen.ids):
             logger.warning(
-                f"{task}: all {len(dataset)} local rows are asked; the subset has "
+                f"{task}: {counted(len(dataset), 'local row')} asked, all there are; the subset "
+                "has "
                 f"{len(chosen.ids)}, so these scores are not the subset's"
             )
         return dataset
     raise ValueError(
-        f"{task} was chosen from the {chosen.rows} rows of {chosen.source}, and this data set has "
+        f"{task} was chosen from the {counted(chosen.rows, 'row')} of {chosen.source}, and this "
+        "data set has "
         f"{len(dataset)}: it is another version of it. Run {chosen.source} itself, or make ids for "
         f"these rows (python -m sdrpn_eval.subsets make --tasks {task} --out FOLDER) and set "
         f"{VARIABLE}=FOLDER"
@@ -230,7 +233,7 @@ def cut(
             path = out / task / f"{loaded.config.test_split}-00000-of-00001.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
             loaded.eval_docs.to_parquet(str(path))
-            typer.echo(f"{path}: {len(loaded.eval_docs)} rows")
+            typer.echo(f"{path}: {counted(len(loaded.eval_docs), 'row')}")
 
 
 def _known(tasks: str) -> list[str]:
@@ -247,7 +250,7 @@ def _by_column(task: str, column: str, count: int, seed: int) -> Subset:
         raise ValueError(f"{task} has no column {column}, only {', '.join(rows.column_names)}")
     labels = [json.dumps(value, sort_keys=True) for value in rows[column]]
     ids = stratified_ids(labels, count, seed, task)
-    words = f"{len(set(labels))} values of {column}, in proportion"
+    words = f"{counted(len(set(labels)), 'value')} of {column}, in proportion"
     return Subset(task, SOURCES[task].task, len(labels), seed, words, ids)
 
 

@@ -24,7 +24,8 @@ THRESHOLDS: Mapping[str, float] = {
     # Ours: the best one of the embedded model.
     "tiny_vstar": 0.2,
 }
-
+OURS = ("tiny_vstar",)
+"""Families whose threshold nobody published."""
 
 NO_OCR = "no OCR tokens in the prompt"
 HARNESS_LETTERS = "graded as lmms-eval does"
@@ -32,6 +33,7 @@ OUR_LETTERS = "offered letters only"
 NO_JUDGE = "letters, no judge"
 PROTOCOLS: Mapping[str, str] = {
     "textvqa_val": NO_OCR,
+    "textvqa_val_public": NO_OCR,
     "textvqa_val_lite": NO_OCR,
     "textvqa_ci": NO_OCR,
     "textvqa_val_ocr": "OCR tokens in the prompt",
@@ -58,7 +60,8 @@ PROTOCOLS: Mapping[str, str] = {
 def family(task: str) -> str | None:
     """`textvqa_val`, `textvqa_val_lite`, `textvqa_ci` -> `textvqa`; None for an unknown family."""
     for name in sorted(THRESHOLDS, key=len, reverse=True):
-        if re.fullmatch(rf"{name}(\d+k)?(_.*)?", task):  # hrbench4k, hrbench8k
+        # hrbench4k, hrbench8k; but ocrbench_v2 is another benchmark.
+        if re.fullmatch(rf"{name}(\d+k)?(_(?!v\d).*)?", task):
             return name
     return None
 
@@ -67,6 +70,16 @@ def threshold_of(task: str) -> float:
     """The threshold published for the task's family, else DEFAULT_THRESHOLD."""
     name = family(task)
     return DEFAULT_THRESHOLD if name is None else THRESHOLDS[name]
+
+
+def threshold_origin(task: str, proposer: str) -> str:
+    """Where `threshold_of` has it from, in words; it was published for the RPN alone."""
+    name = family(task)
+    if name is None:
+        return "as none is published for it"
+    if name in OURS:
+        return "chosen on the embedded model"
+    return f"as published for {name}" + ("" if proposer == "rpn" else ", of the RPN")
 
 
 def has_score(metrics: Iterable[str]) -> bool:

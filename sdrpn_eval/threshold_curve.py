@@ -17,6 +17,7 @@ import typer
 
 from sdrpn.cli.shared import console, errors_as_sentences, say
 from sdrpn.files import as_json
+from sdrpn.plurals import counted
 from sdrpn_eval.arguments import ARGUMENTS, WITHOUT_THRESHOLD
 from sdrpn_eval.report.options import SeedOption, at_least
 
@@ -194,7 +195,7 @@ def markdown(found: Sequence[Curve]) -> str:
 def lines(found: Sequence[Curve], width: int) -> list[str]:
     """The same for a terminal, a table a task."""
     # Imported here, so that --help answers at once.
-    from sdrpn_eval.report.columns import columns, counted
+    from sdrpn_eval.report.columns import columns
 
     told: list[str] = []
     for curve in found:

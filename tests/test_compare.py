@@ -393,8 +393,8 @@ def test_other_documents_and_limits_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"input": "another question"}, "toy: other prompts in 1 documents, such as 1"),
-        ({"target": "green"}, "toy: other targets in 1 documents, such as 1"),
+        ({"input": "another question"}, "toy: other prompts in 1 document, such as 1"),
+        ({"target": "green"}, "toy: other targets in 1 document, such as 1"),
     ],
 )
 def test_other_prompts_and_targets_are_refused(
@@ -410,7 +410,7 @@ def test_other_images_are_refused(tmp_path: Path) -> None:
     write_record(folders[0], [record_line(i, "red") for i in range(2)])
     other = {"images": [{"hash": "else", "size": [100, 100]}]}
     write_record(folders[1], [record_line(0, "red"), record_line(1, "red", **other)])
-    assert "toy: other images in 1 documents, such as 1" in refusal(*folders)
+    assert "toy: other images in 1 document, such as 1" in refusal(*folders)
 
 
 def test_another_scorer_is_refused_by_settings_and_by_source(tmp_path: Path) -> None:

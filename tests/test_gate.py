@@ -389,7 +389,7 @@ def test_other_prompts_images_and_scorers_are_broken(tmp_path: Path) -> None:
     assert run_gate(_recorded(tmp_path / "same"), base)[0] == 0
     prompt = rows()
     prompt[3] = prompt[3] | {"input": "else"}
-    assert "another prompt or target in 1 documents, such as 3" in says(
+    assert "another prompt or target in 1 document, such as 3" in says(
         write_run(tmp_path / "prompt", {"toy": prompt})
     )
     image = {"images": [{"hash": "else", "size": [1, 1]}]}

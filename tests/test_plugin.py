@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from asking_by_hand import ask, image, logged, model, rows, texts, visual
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
@@ -20,7 +21,7 @@ from lmms_eval.api.instance import Instance, unwrap_generation_output
 from lmms_eval.caching.response_cache import ResponseCache
 
 from sdrpn.config import ZoomConfig
-from sdrpn_eval import arguments, generation, loading
+from sdrpn_eval import arguments, generation, loading, tasks_info
 from sdrpn_eval.asking import BadDocument
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 from sdrpn_eval.plugin import add_tasks, register
@@ -82,6 +83,33 @@ def test_unknown_and_ill_typed_arguments_make_one_error_with_the_list() -> None:
         assert f"\n  {name}: " in text
 
 
+def test_the_sentence_stands_last_and_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown treshold") as error:
+        arguments.checked({"treshold": 0.1, "policy": "box"})
+    assert str(error.value).splitlines()[-1] == (
+        "llava_sdrpn: unknown treshold, did you mean threshold?; policy must be one of mask, bbox, "
+        "strongest, got 'box'"
+    )
+    with pytest.raises(ValueError, match="dtype") as error:
+        arguments.checked({"dtype": "torch.int8"})
+    assert str(error.value) == (
+        "llava_sdrpn: dtype must be one of auto, float32, bfloat16, float16, got 'torch.int8'"
+    )
+
+
+def test_none_beside_a_preset() -> None:
+    """It switches off what can be off, and of all else says nothing."""
+    values = arguments.checked({"preset": "fast", "token_budget": "None", "policy": "None"})
+    assert values["token_budget"] is None
+    assert (values["max_crop_tokens"], values["proposer"]) == (64, "rpn")
+
+
+def test_none_leaves_an_engine_s_own_settings(engine: FakeEngine) -> None:
+    lm = model(engine, rows(2), policy="None", threshold="None")
+    lm.generate_until([ask("mytask", 0, "?")])
+    assert engine.batches[0][0].zoom == ZoomConfig(threshold=0.15, policy="strongest")
+
+
 def test_llava_hf_arguments_are_refused_with_a_reason() -> None:
     with pytest.raises(ValueError, match=r"unknown chat_template \(the prompt is LLaVA-1.5's own"):
         arguments.checked({"chat_template": "vicuna"})
@@ -104,6 +132,24 @@ def test_llava_hf_arguments_are_refused_with_a_reason() -> None:
         ("system_prompt", '"Look, then answer."', "Look, then answer."),
         ("system_prompt", "", ""),
         ("threshold", 0.3, 0.3),
+        ("threshold", None, None),
+        ("threshold", "None", None),
+        ("threshold", "none", None),
+        ("policy", "None", None),
+        ("relative", "none", None),
+        ("peft", "None", None),
+        ("device", "none", None),
+        ("resume", "None", True),
+        ("batch_size", "none", 1),
+        ("rpn", "None", None),
+        ("token_budget", "None", None),
+        ("skip_above", "None", None),
+        ("max_crop_tokens", "none", None),
+        ("proposer", "none", "none"),
+        ("dtype", "torch.float16", "float16"),
+        ("dtype", torch.bfloat16, "bfloat16"),
+        ("dtype", "float32", "float32"),
+        ("rpn_revision", 1234567, "1234567"),
     ],
 )
 def test_values_as_the_command_line_brings_them(name: str, given: Any, value: Any) -> None:
@@ -331,6 +377,22 @@ def test_thresholds_follow_the_task_and_are_said_once(engine: FakeEngine, log: l
         "Thresholds: textvqa_val 0.15 (as published for textvqa), "
         "mytask 0.15 (as none is published for it)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("task", "proposer", "threshold", "origin"),
+    [
+        ("tiny_vstar", "rpn", 0.2, "chosen on the embedded model"),
+        ("ocrbench_v2", "rpn", 0.15, "as none is published for it"),
+        ("ocrbench_public", "rpn", 0.05, "as published for ocrbench"),
+        ("docvqa_val", "attention", 0.1, "as published for docvqa, of the RPN"),
+    ],
+)
+def test_only_what_was_published_is_called_so(
+    task: str, proposer: str, threshold: float, origin: str
+) -> None:
+    assert tasks_info.threshold_of(task) == threshold
+    assert tasks_info.threshold_origin(task, proposer) == origin
 
 
 def test_scored_tasks_are_named_once(engine: FakeEngine, log: list[str]) -> None:

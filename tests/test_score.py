@@ -332,7 +332,7 @@ def rows(**changes: Any) -> Any:
 def test_other_documents_are_refused(own: Callable[..., TaskManager], tmp_path: Path) -> None:
     evaluate(tmp_path / "run", FakeEngine(), ["mine"], own())
     for changed, says in (
-        (rows(question="another"), "mine: another prompt in 1 documents, such as 3: it was 'what"),
+        (rows(question="another"), "mine: another prompt in 1 document, such as 3: it was 'what"),
         (rows(width=41), "mine: other data than the run was asked (fingerprint "),
         (tiny_vstar_rows(7), "mine: 1 documents are no longer asked, such as 7"),
         (tiny_vstar_rows(9), "mine: 1 documents were not answered, such as 8"),

@@ -295,6 +295,8 @@ def test_vstar_is_split_by_category(data: Path) -> None:
 def source_of(index: Any, task: str) -> str | None:
     """The local file behind a task of an index; None for the hub."""
     config = load_yaml_config(index[task]["yaml_path"], mode="simple")
+    if config["dataset_path"] != "parquet":  # files of the hub's
+        return None
     files = (config.get("dataset_kwargs") or {}).get("data_files") or {}
     return next((Path(f).parent.name for names in files.values() for f in names), None)
 

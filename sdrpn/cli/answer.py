@@ -15,6 +15,7 @@ from sdrpn.cli.shared import (
     PolicyOption,
     ProposerOption,
     RpnOption,
+    RpnRevisionOption,
     ThresholdOption,
     check_images,
     errors_as_sentences,
@@ -22,6 +23,7 @@ from sdrpn.cli.shared import (
     say,
     weights_hint,
 )
+from sdrpn.plurals import counted
 
 SOME_FAILED = 1
 """Exit code where --on-error empty passed over questions."""
@@ -41,6 +43,7 @@ def answer(
     ],
     model: ModelOption = names.LLAVA_7B,
     rpn: RpnOption = None,
+    rpn_revision: RpnRevisionOption = None,
     proposer: ProposerOption = "rpn",
     threshold: ThresholdOption = None,
     policy: PolicyOption = None,
@@ -75,7 +78,7 @@ def answer(
 
         check_options(batch_size, max_new_tokens, on_error)
         file = AnswerFile(out)
-        zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype, padding)
+        zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype, padding, rpn_revision)
     with errors_as_sentences():
         from sdrpn.answering import AnswerJob
 
@@ -91,7 +94,10 @@ def answer(
         lines = job.run().values()
     failed = [line for line in lines if "error" in line]
     zoomed = sum(bool(line.get("regions")) for line in lines)
-    say(f"{len(lines) - len(failed)} of {len(lines)} questions answered, {zoomed} with a zoom")
+    say(
+        f"{len(lines) - len(failed)} of {counted(len(lines), 'question')} answered, {zoomed} "
+        "with a zoom"
+    )
     say(f"answers: {out}")
     if failed:
         say(f"{len(failed)} could not be answered, such as {failed[0]['id']!r}:")

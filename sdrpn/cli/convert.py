@@ -22,6 +22,9 @@ convert = typer.Typer(
 def convert_rpn(
     source: Annotated[str, typer.Argument(help="The authors' checkpoint: folder or hub id.")],
     out: Annotated[Path, typer.Option(help=OUT_HELP)],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the hub id.")
+    ] = None,
 ) -> None:
     """Keep only the RPN of a checkpoint by the paper's authors, once and for all.
 
@@ -35,7 +38,7 @@ def convert_rpn(
         # Imported here, so that --help and a wrong path answer at once.
         from sdrpn.rpn import RPN
 
-        rpn = RPN.from_pretrained(source)
+        rpn = RPN.from_pretrained(source, revision=revision)
         rpn.save_pretrained(out)
         config = rpn.config
         say(

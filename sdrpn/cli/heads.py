@@ -9,6 +9,7 @@ import typer
 
 from sdrpn import names
 from sdrpn.cli.shared import MODEL_HELP, PaddingOption, errors_as_sentences, say, weights_hint
+from sdrpn.plurals import counted
 
 if TYPE_CHECKING:
     from sdrpn.distill.heads import Findings
@@ -67,7 +68,7 @@ def _told(found: Findings, out: Path) -> list[str]:
             f"  {name}: IoU {scores['iou']:.3f}, mass inside {scores['mass']:.3f}, "
             f"maximum inside {scores['hits']:.3f}, labels kept {scores['kept']:.3f}"
         )
-    lines.append(f"  on {found.facts['questions']['held_out']} held-out questions")
+    lines.append(f"  on {counted(found.facts['questions']['held_out'], 'held-out question')}")
     if not found.follows_question:
         lines.append(
             "warning: these heads hardly look at what was asked more than at other discs; labels "

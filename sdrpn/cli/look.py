@@ -16,6 +16,7 @@ from sdrpn.cli.shared import (
     PolicyOption,
     ProposerOption,
     RpnOption,
+    RpnRevisionOption,
     ThresholdOption,
     errors_as_sentences,
     load_zoom,
@@ -33,6 +34,7 @@ def look(
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     model: ModelOption = names.LLAVA_7B,
     rpn: RpnOption = None,
+    rpn_revision: RpnRevisionOption = None,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("look.png"),
     proposer: ProposerOption = "rpn",
     threshold: ThresholdOption = None,
@@ -46,7 +48,7 @@ def look(
     """
     picture = open_image(image)
     with errors_as_sentences(weights_hint(model)):
-        zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype, padding)
+        zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype, padding, rpn_revision)
         text, path = _look(zoom, picture, question, out)
     say(text)
     say(f"picture: {path}")

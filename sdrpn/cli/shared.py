@@ -15,6 +15,7 @@ from rich.text import Text
 
 from sdrpn import names
 from sdrpn.config import POLICIES, PROPOSERS, ZoomConfig
+from sdrpn.plurals import counted
 
 if TYPE_CHECKING:
     from sdrpn.zoom import ZoomLlava
@@ -24,6 +25,9 @@ MODEL_HELP = "LLaVA-1.5: a folder, a hub id, or `tiny`, the embedded toy."
 ModelOption = Annotated[str, typer.Option(help=MODEL_HELP)]
 RpnOption = Annotated[
     str | None, typer.Option(help="RPN: a folder or a hub id; `tiny` brings its own.")
+]
+RpnRevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of the RPN's hub id.")
 ]
 ProposerOption = Annotated[str, typer.Option(help=f"One of {', '.join(PROPOSERS)}.")]
 ThresholdOption = Annotated[
@@ -73,6 +77,7 @@ def load_zoom(
     policy: str | None,
     dtype: str,
     padding: str | None = None,
+    rpn_revision: str | None = None,
 ) -> ZoomLlava:
     """The engine that the options of these names ask for."""
     given = {"threshold": threshold, "policy": policy}
@@ -87,7 +92,12 @@ def load_zoom(
         rpn = rpn or names.PUBLISHED_RPN.get(model)
     folder, network = names.resolve(model, rpn)
     zoom = ZoomLlava.from_pretrained(
-        folder, network, proposer=proposer, dtype=dtype, padding=padding
+        folder,
+        network,
+        proposer=proposer,
+        dtype=dtype,
+        padding=padding,
+        rpn_revision=rpn_revision,
     )
     zoom.zoom = replace(zoom.zoom, **chosen)
     zoom.llava.name = model
@@ -102,7 +112,7 @@ def check_images(images: Path | None) -> None:
 
 def say_kept(found: Mapping[str, Any]) -> None:
     """Print how many questions gave labels, and why the others did not: a folder's summary."""
-    say(f"{found['kept']} of {found['questions']} questions gave labels")
+    say(f"{found['kept']} of {counted(found['questions'], 'question')} gave labels")
     for reason, count in found["ignored"].items():
         say(f"  ignored, {reason}: {count}")
 

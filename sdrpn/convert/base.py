@@ -20,6 +20,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from sdrpn import hub
 from sdrpn.config import ASPECT_RATIO
 from sdrpn.convert import lora
 from sdrpn.convert.checkpoint import (
@@ -268,9 +269,10 @@ def _from_tower(kind: Any, tower: str) -> Any:
         with broken_files_named(tower):
             return kind.from_pretrained(tower)
     except OSError as error:
+        told = hub.explain(error, tower) or reason(error)
         raise FileNotFoundError(
             f"the vision tower {tower} cannot be had; give its folder or hub id with "
-            f"--vision-tower ({reason(error)})"
+            f"--vision-tower ({told})"
         ) from None
 
 

@@ -5,26 +5,34 @@ Nothing is unpickled freely, and no file is fetched or read that is not asked fo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sdrpn import hub
 from sdrpn.files import read_object
 
 CONFIG_FILE = "config.json"
+SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+"""Files of a model in the Hugging Face layout; of weights the first kind that there is."""
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+PICKLED = "get a .safetensors copy, or download the file again if it should hold tensors only"
 
 
 class Source:
@@ -37,30 +45,72 @@ class Source:
     def __init__(self, name: str, **download: Any) -> None:
         self.name, self.download = name, download
         self.folder = Path(name) if Path(name).is_dir() else None
-        self._unreachable = False
+        self._unreachable: Exception | None = None
         if Path(name).is_file():
             raise FileNotFoundError(f"{name} is a file; give the folder that it is in")
         if self.folder is None and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
             raise FileNotFoundError(f"there is no folder {name}")
 
     def find(self, file: str) -> Path | None:
-        """Where a file lies, fetched first where that is needed; None where there is none."""
+        """Where a file lies, fetched first where that is needed; None where there is none.
+
+        Raises OSError with the cause and its remedy where the Hub refuses the repository, or the
+        download fails.
+        """
         if self.folder is not None:
             path = self.folder / file
             return path if path.is_file() else None
         try:
             return Path(hf_hub_download(self.name, file, **self.download))
-        except LocalEntryNotFoundError:
-            self._unreachable = True
+        except LocalEntryNotFoundError as error:
+            # Not known: the Hub could not be asked. Another of the files looked for may be cached.
+            self._unreachable = self._unreachable or self._refused(error, file)
         except EntryNotFoundError:
             pass
-        except RepositoryNotFoundError:
-            raise FileNotFoundError(
-                f"{self.name} is no folder, and the hub shows no repository of that name"
-            ) from None
-        except HFValidationError:
-            raise FileNotFoundError(f"{self.name} is neither a folder nor a hub id") from None
+        except Exception as error:  # of the Hub, its client, the cache
+            raise self._refused(error, file) from error
         return None
+
+    def fetch_all(self) -> Path:
+        """The folder with all its settings and weights, fetched first where that is needed.
+
+        transformers says of a file that the Hub refused that it is not there, whatever the cause.
+        Raises OSError as `find` does.
+        """
+        if self.folder is not None:
+            return self.folder
+        try:
+            for weights in WEIGHTS:
+                folder = Path(
+                    snapshot_download(
+                        self.name,
+                        allow_patterns=[*SETTINGS, weights],
+                        ignore_patterns=["*/*"],
+                        **self.download,
+                    )
+                )
+                if any(folder.glob(weights)):
+                    break
+        except Exception as error:  # of the Hub, its client, the cache
+            raise self._refused(error) from error
+        return folder
+
+    def _refused(self, error: Exception, file: str | None = None) -> Exception:
+        """The error with a sentence about it; as it is where nothing is known of it."""
+        revision = self.download.get("revision")
+        told = hub.cause(error, self.name, revision=revision)
+        if told is None:
+            return error
+        missing = (RepositoryNotFoundError, HFValidationError, OfflineModeIsEnabled)
+        causes = (error, error.__cause__)
+        is_missing = any(
+            isinstance(c, missing) and not isinstance(c, GatedRepoError) for c in causes
+        )
+        if is_missing:
+            return hub.HubFileNotFound(
+                f"{self.name} is no folder, and {file or 'its files'} cannot be fetched: {told}"
+            )
+        return hub.HubError(hub.explain(error, self.name, file, revision=revision))
 
     def fetch(self, file: str, what: str = "a checkpoint") -> Path:
         """As `find`; raises FileNotFoundError that names the file where there is none."""
@@ -69,23 +119,33 @@ class Source:
             raise self.lacks(file, what)
         return path
 
-    def lacks(self, files: str, what: str) -> FileNotFoundError:
-        """The error for missing files; says where the hub could not be asked."""
-        if self._unreachable:
-            return FileNotFoundError(
-                f"{self.name} is no folder, and {files} can neither be fetched from the hub nor "
-                "found in its local cache"
-            )
+    def lacks(self, files: str, what: str) -> Exception:
+        """The error for missing files; says why, where the Hub could not be asked."""
+        if self._unreachable is not None:
+            return self._unreachable
         return FileNotFoundError(f"{self.name} holds no {files}: it is not {what}")
 
     def config(self, what: str = "a checkpoint") -> dict[str, Any]:
         """Its config.json."""
-        return read_object(self.fetch(CONFIG_FILE, what))
+        path = self.fetch(CONFIG_FILE, what)
+        return read_object(path, f"; {hub.remedy(path)}")
 
 
 def reason(error: Exception) -> str:
-    """The first line of what an error says, for a sentence of our own."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """The first line of what an error says, for a sentence of our own.
+
+    Of torch's refusal to unpickle only what it refused: its advice is to switch that off.
+    """
+    text = str(error)
+    if type(error).__name__ == "UnpicklingError" or "weights_only" in text:
+        asked = re.search(r"GLOBAL (\S+)", text) or re.search(
+            r"Unsupported (?:global|class) (\S+)", text
+        )
+        if asked:
+            named = asked[1] or asked[2]
+            return f"it holds a Python object ({named}), and code in a checkpoint is never run"
+        return "it holds more than tensors, or is damaged; code in a checkpoint is never run"
+    return next(iter(text.splitlines()), type(error).__name__)
 
 
 class Weights:
@@ -138,9 +198,11 @@ def read_all(path: Path) -> dict[str, Tensor]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    where = read_object(path).get("weight_map")
+    where = read_object(path, f"; {hub.remedy(path)}").get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise ValueError(f"{path} has no weight_map, which says where each tensor is")
+        raise ValueError(
+            f"{path} has no weight_map, which says where each tensor is; {hub.remedy(path)}"
+        )
     for name, file in where.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise ValueError(f"{path} puts {name} into {file!r}, which is no file beside it")
@@ -155,7 +217,9 @@ def tensor_names(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+        raise ValueError(
+            f"{path} cannot be read as safetensors: {error}; {hub.remedy(path)}"
+        ) from None
 
 
 def _read(path: Path, names: list[str]) -> dict[str, Tensor]:
@@ -185,7 +249,9 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # torch raises many kinds for a file that is broken or hostile
-        raise ValueError(f"{path} is not a file of tensors: {reason(error)}") from None
+        told = reason(error)
+        mend = PICKLED if "never run" in told else hub.remedy(path)
+        raise ValueError(f"{path} is not a file of tensors: {told}; {mend}") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} is not a file of tensors by name")
     return state

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from sdrpn.plurals import counted
+
 LAYER = (
     "input_layernorm",
     "self_attn.q_proj",
@@ -119,5 +121,5 @@ def require(found: Iterable[str], wanted: Iterable[str], where: str, mend: str =
     held = set(found)
     missing = [name for name in wanted if name not in held]
     if missing:
-        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        more = f" and {counted(len(missing) - 1, 'more tensor')}" if len(missing) > 1 else ""
         raise ValueError(f"{where} lacks {missing[0]}{more}{mend}")

@@ -6,6 +6,7 @@ import numpy as np
 from torch.utils.data import Subset
 
 from sdrpn.distill.dataset import LabelledImages
+from sdrpn.plurals import counted
 
 
 def split_by_image(
@@ -25,7 +26,8 @@ def split_by_image(
     back = {images[i] for i in order[: round(held_out * len(images))]}
     if held_out and not back:
         raise ValueError(
-            f"held_out {held_out} of {len(images)} images is none: raise it, or set it to 0"
+            f"held_out {held_out} of {counted(len(images), 'image')} is none: raise it, or set "
+            "it to 0"
         )
     named = rows.rows["image"]
     measured = [i for i, image in enumerate(named) if image in back]

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sdrpn.distill.dataset import load_labels
 from sdrpn.files import as_json
+from sdrpn.plurals import counted
 from sdrpn_eval.demo import scenes as sc
 
 LABEL_POOL = 7
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=SCENES, help=f"scenes (default: {SCENES})")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    print(f"{write_questions(args.out, args.scenes, args.seed)} questions in {args.out}")
+    print(f"{counted(write_questions(args.out, args.scenes, args.seed), 'question')} in {args.out}")
 
 
 if __name__ == "__main__":

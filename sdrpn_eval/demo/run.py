@@ -19,6 +19,7 @@ from rich.table import Table
 
 from sdrpn.draw import Card, sheet
 from sdrpn.files import write_json
+from sdrpn.plurals import counted
 from sdrpn.region import PixelBox, View
 from sdrpn_eval.demo import BENCHMARK
 from sdrpn_eval.demo.scenes import GRID, VIEW_SIDE
@@ -135,7 +136,10 @@ def _different_images(docs: list[int], rows: Any) -> list[int]:
 
 def show(summary: Mapping[str, Any], console: Console) -> None:
     """Print the comparison."""
-    table = Table(title=f"{TASK}: {summary['n']} questions on {summary['images']} images")
+    table = Table(
+        title=f"{TASK}: {counted(summary['n'], 'question')} on "
+        f"{counted(summary['images'], 'image')}"
+    )
     groups = list(summary["gain_by_group"])
     for column in ("", *groups, "seconds"):
         table.add_column(column)

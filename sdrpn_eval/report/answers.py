@@ -16,6 +16,7 @@ from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.reasoning import parse_reasoning_tags_config
 
 from sdrpn.files import parsed
+from sdrpn.plurals import counted
 from sdrpn_eval import kinds
 from sdrpn_eval.record import read_records
 from sdrpn_eval.report.facts import Facts, read_facts, read_latest
@@ -109,7 +110,7 @@ def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> Iterator[str]:
 
 
 def _from_record(folder: Path, tasks: Sequence[str]) -> Source:
-    facts = read_latest(folder)
+    facts = read_latest(folder, asked=True)
     if facts is None:
         raise BadRun(f"{folder} holds a record without run facts: nothing says what was asked")
     lines = [line for line in read_records(folder) if line["run"] == facts.run]
@@ -117,7 +118,8 @@ def _from_record(folder: Path, tasks: Sequence[str]) -> Source:
     for task, ids in held.items():
         if len(ids) < facts.documents[task]:
             raise BadRun(
-                f"{folder} holds {len(ids)} of the {facts.documents[task]} documents of {task}: "
+                f"{folder} holds {len(ids)} of the {counted(facts.documents[task], 'document')} "
+                f"of {task}: "
                 "start the same lmms-eval command again, it goes on there"
             )
     every = [i for ids in held.values() for i in ids]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sdrpn.plurals import counted
 from sdrpn_eval.fingerprints import without_addresses
 from sdrpn_eval.report.facts import Facts
 from sdrpn_eval.report.looks import Record
@@ -90,7 +91,7 @@ def _documents(a: Evidence, b: Evidence, first: TaskRun, second: TaskRun) -> lis
         if ids:
             pair = [_short(getattr(t.samples[ids[0]], what)) for t in (first, second)]
             clauses.append(
-                f"{task}: other {name} in {len(ids)} documents, such as {ids[0]}: "
+                f"{task}: other {name} in {counted(len(ids), 'document')}, such as {ids[0]}: "
                 f"{pair[0]!r} and {pair[1]!r}"
             )
     clauses += _images(a.record, b.record, task)
@@ -104,7 +105,7 @@ def _images(a: Record, b: Record, task: str) -> list[str]:
     changed = [d[1] for d, ours, others in pairs if ours and others and ours != others]
     if not changed:
         return []
-    return [f"{task}: other images in {len(changed)} documents, such as {min(changed)}"]
+    return [f"{task}: other images in {counted(len(changed), 'document')}, such as {min(changed)}"]
 
 
 def _data(a: Facts | None, b: Facts | None, task: str) -> list[str]:
@@ -144,7 +145,10 @@ def _scorer(a: Evidence, b: Evidence, first: TaskRun, second: TaskRun) -> list[s
 def established(evidence: Sequence[Evidence], tasks: Sequence[str]) -> list[str]:
     """What was found to be the same in all runs, and how it is known."""
     questions = sum(len(evidence[0].run.tasks[task].samples) for task in tasks)
-    lines = [f"Same documents, prompts and targets: {questions} questions, checked one by one."]
+    lines = [
+        f"Same documents, prompts and targets: {counted(questions, 'question')}, checked one by "
+        "one."
+    ]
     unseen = [e.run.name for e in evidence if not e.record.looks]
     if unseen:
         lines.append(f"Same images: not known, {', '.join(unseen)} left no record of them.")

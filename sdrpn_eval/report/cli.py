@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdrpn.cli.shared import console, errors_as_sentences, say
+from sdrpn.plurals import counted
 from sdrpn_eval.report.ladder import ladder
 from sdrpn_eval.report.options import SeedOption, at_least
 from sdrpn_eval.report.replay import replay
@@ -251,7 +252,9 @@ def _read(folders: list[Path], names: list[str], tasks: list[str]) -> list:
     if len(folders) < 2:
         raise ValueError(f"compare needs two runs or more, got {len(folders)}")
     if names and len(names) != len(folders):
-        raise ValueError(f"--names has {len(names)} names for {len(folders)} runs")
+        raise ValueError(
+            f"--names has {counted(len(names), 'name')} for {counted(len(folders), 'run')}"
+        )
     names = names or _names(folders)
     if len(set(names)) < len(names):
         raise ValueError(f"runs need different names, got {', '.join(names)}; give --names")

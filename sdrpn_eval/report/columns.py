@@ -47,11 +47,6 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) ->
     return lines
 
 
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 image, 2 images."""
-    return f"1 {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def _words(title: str) -> list[str]:
     """A stroke stays with the word before it."""
     return re.split(r" (?!/)", title)

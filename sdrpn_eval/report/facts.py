@@ -55,13 +55,20 @@ def read_facts(run: Run, folders: list[Path]) -> Facts | None:
     return None
 
 
-def read_latest(folder: Path, before: datetime | None = None) -> Facts | None:
-    """The latest facts in a folder, of those begun `before`; None without any."""
+def read_latest(
+    folder: Path, before: datetime | None = None, *, asked: bool = False
+) -> Facts | None:
+    """The latest facts in a folder, of those begun `before`; None without any.
+
+    asked: only of runs that came as far as to ask something.
+    """
     begun = begun_runs(folder)
     for name in sorted(begun, reverse=True):
         started = moment(name)
         if started is not None and (before is None or started <= before):
-            return _merged(begun[name])
+            found = _merged(begun[name])
+            if found.documents or not asked:
+                return found
     return None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from sdrpn.images import image_key
+from sdrpn.plurals import counted
 from sdrpn_eval.report.boxes import outcome
 from sdrpn_eval.report.checks import preprocessing
 from sdrpn_eval.report.documents import TaskData
@@ -155,13 +156,17 @@ def _left_out(
     notes = []
     if strangers:
         notes.append(
-            f"{strangers} questions are shown without pictures, as the data on this machine is not "
+            f"{counted(strangers, 'question')} {'is' if strangers == 1 else 'are'} shown without "
+            "pictures, as the data on this "
+            "machine is not "
             "what the runs saw"
         )
     if bare(changed) + bare(rest) > strangers:
         notes.append(
-            f"to stay within the size of a page, {bare(changed)} of {len(changed)} questions with "
-            f"different scores and {bare(rest)} of {len(rest)} others are shown without pictures "
+            f"to stay within the size of a page, {bare(changed)} of "
+            f"{counted(len(changed), 'question')} with "
+            f"different scores and {bare(rest)} of {counted(len(rest), 'other')} are shown "
+            "without pictures "
             f"(drawn with seed {seed}); their text is all here"
         )
     return notes

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from sdrpn.plurals import counted
 from sdrpn_eval.report.baseline import Baseline, MetricBaseline, TaskBaseline, task_baseline
 from sdrpn_eval.report.checks import Evidence, other_data
-from sdrpn_eval.report.columns import counted
 from sdrpn_eval.report.comparison import gather
 from sdrpn_eval.report.facts import Facts
 from sdrpn_eval.report.looks import unfinished_later_run
@@ -213,12 +213,14 @@ def _refuse_moved(before: TaskBaseline, after: TaskBaseline) -> None:
     missing = set(before.documents) - set(after.documents)
     if missing:
         raise Broken(
-            f"{len(missing)} of the baseline's {len(before.documents)} documents are missing, such "
+            f"{len(missing)} of the baseline's {counted(len(before.documents), 'document')} are "
+            "missing, such "
             f"as {min(missing)}"
         )
     if len(after.documents) > len(before.documents):
         raise Broken(
-            f"{len(after.documents)} documents, the baseline has {len(before.documents)}: run with "
+            f"{counted(len(after.documents), 'document')}, the baseline has "
+            f"{len(before.documents)}: run with "
             "the same --limit, or --update"
         )
     for what in ("questions", "images"):
@@ -226,7 +228,7 @@ def _refuse_moved(before: TaskBaseline, after: TaskBaseline) -> None:
         moved = [d for d, old, new in pairs if old != new and None not in (old, new)]
         if moved:
             name = "prompt or target" if what == "questions" else "image"
-            raise Broken(f"another {name} in {len(moved)} documents, such as {moved[0]}")
+            raise Broken(f"another {name} in {counted(len(moved), 'document')}, such as {moved[0]}")
     both = before.scorer and after.scorer
     if (both and before.scorer != after.scorer) or before.settings != after.settings:
         raise Broken("another scorer than the baseline's (its source or settings changed)")
@@ -256,7 +258,7 @@ def _judge(
     if [s is None for s in old.scores] != [s is None for s in new.scores]:
         return Verdict(name, key, BROKEN, f"{key} is scored on other documents than the baseline's")
     if after.empty_answers > EMPTY * len(after.documents) > before.empty_answers:
-        reason = f"{after.empty_answers} of {len(after.documents)} answers are empty"
+        reason = f"{after.empty_answers} of {counted(len(after.documents), 'answer')} are empty"
         return Verdict(name, key, BROKEN, reason)
     falls, clusters = _paired(old, new, before.clusters)
     shares = _largest_fall(old) == _largest_fall(new) == 1.0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from sdrpn.plurals import counted
 from sdrpn_eval.report.results import Comparison, MetricRow
 
 COLOURS: dict[str, tuple[str, str]] = {
@@ -91,7 +92,7 @@ def _label(row: MetricRow, rows: Sequence[MetricRow]) -> str:
         main = next((one.metric for one in rows if one.main), row.metric)
         rest = row.metric.removeprefix(main).strip("_").replace("_", " ")
         name = rest or "all questions"
-    return f"{name}\n{row.questions} questions, {row.images} images"
+    return f"{name}\n{counted(row.questions, 'question')}, {counted(row.images, 'image')}"
 
 
 def _metric(rows: Sequence[MetricRow]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sdrpn.plurals import counted
 from sdrpn.region import PixelBox
 from sdrpn_eval.record import read_records
 from sdrpn_eval.report.facts import begun_runs, moment
@@ -92,8 +93,9 @@ def record_lines(run: Run) -> tuple[list[RecordLine], tuple[str, ...]]:
             return lines, ()
         if wrong:
             refused.append(
-                f"{run.name}: the record in {folder} is of another run ({wrong} of {len(lines)} "
-                "answers differ) and is not used"
+                f"{run.name}: the record in {folder} is of another run ({wrong} of "
+                f"{counted(len(lines), 'answer')} "
+                "differ) and is not used"
             )
     return [], tuple(refused) or (f"{run.name}: the record holds none of its questions",)
 
@@ -178,7 +180,9 @@ def _as_record(run: Run, lines: list[RecordLine]) -> Record:
     asked = sum(len(task.samples) for task in run.tasks.values())
     notes = ()
     if len(by_document) < asked:
-        notes = (f"{run.name}: the record covers {len(by_document)} of {asked} questions",)
+        notes = (
+            f"{run.name}: the record covers {len(by_document)} of {counted(asked, 'question')}",
+        )
     return Record({d: _look(some) for d, some in by_document.items()}, notes)
 
 

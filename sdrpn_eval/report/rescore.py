@@ -19,6 +19,7 @@ from lmms_eval.loggers import EvaluationTracker
 from lmms_eval.utils import sanitize_model_name
 
 from sdrpn.files import read_object, write_json
+from sdrpn.plurals import counted
 from sdrpn_eval import fingerprints
 from sdrpn_eval.questions import parse
 from sdrpn_eval.record import RecordWriter
@@ -91,12 +92,13 @@ class RecordedAnswers(lmms):
             ("are no longer asked", sorted(answered - set(first))),
         ):
             if odd:
-                raise Moved(f"{task}: {len(odd)} documents {what}, such as {odd[0]}")
+                raise Moved(f"{task}: {counted(len(odd), 'document')} {what}, such as {odd[0]}")
         moved = [i for i, one in first.items() if self._is_other(self._answers[task, i], one)]
         if moved:
             was = self._answers[task, moved[0]].prompt
             raise Moved(
-                f"{task}: another prompt in {len(moved)} documents, such as {moved[0]}: it was "
+                f"{task}: another prompt in {counted(len(moved), 'document')}, such as "
+                f"{moved[0]}: it was "
                 f"{was!r}, and is {str(first[moved[0]].args[0])!r}"
             )
         self._check_facts(task, instances)
@@ -175,7 +177,8 @@ def _refuse_other_targets(source: Source, samples: Mapping[str, Sequence[Any]]) 
         moved = [s["doc_id"] for s in lines if str(s["target"]) != then[s["doc_id"]].target]
         if moved:
             raise Moved(
-                f"{task}: another target in {len(moved)} documents, such as {moved[0]}, and the "
+                f"{task}: another target in {counted(len(moved), 'document')}, such as "
+                f"{moved[0]}, and the "
                 "run left no facts that would tell a mended target from other data"
             )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdrpn_eval.arguments import checked
-from sdrpn_eval.loading import sources
+from sdrpn_eval.loading import revisions, sources
 from sdrpn_eval.report.checks import changes
 from sdrpn_eval.report.facts import Facts, read_facts
 from sdrpn_eval.report.looks import record_folders
@@ -84,8 +84,8 @@ def finished(ladder: Ladder, proposer: str) -> Run | None:
 
 def _weights(facts: Facts) -> dict[str, str]:
     given = {k: v for k, v in facts.arguments.items() if v is not None}
-    revision = given.get("revision")
-    return weights_only(hash_sources(sources(checked(given)), revision))
+    values = checked(given)
+    return weights_only(hash_sources(sources(values), revisions(values)))
 
 
 def climb(ladder: Ladder, proposer: str) -> tuple[Run, float]:

@@ -18,6 +18,7 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from sdrpn.files import parsed, read_bounded
+from sdrpn.plurals import counted
 from sdrpn_eval import schemas
 from sdrpn_eval.schemas import Counts, Results, SampleLine
 
@@ -274,7 +275,7 @@ def _check_whole(path: Path, samples: Mapping[int, Sample], expected: range) -> 
     missing = next((i for i in expected if i not in samples), None)
     if missing is not None:
         raise BadRun(
-            f"{path} holds {len(samples)} of {len(expected)} documents (first missing: "
+            f"{path} holds {len(samples)} of {counted(len(expected), 'document')} (first missing: "
             f"{missing}): the run is partial or the file was cut off"
         )
     beyond = [i for i in samples if i not in expected]

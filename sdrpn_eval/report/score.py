@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sdrpn.cli.shared import console, errors_as_sentences, say
+from sdrpn.plurals import counted
 from sdrpn_eval.report.options import IncludePathOption
 
 if TYPE_CHECKING:
@@ -91,7 +92,9 @@ def _in_words(found: Sequence[Change]) -> str:
     if not changed:
         return "No document's score changed."
     most = max(changed, key=lambda one: one.changed or 0)
-    return f"{most.changed} documents have another {_plain(most.metric)} in {most.task}."
+    have = "has" if most.changed == 1 else "have"
+    changed_ones = counted(most.changed or 0, "document")
+    return f"{changed_ones} {have} another {_plain(most.metric)} in {most.task}."
 
 
 def _plain(metric: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
+from sdrpn.plurals import counted
 from sdrpn_eval.report.boxes import HOLDS, Looking
-from sdrpn_eval.report.columns import columns, counted
+from sdrpn_eval.report.columns import columns
 from sdrpn_eval.report.results import Comparison, Difference, MetricRow, RunScore, TaskInfo
 from sdrpn_eval.stats import with_interval
 
@@ -123,7 +124,7 @@ def _verdict(row: MetricRow, score: RunScore, difference: Difference) -> str:
     facts = (
         f"{row.metric} {_plain(row, first.mean)} to {_plain(row, score.mean)}, "
         f"{_difference(row, difference)}, p = {difference.decisive_p:.2g}{adjusted}; "
-        f"{difference.wins} won, {difference.losses} lost of {row.questions} questions"
+        f"{difference.wins} won, {difference.losses} lost of {counted(row.questions, 'question')}"
     )
     if difference.verdict == "few":
         count = counted(row.images, "image")
@@ -140,7 +141,8 @@ def cautions(comparison: Comparison) -> list[str]:
     for task in comparison.tasks:
         if task.questions < task.original:
             found.append(
-                f"{task.task}: {task.questions} of {task.original} documents, not to be held "
+                f"{task.task}: {task.questions} of {counted(task.original, 'document')}, not to "
+                "be held "
                 "against published numbers"
             )
         if task.clusters == "single documents":

@@ -1,0 +1,101 @@
+"""Checks that the data of the tasks can be fetched, before the weights are.
+
+lmms-eval loads the model first and the data after it, and retries a refused data set five times
+before it ends with a RetryError.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import config as datasets_config
+from datasets.naming import camelcase_to_snakecase
+from huggingface_hub import HfApi, constants, get_token
+from lmms_eval.utils import load_yaml_config
+from loguru import logger
+
+from sdrpn import hub
+
+TIMEOUT = 10
+"""Seconds to wait for the Hub."""
+
+PUBLIC = "_public"
+"""Ending of our tasks that read the same questions without a login."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_data(tasks: Iterable[str], index: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError where a task needs a login that is missing, or its data is out of reach.
+
+    Args:
+        tasks: names of single tasks.
+        index: lmms-eval's task index. Tasks on local files are passed over, and so are data sets
+            in the local cache where the Hub cannot be asked.
+    """
+    configs = {task: _config(index[task]) for task in tasks if task in index}
+    of_hub = {task: config for task, config in configs.items() if _is_of_hub(config)}
+    _check_login({t: c for t, c in of_hub.items() if _token(c) is True}, index)
+    repos = {str(c["dataset_path"]): (task, _token(c)) for task, c in reversed(of_hub.items())}
+    for repo, (task, token) in reversed(repos.items()):
+        _check_reachable(repo, task, token)
+
+
+def _config(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    path = entry.get("yaml_path")
+    return load_yaml_config(path, mode="simple") if isinstance(path, str) else {}
+
+
+def _kwargs(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("dataset_kwargs") or {}
+
+
+def _is_of_hub(config: Mapping[str, Any]) -> bool:
+    path, kwargs = config.get("dataset_path"), _kwargs(config)
+    if not isinstance(path, str) or kwargs.get("load_from_disk") or os.path.isdir(path):
+        return False
+    return _HUB_ID.fullmatch(path) is not None
+
+
+def _token(config: Mapping[str, Any]) -> bool | str | None:
+    return _kwargs(config).get("token")
+
+
+def _check_login(tasks: Mapping[str, Any], index: Mapping[str, Any]) -> None:
+    if not tasks or get_token() is not None or constants.is_offline_mode():
+        return
+    repos = ", ".join(dict.fromkeys(str(config["dataset_path"]) for config in tasks.values()))
+    public = [f"{task}{PUBLIC}" for task in tasks if f"{task}{PUBLIC}" in index]
+    instead = f", or run {', '.join(public)}: the same questions without a login" if public else ""
+    raise ValueError(
+        f"{', '.join(tasks)}: lmms-eval asks for a Hugging Face login to read {repos}, and there "
+        f"is none; {hub.LOG_IN}{instead}"
+    )
+
+
+def _check_reachable(repo: str, task: str, token: bool | str | None) -> None:
+    try:
+        HfApi().dataset_info(repo, timeout=TIMEOUT, token=token)
+        return
+    except ValueError:  # the answer is no JSON
+        told = f"cannot fetch {repo}: {hub.not_the_hub()}"
+    except Exception as error:  # the Hub's, its client's
+        told = hub.explain(error, repo, repo_type="dataset")
+        if told is None:
+            raise
+    if any(folder.is_dir() for folder in _cached(repo)):
+        logger.warning(f"{task}: {told}. The data set is read from the local cache")
+        return
+    raise ValueError(f"{task}: {told}; SDRPN_DATA=DIR reads DIR/{task}/*.parquet instead")
+
+
+def _cached(repo: str) -> list[Path]:
+    """Where `datasets` keeps what it prepared of a data set, by its own name or its older one."""
+    named = os.environ.get("LMMS_EVAL_DATASETS_CACHE") or datasets_config.HF_DATASETS_CACHE
+    owner, name = repo.split("/")
+    root = Path(named).expanduser()
+    return [root / f"{owner}___{one}" for one in (camelcase_to_snakecase(name), name)]
