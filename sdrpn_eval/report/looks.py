@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from sdrpn.region import PixelBox
-from sdrpn_eval.record import read_records
-from sdrpn_eval.report.facts import begun_runs, moment
+from sdrpn_eval.record import read_all_records, read_records
+from sdrpn_eval.report.facts import begun_runs, moment, own_name
 from sdrpn_eval.report.runs import RESULTS, Run, parse_results, results_ended
 from sdrpn_eval.report.scores import Document
 from sdrpn_eval.schemas import RecordLine
@@ -76,8 +76,8 @@ def read_looks(run: Run) -> Record:
 def record_lines(run: Run) -> tuple[list[RecordLine], tuple[str, ...]]:
     """Lines of the record that belongs to a run, beside its output or where `record=` put it.
 
-    Without any, sentences that say why: a record that gave other answers than the samples is
-    another run's, and is not used.
+    They are found by the run's name and time, see `own_name`, whatever they answer. Without any,
+    sentences that say why: a record whose answers contradict the samples is not used either.
     """
     if run.model != "llava_sdrpn":
         return [], ()
@@ -86,8 +86,16 @@ def record_lines(run: Run) -> tuple[list[RecordLine], tuple[str, ...]]:
         return [], (f"{run.name}: no record found",)
     refused = []
     for folder in folders:
-        lines = [line for line in read_records(folder) if line["task"] in run.tasks]
+        every = [line for line in read_all_records(folder) if line["task"] in run.tasks]
+        names = {line["run"] for line in every}
+        name = own_name(run, names, folder)
+        lines = [line for line in every if line["run"] == name]
         wrong = _contradictions(run, lines)
+        if every and not lines:
+            refused.append(
+                f"{run.name}: the record in {folder} is of other runs, the latest of which began "
+                f"at {max(names)}, and is not used"
+            )
         if lines and not wrong:
             return lines, ()
         if wrong:
@@ -110,9 +118,18 @@ def record_folders(run: Run) -> list[Path]:
 
     A run scored anew has its own copy, with the new scorer in its facts.
     """
-    named = None if run.scored_from else run.arguments.get("record")
-    places = [Path(named)] if named and named.lower() not in ("none", "false") else []
+    named = None if run.scored_from else _named_record(run)
+    places = [Path(named).expanduser()] if named else []
     return [p for p in dict.fromkeys([*places, *_beside(run)]) if _is_record(p)]
+
+
+def _named_record(run: Run) -> str | None:
+    """What `record=` names."""
+    # To read the arguments takes lmms-eval's own parser, whose import takes seconds.
+    if "record" not in str(run.results["config"].get("model_args")):
+        return None
+    named = str(run.arguments.get("record", "none"))
+    return None if named.lower() in ("none", "false") else named
 
 
 def _beside(run: Run) -> list[Path]:
