@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,40 +44,227 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # V*: the letter
 
 
-@pytest.mark.parametrize(
-    ("response", "letter"),
-    [
-        ("A", "A"),
-        ("b", "B"),
-        ("(C)", "C"),
-        ("D.", "D"),
-        ("B. blue", "B"),
-        ("B: blue", "B"),
-        ("C) the left one", "C"),
-        ("Answer: C", "C"),
-        ("ANSWER: (C)", "C"),
-        ("The answer is B.", "B"),
-        ("The correct option is D", "D"),
-        ("I would say (B), as the glove is blue.", "B"),
-        ("It is B", "B"),
-        ("A is correct", "A"),
-        ("A. A dog", "A"),
-        ("The answer is A because a dog is there", "A"),
-        ("**C**", "C"),
-        ("Blue", None),
-        ("blue", None),
-        ("A dog", None),
-        ("Answer: A dog", None),
-        ("Cat and dog", None),
-        ("(A) or (B)", None),
-        ("E", None),
-        ("", None),
-        ("The color of the glove is black.", None),
-        ("Don't know", None),
+NAMED = {
+    "A": [
+        "A",
+        "a",
+        "(A)",
+        "A.",
+        "A is correct",
+        "A. A dog",
+        "The answer is A because a dog is there",
+        "The answer is (a)",
+        "Answer: a",
+        "the answer is a.",
+        "a) red",
+        "a. red",
+        "(a)",
+        "A. red",
+        "A because it is red",
+        "The answer is A, I think.",
+        "The answer is A.\nB is a cat.",
+        "A\nred",
+        "A, as the car is red",
+        "Option A",
+        "Option A red",
+        "The answer is A, not B",
+        "A rather than B",
+        "A, not B",
+        "Answer: A. red",
+        "The answer is: A",
+        "A and not B",
+        "A) red, as in the picture",
+        "A.\n\nThe car is red.",
+        "It is A, not B or C.",
+        "Answer: A\n\nB is wrong.",
     ],
+    "B": [
+        "b",
+        "B. blue",
+        "B: blue",
+        "ANSWER: (B)",
+        "The answer is B.",
+        "I would say (B), as the glove is blue.",
+        "It is B",
+        "**B**",
+        "The answer is (b)",
+        "(b)",
+        "b)",
+        "answer is b",
+        "Answer: b.",
+        "The answer is b",
+        "Option B: the dog",
+        "The correct option is B",
+        "(A) red (B) blue (C) green. So the answer is B",
+        "A. red B. blue C. green D. white. The answer is B.",
+        "B, B",
+        "(B) B.",
+        "The correct answer is (B) blue",
+        "B) blue. The answer is B",
+        "Option B is correct.",
+        "It is not A but B",
+        "The answer is **B**",
+        "The answer to this question is B.",
+        "Answer: 'B'",
+        "'B'",
+        '"B"',
+        "The answer is option B.",
+        "The answer is probably B",
+        "I choose B",
+        "I would pick (b).",
+        "Answer:B",
+        "answer is [b]",
+        "\\boxed{B}",
+        "The options are A, B, C and D. The answer is B.",
+        "Both A and C are wrong. The answer is B.",
+        "Therefore, B.",
+        "Not A. The answer is B.",
+        "(B) blue",
+        "B - blue",
+        "b: blue",
+        "Answer (b)",
+        "The best choice is B.",
+        "The letter is B",
+        "Its colour is blue, so the answer is b.",
+        "In the U.S.A. it is B",
+        "Answer - B",
+    ],
+    "C": [
+        "(C)",
+        "C) the left one",
+        "Answer: C",
+        "The correct option is C",
+        "The right answer is C, since A and B are red",
+    ],
+    None: [
+        "Blue",
+        "blue",
+        "A dog",
+        "Answer: A dog",
+        "Cat and dog",
+        "(A) or (B)",
+        "E",
+        "",
+        "The color of the glove is black.",
+        "Don't know",
+        "The answer is A, B, C or D.",
+        "Answer: A and C",
+        "A or B",
+        "either A or B",
+        "Either A or B.",
+        "not A",
+        "Not A",
+        "A or maybe B",
+        "A/B",
+        "a red car",
+        "A red car",
+        "A Red car",
+        "The answer is A or B",
+        "The answer is either A or B.",
+        "The answer is a or b",
+        "answer: b or c",
+        "A maybe B",
+        "A, maybe B.",
+        "It is A or B.",
+        "A perhaps B",
+        "neither A nor B",
+        "The answer is not A",
+        "The answer isn't A",
+        "A is wrong",
+        "A is not correct.",
+        "I don't think it is A",
+        "The answer is A (or B)",
+        "The answers are A and B",
+        "A, B",
+        "A & B",
+        "A|B",
+        "A-D",
+        "A to D",
+        "Between A and B",
+        "The answer is a red car",
+        "the answer is a dog",
+        "It is a b c",
+        "A vs B",
+        "Either it is A, or it could be B.",
+        "A. red\nB. blue",
+        "A) red B) blue",
+        "The answer is A. Actually, the answer is B.",
+        "(A) and (B) are correct",
+        "Both A and B are correct",
+        "Could be A. Could be B.",
+        "A? B?",
+        "A... or B.",
+        "a or b",
+        "either (a) or (b)",
+        "(a) or b",
+        "A-frame house",
+        "C'est bleu",
+        "D.C.",
+        "Answer: E",
+        "The answer is A/B",
+        "Answer: A, B",
+        "The answer is none of A, B, C or D",
+        "cannot be A",
+        "not A or B",
+        "Not (b)",
+        "A but maybe B",
+        "A nor B",
+        "All of A, B, C, D",
+        "Answer: A; B",
+        "A; B",
+        "A\nB",
+        "A B C D",
+        "ABCD",
+        "a, b",
+        "a/b",
+        "(a)/(b)",
+        "The answer is A, or B",
+        "A and B",
+        "B or A.",
+        "Answer: (A) or (B)",
+        "Answer: A or C.",
+        "The answer is A or possibly B",
+        "A, B, or C",
+        "Possibly A or B",
+        "A or (B)",
+        "I can't tell",
+        "an apple",
+    ],
+}
+"""Responses to a question that offers A to D, by the letter they name."""
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"), [(one, letter) for letter, several in NAMED.items() for one in several]
 )
 def test_letter_of_a_response(response: str, letter: str | None) -> None:
     assert scoring.answer_letter(response, set("ABCD")) == letter
+
+
+@pytest.mark.parametrize("quote", ["\u2018b\u2019", "\u201cb\u201d", "`B`", "_b_"])
+def test_typographic_quotes_are_quotes(quote: str) -> None:
+    assert scoring.answer_letter(quote, set("ABCD")) == "B"
+    assert scoring.answer_letter(f"The answer is {quote}.", set("ABCD")) == "B"
+    assert scoring.answer_letter("It isn\u2019t A", set("ABCD")) is None
+    assert scoring.answer_letter("A\u2013D", set("ABCD")) is None
+
+
+def test_a_pronoun_is_an_option_only_where_it_is_offered() -> None:
+    assert scoring.answer_letter("I think that it is B", set("ABCD")) == "B"
+    assert scoring.answer_letter("The answer is I", set("ABCDEFGHI")) == "I"
+    assert scoring.answer_letter("I or B", set("ABCDEFGHI")) is None
+
+
+@pytest.mark.parametrize("response", ["C or A", "A/C", "A, or E", "Answer: b/w photo"])
+def test_a_hedge_with_a_letter_that_was_not_offered_is_one(response: str) -> None:
+    assert scoring.answer_letter(response, {"A", "B"}) is None
+
+
+@pytest.mark.parametrize("piece", ["A, ", "A or ", "not the ", "the ", "A. ", "(A", "answer "])
+def test_a_response_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
+    begun = time.perf_counter()
+    scoring.answer_letter(piece * (3000 // len(piece)), set("ABCD"))
+    assert time.perf_counter() - begun < 5  # on a busy machine; the worst takes 0.3 s
 
 
 @pytest.mark.parametrize("response", ["C", "(C)", "Answer: C", "C. behind"])
