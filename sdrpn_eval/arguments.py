@@ -296,17 +296,6 @@ def on_command_line(option: str, argv: Sequence[str]) -> str | None:
     return None
 
 
-def refuse_use_cache(use_cache: str | None) -> None:
-    """Raise ValueError where lmms-eval's response cache is asked for."""
-    if use_cache:
-        raise ValueError(
-            "llava_sdrpn does not work with --use_cache: that cache knows a model by the text of "
-            "its arguments, so a retrained RPN in the same folder would get the old answers. Leave "
-            "it out: a run started again with the same --output_path (or record=) asks nothing "
-            "twice, by the hashes of its weights"
-        )
-
-
 def _hint(name: str) -> str:
     return f"{name} ({HINTS[name]})" if name in HINTS else name
 

@@ -23,13 +23,14 @@ from sdrpn.config import ZoomConfig
 from sdrpn.region import PixelBox
 from sdrpn.zoom import Question, ZoomLlava
 from sdrpn_eval import tasks_info
-from sdrpn_eval.arguments import (
-    WITHOUT_THRESHOLD,
-    checked,
-    on_command_line,
-    refuse_use_cache,
-)
+from sdrpn_eval.arguments import WITHOUT_THRESHOLD, checked, on_command_line
 from sdrpn_eval.asking import Asker, Outcome, is_out_of_memory
+from sdrpn_eval.harness_flags import (
+    REFUSED,
+    check_harness,
+    refuse_fewshot_tasks,
+    refuse_unsupported,
+)
 from sdrpn_eval.journal import Journal
 from sdrpn_eval.kinds import Kind, Losses, Words, result
 from sdrpn_eval.loading import TINY, load_engine, sources, zoom_settings
@@ -68,8 +69,9 @@ class LlavaSdrpn(lmms):
         self._hashes: Future[dict[str, str]] | None = None
         self._zooms: dict[str, ZoomConfig] = {}
         self._announced = False
+        self._harness_checked = False
         with ending_all(self._world_size):
-            refuse_use_cache(on_command_line("--use_cache", sys.argv))
+            check_harness(self._early_tasks(), main_process=self.accelerator.is_main_process)
             folder = self._record_folder([on_command_line("--output_path", sys.argv)])
             if folder is not None:
                 check_writable(folder)
@@ -135,6 +137,7 @@ class LlavaSdrpn(lmms):
             name=documents.name,
             on_error=self.arguments["on_error"],
             batch_size=self.batch_size,
+            answered=bool(results),
         )
         groups = batches(left, self.batch_size, documents)
         with tqdm(
@@ -202,11 +205,16 @@ class LlavaSdrpn(lmms):
 
     def _announce_early(self) -> None:
         """Say what will be scored before anything is fetched, where the command line tells."""
-        names = tasks_info.requested(sys.argv)
-        if TaskIndex.latest is not None and names and self.accelerator.is_main_process:
-            scored = tasks_info.scored_parts(names, TaskIndex.latest)
+        if TaskIndex.latest is not None and self.accelerator.is_main_process:
+            scored = tasks_info.scored_parts(self._early_tasks(), TaskIndex.latest)
             if scored:
                 self._log_tasks(scored)
+
+    def _early_tasks(self) -> list[str]:
+        """The tasks behind `--tasks`, as far as the command line and the index tell."""
+        names = tasks_info.requested(sys.argv)
+        index = TaskIndex.latest or {}
+        return [task for name in names for task in tasks_info.parts(name, index)] or names
 
     def _announce(self, requests: Sequence[Request]) -> None:
         """Say once what will be scored, and with which thresholds; open the record."""
@@ -216,8 +224,15 @@ class LlavaSdrpn(lmms):
             self._log_tasks({t: tasks_info.has_score(m) for t, m in metrics.items()})
         if self.rank == 0:
             self._log_thresholds([t for t in tasks if t not in self._zooms])
+        # A model made in Python is older than the evaluation that asks it.
         for task in tasks.values():
-            refuse_use_cache(getattr(getattr(task, "args", None), "use_cache", None))
+            args = getattr(task, "args", None)
+            refuse_unsupported({name: getattr(args, name, None) for name in REFUSED})
+        if not self._harness_checked:
+            told = bool(tasks_info.requested(sys.argv))
+            check_harness(list(tasks), main_process=self.rank == 0 and not told)
+            self._harness_checked = True
+        refuse_fewshot_tasks(tasks.values())
         if self._journal is None:
             self._journal = self._open_journal(list(tasks.values()))
         if self._journal is not None:

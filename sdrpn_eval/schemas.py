@@ -151,6 +151,7 @@ class TaskMarks(TypedDict):
     data: Hex
     prompts: Hex
     scorer: str | None
+    scorer_source: NotRequired[str | None]
     documents: NotRequired[Count]
 
 

@@ -23,8 +23,9 @@ NAME = re.compile(r"run_facts_(?P<run>.+)_rank(?P<rank>\d+)\.json")
 
 @dataclass(frozen=True)
 class Facts:
-    """See `run_facts`. data, prompts and scorers: fingerprints by task; documents: how many;
-    skipped: how many of them were not answered as asked.
+    """See `run_facts`. data, prompts and scorers: fingerprints by task; scorer_sources: of the
+    scorers' code without their settings, None where an older version wrote the facts; documents:
+    how many; skipped: how many of them were not answered as asked.
 
     files: one a process, which all this was read from.
     """
@@ -39,6 +40,7 @@ class Facts:
     data: Mapping[str, str] = field(default_factory=dict)
     prompts: Mapping[str, str] = field(default_factory=dict)
     scorers: Mapping[str, str] = field(default_factory=dict)
+    scorer_sources: Mapping[str, str | None] = field(default_factory=dict)
     documents: Mapping[str, int] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
     files: Sequence[Path] = ()
@@ -153,6 +155,7 @@ def _merged(files: Sequence[Path]) -> Facts:
         data={t: combined(m["data"] for m in marks) for t, marks in tasks.items()},
         prompts={t: combined(m["prompts"] for m in marks) for t, marks in tasks.items()},
         scorers={t: marks[0]["scorer"] for t, marks in tasks.items() if marks[0]["scorer"]},
+        scorer_sources={t: marks[0].get("scorer_source") for t, marks in tasks.items()},
         documents={t: sum(m.get("documents", 0) for m in marks) for t, marks in tasks.items()},
         skipped={t: sum(f.get("skipped", {}).get(t, 0) for f in read) for t in tasks},
         files=tuple(files),

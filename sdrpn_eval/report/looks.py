@@ -25,7 +25,8 @@ PLACES = ("sdrpn_record", "record")
 class Look:
     """One question's line of the record. size: (width, height) of its first image, in pixels.
 
-    images: content hashes. seconds and tokens are summed over the options of a multiple choice.
+    images: content hashes. seconds and tokens are of one answer: summed over the options of a
+    multiple choice, the mean over its repeats.
     heat: the RoI map as recorded, base64, with its grid (rows, columns).
     """
 
@@ -34,7 +35,7 @@ class Look:
     regions: tuple[PixelBox, ...]
     reason: str | None
     seconds: float
-    tokens: Mapping[str, int]
+    tokens: Mapping[str, float]
     heat: str | None
     grid: tuple[int, int] | None
     map_max: float | None
@@ -196,19 +197,26 @@ def _as_record(run: Run, lines: list[RecordLine]) -> Record:
     notes = ()
     if len(by_document) < asked:
         notes = (f"{run.name}: the record covers {len(by_document)} of {asked} questions",)
-    return Record({d: _look(some) for d, some in by_document.items()}, notes)
+    repeats = {name: task.config.get("repeats") or 1 for name, task in run.tasks.items()}
+    return Record({d: _look(some, repeats[d[0]]) for d, some in by_document.items()}, notes)
 
 
-def _look(lines: list[RecordLine]) -> Look:
+def _look(lines: list[RecordLine], repeats: int) -> Look:
+    """repeats: how often lmms-eval asked the document: it writes down as many lines, or as many
+    for each option."""
     first = lines[0]
+    options = max(1, round(len(lines) / repeats)) if "continuation" in first else 1
+    times = len(lines) / options
     images, grid = first["images"], first["grid"]
     return Look(
         images=tuple(image["hash"] for image in images),
         size=(images[0]["size"][0], images[0]["size"][1]) if images else None,
         regions=tuple(PixelBox(*box) for box in first["regions"]),
         reason=first["no_zoom"],
-        seconds=float(sum(line["seconds"] for line in lines)),
-        tokens={k: sum(line["tokens"].get(k, 0) for line in lines) for k in first["tokens"]},
+        seconds=sum(line["seconds"] for line in lines) / times,
+        tokens={
+            k: sum(line["tokens"].get(k, 0) for line in lines) / times for k in first["tokens"]
+        },
         heat=first["map"],
         grid=(grid[0], grid[1]) if grid else None,
         map_max=first["map_max"],
