@@ -214,7 +214,7 @@ class LlavaSdrpn(lmms):
         """The tasks behind `--tasks`, as far as the command line and the index tell."""
         names = tasks_info.requested(sys.argv)
         index = TaskIndex.latest or {}
-        return [task for name in names for task in tasks_info.parts(name, index)] or names
+        return [task for n in names for task in (list(tasks_info.parts(n, index)) or [n])]
 
     def _announce(self, requests: Sequence[Request]) -> None:
         """Say once what will be scored, and with which thresholds; open the record."""

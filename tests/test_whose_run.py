@@ -1,4 +1,4 @@
-"""The arguments, the record and the scorer of a run: whose they are, and how they are told apart."""
+"""The arguments, the record and the scorer of a run: whose they are, and what tells them apart."""
 
 from __future__ import annotations
 
