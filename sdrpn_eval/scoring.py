@@ -13,7 +13,7 @@ _TYPOGRAPHIC = str.maketrans({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'
 _NO_NOUN = (
     "is|isn't|was|are|be|would|could|might|may|should|must|can|seems|looks|appears|because|since|as|"
     "and|or|nor|but|though|although|if|unless|then|than|rather|instead|maybe|perhaps|possibly|"
-    "probably|likely|also|either|not|versus|vs|to|in|on|at|of|by|from|with|for|it|this|that|the|only"
+    "probably|likely|also|either|not|versus|vs|to|in|on|at|of|by|from|with|for|it|this|that|the|only|through"
 )
 _ARTICLE = re.compile(
     rf"(?<!option )(?<!choice )(?<!letter )\bA[ \t]+(?!(?:{_NO_NOUN})\b)(?=[a-z]{{2}})",
@@ -38,8 +38,8 @@ _FILLING = (
     r"possibly|definitely|clearly|certainly|simply|just|also|even)\s+)*"
 )
 _JOINED = (
-    r"\s*(?:,|/|&|\||\+|-|;|(?:,\s*|\(\s*)?\b(?i:or|and|nor|to|through|versus|vs\.?|maybe|perhaps|"
-    r"possibly|probably)\b)[\s,]*(?i:(?:or|and|nor)\s+)?"
+    r"\s*(?:,|/|&|\||\+|-|;|(?:,\s*|\(\s*)?\b(?i:or|and|nor|to|through|versus|vs|maybe|perhaps|"
+    r"possibly|probably)\b\.?)[\s,]*(?i:(?:or|and|nor)\s+)?"
 )
 _MORE = rf"(?:{_JOINED}{_FILLING}{_ANY_CASE})*+"
 _LIST, _LIST_ANY_CASE = rf"{_LETTER}{_MORE}", rf"{_ANY_CASE}{_MORE}"

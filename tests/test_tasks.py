@@ -241,6 +241,137 @@ def test_letter_of_a_response(response: str, letter: str | None) -> None:
     assert scoring.answer_letter(response, set("ABCD")) == letter
 
 
+CONCLUSIONS = [
+    *(
+        "The correct one is B",
+        "The right option is b.",
+        "The best choice: B",
+        "Correct letter: (b)",
+    ),
+    *(
+        "The right choices are B, B",
+        "I choose B",
+        "I chose B.",
+        "I pick B!",
+        "I select B",
+        "I say B",
+    ),
+    *(
+        "I would go with B",
+        "Going with the B",
+        "I am going with option B",
+        "I pick  B",
+        "B is right.",
+    ),
+    *(
+        "B is correct",
+        "B is the answer",
+        "B is  the best",
+        "B and B are both the answers",
+        "B is true",
+    ),
+    *("So B", "So it is B.", "Therefore, B", "Thus  B.", "Hence it must be B!", "so it  is  B..."),
+    *(
+        "The answer could be B",
+        "Answer might be b",
+        "The answer may be B",
+        "Answers: B",
+        "Answer B",
+    ),
+    *("The answer should be B", "The answer must be B", "An answer will be b", "The answer was B"),
+    *("The answers are B", "The answer would be B", "The answer to the question, then, is B"),
+]
+"""How a response that has named A and C says that B is the answer."""
+FILLING = (
+    "the option choice letter either both most probably likely maybe perhaps possibly definitely "
+)
+FILLING += "clearly certainly simply just also even"
+JOINING = ", / & | + - ; or and nor to through versus vs vs. maybe perhaps possibly probably"
+NEGATIONS = [
+    *("not A", "neither A", "never A", "without A", "except A", "cannot be A", "unlike A"),
+    *("none of A", "rather than A", "instead  of A", "It can't be A", "I don't believe it is A"),
+    *("I wouldn't say A", "I don't think that  it is A", "I don't think the answer is A", "not  A"),
+    *("A is not", "A is incorrect", "A was wrong", "A seems false", "A looks unlikely", "not (a)"),
+    *("A would  be impossible", "A isn't it", "Options A and B are wrong", "Option A is wrong"),
+    *("Choice A is false", "A or B are not it", "not the A", "I don't think it are A, B or C"),
+]
+LETTERS_WITH_WORDS = (
+    "is was are be would could might may should must can seems looks appears because "
+)
+LETTERS_WITH_WORDS += (
+    "since as and or nor but though although if unless then than rather instead maybe "
+)
+LETTERS_WITH_WORDS += (
+    "perhaps possibly probably likely also either not versus vs to in on at of by from "
+)
+LETTERS_WITH_WORDS += "with for it this that the only"
+
+
+@pytest.mark.parametrize("said", CONCLUSIONS)
+def test_a_response_that_names_all_and_concludes_names_one(said: str) -> None:
+    assert scoring.answer_letter(f"(A) red (C) blue. {said}", set("ABC")) == "B"
+
+
+@pytest.mark.parametrize("said", ["B is not true", "I do not choose B", "B, so C", "So B or C"])
+def test_a_conclusion_that_is_none(said: str) -> None:
+    assert scoring.answer_letter(f"(A) red (C) blue. {said}", set("ABC")) != "B"
+
+
+@pytest.mark.parametrize("word", FILLING.split())
+def test_words_between_answer_and_letter(word: str) -> None:
+    assert scoring.answer_letter(f"(A) red. The answer is {word} B", set("AB")) == "B"
+    assert scoring.answer_letter(f"The answer is A or {word}  B", set("AB")) is None
+
+
+@pytest.mark.parametrize("word", JOINING.split())
+def test_words_that_make_a_hedge(word: str) -> None:
+    assert scoring.answer_letter(f"The answer is A {word} B", set("AB")) is None
+    assert scoring.answer_letter(f"The answer is a {word} b.", set("AB")) is None
+
+
+@pytest.mark.parametrize("said", NEGATIONS)
+def test_what_is_denied_is_not_named(said: str) -> None:
+    assert scoring.answer_letter(said, set("ABCD")) is None
+    assert scoring.answer_letter(f"{said}. It is D", set("ABCD")) == "D"
+
+
+@pytest.mark.parametrize("word", LETTERS_WITH_WORDS.split())
+def test_words_before_which_an_a_is_no_article(word: str) -> None:
+    assert scoring.answer_letter(f"A {word} xx", set("AB")) == "A"
+    assert scoring.answer_letter(f"A  {word}xx", set("AB")) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("the answer is a because it is red", "A"),
+        ("the answer is a since it is red", "A"),
+        ("the answer is a as it is red", "A"),
+        ("the answer is a and nothing else", "A"),
+        ("the answer is a or so", "A"),
+        ("the answer is a asset", None),
+        ("the answer is a!", "A"),
+        ("the answer is a, I think", "A"),
+        ("the answer is a  / b", None),
+        ("Option B: blue, near C", "B"),
+        ("Choice B. Blue, near C", "B"),
+        ("- (B) blue, near C", "B"),
+        ("B: blue, near C", "B"),
+        ("B. blue, near C) red", None),
+        ("(B) blue (C) red", None),
+        ("B. blue\n  C. red", None),
+        ("It is blue, b. is it", None),
+        ("see b.c", None),
+        ("Data dog", None),
+        ("banswer: A, B", None),
+        ("BA dog", None),
+        ("The answer? Is B", "B"),
+    ],
+)
+def test_odd_ends(said: str, letter: str | None) -> None:
+    assert scoring.answer_letter(said, set("ABCD")) == letter
+
+
 @pytest.mark.parametrize("quote", ["\u2018b\u2019", "\u201cb\u201d", "`B`", "_b_"])
 def test_typographic_quotes_are_quotes(quote: str) -> None:
     assert scoring.answer_letter(quote, set("ABCD")) == "B"
