@@ -11,8 +11,11 @@ from run_folders import FACTS, record_line, sample, write_facts, write_record, w
 from test_compare import compared, refusal
 
 from sdrpn_eval.arguments import checked, parse_arguments, written_arguments
+from sdrpn_eval.report.answers import read_source
 from sdrpn_eval.report.comparison import compare, gather
 from sdrpn_eval.report.looks import read_looks
+from sdrpn_eval.report.reask import arguments_again
+from sdrpn_eval.report.rungs import Ladder
 from sdrpn_eval.report.runs import read_run
 
 # --model_args
@@ -143,6 +146,37 @@ def test_preprocessing_is_compared_as_resolved(tmp_path: Path) -> None:
     assert compared(*folders).runs[1]["labels"] == []
     write_facts(folders[1], "aa", arguments=arguments | {"system_prompt": "Be long."})
     assert compared(*folders).runs[1]["labels"] == ["other preprocessing"]
+
+
+def test_a_record_alone_gives_its_arguments_in_quotes(tmp_path: Path) -> None:
+    write_record(tmp_path, [record_line(0, "red")])
+    prompt = "Look closely, then answer."
+    write_facts(tmp_path, "aa", arguments={"pretrained": "tiny", "system_prompt": prompt})
+    source = read_source(tmp_path / "sdrpn_record")
+    written = 'pretrained=tiny,system_prompt="Look closely, then answer."'
+    assert source.config["model_args"] == written
+
+
+def test_a_question_is_asked_again_with_its_own_arguments(tmp_path: Path) -> None:
+    args = "pretrained=tiny,system_prompt='a, b=c'"
+    source = read_source(write_run(tmp_path / "run", {"toy": [sample(0)]}, model_args=args))
+    assert arguments_again(source, parse_arguments('system_prompt="d, e"')) == {
+        "pretrained": "tiny",
+        "system_prompt": "d, e",
+    }
+    assert arguments_again(source, {}) == {"pretrained": "tiny", "system_prompt": "a, b=c"}
+
+
+def test_a_ladder_reads_arguments_as_lmms_eval_does(tmp_path: Path) -> None:
+    def plan(model_args: str) -> Ladder:
+        return Ladder(tmp_path, "toy", model_args, None, "1")
+
+    args = plan('pretrained=tiny,system_prompt="which proposer=rpn, say?"').arguments("attention")
+    assert parse_arguments(args)["proposer"] == "attention"
+    with pytest.raises(ValueError, match="must not name a proposer"):
+        plan('system_prompt="a, b",proposer=rpn')
+    with pytest.raises(ValueError, match="leaves a quotation mark or bracket open; put the value"):
+        plan("system_prompt=don't look")
 
 
 # Which record is a run's
