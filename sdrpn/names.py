@@ -21,10 +21,13 @@ PUBLISHED_RPN = {
 
 
 def resolve(model: str, rpn: str | None) -> tuple[str, str | None]:
-    """Where a model and its RPN are; anything that is not a short name stays as it is.
+    """Where a model and its RPN are; anything else than a short name stays as it is, but for `~`.
 
     Raises ValueError for a path without a folder, which would be looked for on the hub.
     """
+    # A shell leaves `--model=~/x` as it is.
+    model = os.path.expanduser(model)
+    rpn = None if rpn is None else os.path.expanduser(rpn)
     for point in entry_points(group=GROUP, name=model):
         folder, own_rpn = point.load()()
         return folder, rpn or own_rpn

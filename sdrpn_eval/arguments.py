@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,13 +78,27 @@ def _dtype(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """Text as it stands; lmms-eval has parsed what looks like a whole number, and keeps quotes."""
+    """Text as it stands; lmms-eval has parsed what looks like a whole number."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise ValueError("text")
-    quoted = re.fullmatch(r"(['\"])(.*)\1", value, flags=re.DOTALL)
-    return quoted[2] if quoted else value
+        raise ValueError("text, in quotes where it reads as a number")
+    return value
+
+
+def _path(value: Any) -> str:
+    """A folder, file or hub id as text, with `~` expanded; a shell expands it in first place
+    only."""
+    return os.path.expanduser(_text(os.fspath(value) if isinstance(value, os.PathLike) else value))
+
+
+def _model(value: Any) -> Any:
+    """A path as text; a model in memory as it is."""
+    return _path(value) if isinstance(value, str | int | float | os.PathLike) else value
+
+
+def _folder_or_none(value: Any) -> str:
+    return str(value) if isinstance(value, bool) else _path(value)
 
 
 def _one_of(*choices: str) -> Callable[[Any], str]:
@@ -118,10 +133,6 @@ def _flag(value: Any) -> bool:
     return value
 
 
-def _anything(value: Any) -> Any:
-    return value
-
-
 @dataclass(frozen=True)
 class Argument:
     """One name of `--model_args`: its default, how it is checked, what the listing says of it."""
@@ -136,16 +147,16 @@ WITHOUT_THRESHOLD = ("none", "box", "vicrop")
 
 ARGUMENTS: Mapping[str, Argument] = {
     "pretrained": Argument(
-        LLAVA_7B, _anything, "folder, hub id, `tiny` (embedded), or a model in memory"
+        LLAVA_7B, _model, "folder, hub id, `tiny` (embedded), or a model in memory"
     ),
     "revision": Argument("main", _text, "branch, tag or commit of a hub id"),
     "rpn": Argument(
         None,
-        _anything,
+        _path,
         "folder or hub id of the RPN, ours or the authors'; default: the base's published one",
     ),
     "rpn_revision": Argument(None, _text, "branch, tag or commit of the RPN's hub id"),
-    "peft": Argument(None, _text, "folder or hub id of a PEFT adapter for the base (needs peft)"),
+    "peft": Argument(None, _path, "folder or hub id of a PEFT adapter for the base (needs peft)"),
     "load_in_4bit": Argument(False, _flag, "the base's language model, with bitsandbytes"),
     "proposer": Argument(
         "rpn",
@@ -169,7 +180,7 @@ ARGUMENTS: Mapping[str, Argument] = {
         _one_of("pad", "crop"),
         "pad to a square, or crop the centre; default: as config.json notes, else",
     ),
-    "system_prompt": Argument(None, _text, "sentence, or file with it; empty: no sentence"),
+    "system_prompt": Argument(None, _path, "sentence, or file with it; empty: no sentence"),
     "dtype": Argument(
         "auto",
         _dtype,
@@ -179,7 +190,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     "device": Argument(None, _text, "cpu, cuda, cuda:1, ..."),
     "device_map": Argument(None, _text, "as in transformers: auto, cuda:0, ..."),
     "prefix_cache": Argument(None, _bytes, "memory for read images, such as 4GB, or none"),
-    "record": Argument(None, _anything, "folder for one line a question; none: no record"),
+    "record": Argument(None, _folder_or_none, "folder for one line a question; none: no record"),
     "resume": Argument(True, _flag, "take answers that stand in the record already from there"),
     "on_error": Argument(
         "raise",
@@ -224,7 +235,8 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in given:
             continue
         try:
-            values[name] = argument.check(given[name])
+            values[name] = argument.check(unquoted(given[name]))
+            _refuse_open_quote(name, values[name])
         except ValueError as needed:
             wrong.append(f"{name} must be {needed}, got {given[name]!r}")
     if wrong:
@@ -232,6 +244,81 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{listed}llava_sdrpn: {'; '.join(wrong)}")
     defaults = {name: argument.default for name, argument in ARGUMENTS.items()}
     return defaults | dict(PRESETS.get(values.get("preset", ""), {})) | values
+
+
+def parse_arguments(model_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """`--model_args` by name, as lmms-eval reads them: the one reader of this project.
+
+    Args:
+        model_args: the text of the option, or what a results file holds of it.
+
+    Returns:
+        Values as lmms-eval types them (numbers and booleans are no text), without the quotes that
+        it leaves around a text.
+
+    Raises:
+        ValueError: where the text is not NAME=VALUE,NAME=VALUE.
+    """
+    if isinstance(model_args, Mapping):
+        return {str(name): unquoted(value) for name, value in model_args.items()}
+    # Imported here: it takes seconds, which commands that read no arguments do not have.
+    from lmms_eval.utils import simple_parse_args_string
+
+    try:
+        parsed = simple_parse_args_string(model_args or "")
+    except ValueError:
+        raise ValueError(f"model_args must be NAME=VALUE,NAME=VALUE, got {model_args!r}") from None
+    return {name.strip(): unquoted(value) for name, value in parsed.items()}
+
+
+def unquoted(value: Any) -> Any:
+    """A text without the quotes around all of it, which lmms-eval keeps; all else as it is."""
+    if not isinstance(value, str):
+        return value
+    quoted = re.fullmatch(r"""(['"])((?:\\\1|(?!\1).)*)\1""", value, flags=re.DOTALL)
+    return quoted[2].replace(f"\\{quoted[1]}", quoted[1]) if quoted else value
+
+
+def written_arguments(arguments: Mapping[str, Any]) -> str | dict[str, Any]:
+    """Arguments as `--model_args` takes them, with quotes where a text needs some.
+
+    Returns:
+        A text that `parse_arguments` reads back as what was given; the arguments themselves where
+        there is no such text (lmms-eval's parser takes no text that mixes both kinds of quotes
+        with commas).
+    """
+    words: list[str] = []
+    for name, value in arguments.items():
+        text = str(value)
+        forms = (text, f'"{text}"', f"'{text}'", '"' + text.replace('"', '\\"') + '"')
+        kept = next((form for form in forms if _reads_as(form, name, value)), None)
+        if kept is None:
+            return dict(arguments)
+        words.append(f"{name}={kept}")
+    return ",".join(words)
+
+
+def _reads_as(form: str, name: str, value: Any) -> bool:
+    """Whether a value written in a form is read back, between others too."""
+    try:
+        return parse_arguments(f"{name}={form},end=1") == {name: value, "end": 1}
+    except ValueError:
+        return False
+
+
+def _refuse_open_quote(name: str, value: Any) -> None:
+    """Raise ValueError where a text has swallowed the arguments behind it: an apostrophe opens a
+    quotation for lmms-eval, as a bracket opens a list."""
+    swallowed = re.search(rf",\s*({'|'.join(ARGUMENTS)})\s*=", value if type(value) is str else "")
+    before = value[: swallowed.start()] if swallowed else ""
+    open_quote = any(before.count(quote) % 2 for quote in "'\"")
+    if swallowed and (
+        open_quote or any(before.count(a) != before.count(b) for a, b in ("[]", "{}"))
+    ):
+        raise ValueError(
+            f"in quotes: lmms-eval reads {swallowed[0]!r} as a part of it, behind an unclosed "
+            "quotation mark or bracket"
+        )
 
 
 def on_command_line(option: str, argv: Sequence[str]) -> str | None:
@@ -242,17 +329,6 @@ def on_command_line(option: str, argv: Sequence[str]) -> str | None:
         if word.startswith(f"{option}="):
             return word.removeprefix(f"{option}=")
     return None
-
-
-def refuse_use_cache(use_cache: str | None) -> None:
-    """Raise ValueError where lmms-eval's response cache is asked for."""
-    if use_cache:
-        raise ValueError(
-            "llava_sdrpn does not work with --use_cache: that cache knows a model by the text of "
-            "its arguments, so a retrained RPN in the same folder would get the old answers. Leave "
-            "it out: a run started again with the same --output_path (or record=) asks nothing "
-            "twice, by the hashes of its weights"
-        )
 
 
 def _hint(name: str) -> str:

@@ -7,6 +7,7 @@ each document is asked alone; what becomes of those that fail alone `on_error` d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,11 +24,18 @@ from sdrpn_eval.questions import Request
 NAMED = 5
 """Documents that failed and are named in the log; the record holds all."""
 
+FIRST = 3
+"""Documents that fail alike at the start of a run, by which the run is known to be broken."""
+
 Ask = Callable[[Sequence[Request], Sequence[Question]], list[Said]]
 
 
 class BadDocument(RuntimeError):
     """A document that could not be asked or answered; the message names it and its image."""
+
+
+class BrokenRun(RuntimeError):
+    """The first documents all fail alike: it is no document's fault; the message says how."""
 
 
 class DoesNotFit(MemoryError):
@@ -53,6 +61,7 @@ class Asker:
 
     ask: asks a batch. ask_stock: the same without a second look.
     nothing: what is said of a document without an answer. name: a document in words.
+    answered: whether any document was answered as it was asked, by an earlier run too.
     failed: (task, document) -> why it was not answered as it was asked.
     """
 
@@ -62,6 +71,7 @@ class Asker:
     name: Callable[[Request], str]
     on_error: str
     batch_size: int
+    answered: bool = False
     failed: dict[tuple[str, int], str] = field(default_factory=dict)
     _too_many: int = 0
 
@@ -71,7 +81,7 @@ class Asker:
         """Ask a batch; outcomes come in pieces, each to be kept before the next is asked.
 
         questions: an exception where one could not be made; these come last.
-        Raises BadDocument, where `on_error` says so, and DoesNotFit.
+        Raises BadDocument, where `on_error` says so, BrokenRun and DoesNotFit.
         """
         both = list(zip(batch, questions, strict=True))
         waiting = [(r, q) for r, q in both if isinstance(q, Question)]
@@ -84,6 +94,7 @@ class Asker:
             if isinstance(outcome, Exception):
                 yield from self._one_by_one(part, outcome)
             else:
+                self.answered = True
                 yield outcome
         for request, question in both:
             if isinstance(question, Exception):
@@ -136,6 +147,7 @@ class Asker:
                 failed += 1
                 yield [self._instead(request, question, outcome)]
             elif outcome is not None:
+                self.answered = True
                 yield outcome
         if not failed:
             if self.on_error == "raise":
@@ -155,6 +167,7 @@ class Asker:
             ) from error
         told = f"{type(error).__name__}: {_first_line(error)}"
         self.failed[request.task, request.doc_id] = told
+        self._refuse_broken_run(error, told)
         if self.on_error == "stock" and question is not None:
             plain = replace(question, box=None)
             outcome = self._attempt(self.ask_stock, [(request, plain)])
@@ -162,6 +175,17 @@ class Asker:
                 answer = replace(outcome[0].said.answer, reason="the second look failed")
                 return Outcome(request, question, replace(outcome[0].said, answer=answer), told)
         return Outcome(request, question, self.nothing(request), told)
+
+    def _refuse_broken_run(self, error: Exception, told: str) -> None:
+        if self.answered or len(self.failed) < FIRST:
+            return
+        # Numbers are those of a document, as a rule.
+        if len({re.sub(r"\d+", "#", one) for one in self.failed.values()}) == 1:
+            raise BrokenRun(
+                f"the first {len(self.failed)} documents all fail alike ({told}), so it is the run "
+                f"that is broken and not a document; on_error={self.on_error} does not go on "
+                "without them all"
+            ) from error
 
     def tell_failed(self) -> None:
         """Say which documents failed."""

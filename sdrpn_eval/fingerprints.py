@@ -122,11 +122,20 @@ def scorer_fingerprint(task: Any) -> str:
     Code is read without comments, docstrings and layout, and with the functions and constants it
     uses from the task's own folder and lmms-eval's task helpers.
     """
+    settings = [f"{name}={without_addresses(getattr(task.config, name, None))}" for name in SCORING]
+    return _code_fingerprint(_scoring_functions(task), settings)
+
+
+def scorer_source_fingerprint(task: Any) -> str:
+    """Of the code alone that `scorer_fingerprint` reads: tells a changed grader from a setting."""
+    return _code_fingerprint(_scoring_functions(task), [])
+
+
+def _scoring_functions(task: Any) -> list[Any]:
     config = task.config
     functions = [getattr(config, n) for n in ("process_results", "doc_to_target", "doc_to_choice")]
     functions += [*task.aggregation().values(), *getattr(task, "_metric_fn_list", {}).values()]
-    settings = [f"{name}={without_addresses(getattr(config, name, None))}" for name in SCORING]
-    return _code_fingerprint(functions, settings)
+    return functions
 
 
 def visuals_fingerprint(doc_to_visual: Any) -> str:

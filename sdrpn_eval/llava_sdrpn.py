@@ -23,15 +23,15 @@ from sdrpn.config import ZoomConfig
 from sdrpn.region import PixelBox
 from sdrpn.zoom import Question, ZoomLlava
 from sdrpn_eval import tasks_info
-from sdrpn_eval.arguments import (
-    WITHOUT_THRESHOLD,
-    checked,
-    on_command_line,
-    refuse_use_cache,
-    stated,
-)
+from sdrpn_eval.arguments import WITHOUT_THRESHOLD, checked, on_command_line, stated
 from sdrpn_eval.asking import Asker, Outcome, is_out_of_memory
 from sdrpn_eval.data_access import check_data
+from sdrpn_eval.harness_flags import (
+    REFUSED,
+    check_harness,
+    refuse_fewshot_tasks,
+    refuse_unsupported,
+)
 from sdrpn_eval.journal import Journal
 from sdrpn_eval.kinds import Kind, Losses, Words, result
 from sdrpn_eval.loading import TINY, load_engine, revisions, sources, zoom_settings
@@ -64,6 +64,7 @@ class LlavaSdrpn(lmms):
         self._journal: Journal | None = None
         self._zooms: dict[str, ZoomConfig] = {}
         self._announced = False
+        self._harness_checked = False
         with ending_all(self._world_size):
             # Before anything can fail, so that a gate sees that this run began.
             self._facts = self._begin_facts()
@@ -73,7 +74,7 @@ class LlavaSdrpn(lmms):
             self._device = self._choose_device()
             auto = values["max_batch_size"] or AUTO_BATCH_SIZE
             self.batch_size = auto if values["batch_size"] == "auto" else values["batch_size"]
-            refuse_use_cache(on_command_line("--use_cache", sys.argv))
+            check_harness(self._early_tasks(), main_process=self.accelerator.is_main_process)
             self._announce_early()
             self.engine = load_engine(values, given, self._device)
             if isinstance(self.engine, ZoomLlava):
@@ -139,6 +140,7 @@ class LlavaSdrpn(lmms):
             name=documents.name,
             on_error=self.arguments["on_error"],
             batch_size=self.batch_size,
+            answered=bool(results),
         )
         groups = batches(left, self.batch_size, documents)
         with tqdm(
@@ -206,12 +208,17 @@ class LlavaSdrpn(lmms):
 
     def _announce_early(self) -> None:
         """Say what will be scored before anything is fetched, where the command line tells."""
-        names = tasks_info.requested(sys.argv)
-        if TaskIndex.latest is not None and names and self.accelerator.is_main_process:
-            scored = tasks_info.scored_parts(names, TaskIndex.latest)
+        if TaskIndex.latest is not None and self.accelerator.is_main_process:
+            scored = tasks_info.scored_parts(self._early_tasks(), TaskIndex.latest)
             if scored:
                 self._log_tasks(scored)
             check_data(scored, TaskIndex.latest)
+
+    def _early_tasks(self) -> list[str]:
+        """The tasks behind `--tasks`, as far as the command line and the index tell."""
+        names = tasks_info.requested(sys.argv)
+        index = TaskIndex.latest or {}
+        return [task for n in names for task in (list(tasks_info.parts(n, index)) or [n])]
 
     def _announce(self, requests: Sequence[Request]) -> None:
         """Say once what will be scored, and with which thresholds; open the record."""
@@ -221,8 +228,15 @@ class LlavaSdrpn(lmms):
             self._log_tasks({t: tasks_info.has_score(m) for t, m in metrics.items()})
         if self.rank == 0:
             self._log_thresholds([t for t in tasks if t not in self._zooms])
+        # A model made in Python is older than the evaluation that asks it.
         for task in tasks.values():
-            refuse_use_cache(getattr(getattr(task, "args", None), "use_cache", None))
+            args = getattr(task, "args", None)
+            refuse_unsupported({name: getattr(args, name, None) for name in REFUSED})
+        if not self._harness_checked:
+            told = bool(tasks_info.requested(sys.argv))
+            check_harness(list(tasks), main_process=self.rank == 0 and not told)
+            self._harness_checked = True
+        refuse_fewshot_tasks(tasks.values())
         if self._journal is None:
             self._journal = self._open_journal(list(tasks.values()))
         if self._journal is not None:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
 
+from sdrpn_eval.arguments import on_command_line
+from sdrpn_eval.harness_flags import refuse_folder_as_task
 from sdrpn_eval.local_data import use_local_data
 
 # `lmms_eval.models` loads this module while it is itself being imported, and whoever imports it
@@ -65,6 +68,8 @@ def _with_our_tasks(original: Any) -> Any:
     def initialize_tasks(self: Any, include_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         paths = [include_path] if isinstance(include_path, str) else list(include_path or [])
         index = original(self, [*paths, str(tasks_folder())], *args, **kwargs)
+        if on_command_line("--model", sys.argv) == "llava_sdrpn":
+            refuse_folder_as_task(on_command_line("--tasks", sys.argv), index)
         TaskIndex.latest = use_local_data(index)
         return TaskIndex.latest
 

@@ -120,15 +120,20 @@ def read_records(folder: str | Path) -> list[RecordLine]:
     A line cut off by a crash, or damaged, is left out. Raises FileNotFoundError where there is no
     record.
     """
+    lines = read_all_records(folder)
+    latest: dict[str, str] = {}
+    for line in lines:
+        latest[line["task"]] = max(latest.get(line["task"], ""), line["run"])
+    return [line for line in lines if line["run"] == latest[line["task"]]]
+
+
+def read_all_records(folder: str | Path) -> list[RecordLine]:
+    """The lines of every run in a folder, by task and document; else as `read_records`."""
     paths = sorted(Path(folder).expanduser().glob("record_*_rank*.jsonl"))
     if not paths:
         raise FileNotFoundError(f"no record_*_rank*.jsonl in {folder}; run with record={folder}")
     lines = [line for path in paths for line in _lines(path)]
-    latest: dict[str, str] = {}
-    for line in lines:
-        latest[line["task"]] = max(latest.get(line["task"], ""), line["run"])
-    kept = [line for line in lines if line["run"] == latest[line["task"]]]
-    return sorted(kept, key=lambda line: (line["task"], line["doc_id"]))
+    return sorted(lines, key=lambda line: (line["task"], line["doc_id"]))
 
 
 def lines_of(folder: Path, task: str) -> Iterator[tuple[str, RecordLine]]:

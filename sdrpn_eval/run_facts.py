@@ -123,6 +123,9 @@ def _of_task(requests: Sequence[Request], documents: Mapping[int, int]) -> dict[
         "prompts": fingerprints.prompts_fingerprint(requests),
         "generation": fingerprints.generation_fingerprint(requests),
         "scorer": fingerprints.scorer_fingerprint(task) if hasattr(task, "config") else None,
+        "scorer_source": (
+            fingerprints.scorer_source_fingerprint(task) if hasattr(task, "config") else None
+        ),
     }
 
 

@@ -157,6 +157,7 @@ class TaskMarks(TypedDict):
     data: Hex
     prompts: Hex
     scorer: str | None
+    scorer_source: NotRequired[str | None]
     documents: NotRequired[Count]
 
 

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from asking_by_hand import ask, image, logged, model, rows, texts, visual
 from fake_engine import FakeEngine
 from lmms_eval.api.instance import unwrap_generation_output
 
+from sdrpn.config import ZoomConfig
 from sdrpn_eval import journal, llava_sdrpn
+from sdrpn_eval.arguments import ARGUMENTS
+from sdrpn_eval.kinds import Words
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
-from sdrpn_eval.record import read_records
+from sdrpn_eval.questions import Request
+from sdrpn_eval.record import RecordWriter, read_records
+from sdrpn_eval.run_facts import RunFacts
 
 N = 9
 
@@ -259,27 +267,120 @@ def test_what_changes_none_is_not(weights: Path, tmp_path: Path, more: dict[str,
     assert run(tmp_path / "r", **more)[0] == []
 
 
-def test_arguments_in_the_key_exist_and_move_it() -> None:
-    from sdrpn_eval.arguments import ARGUMENTS
+CHANGES_ANSWERS = {
+    "proposer": ("rpn", "attention"),
+    "padding": ("pad", "crop"),
+    "system_prompt": (None, "Be brief."),
+    "attn_implementation": (None, "eager"),
+    "load_in_4bit": (False, True),
+}
+"""Arguments that an answer depends on and that neither files nor a ZoomConfig show."""
+ZOOM = {
+    "threshold": 0.31,
+    "policy": "bbox",
+    "min_cells": 3,
+    "max_cells_fraction": 0.5,
+    "relative": True,
+    "token_budget": 2.5,
+    "max_crop_tokens": 64,
+    "skip_above": 0.7,
+}
+IN_FILES = {"pretrained", "revision", "rpn", "peft"}
+IN_ZOOM = {"threshold", "policy", "token_budget", "skip_above", "relative", "max_crop_tokens"}
+CHANGES_NONE = {"device", "device_map", "prefix_cache", "record", "resume", "on_error"}
+CHANGES_NONE |= {"batch_size", "max_batch_size"}
+RESOLVED = {"preset", "dtype"}
+"""A preset into the others; the model's own dtype is in the key."""
 
-    assert set(journal.SETTINGS) <= set(ARGUMENTS)
+
+def key(
+    tmp_path: Path,
+    arguments: dict[str, Any] | None = None,
+    zoom: dict[str, Any] | None = None,
+    dtype: str = "torch.float32",
+    hashes: dict[str, str] | None = None,
+    uses: tuple[str, ...] = ("pretrained",),
+    document: int = 5,
+    request: dict[str, Any] | None = None,
+) -> str | None:
+    """The key of a request under some settings."""
+    given = {name: first for name, (first, _) in CHANGES_ANSWERS.items()} | (arguments or {})
+    known: Future[dict[str, str]] = Future()
+    known.set_result({"pretrained/model.safetensors": "a"} if hashes is None else hashes)
+    facts = RunFacts(tmp_path, "run", 0, 1, given, known, torch.device("cpu"))
+    facts.documents["mytask"] = {0: document, 1: document}
+    facts.documents["other"] = {0: document}
+    made = journal.Journal(RecordWriter(tmp_path, "run", 0), facts, dict.fromkeys(uses, "x"), dtype)
+    asked = {"task": "mytask", "doc_id": 0, "prompt": "q", "extra": {"max_new_tokens": 4}}
+    asked |= {"split": "test", "doc_to_visual": visual} | (request or {})
+    one = Request(index=0, padding_only=False, **asked)
+    return made.key(one, Words([one]), ZoomConfig(**(zoom or {})))
 
 
-def test_a_key_moves_with_every_setting(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_argument_is_known_to_change_an_answer_or_not() -> None:
+    """A new argument needs its place in one of these."""
+    known = {*CHANGES_ANSWERS} | IN_FILES | IN_ZOOM | CHANGES_NONE | RESOLVED
+    assert known == set(ARGUMENTS)
+    assert set(ZOOM) == {field.name for field in fields(ZoomConfig)}
+
+
+@pytest.mark.parametrize("name", CHANGES_ANSWERS)
+def test_a_key_moves_with_every_argument_that_changes_answers(name: str, tmp_path: Path) -> None:
+    assert key(tmp_path) == key(tmp_path)
+    assert key(tmp_path, {name: CHANGES_ANSWERS[name][1]}) != key(tmp_path)
+
+
+@pytest.mark.parametrize("name", ZOOM)
+def test_a_key_moves_with_every_setting_of_the_zoom(name: str, tmp_path: Path) -> None:
+    assert getattr(ZoomConfig(), name) != ZOOM[name]
+    assert key(tmp_path, zoom={name: ZOOM[name]}) != key(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(CHANGES_NONE))
+def test_a_key_stays_with_arguments_that_change_none(name: str, tmp_path: Path) -> None:
+    assert key(tmp_path, {name: "changed"}) == key(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "torch.float16"},
+        {"hashes": {"pretrained/model.safetensors": "b"}},
+        {"hashes": {"pretrained/model.safetensors": "a", "pretrained/config.json": "c"}},
+        {"document": 6},
+        {"request": {"task": "other"}},
+        {"request": {"split": "val"}},
+        {"request": {"doc_id": 1}},
+        {"request": {"prompt": "Q"}},
+        {"request": {"extra": {"max_new_tokens": 5}}},
+        {"request": {"extra": {"max_new_tokens": 4, "until": ["."]}}},
+        {"request": {"extra": {"max_new_tokens": 4, "num_beams": 2}}},
+        {"request": {"doc_to_visual": lambda row: []}},
+    ],
+    ids=str,
+)
+def test_a_key_moves_with_weights_document_and_question(
+    change: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Settings of loading too, which a model in memory does not take."""
-    run(tmp_path / "r")
-    for name in journal.SETTINGS:
-        made = LlavaSdrpn.__init__
+    moved = key(tmp_path, **change)
+    assert moved is not None
+    assert moved != key(tmp_path)
+    assert re.fullmatch("[0-9a-f]{32}", moved)
 
-        def changed(self: Any, __name: str = name, __made: Any = made, **given: Any) -> None:
-            __made(self, **given)
-            self.arguments[__name] = "changed"
 
-        with monkeypatch.context() as patch:
-            patch.setattr(LlavaSdrpn, "__init__", changed)
-            assert len(run(tmp_path / "r")[0]) == N, name
+def test_a_key_moves_with_the_kind_of_request(tmp_path: Path, monkeypatch: Any) -> None:
+    before = key(tmp_path)
+    monkeypatch.setattr(Words, "name", "loglikelihood")
+    assert key(tmp_path) != before
+
+
+def test_there_is_no_key_where_the_answer_is_not_determined(tmp_path: Path) -> None:
+    assert key(tmp_path, uses=()) is None
+    assert key(tmp_path, uses=("pretrained", "rpn")) is None  # whose files were not found
+    assert key(tmp_path, hashes={"pretrained/config.json": "c"}) is None  # no weights
+    assert key(tmp_path, request={"extra": {"do_sample": True}}) is None
+    both = {"pretrained/model.safetensors": "a", "rpn/rpn.safetensors": "b"}
+    assert key(tmp_path, hashes=both, uses=("pretrained", "rpn")) is not None
 
 
 def test_what_is_left_to_chance_is_asked_each_time(weights: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from test_gate import run_gate
 from typer.testing import CliRunner
 
 from sdrpn import proposers, zoom
-from sdrpn_eval.asking import BadDocument, DoesNotFit
+from sdrpn_eval.asking import BadDocument, BrokenRun, DoesNotFit
 from sdrpn_eval.record import read_records
 from sdrpn_eval.report.cli import app
 
@@ -182,6 +182,68 @@ def test_what_no_policy_swallows(error: BaseException) -> None:
     engine = Failing("q2", error=error)  # type: ignore[arg-type]
     with pytest.raises(type(error)):
         model(engine, rows(N), on_error="empty", batch_size=4).generate_until(requests())
+
+
+# A run that is broken, not a document
+
+
+@pytest.mark.parametrize("on_error", ["stock", "empty"])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_a_run_whose_first_documents_all_fail_alike_ends(
+    batch_size: int, on_error: str, tmp_path: Path
+) -> None:
+    engine = Failing(*(f"q{i}" for i in range(N)))
+    lm = model(engine, rows(N), on_error=on_error, record=tmp_path, batch_size=batch_size)
+    told = r"the first 3 documents all fail alike \(ValueError: too long by 9 tokens\), so it is"
+    with pytest.raises(BrokenRun, match=told):
+        lm.generate_until(requests())
+
+
+def test_numbers_make_no_other_failure(tmp_path: Path) -> None:
+    docs = [{"question": f"q{i}"} for i in range(N)]  # proposer=box needs a box
+    lm = model(FakeEngine(), docs, proposer="box", on_error="empty", record=tmp_path)
+    with pytest.raises(BrokenRun, match=r"first 3 documents all fail alike \(KeyError: 'image'\)"):
+        lm.generate_until(requests())
+
+
+@pytest.mark.parametrize(
+    ("bad", "n"),
+    [(["q0", "q1"], N), (["q1", "q2", "q3", "q4"], N), (["q0"], 1), (["q0", "q1"], 2)],
+)
+def test_a_few_that_fail_are_bad_documents(bad: list[str], n: int, tmp_path: Path) -> None:
+    lm = model(Failing(*bad), rows(N), on_error="empty", record=tmp_path, batch_size=1)
+    answers = texts(lm.generate_until(requests(n)))
+    assert answers == ["" if f"q{i}" in bad else f"q{i}|1" for i in range(n)]
+
+
+def test_options_of_one_document_are_one_document(tmp_path: Path) -> None:
+    lm = model(Failing("q0"), rows(2), on_error="empty", record=tmp_path, batch_size=1)
+    options = [ask("mytask", 0, "q0", f" {o}", "loglikelihood") for o in "ABCD"]
+    assert len(lm.loglikelihood(options)) == 4
+
+
+def test_first_documents_that_fail_each_in_its_way_are_bad_documents(tmp_path: Path) -> None:
+    class Varied(FakeEngine):
+        def ask_batch(self, questions: Any, generation: Any = None) -> Any:
+            word = {"q0": "red", "q1": "green", "q2": "blue"}.get(questions[0].text)
+            if word:
+                raise ValueError(f"no {word}")
+            return super().ask_batch(questions, generation)
+
+    lm = model(Varied(), rows(N), on_error="empty", record=tmp_path, batch_size=1)
+    assert texts(lm.generate_until(requests())) == ["", "", "", *(f"q{i}|1" for i in range(3, N))]
+
+
+def test_a_run_that_goes_on_with_nothing_but_bad_documents_is_not_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    monkeypatch.setattr("sdrpn_eval.llava_sdrpn.sources", lambda _: {"pretrained": str(tmp_path)})
+    bad = ["q4", "q5", "q6", "q7"]
+    for _ in range(2):
+        lm = model(Failing(*bad), rows(N), on_error="empty", record=tmp_path / "r", batch_size=1)
+        answers = texts(lm.generate_until(requests()))
+        assert answers == ["" if f"q{i}" in bad else f"q{i}|1" for i in range(N)]
 
 
 def test_skipping_needs_a_record_that_tells(tmp_path: Path) -> None:

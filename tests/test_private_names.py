@@ -310,6 +310,23 @@ TOUCHED = (
         lambda *_: "output_path" in inspect.getsource(import_module("lmms_eval.__main__")),
     ),
     Touched(
+        "lmms_eval.evaluator",
+        ("sdrpn_eval/harness_flags.py",),
+        "settings that the model cannot honour are refused only where the command line has them",
+        lambda *_: (
+            {
+                *(
+                    "system_instruction",
+                    "apply_chat_template",
+                    "num_fewshot",
+                    "fewshot_as_multiturn",
+                ),
+                *("cache_requests", "use_cache", "limit", "cli_args"),
+            }
+            <= parameters(of("lmms_eval.evaluator", "simple_evaluate"))
+        ),
+    ),
+    Touched(
         "__padding_only__",
         ("sdrpn_eval/questions.py",),
         "with several processes, questions asked twice would be recorded twice",

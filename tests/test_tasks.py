@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,40 +44,358 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # V*: the letter
 
 
-@pytest.mark.parametrize(
-    ("response", "letter"),
-    [
-        ("A", "A"),
-        ("b", "B"),
-        ("(C)", "C"),
-        ("D.", "D"),
-        ("B. blue", "B"),
-        ("B: blue", "B"),
-        ("C) the left one", "C"),
-        ("Answer: C", "C"),
-        ("ANSWER: (C)", "C"),
-        ("The answer is B.", "B"),
-        ("The correct option is D", "D"),
-        ("I would say (B), as the glove is blue.", "B"),
-        ("It is B", "B"),
-        ("A is correct", "A"),
-        ("A. A dog", "A"),
-        ("The answer is A because a dog is there", "A"),
-        ("**C**", "C"),
-        ("Blue", None),
-        ("blue", None),
-        ("A dog", None),
-        ("Answer: A dog", None),
-        ("Cat and dog", None),
-        ("(A) or (B)", None),
-        ("E", None),
-        ("", None),
-        ("The color of the glove is black.", None),
-        ("Don't know", None),
+NAMED = {
+    "A": [
+        "A",
+        "a",
+        "(A)",
+        "A.",
+        "A is correct",
+        "A. A dog",
+        "The answer is A because a dog is there",
+        "The answer is (a)",
+        "Answer: a",
+        "the answer is a.",
+        "a) red",
+        "a. red",
+        "(a)",
+        "A. red",
+        "A because it is red",
+        "The answer is A, I think.",
+        "The answer is A.\nB is a cat.",
+        "A\nred",
+        "A, as the car is red",
+        "Option A",
+        "Option A red",
+        "The answer is A, not B",
+        "A rather than B",
+        "A, not B",
+        "Answer: A. red",
+        "The answer is: A",
+        "A and not B",
+        "A) red, as in the picture",
+        "A.\n\nThe car is red.",
+        "It is A, not B or C.",
+        "Answer: A\n\nB is wrong.",
     ],
+    "B": [
+        "b",
+        "B. blue",
+        "B: blue",
+        "ANSWER: (B)",
+        "The answer is B.",
+        "I would say (B), as the glove is blue.",
+        "It is B",
+        "**B**",
+        "The answer is (b)",
+        "(b)",
+        "b)",
+        "answer is b",
+        "Answer: b.",
+        "The answer is b",
+        "Option B: the dog",
+        "The correct option is B",
+        "(A) red (B) blue (C) green. So the answer is B",
+        "A. red B. blue C. green D. white. The answer is B.",
+        "B, B",
+        "(B) B.",
+        "The correct answer is (B) blue",
+        "B) blue. The answer is B",
+        "Option B is correct.",
+        "It is not A but B",
+        "The answer is **B**",
+        "The answer to this question is B.",
+        "Answer: 'B'",
+        "'B'",
+        '"B"',
+        "The answer is option B.",
+        "The answer is probably B",
+        "I choose B",
+        "I would pick (b).",
+        "Answer:B",
+        "answer is [b]",
+        "\\boxed{B}",
+        "The options are A, B, C and D. The answer is B.",
+        "Both A and C are wrong. The answer is B.",
+        "Therefore, B.",
+        "Not A. The answer is B.",
+        "(B) blue",
+        "B - blue",
+        "b: blue",
+        "Answer (b)",
+        "The best choice is B.",
+        "The letter is B",
+        "Its colour is blue, so the answer is b.",
+        "In the U.S.A. it is B",
+        "Answer - B",
+    ],
+    "C": [
+        "(C)",
+        "C) the left one",
+        "Answer: C",
+        "The correct option is C",
+        "The right answer is C, since A and B are red",
+    ],
+    None: [
+        "Blue",
+        "blue",
+        "A dog",
+        "Answer: A dog",
+        "Cat and dog",
+        "(A) or (B)",
+        "E",
+        "",
+        "The color of the glove is black.",
+        "Don't know",
+        "The answer is A, B, C or D.",
+        "Answer: A and C",
+        "A or B",
+        "either A or B",
+        "Either A or B.",
+        "not A",
+        "Not A",
+        "A or maybe B",
+        "A/B",
+        "a red car",
+        "A red car",
+        "A Red car",
+        "The answer is A or B",
+        "The answer is either A or B.",
+        "The answer is a or b",
+        "answer: b or c",
+        "A maybe B",
+        "A, maybe B.",
+        "It is A or B.",
+        "A perhaps B",
+        "neither A nor B",
+        "The answer is not A",
+        "The answer isn't A",
+        "A is wrong",
+        "A is not correct.",
+        "I don't think it is A",
+        "The answer is A (or B)",
+        "The answers are A and B",
+        "A, B",
+        "A & B",
+        "A|B",
+        "A-D",
+        "A to D",
+        "Between A and B",
+        "The answer is a red car",
+        "the answer is a dog",
+        "It is a b c",
+        "A vs B",
+        "Either it is A, or it could be B.",
+        "A. red\nB. blue",
+        "A) red B) blue",
+        "The answer is A. Actually, the answer is B.",
+        "(A) and (B) are correct",
+        "Both A and B are correct",
+        "Could be A. Could be B.",
+        "A? B?",
+        "A... or B.",
+        "a or b",
+        "either (a) or (b)",
+        "(a) or b",
+        "A-frame house",
+        "C'est bleu",
+        "D.C.",
+        "Answer: E",
+        "The answer is A/B",
+        "Answer: A, B",
+        "The answer is none of A, B, C or D",
+        "cannot be A",
+        "not A or B",
+        "Not (b)",
+        "A but maybe B",
+        "A nor B",
+        "All of A, B, C, D",
+        "Answer: A; B",
+        "A; B",
+        "A\nB",
+        "A B C D",
+        "ABCD",
+        "a, b",
+        "a/b",
+        "(a)/(b)",
+        "The answer is A, or B",
+        "A and B",
+        "B or A.",
+        "Answer: (A) or (B)",
+        "Answer: A or C.",
+        "The answer is A or possibly B",
+        "A, B, or C",
+        "Possibly A or B",
+        "A or (B)",
+        "I can't tell",
+        "an apple",
+    ],
+}
+"""Responses to a question that offers A to D, by the letter they name."""
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"), [(one, letter) for letter, several in NAMED.items() for one in several]
 )
 def test_letter_of_a_response(response: str, letter: str | None) -> None:
     assert scoring.answer_letter(response, set("ABCD")) == letter
+
+
+CONCLUSIONS = [
+    *(
+        "The correct one is B",
+        "The right option is b.",
+        "The best choice: B",
+        "Correct letter: (b)",
+    ),
+    *(
+        "The right choices are B, B",
+        "I choose B",
+        "I chose B.",
+        "I pick B!",
+        "I select B",
+        "I say B",
+    ),
+    *(
+        "I would go with B",
+        "Going with the B",
+        "I am going with option B",
+        "I pick  B",
+        "B is right.",
+    ),
+    *(
+        "B is correct",
+        "B is the answer",
+        "B is  the best",
+        "B and B are both the answers",
+        "B is true",
+    ),
+    *("So B", "So it is B.", "Therefore, B", "Thus  B.", "Hence it must be B!", "so it  is  B..."),
+    *(
+        "The answer could be B",
+        "Answer might be b",
+        "The answer may be B",
+        "Answers: B",
+        "Answer B",
+    ),
+    *("The answer should be B", "The answer must be B", "An answer will be b", "The answer was B"),
+    *("The answers are B", "The answer would be B", "The answer to the question, then, is B"),
+]
+"""How a response that has named A and C says that B is the answer."""
+FILLING = (
+    "the option choice letter either both most probably likely maybe perhaps possibly definitely "
+)
+FILLING += "clearly certainly simply just also even"
+JOINING = ", / & | + - ; or and nor to through versus vs vs. maybe perhaps possibly probably"
+NEGATIONS = [
+    *("not A", "neither A", "never A", "without A", "except A", "cannot be A", "unlike A"),
+    *("none of A", "rather than A", "instead  of A", "It can't be A", "I don't believe it is A"),
+    *("I wouldn't say A", "I don't think that  it is A", "I don't think the answer is A", "not  A"),
+    *("A is not", "A is incorrect", "A was wrong", "A seems false", "A looks unlikely", "not (a)"),
+    *("A would  be impossible", "A isn't it", "Options A and B are wrong", "Option A is wrong"),
+    *("Choice A is false", "A or B are not it", "not the A", "I don't think it are A, B or C"),
+]
+LETTERS_WITH_WORDS = (
+    "is was are be would could might may should must can seems looks appears because "
+)
+LETTERS_WITH_WORDS += (
+    "since as and or nor but though although if unless then than rather instead maybe "
+)
+LETTERS_WITH_WORDS += (
+    "perhaps possibly probably likely also either not versus vs to in on at of by from "
+)
+LETTERS_WITH_WORDS += "with for it this that the only"
+
+
+@pytest.mark.parametrize("said", CONCLUSIONS)
+def test_a_response_that_names_all_and_concludes_names_one(said: str) -> None:
+    assert scoring.answer_letter(f"(A) red (C) blue. {said}", set("ABC")) == "B"
+
+
+@pytest.mark.parametrize("said", ["B is not true", "I do not choose B", "B, so C", "So B or C"])
+def test_a_conclusion_that_is_none(said: str) -> None:
+    assert scoring.answer_letter(f"(A) red (C) blue. {said}", set("ABC")) != "B"
+
+
+@pytest.mark.parametrize("word", FILLING.split())
+def test_words_between_answer_and_letter(word: str) -> None:
+    assert scoring.answer_letter(f"(A) red. The answer is {word} B", set("AB")) == "B"
+    assert scoring.answer_letter(f"The answer is A or {word}  B", set("AB")) is None
+
+
+@pytest.mark.parametrize("word", JOINING.split())
+def test_words_that_make_a_hedge(word: str) -> None:
+    assert scoring.answer_letter(f"The answer is A {word} B", set("AB")) is None
+    assert scoring.answer_letter(f"The answer is a {word} b.", set("AB")) is None
+
+
+@pytest.mark.parametrize("said", NEGATIONS)
+def test_what_is_denied_is_not_named(said: str) -> None:
+    assert scoring.answer_letter(said, set("ABCD")) is None
+    assert scoring.answer_letter(f"{said}. It is D", set("ABCD")) == "D"
+
+
+@pytest.mark.parametrize("word", LETTERS_WITH_WORDS.split())
+def test_words_before_which_an_a_is_no_article(word: str) -> None:
+    assert scoring.answer_letter(f"A {word} xx", set("AB")) == "A"
+    assert scoring.answer_letter(f"A  {word}xx", set("AB")) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("the answer is a because it is red", "A"),
+        ("the answer is a since it is red", "A"),
+        ("the answer is a as it is red", "A"),
+        ("the answer is a and nothing else", "A"),
+        ("the answer is a or so", "A"),
+        ("the answer is a asset", None),
+        ("the answer is a!", "A"),
+        ("the answer is a, I think", "A"),
+        ("the answer is a  / b", None),
+        ("Option B: blue, near C", "B"),
+        ("Choice B. Blue, near C", "B"),
+        ("- (B) blue, near C", "B"),
+        ("B: blue, near C", "B"),
+        ("B. blue, near C) red", None),
+        ("(B) blue (C) red", None),
+        ("B. blue\n  C. red", None),
+        ("It is blue, b. is it", None),
+        ("see b.c", None),
+        ("Data dog", None),
+        ("banswer: A, B", None),
+        ("BA dog", None),
+        ("The answer? Is B", "B"),
+    ],
+)
+def test_odd_ends(said: str, letter: str | None) -> None:
+    assert scoring.answer_letter(said, set("ABCD")) == letter
+
+
+@pytest.mark.parametrize("quote", ["\u2018b\u2019", "\u201cb\u201d", "`B`", "_b_"])
+def test_typographic_quotes_are_quotes(quote: str) -> None:
+    assert scoring.answer_letter(quote, set("ABCD")) == "B"
+    assert scoring.answer_letter(f"The answer is {quote}.", set("ABCD")) == "B"
+    assert scoring.answer_letter("It isn\u2019t A", set("ABCD")) is None
+    assert scoring.answer_letter("A\u2013D", set("ABCD")) is None
+
+
+def test_a_pronoun_is_an_option_only_where_it_is_offered() -> None:
+    assert scoring.answer_letter("I think that it is B", set("ABCD")) == "B"
+    assert scoring.answer_letter("The answer is I", set("ABCDEFGHI")) == "I"
+    assert scoring.answer_letter("I or B", set("ABCDEFGHI")) is None
+
+
+@pytest.mark.parametrize("response", ["C or A", "A/C", "A, or E", "Answer: b/w photo"])
+def test_a_hedge_with_a_letter_that_was_not_offered_is_one(response: str) -> None:
+    assert scoring.answer_letter(response, {"A", "B"}) is None
+
+
+@pytest.mark.parametrize("piece", ["A, ", "A or ", "not the ", "the ", "A. ", "(A", "answer "])
+def test_a_response_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
+    begun = time.perf_counter()
+    scoring.answer_letter(piece * (3000 // len(piece)), set("ABCD"))
+    assert time.perf_counter() - begun < 5  # on a busy machine; the worst takes 0.3 s
 
 
 @pytest.mark.parametrize("response", ["C", "(C)", "Answer: C", "C. behind"])

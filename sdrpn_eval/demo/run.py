@@ -21,6 +21,7 @@ from sdrpn.draw import Card, sheet
 from sdrpn.files import write_json
 from sdrpn.plurals import counted
 from sdrpn.region import PixelBox, View
+from sdrpn_eval.arguments import written_arguments
 from sdrpn_eval.demo import BENCHMARK
 from sdrpn_eval.demo.scenes import GRID, VIEW_SIDE
 from sdrpn_eval.record import decode_map, read_records
@@ -40,10 +41,10 @@ class EvaluationFailed(RuntimeError):
 def evaluate(name: str, out: Path, batch_size: int, limit: int | None) -> float:
     """Run lmms-eval with one proposer into out/name; returns the seconds it took."""
     folder = out / name
-    arguments = f"pretrained=tiny,proposer={PROPOSERS[name]},record={folder / 'record'}"
-    arguments += ",resume=false"  # what is timed is asked
+    arguments = {"pretrained": "tiny", "proposer": PROPOSERS[name]}
+    arguments |= {"record": str(folder / "record"), "resume": False}  # what is timed is asked
     command = [sys.executable, "-m", "lmms_eval", "--model", "llava_sdrpn", "--tasks", TASK]
-    command += ["--model_args", arguments, "--batch_size", str(batch_size)]
+    command += ["--model_args", str(written_arguments(arguments)), "--batch_size", str(batch_size)]
     command += ["--output_path", str(folder), "--log_samples"]
     if limit:
         command += ["--limit", str(limit)]

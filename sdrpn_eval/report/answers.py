@@ -18,7 +18,8 @@ from lmms_eval.api.reasoning import parse_reasoning_tags_config
 from sdrpn.files import parsed
 from sdrpn.plurals import counted
 from sdrpn_eval import kinds
-from sdrpn_eval.record import read_records
+from sdrpn_eval.arguments import written_arguments
+from sdrpn_eval.record import read_all_records
 from sdrpn_eval.report.facts import Facts, read_facts, read_latest
 from sdrpn_eval.report.looks import PLACES, record_folders, record_lines
 from sdrpn_eval.report.runs import (
@@ -113,7 +114,7 @@ def _from_record(folder: Path, tasks: Sequence[str]) -> Source:
     facts = read_latest(folder, asked=True)
     if facts is None:
         raise BadRun(f"{folder} holds a record without run facts: nothing says what was asked")
-    lines = [line for line in read_records(folder) if line["run"] == facts.run]
+    lines = [line for line in read_all_records(folder) if line["run"] == facts.run]
     held = {t: {line["doc_id"] for line in lines if line["task"] == t} for t in facts.documents}
     for task, ids in held.items():
         if len(ids) < facts.documents[task]:
@@ -125,7 +126,7 @@ def _from_record(folder: Path, tasks: Sequence[str]) -> Source:
     every = [i for ids in held.values() for i in ids]
     config = {
         "model": "llava_sdrpn",
-        "model_args": ",".join(f"{k}={v}" for k, v in arguments_of(facts).items()),
+        "model_args": written_arguments(arguments_of(facts)),
         "limit": max(every) - min(every) + 1,
         "offset": min(every),
         **_seeds(facts),

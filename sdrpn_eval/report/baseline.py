@@ -38,7 +38,8 @@ class TaskBaseline:
     """A task's documents. questions, images: a mark each (None: no record named an image).
 
     clusters: a number a document, the same for questions on one image.
-    scorer: fingerprint of its source, None where the run left no facts; settings: of its settings.
+    scorer: fingerprint of its source, None where the run left no facts; settings: of its settings;
+    scoring: these settings themselves, which tell what changed.
     """
 
     __pydantic_config__ = EXACT
@@ -52,6 +53,7 @@ class TaskBaseline:
     settings: str
     metrics: dict[str, MetricBaseline]
     """By "metric,filter", in lmms-eval's order."""
+    scoring: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def task_baseline(evidence: Evidence, name: str) -> TaskBaseline:
             for one in task_scores(task)
             if one.values
         },
+        scoring={part: without_addresses(task.config.get(part)) for part in SCORING},
     )
 
 

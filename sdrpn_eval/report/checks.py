@@ -7,7 +7,7 @@ both runs recorded it, else by the task's configuration.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from sdrpn_eval.report.runs import Run, TaskRun
 SCORING = ("metric_list", "filter_list", "process_results", "output_type", "score_key")
 SCORING += ("doc_to_choice", "doc_to_target", "repeats")
 """The parts of a task's configuration that make its score."""
+
+CALLED = ("metric", "name", "function")
+"""Keys of an entry of a setting that say what it is called."""
 
 PREPROCESSING = {"padding": "pad", "system_prompt": None}
 """Arguments of llava_sdrpn that change what the base model is shown, with their defaults."""
@@ -124,22 +127,61 @@ def other_data(before: str | None, after: str | None) -> str | None:
 
 def _scorer(a: Evidence, b: Evidence, first: TaskRun, second: TaskRun) -> list[str]:
     task = first.name
-    if a.facts and b.facts and task in a.facts.scorers and task in b.facts.scorers:
-        if a.facts.scorers[task] != b.facts.scorers[task]:
-            seen = f"{a.facts.scorers[task]} and {b.facts.scorers[task]}"
-            return [f"{task}: other scorer (source {seen})"]
-        return []
     clauses = []
     for part in SCORING:
-        pair = [without_addresses(t.config.get(part)) for t in (first, second)]
-        if pair[0] != pair[1]:
-            clauses.append(
-                f"{task}: other scorer, {part} is {_short(pair[0])} and {_short(pair[1])}"
-            )
+        for place, *pair in _differing(part, first.config.get(part), second.config.get(part)):
+            mine, its = map(_short, pair)
+            clauses.append(f"{task}: other scorer, {place} is {mine} and {its}")
+    if a.facts and b.facts and task in a.facts.scorers and task in b.facts.scorers:
+        pair = [facts.scorers[task] for facts in (a.facts, b.facts)]
+        if pair[0] == pair[1]:
+            return []
+        sources = [facts.scorer_sources.get(task) for facts in (a.facts, b.facts)]
+        if None not in sources and sources[0] != sources[1]:
+            clauses.append(f"{task}: other scorer (source {sources[0]} and {sources[1]})")
+        return clauses or [f"{task}: other scorer (source {pair[0]} and {pair[1]})"]
     if set(first.totals) != set(second.totals):
         odd = ", ".join(sorted(set(first.totals) ^ set(second.totals)))
         clauses.append(f"{task}: other metrics, {odd} in one only")
     return clauses
+
+
+def _differing(place: str, first: Any, second: Any) -> Iterator[tuple[str, str, str]]:
+    """Where two settings differ: ("metric_list[f1].higher_is_better", "True", "False").
+
+    Entries of a list are told apart by what they are called, where they are called something.
+    """
+    if without_addresses(first) == without_addresses(second):
+        return
+    entries = [_entries(value) for value in (first, second)]
+    if None in entries:
+        yield place, without_addresses(first), without_addresses(second)
+        return
+    ours, others = (entry or {} for entry in entries)
+    before = len({*ours} ^ {*others})
+    for name in dict.fromkeys([*ours, *others]):
+        inner = f"{place}[{name}]" if isinstance(first, list) else f"{place}.{name}"
+        if name in ours and name in others:
+            yield from _differing(inner, ours[name], others[name])
+        else:
+            there = ["there" if name in one else "missing" for one in (ours, others)]
+            yield inner, there[0], there[1]
+    if not before and list(ours) != list(others):
+        yield f"the order of {place}", ", ".join(ours), ", ".join(others)
+
+
+def _entries(value: Any) -> dict[str, Any] | None:
+    """The parts of a setting by name; None where it has none to tell apart."""
+    if isinstance(value, Mapping):
+        return {str(name): part for name, part in value.items()}
+    if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+        return None
+    called = [
+        next((str(one[k]) for k in CALLED if k in one), str(i)) for i, one in enumerate(value)
+    ]
+    if len(set(called)) < len(called):
+        called = [str(i) for i in range(len(value))]
+    return dict(zip(called, value, strict=True))
 
 
 def established(evidence: Sequence[Evidence], tasks: Sequence[str]) -> list[str]:
@@ -159,10 +201,11 @@ def established(evidence: Sequence[Evidence], tasks: Sequence[str]) -> list[str]
     return [*lines, f"Same scorer: by its {how}."]
 
 
-def labels(run: Run, runs: Sequence[Run]) -> list[str]:
+def labels(evidence: Evidence, every: Sequence[Evidence]) -> list[str]:
     """What a reader must know of a run beside its name, as it stands against the first one."""
+    run, runs = evidence.run, [one.run for one in every]
     found = [f"scored anew, from {run.scored_from}"] if run.scored_from else []
-    found += ["other preprocessing"] if _is_prepared_otherwise(run, runs) else []
+    found += ["other preprocessing"] if _is_prepared_otherwise(evidence, every) else []
     for name, task in run.tasks.items():
         if name in runs[0].tasks:
             moved = changes(_generation(task), _generation(runs[0].tasks[name]))
@@ -170,17 +213,23 @@ def labels(run: Run, runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _is_prepared_otherwise(run: Run, runs: Sequence[Run]) -> bool:
+def _is_prepared_otherwise(evidence: Evidence, every: Sequence[Evidence]) -> bool:
     """Against llava_sdrpn's runs where there are some, the first of them; else the first run."""
-    ours = [one for one in runs if one.model == "llava_sdrpn"] or list(runs)
-    return preprocessing(run) != preprocessing(ours[0])
+    ours = [one for one in every if one.run.model == "llava_sdrpn"] or list(every)
+    pair = (evidence, ours[0])
+    # As resolved where both are known: a prompt may be named by its file, or given.
+    resolved = all(one.facts and set(PREPROCESSING) <= set(one.facts.arguments) for one in pair)
+    mine, its = (preprocessing(one.run, one.facts if resolved else None) for one in pair)
+    return mine != its
 
 
-def preprocessing(run: Run) -> dict[str, Any]:
-    """What decides how an image and a question reach the base model."""
+def preprocessing(run: Run, facts: Facts | None = None) -> dict[str, Any]:
+    """What decides how an image and a question reach the base model; by the facts where given."""
     if run.model != "llava_sdrpn":
         return {"model": run.model}
-    return {name: run.arguments.get(name, default) for name, default in PREPROCESSING.items()}
+    given = facts.arguments if facts else run.arguments
+    values = {name: given.get(name, default) for name, default in PREPROCESSING.items()}
+    return {name: None if value == "" else value for name, value in values.items()}
 
 
 def _generation(task: TaskRun) -> Mapping[str, Any]:

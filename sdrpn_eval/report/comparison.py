@@ -54,7 +54,7 @@ def compare(
     rows, missing = _rows(runs, scores, keys, seed)
     true_boxes = boxes_of(data or {}, list(keys), boxes or {})
     comparison = Comparison(
-        [_describe(e, runs) for e in evidence],
+        [_describe(e, evidence) for e in evidence],
         _adjusted(rows, tasks),
         [],
         missing,
@@ -67,7 +67,7 @@ def compare(
     return replace(comparison, tasks=infos)
 
 
-def _describe(evidence: Evidence, runs: Sequence[Run]) -> dict[str, Any]:
+def _describe(evidence: Evidence, every: Sequence[Evidence]) -> dict[str, Any]:
     run, facts = evidence.run, evidence.facts
     config = run.results["config"]
     return {
@@ -78,7 +78,7 @@ def _describe(evidence: Evidence, runs: Sequence[Run]) -> dict[str, Any]:
         "batch_size": config.get("batch_size"),
         "limit": run.limit,
         "date": run.results["date"],
-        "labels": labels(run, runs),
+        "labels": labels(evidence, every),
         "facts": {
             k: getattr(facts, k) for k in ("versions", "weights", "device", "seeds", "source")
         }

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from sdrpn.files import read_parsed
+from sdrpn_eval.arguments import ARGUMENTS, unquoted
 from sdrpn_eval.fingerprints import combined
 from sdrpn_eval.record import RUN_STAMP
 from sdrpn_eval.report.runs import BadRun, Run
 from sdrpn_eval.schemas import FACTS, TaskMarks
 
+SET_BACK = timedelta(seconds=2)
+"""What a clock may be set back by while a run starts."""
 NAME = re.compile(r"run_facts_(?P<run>.+)_rank(?P<rank>\d+)\.json")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """See `run_facts`. data, prompts and scorers: fingerprints by task; documents: how many;
-    skipped: how many of them were not answered as asked.
+    """See `run_facts`. data, prompts and scorers: fingerprints by task; scorer_sources: of the
+    scorers' code without their settings, None where an older version wrote the facts; documents:
+    how many; skipped: how many of them were not answered as asked.
 
     files: one a process, which all this was read from.
     """
@@ -36,36 +40,77 @@ class Facts:
     data: Mapping[str, str] = field(default_factory=dict)
     prompts: Mapping[str, str] = field(default_factory=dict)
     scorers: Mapping[str, str] = field(default_factory=dict)
+    scorer_sources: Mapping[str, str | None] = field(default_factory=dict)
     documents: Mapping[str, int] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
     files: Sequence[Path] = ()
 
 
 def read_facts(run: Run, folders: list[Path]) -> Facts | None:
-    """The latest facts in the folders that were begun before the run's results were written.
+    """The run's own facts, see `own_name`; None where no folder holds them.
 
     Another model may have written its results beside ours: it leaves no facts.
     """
     if run.model != "llava_sdrpn":
         return None
     for folder in folders:
-        found = read_latest(folder, run.ended)
-        if found is not None:
-            return found
+        begun = begun_runs(folder)
+        name = own_name(run, begun, folder)
+        if name is not None:
+            return _merged(begun[name])
     return None
 
 
-def read_latest(
-    folder: Path, before: datetime | None = None, *, asked: bool = False
-) -> Facts | None:
-    """The latest facts in a folder, of those begun `before`; None without any.
+def own_name(run: Run, names: Iterable[str], folder: Path) -> str | None:
+    """Which of the runs that left something in a folder is the one that left these results.
+
+    A run is named by the time when its model was made. lmms-eval's command line makes it right
+    after the time that stands in the results, so it is the first one of those that began while the
+    evaluation ran, and that has its arguments: others may run in the same folder at the same time.
+    From Python the model may be older, and a run scored anew has the record of the one it is from:
+    there it is the last one that began before the results were written.
+
+    Args:
+        names: of runs, as in facts and records; those that are no time are left out.
+        folder: where their facts are.
+
+    Returns:
+        One of the names; None where all are other runs'.
+    """
+    begun = sorted(name for name in set(names) if (at := moment(name)) and at <= run.ended)
+    if not run.by_command_line:
+        return begun[-1] if begun else None
+    inside = [name for name in begun if _moment(name) >= run.began - SET_BACK]
+    if len(inside) > 1:
+        inside = [name for name in inside if not _has_other_arguments(run, name, folder)]
+    # After its time stands before just before it.
+    return min(inside, key=lambda name: (_moment(name) < run.began, name), default=None)
+
+
+def _has_other_arguments(run: Run, name: str, folder: Path) -> bool:
+    """Whether a run's facts tell of other arguments than the results do."""
+    files = begun_runs(folder).get(name)
+    recorded = _merged(files).arguments if files else {}
+    for argument, value in run.arguments.items():
+        # A prompt may be named by its file, and is recorded as its text.
+        if argument in ARGUMENTS and argument in recorded and argument != "system_prompt":
+            try:
+                given = ARGUMENTS[argument].check(unquoted(value))
+            except ValueError:  # of another version
+                continue
+            if given != recorded[argument]:
+                return True
+    return False
+
+
+def read_latest(folder: Path, *, asked: bool = False) -> Facts | None:
+    """The latest facts in a folder; None without any.
 
     asked: only of runs that came as far as to ask something.
     """
     begun = begun_runs(folder)
     for name in sorted(begun, reverse=True):
-        started = moment(name)
-        if started is not None and (before is None or started <= before):
+        if moment(name) is not None:
             found = _merged(begun[name])
             if found.documents or not asked:
                 return found
@@ -90,6 +135,12 @@ def moment(name: str) -> datetime | None:
         return None
 
 
+def _moment(name: str) -> datetime:
+    at = moment(name)
+    assert at is not None  # names that are no time are left out before
+    return at
+
+
 def _merged(files: Sequence[Path]) -> Facts:
     try:
         read = [read_parsed(FACTS, file) for file in files]
@@ -111,6 +162,7 @@ def _merged(files: Sequence[Path]) -> Facts:
         data={t: combined(m["data"] for m in marks) for t, marks in tasks.items()},
         prompts={t: combined(m["prompts"] for m in marks) for t, marks in tasks.items()},
         scorers={t: marks[0]["scorer"] for t, marks in tasks.items() if marks[0]["scorer"]},
+        scorer_sources={t: marks[0].get("scorer_source") for t, marks in tasks.items()},
         documents={t: sum(m.get("documents", 0) for m in marks) for t, marks in tasks.items()},
         skipped={t: sum(f.get("skipped", {}).get(t, 0) for f in read) for t in tasks},
         files=tuple(files),

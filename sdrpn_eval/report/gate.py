@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sdrpn.plurals import counted
 from sdrpn_eval.report.baseline import Baseline, MetricBaseline, TaskBaseline, task_baseline
-from sdrpn_eval.report.checks import Evidence, other_data
+from sdrpn_eval.report.checks import Evidence, changes, other_data
 from sdrpn_eval.report.comparison import gather
 from sdrpn_eval.report.facts import Facts
 from sdrpn_eval.report.looks import unfinished_later_run
@@ -229,9 +229,12 @@ def _refuse_moved(before: TaskBaseline, after: TaskBaseline) -> None:
         if moved:
             name = "prompt or target" if what == "questions" else "image"
             raise Broken(f"another {name} in {counted(len(moved), 'document')}, such as {moved[0]}")
-    both = before.scorer and after.scorer
-    if (both and before.scorer != after.scorer) or before.settings != after.settings:
-        raise Broken("another scorer than the baseline's (its source or settings changed)")
+    if before.settings != after.settings:
+        changed = changes(before.scoring, after.scoring) if before.scoring else {}
+        told = "; ".join(f"{name} is {b}, was {a}" for name, (a, b) in changed.items())
+        raise Broken(f"another scorer than the baseline's: {told or 'its settings changed'}")
+    if before.scorer and after.scorer and before.scorer != after.scorer:
+        raise Broken("another scorer than the baseline's: its source changed")
 
 
 def _refuse_other_data(name: str, baseline: Baseline, facts: Facts | None) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 
 from sdrpn.plurals import counted
 from sdrpn.region import PixelBox
-from sdrpn_eval.record import read_records
-from sdrpn_eval.report.facts import begun_runs, moment
+from sdrpn_eval.record import read_all_records, read_records
+from sdrpn_eval.report.facts import begun_runs, moment, own_name
 from sdrpn_eval.report.runs import RESULTS, Run, parse_results, results_ended
 from sdrpn_eval.report.scores import Document
 from sdrpn_eval.schemas import RecordLine
@@ -26,7 +26,8 @@ PLACES = ("sdrpn_record", "record")
 class Look:
     """One question's line of the record. size: (width, height) of its first image, in pixels.
 
-    images: content hashes. seconds and tokens are summed over the options of a multiple choice.
+    images: content hashes. seconds and tokens are of one answer: summed over the options of a
+    multiple choice, the mean over its repeats.
     heat: the RoI map as recorded, base64, with its grid (rows, columns).
     """
 
@@ -35,7 +36,7 @@ class Look:
     regions: tuple[PixelBox, ...]
     reason: str | None
     seconds: float
-    tokens: Mapping[str, int]
+    tokens: Mapping[str, float]
     heat: str | None
     grid: tuple[int, int] | None
     map_max: float | None
@@ -77,8 +78,8 @@ def read_looks(run: Run) -> Record:
 def record_lines(run: Run) -> tuple[list[RecordLine], tuple[str, ...]]:
     """Lines of the record that belongs to a run, beside its output or where `record=` put it.
 
-    Without any, sentences that say why: a record that gave other answers than the samples is
-    another run's, and is not used.
+    They are found by the run's name and time, see `own_name`, whatever they answer. Without any,
+    sentences that say why: a record whose answers contradict the samples is not used either.
     """
     if run.model != "llava_sdrpn":
         return [], ()
@@ -87,8 +88,16 @@ def record_lines(run: Run) -> tuple[list[RecordLine], tuple[str, ...]]:
         return [], (f"{run.name}: no record found",)
     refused = []
     for folder in folders:
-        lines = [line for line in read_records(folder) if line["task"] in run.tasks]
+        every = [line for line in read_all_records(folder) if line["task"] in run.tasks]
+        names = {line["run"] for line in every}
+        name = own_name(run, names, folder)
+        lines = [line for line in every if line["run"] == name]
         wrong = _contradictions(run, lines)
+        if every and not lines:
+            refused.append(
+                f"{run.name}: the record in {folder} is of other runs, the latest of which began "
+                f"at {max(names)}, and is not used"
+            )
         if lines and not wrong:
             return lines, ()
         if wrong:
@@ -112,9 +121,18 @@ def record_folders(run: Run) -> list[Path]:
 
     A run scored anew has its own copy, with the new scorer in its facts.
     """
-    named = None if run.scored_from else run.arguments.get("record")
-    places = [Path(named)] if named and named.lower() not in ("none", "false") else []
+    named = None if run.scored_from else _named_record(run)
+    places = [Path(named).expanduser()] if named else []
     return [p for p in dict.fromkeys([*places, *_beside(run)]) if _is_record(p)]
+
+
+def _named_record(run: Run) -> str | None:
+    """What `record=` names."""
+    # To read the arguments takes lmms-eval's own parser, whose import takes seconds.
+    if "record" not in str(run.results["config"].get("model_args")):
+        return None
+    named = str(run.arguments.get("record", "none"))
+    return None if named.lower() in ("none", "false") else named
 
 
 def _beside(run: Run) -> list[Path]:
@@ -183,19 +201,26 @@ def _as_record(run: Run, lines: list[RecordLine]) -> Record:
         notes = (
             f"{run.name}: the record covers {len(by_document)} of {counted(asked, 'question')}",
         )
-    return Record({d: _look(some) for d, some in by_document.items()}, notes)
+    repeats = {name: task.config.get("repeats") or 1 for name, task in run.tasks.items()}
+    return Record({d: _look(some, repeats[d[0]]) for d, some in by_document.items()}, notes)
 
 
-def _look(lines: list[RecordLine]) -> Look:
+def _look(lines: list[RecordLine], repeats: int) -> Look:
+    """repeats: how often lmms-eval asked the document: it writes down as many lines, or as many
+    for each option."""
     first = lines[0]
+    options = max(1, round(len(lines) / repeats)) if "continuation" in first else 1
+    times = len(lines) / options
     images, grid = first["images"], first["grid"]
     return Look(
         images=tuple(image["hash"] for image in images),
         size=(images[0]["size"][0], images[0]["size"][1]) if images else None,
         regions=tuple(PixelBox(*box) for box in first["regions"]),
         reason=first["no_zoom"],
-        seconds=float(sum(line["seconds"] for line in lines)),
-        tokens={k: sum(line["tokens"].get(k, 0) for line in lines) for k in first["tokens"]},
+        seconds=sum(line["seconds"] for line in lines) / times,
+        tokens={
+            k: sum(line["tokens"].get(k, 0) for line in lines) / times for k in first["tokens"]
+        },
         heat=first["map"],
         grid=(grid[0], grid[1]) if grid else None,
         map_max=first["map_max"],

@@ -91,7 +91,7 @@ WITH_OCR: Mapping[tuple[str, str], float] = {("7b", "stock"): 58.2, ("13b", "sto
 
 def row_of(run: Run) -> tuple[str, str] | None:
     """The published row that a run repeats; None for other models and other ways to look."""
-    pretrained = run.arguments.get("pretrained", str(ARGUMENTS["pretrained"].default)).lower()
+    pretrained = str(run.arguments.get("pretrained", ARGUMENTS["pretrained"].default)).lower()
     if "llava" not in pretrained or "1.5" not in pretrained:
         return None
     size = next((size for size in ("13b", "7b") if size in pretrained), None)
@@ -105,7 +105,7 @@ def row_of(run: Run) -> tuple[str, str] | None:
 
 def proposer(run: Run) -> str:
     """Who said where to look, by the run's arguments."""
-    return run.arguments.get("proposer", "rpn")
+    return str(run.arguments.get("proposer", "rpn"))
 
 
 def published_score(run: Run, task: str, metric: str) -> float | None:

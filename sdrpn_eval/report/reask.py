@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lmms_eval.utils import simple_parse_args_string
 from PIL import Image
 
 from sdrpn.draw import Card, sheet
 from sdrpn.files import write_json
 from sdrpn.region import PixelBox, View
-from sdrpn_eval.arguments import PRESETS
+from sdrpn_eval.arguments import PRESETS, parse_arguments
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 from sdrpn_eval.record import decode_map, read_records
 from sdrpn_eval.report.answers import Source, arguments_of
@@ -79,7 +78,7 @@ def ask_again(
     """
     task, doc_id = document
     _refuse_unknown(source, document)
-    overrides = simple_parse_args_string(model_args)
+    overrides = parse_arguments(model_args)
     given = arguments_again(source, overrides)
     with tempfile.TemporaryDirectory() as folder:
         # A record of its own, so that nothing is answered from an earlier one.
@@ -132,7 +131,7 @@ def arguments_again(source: Source, overrides: Mapping[str, Any]) -> dict[str, A
     if source.facts is not None:
         recorded = arguments_of(source.facts)
     else:
-        recorded = simple_parse_args_string(str(source.config.get("model_args") or ""))
+        recorded = parse_arguments(source.config.get("model_args"))
     replaced = PRESETS.get(str(overrides.get("preset", "")), {})
     return {k: v for k, v in recorded.items() if k not in replaced} | dict(overrides)
 

@@ -46,7 +46,7 @@ class RecordedAnswers(lmms):
         super().__init__()
         # Tasks word their questions in two ways; the run's file names which.
         self.is_simple = "(chat)" not in str(source.config.get("model_backend", ""))
-        self.scorers: dict[str, str] = {}
+        self.scorers: dict[str, dict[str, str]] = {}
         self._source = source
         self._answers = answers_of(source)
 
@@ -123,7 +123,11 @@ class RecordedAnswers(lmms):
                     f"{task}: other {what} than the run was asked (fingerprint {then} then, "
                     f"{now[what]} now)"
                 )
-        self.scorers[task] = fingerprints.scorer_fingerprint(requests[0].task_object)
+        scorer = requests[0].task_object
+        self.scorers[task] = {
+            "scorer": fingerprints.scorer_fingerprint(scorer),
+            "scorer_source": fingerprints.scorer_source_fingerprint(scorer),
+        }
 
 
 def score_again(source: Source, out: Path, manager: Any) -> Run:
@@ -199,12 +203,12 @@ def _save(source: Source, results: dict[str, Any], samples: Mapping[str, Any], o
         tracker.save_results_samples(task_name=task, samples=samples[task])
 
 
-def _copy_record(source: Source, scorers: Mapping[str, str], folder: Path) -> None:
+def _copy_record(source: Source, scorers: Mapping[str, Mapping[str, str]], folder: Path) -> None:
     """The record and facts of the tasks that were scored, with the scorer of now."""
     for file in source.facts.files if source.facts else ():
         facts = read_object(file)
         own = {t: marks for t, marks in facts["tasks"].items() if t in scorers}
-        facts["tasks"] = {t: marks | {"scorer": scorers[t]} for t, marks in own.items()}
+        facts["tasks"] = {t: marks | dict(scorers[t]) for t, marks in own.items()}
         write_json(folder / file.name, facts)
     lines = [line for line in source.lines if line["task"] in scorers]
     if lines:

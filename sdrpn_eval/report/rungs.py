@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdrpn_eval.arguments import checked
+from sdrpn_eval.arguments import checked, parse_arguments
 from sdrpn_eval.loading import revisions, sources
 from sdrpn_eval.report.checks import changes
 from sdrpn_eval.report.facts import Facts, read_facts
 from sdrpn_eval.report.looks import record_folders
-from sdrpn_eval.report.runs import BadRun, Run, find_results, parse_arguments, read_run
+from sdrpn_eval.report.runs import BadRun, Run, find_results, read_run
 from sdrpn_eval.run_facts import hash_sources, weights_only
 
 NAMES: Mapping[str, str] = {"none": "stock", "box": "true box"}
@@ -41,6 +41,11 @@ class Ladder:
     def __post_init__(self) -> None:
         if "proposer" in parse_arguments(self.model_args):
             raise ValueError("--model_args must not name a proposer; --proposers lists them")
+        if "proposer" not in parse_arguments(self.arguments("rpn")):
+            raise ValueError(
+                f"--model_args {self.model_args!r} leaves a quotation mark or bracket open; put "
+                "the value in quotes"
+            )
 
     def folder(self, proposer: str) -> Path:
         return self.out / proposer

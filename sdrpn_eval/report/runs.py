@@ -11,8 +11,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
@@ -20,6 +21,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 from sdrpn.files import parsed, read_bounded
 from sdrpn.plurals import counted
 from sdrpn_eval import schemas
+from sdrpn_eval.arguments import parse_arguments
 from sdrpn_eval.schemas import Counts, Results, SampleLine
 
 RESULTS = "_results.json"
@@ -76,7 +78,14 @@ class Run:
     file: Path
     results: Results
     tasks: Mapping[str, TaskRun]
-    arguments: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """`--model_args` by name, as recorded. Raises BadRun where they cannot be read."""
+        try:
+            return parse_arguments(self.results["config"].get("model_args"))
+        except ValueError as error:
+            raise BadRun(f"{self.file}: {error}") from None
 
     @property
     def model(self) -> str:
@@ -98,6 +107,14 @@ class Run:
         return (self.results.get("rescored") or {}).get("from")
 
     @property
+    def began(self) -> datetime:
+        """When lmms-eval began, in UTC, to the second. Raises BadRun where it is not said."""
+        try:
+            return results_began(self.results)
+        except ValueError as error:
+            raise BadRun(f"{self.file}: {error}") from None
+
+    @property
     def ended(self) -> datetime:
         """When lmms-eval wrote the results, in UTC. Raises BadRun where they do not say."""
         try:
@@ -105,20 +122,38 @@ class Run:
         except ValueError as error:
             raise BadRun(f"{self.file}: {error}") from None
 
+    @property
+    def by_command_line(self) -> bool:
+        """Whether lmms-eval's command line made the run, and so the model after `began`."""
+        return bool(self.results["config"].get("resolved_cli_args")) and not self.scored_from
+
 
 def results_ended(results: Results) -> datetime:
     """When a results file was written, by what it says itself: copies have other file times.
 
     Raises ValueError where it says no time.
     """
-    config = results["config"].get("resolved_cli_args") or {}
-    said = config.get("timezone") or "Asia/Singapore"  # lmms-eval's default
     seconds = results.get("total_evaluation_time_seconds") or 0
     try:
+        return results_began(results) + timedelta(seconds=float(seconds) + 1)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(_said_once(error)) from None
+
+
+def results_began(results: Results) -> datetime:
+    """When the run of a results file began, to the second. Raises ValueError as `results_ended`."""
+    config = results["config"].get("resolved_cli_args") or {}
+    said = config.get("timezone") or "Asia/Singapore"  # lmms-eval's default
+    try:
         started = datetime.strptime(results["date"], "%Y%m%d_%H%M%S").replace(tzinfo=_zone(said))
-        return started.astimezone(UTC) + timedelta(seconds=float(seconds) + 1)
+        return started.astimezone(UTC)
     except (ValueError, TypeError, OverflowError, OSError, ZoneInfoNotFoundError) as error:
-        raise ValueError(f"it does not say when it was written: {error}") from None
+        raise ValueError(_said_once(error)) from None
+
+
+def _said_once(error: Exception) -> str:
+    told = "it does not say when it was written: "
+    return f"{told}{str(error).removeprefix(told)}"
 
 
 def _zone(name: str) -> ZoneInfo:
@@ -149,8 +184,7 @@ def read_run(path: Path, name: str | None = None, tasks: Iterable[str] | None = 
     if not read:
         raise BadRun(f"{file} holds no task")
     folder = path if path.is_dir() else path.parent
-    arguments = parse_arguments(results["config"].get("model_args"))
-    return Run(name or folder.name, folder, file, results, read, arguments)
+    return Run(name or folder.name, folder, file, results, read)
 
 
 def find_results(path: Path) -> Path:
@@ -184,14 +218,6 @@ def parse_results(file: Path) -> Results:
 def samples_file(file: Path, task: str) -> Path:
     """Where the samples of a task stand beside a results file."""
     return file.with_name(file.name.removesuffix(RESULTS) + f"_samples_{task}.jsonl")
-
-
-def parse_arguments(model_args: Any) -> dict[str, str]:
-    """`--model_args` by name; a value may hold "=" but, as in lmms-eval, no comma."""
-    if isinstance(model_args, Mapping):
-        return {str(k): str(v) for k, v in model_args.items()}
-    pairs = [part.partition("=") for part in str(model_args or "").split(",")]
-    return {name.strip(): value.strip() for name, _, value in pairs if name.strip()}
 
 
 def _read_task(file: Path, results: Results, task: str) -> TaskRun:

@@ -1,0 +1,154 @@
+"""Settings of lmms-eval that this model cannot honour, refused by name before anything is loaded.
+
+lmms-eval tells a model its arguments and nothing else of how it was started. So the settings are
+read where they stand: on the command line, and in the call of `simple_evaluate`, whose parameters
+hold them however it was started (command line, `--config`, Python).
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from sdrpn_eval.arguments import on_command_line, parse_arguments
+
+REFUSED: Mapping[str, str] = {
+    "system_instruction": "lmms-eval glues it to every question; give the sentence as "
+    "system_prompt= in --model_args",
+    "apply_chat_template": "the prompt is LLaVA-1.5's own (vicuna_v1); leave it out, and give a "
+    "system prompt as system_prompt= in --model_args",
+    "fewshot_as_multiturn": "a question has one turn; leave it out",
+    "num_fewshot": "examples would come without their images; leave it out, or give 0",
+    "cache_requests": "lmms-eval stores requests without the images' function, so that none can be "
+    "asked; leave it out: prompts are built in seconds",
+    "use_cache": "that cache knows a model by the text of its arguments, so a retrained RPN in the "
+    "same folder would get the old answers. Leave it out: a run started again with the same "
+    "--output_path (or record=) asks nothing twice, by the hashes of its weights",
+}
+"""Settings that must be off, and what to do instead."""
+
+SHORT: Mapping[str, tuple[str, ...]] = {"use_cache": ("-c",)}
+SWITCHES = ("apply_chat_template", "fewshot_as_multiturn")
+HARMLESS = ("", "0", "None", "delete")
+"""Values of an option under which it does nothing to a question."""
+
+
+def refuse_unsupported(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError that names every setting in REFUSED that is on, with its replacement.
+
+    Args:
+        settings: by lmms-eval's names; others are left alone.
+    """
+    told = [
+        f"--{name}: {remedy}"
+        for name, remedy in REFUSED.items()
+        if settings.get(name) and str(settings[name]) not in HARMLESS
+    ]
+    if told:
+        raise ValueError(f"llava_sdrpn does not work with {'; '.join(told)}")
+
+
+def refuse_number_as_path(output_path: Any) -> None:
+    """Raise ValueError for an `--output_path` that lmms-eval reads as a number or a truth value.
+
+    It would run to the end, and then save nothing.
+    """
+    if not isinstance(output_path, str) or not output_path.strip():
+        return
+    try:
+        read = parse_arguments(f"output_path={output_path}").get("output_path")
+    except ValueError:  # lmms-eval says so itself
+        return
+    if not isinstance(read, str):
+        raise ValueError(
+            f"--output_path {output_path}: lmms-eval reads it as {read!r} ({type(read).__name__}) "
+            f"and saves no results; write ./{output_path}"
+        )
+
+
+def warn_of_limit(limit: Any, tasks: Sequence[str]) -> None:
+    """Say so where a share of the documents is asked for, of several tasks."""
+    if limit is not None and 0 < float(limit) < 1 and len(tasks) > 1:
+        logger.warning(
+            f"--limit {limit} with several tasks: lmms-eval 0.7.3 takes that share of the first "
+            f"one, {tasks[0]}, and asks as many documents of {', '.join(tasks[1:])}; give a whole "
+            "number, or run each task by itself"
+        )
+
+
+def refuse_folder_as_task(tasks: str | None, index: Mapping[str, Any]) -> None:
+    """Raise ValueError where a local folder hides the task of its name.
+
+    Args:
+        tasks: the text of `--tasks`.
+        index: lmms-eval's task index.
+    """
+    if tasks and tasks in index and os.path.isdir(tasks):
+        raise ValueError(
+            f"--tasks {tasks}: {Path(tasks).resolve()} is a folder, which lmms-eval takes for one "
+            "of tasks' YAML files in place of the task; rename it, or start in another folder"
+        )
+
+
+def refuse_fewshot_tasks(tasks: Iterable[Any]) -> None:
+    """Raise ValueError for a task object whose own YAML asks for examples."""
+    for task in tasks:
+        config = getattr(task, "config", None)
+        count = getattr(config, "num_fewshot", None)
+        if count:
+            raise ValueError(
+                f"{getattr(config, 'task', 'a task')} has num_fewshot: {count}, and llava_sdrpn "
+                "takes no examples, whose images would be missing; give --num_fewshot 0, or a task "
+                "without"
+            )
+
+
+def from_command_line(argv: Sequence[str]) -> dict[str, Any]:
+    """The settings of REFUSED, `output_path` and `limit` as a command line gives them."""
+    found: dict[str, Any] = {name: True for name in SWITCHES if f"--{name}" in argv}
+    for name in (*REFUSED, "output_path", "limit"):
+        if name not in SWITCHES:
+            for option in (f"--{name}", *SHORT.get(name, ())):
+                value = on_command_line(option, argv)
+                if value is not None:
+                    found[name] = value
+    return found
+
+
+def from_evaluator() -> dict[str, Any]:
+    """The arguments of the `lmms_eval.evaluator.simple_evaluate` that is running; {} without one.
+
+    With `output_path` of its command line.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        names = frame.f_globals.get("__name__"), frame.f_code.co_name
+        if names == ("lmms_eval.evaluator", "simple_evaluate"):
+            found = dict(frame.f_locals)
+            return found | {"output_path": getattr(found.get("cli_args"), "output_path", None)}
+        frame = frame.f_back
+    return {}
+
+
+def check_harness(tasks: Sequence[str], *, main_process: bool) -> None:
+    """Refuse, or warn of, what lmms-eval was told and this model cannot do.
+
+    Args:
+        tasks: those that will be scored, as far as they are known.
+        main_process: the one that warns.
+
+    Raises:
+        ValueError: names the settings and what to do.
+    """
+    settings = from_command_line(sys.argv)
+    settings |= {name: value for name, value in from_evaluator().items() if value is not None}
+    refuse_unsupported(settings)
+    refuse_number_as_path(settings.get("output_path"))
+    if main_process:
+        warn_of_limit(settings.get("limit"), tasks)
