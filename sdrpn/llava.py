@@ -29,13 +29,12 @@ from sdrpn.config import VICUNA_SYSTEM_PROMPT
 from sdrpn.convert.checkpoint import reason
 from sdrpn.images import as_shown, bounded
 from sdrpn.layers import Span, cache_argument, positions_of
-from sdrpn.prompt import PlainText
+from sdrpn.prompt import IMAGE_TOKEN, PlainText
 from sdrpn.region import PixelBox, View, crop
 from sdrpn.weights import broken_files_named, check_complete, check_finite, check_layers, check_size
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PADDINGS = ("pad", "crop")
-IMAGE_TOKEN = "<image>"
 
 
 class WeightsUnavailable(OSError):

@@ -6,6 +6,9 @@ import copy
 import secrets
 from typing import Any
 
+IMAGE_TOKEN = "<image>"
+"""Stands for an image in a prompt, in LLaVA's data, and in the tokenizer."""
+
 
 class PlainText:
     """A tokenizer's twin to which special tokens are plain text, and only `mark` is an image.
