@@ -267,6 +267,14 @@ class Llava:
         """Token ids behind the image: the question and the turn's end, ASSISTANT: included."""
         return self.prompt_ids(question)[1]
 
+    def room(self, question_ids: Sequence[int]) -> int:
+        """Tokens the context holds behind one image and these question ids; 0 or less: none.
+
+        Args:
+            question_ids: token ids behind the image, as `question_ids` gives them.
+        """
+        return self.context_length - len(self.head_ids) - self.image_tokens - len(question_ids)
+
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Word embeddings: ids [...] -> [..., C]."""
         table = self.model.get_input_embeddings()
