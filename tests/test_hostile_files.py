@@ -359,7 +359,9 @@ def test_conversations_of_wrong_types_are_named(tmp_path: Path, entry: Any) -> N
     assert [(item.image, item.question) for item in items] == [("a.png", "x")]
     assert len(fingerprint(items)) == 32
     (said,) = told
-    assert said.startswith(f"1 of 2 entries of {path} is skipped: {path}, entry 1: expected LLaVA's")
+    assert said.startswith(
+        f"1 of 2 entries of {path} is skipped: {path}, entry 1: expected LLaVA's"
+    )
     assert "\n" not in said
     path.write_text(json.dumps([entry]))
     with pytest.raises(ValueError, match=r"q\.json, entry 0: expected LLaVA's"):
