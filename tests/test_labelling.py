@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import QUESTIONS, make_image
-from datasets import Dataset, Features, Image, Sequence, Value
+from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value
 from PIL import Image as PIL
 from PIL import ImageFile
 from typer.testing import CliRunner
@@ -38,7 +39,7 @@ from sdrpn.distill.dataset import (
 from sdrpn.distill.label import Labelled, label_batch
 from sdrpn.distill.labelling import LabelJob, preview, relabel, report
 from sdrpn.distill.pseudo_labels import IGNORED, pseudo_labels
-from sdrpn.distill.questions import Item, read_items
+from sdrpn.distill.questions import Item, fingerprint, read_items
 from sdrpn.images import BadImage, inside, load_image
 from sdrpn.llava import Llava
 from sdrpn.zoom import Question, ZoomLlava
@@ -93,6 +94,82 @@ def test_first_questions_of_llava_s_conversations(data: tuple[Path, Path]) -> No
     assert [item.id for item in items] == [f"q{i}" for i in range(14)]
     assert items[1].question == QUESTIONS[1]
     assert items[1].image == "gqa/1.png"
+
+
+def test_only_conversations_without_an_image_are_passed_by_in_silence(
+    data: tuple[Path, Path],
+) -> None:
+    told: list[str] = []
+    assert len(read_items(str(data[0]), tell=told.append)) == 14
+    assert told == []
+
+
+def test_questions_have_a_name_by_their_words_and_order() -> None:
+    items = [Item("1", "a.png", "one"), Item("2", "b.png", "two")]
+    others = [
+        items[::-1],
+        items[:1],
+        [replace(items[0], id="3"), items[1]],
+        [replace(items[0], image="b.png"), items[1]],
+        [replace(items[0], question="two"), items[1]],
+        [replace(items[0], id="1a", image=".png"), items[1]],
+    ]
+    assert fingerprint(items) == "6792415c6ad21ab72cc395db92a8e4c7"
+    assert len({fingerprint(items), *map(fingerprint, others)}) == 7
+
+
+def test_drawn_samples_stay_in_their_order(data: tuple[Path, Path]) -> None:
+    """Of seed 0, always the same; and as many as there are, at most."""
+    some = read_items(str(data[0]), samples=5)
+    assert [item.id for item in some] == ["q0", "q2", "q3", "q4", "q5"]
+    assert len(read_items(str(data[0]), samples=99)) == 14
+    assert len(read_items(str(data[0]), samples=1)) == 1
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"samples must be 1 or more, got {count}"):
+            read_items(str(data[0]), samples=count)
+
+
+def test_a_data_set_that_is_none_is_named(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"picture": "a.png", "question": "one"}])
+    rows.to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"d\.parquet has no column image, only picture, question"):
+        read_items(str(tmp_path / "d.parquet"))
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "both")
+    with pytest.raises(ValueError, match="both has the splits train, test; save the one to label"):
+        read_items(str(tmp_path / "both"))
+    (tmp_path / "e.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match=r"e\.parquet cannot be read as a data set"):
+        read_items(str(tmp_path / "e.parquet"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty cannot be read as a data set"):
+        read_items(str(tmp_path / "empty"))
+
+
+def test_ids_of_lines_and_data_sets(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "question_id": 7, "image": "a.png", "question": "one"},
+        {"id": "b", "question_id": 8, "image": "a.png", "question": "two"},
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
+    assert [item.id for item in read_items(str(tmp_path / "d.parquet"))] == ["a", "b"]
+    Dataset.from_list(rows).remove_columns("id").to_parquet(tmp_path / "e.parquet")
+    assert [item.id for item in read_items(str(tmp_path / "e.parquet"))] == ["7", "8"]
+    Dataset.from_list(rows).remove_columns(["id", "question_id"]).to_parquet(tmp_path / "f.parquet")
+    assert [item.id for item in read_items(str(tmp_path / "f.parquet"))] == ["0", "1"]
+    (tmp_path / "d.jsonl").write_text(json.dumps({k: v for k, v in rows[0].items() if k != "id"}))
+    assert read_items(str(tmp_path / "d.jsonl"))[0].id == "7"
+
+
+def test_images_come_from_the_data_set_s_bytes(tmp_path: Path) -> None:
+    """The file that they were read from may be gone."""
+    make_image(40, 30, 0).save(tmp_path / "a.png")
+    rows = [{"image": {"bytes": (tmp_path / "a.png").read_bytes()}, "question": "one"}]
+    (tmp_path / "a.png").unlink()
+    features = Features({"image": Image(decode=False), "question": Value("string")})
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    (item,) = read_items(str(tmp_path / "saved"))
+    assert item.content
+    assert load_image(item.content()).size == (40, 30)
 
 
 def test_subset_and_samples(data: tuple[Path, Path]) -> None:
@@ -489,6 +566,7 @@ def test_a_sample_fits_if_its_answer_does(
             words = Suffix(tuple(llava.question_ids(text)))
             (ids,) = generate(llava, zoom.read([image]), [words], {"max_new_tokens": 3})
             said = len(ids)
+            assert (free.reason == "empty response") == (said == 0)
             if free.reason == "empty response":
                 assert label_batch(short(prompt + 1), [question])[0].reason == "empty response"
                 assert label_batch(short(prompt), [question])[0].reason == NO_ROOM
@@ -545,6 +623,27 @@ def test_a_sample_past_the_context_is_counted(scenes: Path, tmp_path: Path) -> N
         assert found["questions"] == 4
         assert found["ignored"]["does not fit the context"] == 1
         assert found["bad_image_share"] == 0
+
+
+def test_nothing_is_generated_past_the_context_or_twice(
+    llava: Llava,
+    short: Callable[[int], ZoomLlava],
+    images: list[PIL.Image],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At 3 tokens at most: one more than there is room for, to see whether the answer ends."""
+    calls: list[tuple[int, list[tuple[int, ...]]]] = []
+
+    def noted(llava: Llava, prefixes: Any, suffixes: Any, generation: Any) -> Any:
+        calls.append((generation["max_new_tokens"], [suffix.question for suffix in suffixes]))
+        return generate(llava, prefixes, suffixes, generation)
+
+    monkeypatch.setattr("sdrpn.distill.label.generate", noted)
+    texts = ["red " * count + "disc ?" for count in (5, 6, 7, 8, 9, 9)]
+    words = [tuple(llava.question_ids(text)) for text in texts]
+    zoom = short(prompt_length(llava, texts[3]))
+    label_batch(zoom, [Question(text, (images[0],)) for text in texts])
+    assert calls == [(2, [words[2]]), (3, [words[0], words[1]])]
 
 
 # Several processes
