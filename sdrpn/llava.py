@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -35,6 +36,7 @@ from sdrpn.weights import broken_files_named, check_complete, check_finite, chec
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PADDINGS = ("pad", "crop")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class WeightsUnavailable(OSError):
@@ -66,6 +68,16 @@ def check_is_llava15(config: dict[str, Any], name: str) -> None:
         f"{name} is not a LLaVA-1.5 model but {kind}; sdrpn needs a LLaMA language model behind a "
         "CLIP tower with one feature layer and no CLS token, such as llava-hf/llava-1.5-7b-hf"
     )
+
+
+def check_has_tokenizer(folder: str) -> None:
+    """Refuse, by name, a local model without a tokenizer; a hub id is not looked at."""
+    path = Path(folder)
+    if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"{folder} holds no tokenizer ({' or '.join(TOKENIZER_FILES)}): copy there the "
+            "tokenizer files of the model it was made from, such as llava-hf/llava-1.5-7b-hf"
+        )
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -191,6 +203,7 @@ class Llava:
             if not config or not isinstance(config, dict):
                 raise OSError("there is no config.json, or none that holds an object")
             check_is_llava15(config, pretrained)
+            check_has_tokenizer(pretrained)
             quantized = four_bits(weights) if load_in_4bit else {}
             with (
                 _first_layers(config, pretrained, num_layers) as shape,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,7 @@ from sdrpn.distill.questions import Item, fingerprint, read_items
 from sdrpn.images import BadImage, inside, load_image
 from sdrpn.llava import Llava
 from sdrpn.zoom import Question, ZoomLlava
+from sdrpn_eval.demo import tiny_path
 
 LABELS = LabelConfig(
     grounding=(LayerHeads(3, (0, 2)),),
@@ -834,6 +836,20 @@ def test_too_many_bad_images_are_an_error_at_the_end(scenes: Path, tmp_path: Pat
     assert "ignored, image missing: 2" in result.output
     assert len(load_labels(tmp_path / "out")) == 22
     assert (tmp_path / "out" / "preview.png").exists()
+
+
+def test_a_model_without_a_tokenizer_is_named(scenes: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_path(), tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    words = ["label", "--model", str(tmp_path / "model"), "--images", str(scenes)]
+    words += ["--data", str(scenes / "questions.jsonl"), "--out", str(tmp_path / "out")]
+    result = runner.invoke(app, words)
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert (
+        "model holds no tokenizer (tokenizer.json or tokenizer.model): copy the tokenizer" in said
+    )
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(
