@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -32,13 +33,13 @@ from sdrpn.convert.checkpoint import CONFIG_FILE, Source, reason
 from sdrpn.images import as_shown, bounded
 from sdrpn.layers import Span, cache_argument, positions_of
 from sdrpn.plurals import counted
-from sdrpn.prompt import PlainText
+from sdrpn.prompt import IMAGE_TOKEN, PlainText
 from sdrpn.region import PixelBox, View, crop
 from sdrpn.weights import broken_files_named, check_complete, check_finite, check_layers, check_size
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-IMAGE_TOKEN = "<image>"
 ADAPTER_FILE = "adapter_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class WeightsUnavailable(OSError):
@@ -124,6 +125,16 @@ def check_padding(padding: str | None) -> None:
     """Raise ValueError for a padding that is not known; None is the model's own."""
     if padding is not None and padding not in PADDINGS:
         raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+
+
+def check_has_tokenizer(folder: str) -> None:
+    """Refuse, by name, a local model without a tokenizer; a hub id is not looked at."""
+    path = Path(folder)
+    if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"{folder} holds no tokenizer ({' or '.join(TOKENIZER_FILES)}): copy there the "
+            "tokenizer files of the model it was made from, such as llava-hf/llava-1.5-7b-hf"
+        )
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -256,6 +267,7 @@ class Llava:
                 raise OSError("there is no config.json, or none that holds an object")
             check_is_llava15(config, pretrained)
             padding = padding or noted_padding(config, pretrained)
+            check_has_tokenizer(pretrained)
             quantized = four_bits(weights) if load_in_4bit else {}
             with (
                 _first_layers(config, pretrained, num_layers) as shape,
@@ -331,6 +343,14 @@ class Llava:
     def question_ids(self, question: str) -> list[int]:
         """Token ids behind the image: the question and the turn's end, ASSISTANT: included."""
         return self.prompt_ids(question)[1]
+
+    def room(self, question_ids: Sequence[int]) -> int:
+        """Tokens the context holds behind one image and these question ids; 0 or less: none.
+
+        Args:
+            question_ids: token ids behind the image, as `question_ids` gives them.
+        """
+        return self.context_length - len(self.head_ids) - self.image_tokens - len(question_ids)
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Word embeddings: ids [...] -> [..., C]."""

@@ -131,7 +131,9 @@ def by_attention(models: Models, looks: Sequence[Look]) -> list[Proposal]:
     """Where the model's own answer looked: the grounding map, sinks removed, over its maximum."""
     llava, labels = models.llava, known_labels(models)
     prefixes, words = [look.prefix for look in looks], [Suffix(look.question) for look in looks]
-    responses = generate(llava, prefixes, words, {"max_new_tokens": labels.max_new_tokens})
+    said = generate(llava, prefixes, words, {"max_new_tokens": labels.max_new_tokens})
+    # Where tokens past the model's context look means nothing.
+    responses = [r[: llava.room(look.question)] for r, look in zip(said, looks, strict=True)]
     proposals = [Proposal(Region(reason="the model's first answer was empty")) for _ in looks]
     spoken = [i for i, response in enumerate(responses) if response]
     if not spoken:

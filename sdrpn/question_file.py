@@ -1,7 +1,8 @@
-"""One's own questions in a file: JSON lines, a JSON list, or LLaVA's own question.jsonl."""
+"""Questions in a file: JSON lines, a JSON list, LLaVA's question.jsonl or its conversations."""
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,9 +11,15 @@ from typing import Any
 
 from sdrpn.files import parse_json
 from sdrpn.images import BadImage, inside
+from sdrpn.prompt import IMAGE_TOKEN
 
-NAMES = {"id": ("id", "question_id"), "image": ("image",), "question": ("question", "text")}
-"""What each field may be called; the second names are LLaVA's."""
+TURNS = "conversations"
+NAMES = {
+    "id": ("id", "question_id"),
+    "image": ("image",),
+    "question": ("question", "text", TURNS),
+}
+"""What each field may be called; the later names are LLaVA's."""
 
 
 @dataclass(frozen=True)
@@ -40,47 +47,145 @@ def read_questions(path: Path, images: Path) -> list[Asked]:
     whose path leaves the folder.
     """
     questions: dict[str, Asked] = {}
-    for where, entry in _entries(path):
-        asked = _asked(where, entry)
+    for entry in read_entries(path):
+        if isinstance(entry.value, ValueError):
+            raise entry.value
+        asked = _asked(entry.where, entry.value)
         earlier = questions.setdefault(str(asked.id), asked)
         if earlier is not asked:
-            raise ValueError(f"{where}: the id {asked.id!r} stands in {earlier.where} already")
+            raise ValueError(
+                f"{entry.where}: the id {asked.id!r} stands in {earlier.where} already"
+            )
         try:
             inside(images, asked.image)
         except BadImage as error:
-            raise ValueError(f"{where}: image {error}") from None
+            raise ValueError(f"{entry.where}: image {error}") from None
     if not questions:
         raise ValueError(f"{path} holds no question")
     return list(questions.values())
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where it stands, entry) of a file that holds a list, or an entry a line."""
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a file of questions.
+
+    where: the file and the entry's place in it, for errors. number: of the entry in a list, counted
+    from 0, or of the line, counted from 1. value: what JSON holds there; a ValueError that says why
+    not where the line is not valid JSON. last: nothing stands behind it, not even a line end.
+    """
+
+    where: str
+    number: int
+    value: Any
+    last: bool = False
+
+
+def read_entries(path: Path, *, first: int = 1, longest: int | None = None) -> Iterator[Entry]:
+    """Read the entries of a JSON list or of JSON lines; the content decides, not the suffix.
+
+    Args:
+        first: number of a list's first entry in `where`.
+        longest: bytes of the longest line that is read, None for no limit.
+
+    Raises:
+        ValueError: naming the file, if it is missing, not in UTF-8, or neither of the two.
+    """
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
+    with path.open("rb") as file:
+        start = file.read(1 << 12).removeprefix(codecs.BOM_UTF8).lstrip()
+    if path.suffix == ".json" or start.startswith(b"["):
+        text = _decoded(path, path.read_bytes()).removeprefix("\ufeff")
+        if start.startswith(b"[") or not _is_lines(text):
+            for number, value in enumerate(_whole_file(path, text)):
+                yield Entry(f"{path}, entry {number + first}", number, value)
+            return
+    yield from _lines(path, longest)
+
+
+def _is_lines(text: str) -> bool:
+    """Whether a text is no value at all, or several, one a line."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    return not lines or (len(lines) > 1 and not isinstance(_value(lines[0], ""), ValueError))
+
+
+def _whole_file(path: Path, text: str) -> list[Any]:
+    value = _value(text, str(path))
+    if isinstance(value, ValueError):
+        raise value
+    if isinstance(value, list):
+        return value
+    if isinstance(value, dict) and "image" in value:
+        return [value]
+    held = value.items() if isinstance(value, dict) else ()
+    lists = [name for name, one in held if isinstance(one, list)]
+    hint = f"; save the list under its key {lists[0]!r:.80} as a file" if lists else ""
+    raise ValueError(f"{path} must hold a list of questions, not a {type(value).__name__}{hint}")
+
+
+def _lines(path: Path, longest: int | None) -> Iterator[Entry]:
+    limit, offset = -1 if longest is None else longest + 1, 0
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(limit), b""), start=1):
+            if longest is not None and len(line) > longest:
+                raise ValueError(f"{path}, line {number}: it has more than {longest:,} bytes")
+            text = _decoded(path, line, offset)
+            offset += len(line)
+            text = text.removeprefix("\ufeff") if number == 1 else text
+            if text.strip():
+                where = f"{path}, line {number}"
+                value = _value(text.removesuffix("\n"), where)
+                yield Entry(where, number, value, not line.endswith(b"\n"))
+
+
+def _decoded(path: Path, content: bytes, offset: int = 0) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8, from byte {error.start} on") from None
-    if text.lstrip().startswith("["):
-        entries = _parsed(str(path), text)
-        yield from ((f"{path}, entry {n}", one) for n, one in enumerate(entries, start=1))
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield where, _parsed(where, line)
+        raise ValueError(
+            f"{path} is not in UTF-8, from byte {offset + error.start} on; save it as UTF-8"
+        ) from None
 
 
-def _parsed(where: str, text: str) -> Any:
+def _value(text: str, where: str) -> Any:
+    """What JSON holds, or the ValueError, not raised, that says why it is not valid."""
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:
         column = f", column {error.colno}"
         place = column if error.lineno == 1 else f", line {error.lineno}{column}"
-        raise ValueError(f"{where} is not valid JSON: {error.msg}{place}") from None
+        return ValueError(f"{where} is not valid JSON: {error.msg}{place}")
     except ValueError as error:  # nested too deeply, or a number of thousands of digits
-        raise ValueError(f"{where} is not valid JSON: {error}") from None
+        return ValueError(f"{where} is not valid JSON: {error}")
+
+
+def one_image(value: Any) -> Any:
+    """The image of an entry: a list of one stands for it. Raises ValueError for a longer list."""
+    if not isinstance(value, list) or not value:
+        return value
+    if len(value) > 1:
+        raise ValueError(
+            f"the image must be text, got {value!r:.80}, {len(value)} of them; give one"
+        )
+    return value[0]
+
+
+def first_question(turns: Any) -> str:
+    """What LLaVA's conversation asks first: a turn that is only `<image>` asks nothing.
+
+    turns: [{"from": "human" or "gpt", "value": text}, ...]. Raises ValueError that says what is
+    wrong with them.
+    """
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError('conversations must be a list of {"from": ..., "value": ...}')
+    for turn in turns:
+        if turn.get("from") == "human":
+            words = turn.get("value")
+            if not isinstance(words, str):
+                raise ValueError(f"a turn must be text, got {words!r:.80}")
+            if words.replace(IMAGE_TOKEN, "").strip():
+                return words
+    raise ValueError('no turn "from" "human" asks anything')
 
 
 def _asked(where: str, entry: Any) -> Asked:
@@ -91,9 +196,9 @@ def _asked(where: str, entry: Any) -> Asked:
     }
     for one, name in found.items():
         if name is None:
+            called = " or ".join(known for known in NAMES[one] if known != TURNS)
             raise ValueError(
-                f"{where} has no {' or '.join(NAMES[one])}; expected "
-                '{"id": ..., "image": ..., "question": ...}'
+                f'{where} has no {called}; expected {{"id": ..., "image": ..., "question": ...}}'
             )
     try:
         json.dumps(entry, ensure_ascii=False).encode()
@@ -102,6 +207,12 @@ def _asked(where: str, entry: Any) -> Asked:
             f"{where} holds half of a character, {error.object[error.start]!a}; write it in UTF-8"
         ) from None
     values = {one: entry[name] for one, name in found.items() if name is not None}
+    try:
+        values["image"] = one_image(values["image"])
+        if found["question"] == TURNS:
+            values["question"] = first_question(values["question"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     _check(where, values)
     given = {name: value for name, value in entry.items() if name not in found.values()}
     return Asked(**values, where=where, given=given)

@@ -161,6 +161,22 @@ def test_other_fields_come_back_and_other_names_are_known(folder: Path, engine: 
     assert timeless(answers(folder, "list.jsonl")) == timeless(lines)
 
 
+def test_conversations_and_lists_of_one_image_are_asked(folder: Path, engine: Asked) -> None:
+    """The first turn that asks something; the same rules as for labels."""
+    turns = [
+        {"from": "human", "value": "<image>"},
+        {"from": "gpt", "value": "A picture."},
+        {"from": "human", "value": QUESTIONS[1]},
+    ]
+    listed = entry(0, image=["0.png"])
+    write(folder, listed, {"id": "talk", "image": "1.png", "conversations": turns})
+    code, said = answer(folder)
+    assert code == 0, said
+    first, talk = answers(folder)
+    assert (first["image"], first["question"]) == ("0.png", QUESTIONS[0])
+    assert (talk["image"], talk["question"], talk["given"]) == ("1.png", QUESTIONS[1], {})
+
+
 # Stopped, and gone on with
 
 
@@ -385,7 +401,19 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         (entry(8, id=""), "line 3: the id must be text or a whole number, got ''"),
         (entry(8, question=" \n"), "line 3: the question must be text, got ' \\n'"),
         (entry(8, question=["a"]), "line 3: the question must be text, got ['a']"),
-        (entry(8, image=["a", "b"]), "line 3: the image must be text, got ['a', 'b']"),
+        (
+            entry(8, image=["a", "b"]),
+            "line 3: the image must be text, got ['a', 'b'], 2 of them; give one",
+        ),
+        (entry(8, image=[]), "line 3: the image must be text, got []"),
+        (
+            {"id": 8, "image": "0.png", "conversations": [{"from": "human", "value": "<image>"}]},
+            'line 3: no turn "from" "human" asks anything',
+        ),
+        (
+            {"id": 8, "image": "0.png", "conversations": "what ?"},
+            'line 3: conversations must be a list of {"from": ..., "value": ...}',
+        ),
         (entry(8, image="../secret.png"), "line 3: image ../secret.png: outside the image folder"),
         (entry(8, image="/etc/passwd"), "line 3: image /etc/passwd: outside the image folder"),
         (entry(8, image="0\0.png"), "line 3: image '0\\x00.png': not a path"),
@@ -409,7 +437,8 @@ def test_a_wrong_line_is_named(folder: Path, line: Any, reason: str) -> None:
         (b"\n \n[]", "questions.jsonl holds no question"),
         (b'[{"id": 1}, \n 2', "questions.jsonl is not valid JSON: Expecting ',' delimiter, line 2"),
         (b'[{"id": 1, "image": "0.png"}]', "questions.jsonl, entry 1 has no question"),
-        (b'{"id": "\xff\xfe"}', "questions.jsonl is not in UTF-8, from byte 8 on"),
+        (b'{"id": "\xff\xfe"}', "questions.jsonl is not in UTF-8, from byte 8 on; save it as"),
+        (b'\n\n{"id": "\xff"}', "questions.jsonl is not in UTF-8, from byte 10 on"),
     ],
 )
 def test_a_wrong_file_is_named(folder: Path, content: bytes, reason: str) -> None:

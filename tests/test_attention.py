@@ -157,6 +157,24 @@ def test_attention_proposer_with_nothing_but_sinks(llava: Llava, images: Any) ->
         assert answer.roi_map is None or not answer.roi_map.any()
 
 
+def test_attention_proposer_reads_no_answer_past_the_context(
+    monkeypatch: pytest.MonkeyPatch, llava: Llava, images: list[Image.Image]
+) -> None:
+    """With room for two tokens, of an answer of five it reads two."""
+    prompt = len(llava.whole_ids("yellow")) - 1 + 64
+    found = []
+    for context, tokens in ((prompt + 2, 5), (1024, 2), (1024, 5)):
+        monkeypatch.setattr(llava, "context_length", context)
+        labels = replace(LABELS, max_new_tokens=tokens)
+        zoom = ZoomLlava(llava, proposer="attention", labels=labels)
+        asked = [Question("yellow", (image,)) for image in images]
+        found.append([a.roi_map for a in zoom.ask_batch(asked, {"max_new_tokens": 1})])
+    cut, short, whole = found
+    for one, other in zip(cut, short, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert any(not np.allclose(one, other) for one, other in zip(cut, whole, strict=True))
+
+
 def test_attention_proposer_needs_to_know_the_heads(llava: Llava, images: Any) -> None:
     zoom = ZoomLlava(llava, proposer="attention")
     with pytest.raises(ValueError, match=f"which attention heads of {llava.name}"):

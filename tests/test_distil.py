@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,19 @@ def test_maps_are_the_attention_of_the_answer_given(llava: Llava) -> None:
         LABELS,
     )
     np.testing.assert_array_equal(labelled.labels, expected)
+    sinks = output.attentions[1][0, :, -len(said) :, start : start + 64].mean((0, 1)).detach()
+    np.testing.assert_allclose(labelled.sink, sinks, atol=1e-3)
+    # A sink at the peak is taken out, and what is left makes the labels.
+    peak = int(labelled.grounding.argmax())
+    sharp = replace(LABELS, foreground=0.75, background=0.5, max_box_fraction=2.0)
+    sharper = replace(sharp, sink_threshold=float(labelled.sink[peak]))
+    (other,) = label(ZoomLlava(llava, proposer="none", labels=sharper), [question])
+    assert other.labels[peak] != 1
+    assert (other.labels == 1).any()
+    clean = np.where(labelled.sink >= labelled.sink[peak], 0, labelled.grounding)
+    expected = pseudo_labels(clean.astype(np.float32), np.zeros(64), sharp)
+    np.testing.assert_array_equal(other.labels, expected)
+    np.testing.assert_array_equal(other.sink, labelled.sink)
 
 
 def test_training_learns_and_leaves_the_backbone_alone(llava: Llava, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from sdrpn.distill.probes import (
     DARK,
     PATTERNS,
     Disc,
+    Probe,
     box_cover,
     disc_cover,
     draw_probes,
@@ -228,6 +229,48 @@ def test_heads_join_while_they_help() -> None:
     assert join_heads(alone, sinks, [target], CONFIG) == [(0, 1.0)]
 
 
+def test_a_head_joins_once() -> None:
+    """Twice the second head would lift cell 7 over a fifth of the maximum."""
+    target = Targets(cells(5, 6, 7), cells(5, 6, 7).astype(float), cells(5, 6, 7), 0)
+    maps = np.stack([looks(t5=0.9), looks(t6=0.5, t7=0.17)])[None]
+    found = join_heads(maps, np.zeros((1, 16)), [target], CONFIG)
+    assert found == [(0, pytest.approx(1 / 3)), (1, pytest.approx(2 / 3))]
+
+
+def test_seven_heads_are_joined_at_most() -> None:
+    """Nine heads, each of which sees one of nine cells."""
+    nine = [row * 6 + column for row in range(3) for column in range(3)]
+    target = Targets(cells(*nine, side=6), cells(*nine, side=6).astype(float), cells(side=6), 0)
+    maps = np.stack([np.eye(36)[token] for token in nine])[None]
+    found = join_heads(maps, np.zeros((1, 36)), [target], CONFIG)
+    assert sorted(head for head, _ in found) == [0, 1, 2, 3, 4, 5, 6]
+    assert found[-1][1] == pytest.approx(7 / 9)
+
+
+@pytest.mark.parametrize(
+    ("questions", "helped", "joins"), [(16, 3, False), (16, 4, True), (4, 1, False), (4, 2, True)]
+)
+def test_a_gain_must_be_twice_its_standard_error(questions: int, helped: int, joins: bool) -> None:
+    """A gain of 0.5 on k of n questions: k/n >= 2 sqrt(k/n (1 - k/n) / n), so k >= 4 (1 - k/n)."""
+    target = Targets(cells(5, 6), cells(5, 6).astype(float), cells(5, 6), 0)
+    second = [looks(t6=0.5) if i < helped else looks(t5=0.5) for i in range(questions)]
+    maps = np.stack([np.stack([looks(t5=0.5), one]) for one in second])
+    found = join_heads(maps, np.zeros((questions, 16)), [target] * questions, CONFIG)
+    assert [head for head, _ in found] == ([0, 1] if joins else [0])
+
+
+@pytest.mark.parametrize(("share", "joins"), [(0.4193, True), (0.4191, False)])
+def test_a_gain_must_be_half_a_percent(share: float, joins: bool) -> None:
+    """The box covers cell 5 and a share f of cell 6: IoU (1 + f) / 2 with it, 1 / (1 + f) without.
+
+    A gain of 0.00508 or 0.00488.
+    """
+    target = Targets(cells(5), looks(t5=1.0, t6=share), cells(5), 0)
+    maps = np.stack([looks(t5=0.5), looks(t6=0.5)])[None]
+    found = join_heads(maps, np.zeros((1, 16)), [target], CONFIG)
+    assert len(found) == (2 if joins else 1)
+
+
 # --- sinks on maps drawn by hand ---------------------------------------------------------------
 
 OBJECTS = (5, 10, 18)
@@ -287,8 +330,71 @@ def test_sinks_of_few_images_or_single_questions_do_not_count() -> None:
     assert find_sinks(maps[:, None], targets).layer == 0
 
 
+def test_a_sink_takes_five_times_an_average_token() -> None:
+    """35 tokens of 1 and one of x: x >= 5 (35 + x) / 36 from 5.645 on."""
+    targets = questions()
+    for level, found in ((5.6, None), (5.7, 0)):
+        maps = np.ones((12, 36))
+        maps[:, 30] = level
+        assert find_sinks(maps[:, None], targets).layer == found
+    maps = np.ones((12, 36))
+    maps[:, 20:24] = 0  # of 36 in all, so that 5 is five times the average, exactly
+    maps[:, 30] = 5
+    exact = find_sinks(maps[:, None], targets)
+    assert (exact.layer, exact.threshold) == (0, 2.2)  # sqrt(5 x 1)
+
+
+@pytest.mark.parametrize(("asked", "layer"), [(0.125, None), (0.1249, 0), (0.12, 0)])
+def test_a_sink_takes_over_twice_what_was_asked(asked: float, layer: int | None) -> None:
+    targets = questions()
+    assert find_sinks(heard(targets, 0.25, asked)[:, None], targets).layer == layer
+
+
+def test_what_was_asked_takes_what_its_strongest_cell_takes() -> None:
+    targets = [replace(t, inside=t.inside | cells(0, side=6)) for t in questions()]
+    maps = heard(targets, 0.25, 0.3)
+    maps[:, 0] = 0.001
+    assert find_sinks(maps[:, None], targets).layer is None
+
+
+def test_half_of_the_images_must_have_sinks_under_two_questions_or_more() -> None:
+    targets = questions()
+    maps = heard(targets, 0.25, 0.01)
+    half = maps.copy()
+    half[[t.image > 1 for t in targets], 30:] = 0.002
+    found = find_sinks(half[:, None], targets)
+    assert (found.layer, found.per_image) == (0, 0.5)
+    pairs = [i for i in range(12) if i % 3]
+    assert find_sinks(maps[pairs, None], [targets[i] for i in pairs]).layer == 0
+
+
+def test_a_sink_is_one_under_every_question() -> None:
+    targets = questions()
+    maps = heard(targets, 0.25, 0.01)
+    once = maps.copy()
+    once[::3, 30:] = 0.002
+    found = find_sinks(once[:, None], targets)
+    assert found.layer is None
+    assert found.why == "no layer has tokens that all questions look at"
+    nowhere = maps.copy()
+    nowhere[0] = 0  # a map without any attention tells nothing of its image
+    found = find_sinks(nowhere[:, None], targets)
+    assert (found.layer, found.per_image) == (0, 0.75)
+
+
+def test_a_sink_s_level_is_what_nearly_all_take() -> None:
+    """Of twelve, eleven at 0.2 and one at 0.1: the 5 % quantile lies 0.55 of the way, 0.155."""
+    targets = questions()
+    maps = heard(targets, 0.2, 0.01)
+    maps[0, 30] = 0.1
+    assert find_sinks(maps[:, None], targets).threshold == 0.039  # sqrt(0.155 x 0.01)
+
+
 def test_branch_layer_is_just_past_the_best_head() -> None:
-    assert branch_layer(14, 32, 3)[0] == 15
+    assert branch_layer(14, 32, 3) == (
+        15,
+        "B = 15: the best pointing head is in layer 14, and B is just past it",
+    )
     assert branch_layer(0, 6, 3)[0] == 1
     deep, reason = branch_layer(5, 6, 3)
     assert deep == 3
@@ -328,6 +434,54 @@ def test_the_choice_does_not_depend_on_the_batch(tiny: ZoomLlava, found: Finding
     assert again.labels == found.labels
     for name, values in found.scores.items():
         assert np.abs(again.scores[name] - values).max() < 0.02, name
+
+
+def test_where_a_probe_should_be_looked_at(tiny: ZoomLlava) -> None:
+    """160 px on 8 x 8 cells of 20 px: a cell counts where two of its 16 points are in the disc."""
+    red = Disc("red", "level", (30.0, 30.0), 12.8, 16.0)
+    blue = Disc("blue", "level", (130.0, 130.0), 10.0, 16.0)
+    probe = Probe(Image.new("RGB", (160, 160)), (red, blue))
+    asked = Listener(tiny, 1).questions([probe, probe])
+    assert [one.question for one in asked[:2]] == [
+        "what pattern is on the red disc ?",
+        "what pattern is on the blue disc ?",
+    ]
+    assert [one.target.image for one in asked] == [0, 0, 1, 1]
+    cross = [1, 8, 9, 10, 17]
+    assert np.flatnonzero(asked[0].target.inside).tolist() == cross
+    assert np.flatnonzero(asked[1].target.inside).tolist() == [54]
+    for one in asked:
+        assert np.flatnonzero(one.target.objects).tolist() == [*cross, 54]
+    # The box is (17, 17, 44, 44): 3 of 20 px, then 20, then 4.
+    shares = np.outer([0.15, 1, 0.2], [0.15, 1, 0.2])
+    assert np.allclose(asked[0].target.box.reshape(8, 8)[:3, :3], shares)
+    assert asked[0].target.box.sum() == pytest.approx(shares.sum())
+
+
+def test_what_was_said_leaves_special_tokens_out(tiny: ZoomLlava) -> None:
+    tokenizer = tiny.llava.tokenizer
+    ids = (tokenizer.eos_token_id, *tokenizer("red", add_special_tokens=False)["input_ids"])
+    one = Listener(tiny, 1).questions([draw_probes(0, 1)[0]])[0]
+    assert Listener(tiny, 1).text(replace(one, response=ids)) == "red"
+
+
+def test_probes_that_do_not_fit_the_context_are_left_out(
+    tiny: ZoomLlava, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny model answers a colour and a pattern: two tokens, for which there must be room."""
+    listener = Listener(tiny, 8)
+    asked = listener.questions(draw_probes(0, 2))
+    prompt = len(tiny.llava.whole_ids(asked[0].question)) - 1 + 64
+    (length,) = {len(one.response) for one in listener.answer(asked, 128)}
+    monkeypatch.setattr(tiny.llava, "context_length", prompt + length)
+    assert len(listener.answer(asked, 128)) == len(asked)
+    monkeypatch.setattr(tiny.llava, "context_length", prompt + length - 1)
+    assert listener.answer(asked, 128) == []
+    with pytest.raises(ValueError, match="answered no probe question with a word, or with none"):
+        find_heads(tiny, scenes=4)
+    monkeypatch.setattr(tiny.llava, "context_length", prompt)
+    with pytest.raises(ValueError, match=rf"of {prompt} tokens leaves no room for an answer in"):
+        find_heads(tiny, scenes=4)
 
 
 def overlap(labels: np.ndarray, disc: Disc) -> float:

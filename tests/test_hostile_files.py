@@ -350,11 +350,22 @@ def test_a_gigantic_line_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_conversations_of_wrong_types_are_named(tmp_path: Path, entry: Any) -> None:
+    """And skipped, where another entry is good."""
     path = tmp_path / "q.json"
     good = {"image": "a.png", "conversations": [{"from": "human", "value": "x"}]}
     path.write_text(json.dumps([good, entry]))
-    with pytest.raises(ValueError, match=r"q\.json, entry 1: expected LLaVA's"):
-        fingerprint(read_items(str(path)))
+    told: list[str] = []
+    items = read_items(str(path), tell=told.append)
+    assert [(item.image, item.question) for item in items] == [("a.png", "x")]
+    assert len(fingerprint(items)) == 32
+    (said,) = told
+    assert said.startswith(
+        f"1 of 2 entries of {path} is skipped: {path}, entry 1: expected LLaVA's"
+    )
+    assert "\n" not in said
+    path.write_text(json.dumps([entry]))
+    with pytest.raises(ValueError, match=r"q\.json, entry 0: expected LLaVA's"):
+        read_items(str(path))
 
 
 @pytest.mark.parametrize(
@@ -364,7 +375,13 @@ def test_rows_of_a_data_set_without_text_are_named(tmp_path: Path, row: dict[str
     good = {"image": "a.png", "question": "x"}
     features = Features({"image": Value("string"), "question": Value("string")})
     Dataset.from_list([good, good | row], features=features).to_parquet(tmp_path / "d.parquet")
-    with pytest.raises(ValueError, match=r"d\.parquet, row 1: expected text, got"):
+    told: list[str] = []
+    assert len(read_items(str(tmp_path / "d.parquet"), tell=told.append)) == 1
+    assert "1 of 2 entries of" in told[0]
+    (name,) = row
+    assert f"d.parquet, row 1: the {name} must be text, got {row[name]!r}" in told[0]
+    Dataset.from_list([good | row], features=features).to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"d\.parquet, row 0: the \w+ must be text, got"):
         read_items(str(tmp_path / "d.parquet"))
 
 

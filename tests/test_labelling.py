@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import QUESTIONS, make_image
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value
 from PIL import Image as PIL
 from PIL import ImageFile
 from typer.testing import CliRunner
 
+from sdrpn.answer import Suffix, generate
 from sdrpn.cli import app
 from sdrpn.config import LabelConfig, LayerHeads
 from sdrpn.distill.dataset import (
@@ -30,12 +37,14 @@ from sdrpn.distill.dataset import (
     shard_path,
     summarise,
 )
+from sdrpn.distill.label import Labelled, label_batch
 from sdrpn.distill.labelling import LabelJob, preview, relabel, report
 from sdrpn.distill.pseudo_labels import IGNORED, pseudo_labels
-from sdrpn.distill.questions import read_items
+from sdrpn.distill.questions import Item, fingerprint, read_items
 from sdrpn.images import BadImage, inside, load_image
 from sdrpn.llava import Llava
-from sdrpn.zoom import ZoomLlava
+from sdrpn.zoom import Question, ZoomLlava
+from sdrpn_eval.demo import tiny_path
 
 LABELS = LabelConfig(
     grounding=(LayerHeads(3, (0, 2)),),
@@ -47,6 +56,7 @@ LABELS = LabelConfig(
     max_new_tokens=3,
 )
 """A random model looks everywhere at once; only its highest peaks make a foreground."""
+NO_ROOM = "does not fit the context"
 runner = CliRunner()
 
 
@@ -86,6 +96,82 @@ def test_first_questions_of_llava_s_conversations(data: tuple[Path, Path]) -> No
     assert [item.id for item in items] == [f"q{i}" for i in range(14)]
     assert items[1].question == QUESTIONS[1]
     assert items[1].image == "gqa/1.png"
+
+
+def test_only_conversations_without_an_image_are_passed_by_in_silence(
+    data: tuple[Path, Path],
+) -> None:
+    told: list[str] = []
+    assert len(read_items(str(data[0]), tell=told.append)) == 14
+    assert told == []
+
+
+def test_questions_have_a_name_by_their_words_and_order() -> None:
+    items = [Item("1", "a.png", "one"), Item("2", "b.png", "two")]
+    others = [
+        items[::-1],
+        items[:1],
+        [replace(items[0], id="3"), items[1]],
+        [replace(items[0], image="b.png"), items[1]],
+        [replace(items[0], question="two"), items[1]],
+        [replace(items[0], id="1a", image=".png"), items[1]],
+    ]
+    assert fingerprint(items) == "6792415c6ad21ab72cc395db92a8e4c7"
+    assert len({fingerprint(items), *map(fingerprint, others)}) == 7
+
+
+def test_drawn_samples_stay_in_their_order(data: tuple[Path, Path]) -> None:
+    """Of seed 0, always the same; and as many as there are, at most."""
+    some = read_items(str(data[0]), samples=5)
+    assert [item.id for item in some] == ["q0", "q2", "q3", "q4", "q5"]
+    assert len(read_items(str(data[0]), samples=99)) == 14
+    assert len(read_items(str(data[0]), samples=1)) == 1
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"samples must be 1 or more, got {count}"):
+            read_items(str(data[0]), samples=count)
+
+
+def test_a_data_set_that_is_none_is_named(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"picture": "a.png", "question": "one"}])
+    rows.to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"d\.parquet has no column image, only picture, question"):
+        read_items(str(tmp_path / "d.parquet"))
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "both")
+    with pytest.raises(ValueError, match="both has the splits train, test; save the one to label"):
+        read_items(str(tmp_path / "both"))
+    (tmp_path / "e.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match=r"e\.parquet cannot be read as a data set"):
+        read_items(str(tmp_path / "e.parquet"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty cannot be read as a data set"):
+        read_items(str(tmp_path / "empty"))
+
+
+def test_ids_of_lines_and_data_sets(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "question_id": 7, "image": "a.png", "question": "one"},
+        {"id": "b", "question_id": 8, "image": "a.png", "question": "two"},
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
+    assert [item.id for item in read_items(str(tmp_path / "d.parquet"))] == ["a", "b"]
+    Dataset.from_list(rows).remove_columns("id").to_parquet(tmp_path / "e.parquet")
+    assert [item.id for item in read_items(str(tmp_path / "e.parquet"))] == ["7", "8"]
+    Dataset.from_list(rows).remove_columns(["id", "question_id"]).to_parquet(tmp_path / "f.parquet")
+    assert [item.id for item in read_items(str(tmp_path / "f.parquet"))] == ["0", "1"]
+    (tmp_path / "d.jsonl").write_text(json.dumps({k: v for k, v in rows[0].items() if k != "id"}))
+    assert read_items(str(tmp_path / "d.jsonl"))[0].id == "7"
+
+
+def test_images_come_from_the_data_set_s_bytes(tmp_path: Path) -> None:
+    """The file that they were read from may be gone."""
+    make_image(40, 30, 0).save(tmp_path / "a.png")
+    rows = [{"image": {"bytes": (tmp_path / "a.png").read_bytes()}, "question": "one"}]
+    (tmp_path / "a.png").unlink()
+    features = Features({"image": Image(decode=False), "question": Value("string")})
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    (item,) = read_items(str(tmp_path / "saved"))
+    assert item.content
+    assert load_image(item.content()).size == (40, 30)
 
 
 def test_subset_and_samples(data: tuple[Path, Path]) -> None:
@@ -133,6 +219,196 @@ def test_data_that_is_wrong_is_named(tmp_path: Path, name: str, text: str, messa
     with pytest.raises(ValueError, match=message) as error:
         read_items(str(tmp_path / name))
     assert str(tmp_path / name) in str(error.value)
+
+
+PLAIN = [{"id": "p", "image": "a.png", "question": "one"}, {"image": "b.png", "text": "two"}]
+TALKS = [conversation("a.png", "one", "p"), conversation("b.png", "two", "q")]
+
+
+@pytest.mark.parametrize("entries", [PLAIN, TALKS], ids=["plain", "conversations"])
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["bare", "BOM"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["unix", "windows"])
+@pytest.mark.parametrize("listed", [True, False], ids=["list", "lines"])
+def test_a_file_of_questions_may_be_a_list_or_lines(
+    tmp_path: Path, entries: list[Any], name: str, mark: str, end: str, listed: bool
+) -> None:
+    lines = end.join(map(json.dumps, entries)) + end
+    text = json.dumps(entries, indent=1).replace("\n", end) if listed else lines
+    (tmp_path / name).write_bytes((mark + text).encode())
+    items = read_items(str(tmp_path / name))
+    assert [(i.image, i.question) for i in items] == [("a.png", "one"), ("b.png", "two")]
+    assert items[0].id == "p"
+    if entries is PLAIN:  # its place: counted from 0 in a list, from 1 in lines
+        assert items[1].id == ("1" if listed else "2")
+
+
+def human(*values: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": value} for value in values]
+
+
+@pytest.mark.parametrize(
+    ("entry", "image", "question"),
+    [
+        ({"image": ["a.png"], "question": "one"}, "a.png", "one"),
+        ({"image": ["a.png"], "conversations": human("<image>\none")}, "a.png", "one"),
+        ({"image": "a.png", "conversations": human("<image>", "two")}, "a.png", "two"),
+        ({"image": "a.png", "conversations": human(" <image>\n", "two", "three")}, "a.png", "two"),
+        ({"image": "a.png", "conversations": human("one\n<image>", "two")}, "a.png", "one"),
+        (
+            {
+                "image": "a.png",
+                "conversations": [{"from": "gpt", "value": "what I say"}, *human("one")],
+            },
+            "a.png",
+            "one",
+        ),
+        ({"image": "a.png", "text": "one", "conversations": human("two")}, "a.png", "one"),
+    ],
+)
+def test_what_can_be_read_of_an_entry_is(
+    tmp_path: Path, entry: dict[str, Any], image: str, question: str
+) -> None:
+    for name, text in (("d.json", json.dumps([entry])), ("d.jsonl", json.dumps(entry))):
+        (tmp_path / name).write_text(text)
+        told: list[str] = []
+        (item,) = read_items(str(tmp_path / name), tell=told.append)
+        assert (item.image, item.question) == (image, question)
+        assert told == []
+
+
+EXPECTED = (
+    'expected LLaVA\'s {"id", "image", "conversations": [{"from": "human", "value": ...}, ...]} or '
+    '{"image", "question"}; '
+)
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        (
+            {"image": ["a.png", "b.png"], "question": "one"},
+            "the image must be text, got ['a.png', 'b.png'], 2 of them; give one",
+        ),
+        ({"image": "a.png", "conversations": human("<image>")}, 'no turn "from" "human" asks any'),
+        ({"image": "a.png", "conversations": []}, 'no turn "from" "human" asks anything'),
+        ({"image": "a.png", "conversations": ["x"]}, "conversations must be a list of {"),
+        ({"image": "a.png", "conversations": human("x")[0]}, "conversations must be a list of {"),
+        ({"image": "a.png"}, "it has no question, no text and no conversations"),
+        ({"image": "", "question": "one"}, "it has no image"),
+        ({"question": "one"}, "it has no image"),
+        ({"image": 5, "question": "one"}, "the image must be text, got 5"),
+        ({"image": "a.png", "question": 5}, "the question must be text, got 5"),
+        ({"image": "a.png", "question": " <image>\n"}, "the question must be text, got ''"),
+        (
+            {"image": "a.png", "question": "\ud800"},
+            "the question holds half of a character, '\\ud800'",
+        ),
+        ("one", "got a str"),
+        (None, "got a NoneType"),
+    ],
+)
+def test_one_bad_entry_among_good_ones_is_skipped_and_named(
+    tmp_path: Path, entry: Any, why: str
+) -> None:
+    good = {"image": "a.png", "question": "one"}
+    for name, end, place in (("d.json", "", "entry 1"), ("d.jsonl", "\n", "line 2")):
+        path = tmp_path / name
+        rows = [json.dumps(one) for one in (good, entry, good | {"id": "z"})]
+        path.write_text("\n".join(rows) + end if end else f"[{', '.join(rows)}]")
+        told: list[str] = []
+        items = read_items(str(path), tell=told.append)
+        assert len(items) == 2
+        (said,) = told
+        start = f"1 of 3 entries of {path} is skipped: {path}, {place}: {EXPECTED}"
+        assert said.startswith(start)
+        assert said.removeprefix(start).startswith(why)
+        rows[2] = json.dumps(entry)
+        path.write_text("\n".join(rows) + end if end else f"[{', '.join(rows)}]")
+        told.clear()
+        assert len(read_items(str(path), tell=told.append)) == 1
+        assert told[0].startswith(f"2 of 3 entries of {path} are skipped, the first: {path}, ")
+        path.write_text(f"[{json.dumps(entry)}]")
+        with pytest.raises(ValueError, match="entry 0: expected LLaVA's") as error:
+            read_items(str(path))
+        assert why in str(error.value)
+
+
+def test_a_bad_line_is_skipped_and_a_file_that_is_cut_off_refused(tmp_path: Path) -> None:
+    path, good = tmp_path / "d.jsonl", '{"image": "a.png", "question": "one"}\n'
+    path.write_text(good + '{"image": \n' + good)
+    told: list[str] = []
+    assert len(read_items(str(path), tell=told.append)) == 2
+    assert told[0].endswith("; it is not valid JSON: Expecting value, column 11")
+    path.write_text(good + '{"image": ')
+    with pytest.raises(ValueError, match=r"line 2: expected .*: the file may be cut off; fetch it"):
+        read_items(str(path))
+    path.write_text(good + good.strip())
+    assert len(read_items(str(path))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.json", b'{"data": [1], "n": 5}', "list of questions, not a dict; save the list under "
+         "its key 'data' as a file"),
+        ("d.json", b"{\n}", "d.json must hold a list of questions, not a dict"),
+        ("d.json", b"7", "d.json must hold a list of questions, not a int"),
+        ("d.json", b"", "holds no question on an image"),
+        ("d.json", b"\xef\xbb\xbf \n", "holds no question on an image"),
+        ("d.jsonl", b"\n\n", "holds no question on an image"),
+        ("d.json", b'[{"a": "\xff"}]', "d.json is not in UTF-8, from byte 8 on; save it as UTF-8"),
+        ("d.jsonl", b'{"text": 1}\n{"a": "\xff"}\n', "d.jsonl is not in UTF-8, from byte 19 on"),
+        ("d.jsonl", "[]".encode("utf-16"), "d.jsonl is not in UTF-8, from byte 0 on"),
+    ],
+)  # fmt: skip
+def test_a_file_that_holds_no_list_of_questions_is_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_items(str(tmp_path / name))
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_one_entry_alone_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "d.json").write_text(json.dumps(TALKS[0], indent=2))
+    (item,) = read_items(str(tmp_path / "d.json"))
+    assert (item.id, item.image, item.question) == ("p", "a.png", "one")
+
+
+def test_images_of_a_data_set_may_stand_in_lists_of_one(tmp_path: Path) -> None:
+    make_image(40, 30, 0).save(tmp_path / "a.png")
+    names = [{"image": ["a.png"], "question": "one"}, {"image": ["a", "b"], "question": "two"}]
+    features = Features({"image": Sequence(Value("string")), "question": Value("string")})
+    Dataset.from_list(names, features=features).to_parquet(tmp_path / "d.parquet")
+    told: list[str] = []
+    (item,) = read_items(str(tmp_path / "d.parquet"), tell=told.append)
+    assert item.image == "a.png"
+    assert "row 1: the image must be text, got ['a', 'b'], 2 of them; give one" in told[0]
+    path = str(tmp_path / "a.png")
+    rows = [{"image": [path], "question": "one"}, {"image": [path, path], "question": "two"}]
+    features = Features({"image": Sequence(Image()), "question": Value("string")})
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "e.parquet")
+    one, two = read_items(str(tmp_path / "e.parquet"))
+    assert one.content
+    assert two.content
+    assert load_image(one.content()).size == (40, 30)
+    with pytest.raises(BadImage, match="row 1: one of several"):
+        two.content()
+
+
+def test_skipped_entries_are_told_and_the_good_ones_labelled(scenes: Path, tmp_path: Path) -> None:
+    lines = (scenes / "questions.jsonl").read_text().split("\n")[:4]
+    lines.insert(2, '{"id": "odd", "image": ["0.png", "1.png"], "question": "which ?"}')
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    words = ["label", "--model", "tiny", "--data", str(tmp_path / "q.jsonl")]
+    result = runner.invoke(app, [*words, "--images", str(scenes), "--out", str(tmp_path / "out")])
+    said = " ".join(result.output.split())
+    assert result.exit_code == 0, said
+    assert "1 of 5 entries of" in said
+    assert "q.jsonl, line 3: expected LLaVA's" in said
+    assert len(load_labels(tmp_path / "out")) == 4
 
 
 # What comes out
@@ -260,6 +536,184 @@ def test_relabelling_is_labelling_with_other_thresholds(
         relabel(tmp_path / "a", tmp_path / "a", strict)
 
 
+# Samples that do not fit the model's context
+
+
+def prompt_length(llava: Llava, question: str) -> int:
+    """Tokens in front of the answer: the image's placeholder stands for 64."""
+    return len(llava.whole_ids(question)) - 1 + 64
+
+
+@pytest.fixture
+def short(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], ZoomLlava]:
+    """The random model with a context of so many tokens."""
+
+    def make(context: int) -> ZoomLlava:
+        monkeypatch.setattr(llava, "context_length", context)
+        return ZoomLlava(llava, proposer="none", labels=LABELS)
+
+    return make
+
+
+def test_a_sample_fits_if_its_answer_does(
+    llava: Llava, short: Callable[[int], ZoomLlava], images: list[PIL.Image]
+) -> None:
+    """To the token, for answers that end and for those that are cut at 3 tokens."""
+    lengths = set()
+    for image in images:
+        for text in QUESTIONS:
+            question, prompt = Question(text, (image,)), prompt_length(llava, text)
+            zoom = short(1024)
+            (free,) = label_batch(zoom, [question])
+            words = Suffix(tuple(llava.question_ids(text)))
+            (ids,) = generate(llava, zoom.read([image]), [words], {"max_new_tokens": 3})
+            said = len(ids)
+            assert (free.reason == "empty response") == (said == 0)
+            if free.reason == "empty response":
+                assert label_batch(short(prompt + 1), [question])[0].reason == "empty response"
+                assert label_batch(short(prompt), [question])[0].reason == NO_ROOM
+                lengths.add(0)
+                continue
+            (tight,) = label_batch(short(prompt + said), [question])
+            assert (tight.response, tight.reason) == (free.response, free.reason)
+            np.testing.assert_array_equal(tight.labels, free.labels)
+            for less in {1, said, said + 1, said + 9}:
+                (none,) = label_batch(short(prompt + said - less), [question])
+                assert none.reason == NO_ROOM
+                assert none.response == ""
+                assert not none.grounding.any()
+                assert not none.sink.any()
+                assert none.labels.tolist() == [-100] * 64
+            lengths.add(said)
+    assert {0, 3} < lengths  # and some that end in between
+
+
+def test_samples_beside_one_that_does_not_fit_are_labelled_as_alone(
+    llava: Llava, short: Callable[[int], ZoomLlava], images: list[PIL.Image]
+) -> None:
+    """Too long, no room for the answer, one token of room, enough."""
+    texts = ["red " * 60, QUESTIONS[2], QUESTIONS[0], QUESTIONS[3], QUESTIONS[1]]
+    zoom = short(prompt_length(llava, QUESTIONS[2]))
+    asked = [Question(text, (images[i % 2],)) for i, text in enumerate(texts)]
+    together = label_batch(zoom, asked)
+    assert [one.reason == NO_ROOM for one in together] == [True, True, False, False, False]
+    for one, question in zip(together, asked, strict=True):
+        (alone,) = label_batch(zoom, [question])
+        assert (one.response, one.reason) == (alone.response, alone.reason)
+        np.testing.assert_allclose(one.grounding, alone.grounding, atol=1e-3)
+        np.testing.assert_array_equal(one.labels, alone.labels)
+
+
+def test_a_sample_past_the_context_is_counted(scenes: Path, tmp_path: Path) -> None:
+    """1,406 tokens in a context of 1,024; relabelling keeps the reason."""
+    lines = (scenes / "questions.jsonl").read_text().split("\n")[:3]
+    lines.append(json.dumps({"id": "long", "image": "0.png", "question": "red " * 1400}))
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    words = ["label", "--model", "tiny", "--data", str(tmp_path / "q.jsonl")]
+    result = runner.invoke(app, [*words, "--images", str(scenes), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "ignored, does not fit the context: 1" in result.output
+    again = runner.invoke(app, ["relabel", str(tmp_path / "out"), "--out", str(tmp_path / "again")])
+    assert again.exit_code == 0, again.output
+    for folder in ("out", "again"):
+        rows = load_labels(tmp_path / folder)
+        assert rows["id"][3] == "long"
+        assert rows["reason"][3] == "does not fit the context"
+        assert set(rows["labels"][3]) == {-100}
+        assert "does not fit the context" not in rows["reason"][:3]
+        found = json.loads((tmp_path / folder / "summary.json").read_text())
+        assert found["questions"] == 4
+        assert found["ignored"]["does not fit the context"] == 1
+        assert found["bad_image_share"] == 0
+
+
+def test_nothing_is_generated_past_the_context_or_twice(
+    llava: Llava,
+    short: Callable[[int], ZoomLlava],
+    images: list[PIL.Image],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At 3 tokens at most: one more than there is room for, to see whether the answer ends."""
+    calls: list[tuple[int, list[tuple[int, ...]]]] = []
+
+    def noted(llava: Llava, prefixes: Any, suffixes: Any, generation: Any) -> Any:
+        calls.append((generation["max_new_tokens"], [suffix.question for suffix in suffixes]))
+        return generate(llava, prefixes, suffixes, generation)
+
+    monkeypatch.setattr("sdrpn.distill.label.generate", noted)
+    texts = ["red " * count + "disc ?" for count in (5, 6, 7, 8, 9, 9)]
+    words = [tuple(llava.question_ids(text)) for text in texts]
+    zoom = short(prompt_length(llava, texts[3]))
+    label_batch(zoom, [Question(text, (images[0],)) for text in texts])
+    assert calls == [(2, [words[2]]), (3, [words[0], words[1]])]
+
+
+# Several processes
+
+
+class Rank:
+    """What accelerate tells one of several processes, here threads that wait for each other."""
+
+    def __init__(self, index: int, barrier: threading.Barrier) -> None:
+        self.process_index, self.num_processes = index, barrier.parties
+        self.is_main_process = index == 0
+        self.wait_for_everyone = barrier.wait
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("questions", "shards"), [(14, 7), (14, 5), (13, 3), (3, 3), (2, 1), (9, 9)]
+)
+def test_every_question_is_labelled_exactly_once(
+    llava: Llava,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    world: int,
+    questions: int,
+    shards: int,
+) -> None:
+    """However many processes share however many shards, and when some are there already."""
+    asked: list[str] = []
+
+    def counted(zoom: Any, batch: list[Question]) -> list[Labelled]:
+        asked.extend(question.text for question in batch)
+        cells = np.zeros(64)
+        return [Labelled("red", cells, cells, np.ones(64), None) for _ in batch]
+
+    monkeypatch.setattr("sdrpn.distill.labelling.label_batch", counted)
+    make_image(60, 60, 0).save(tmp_path / "a.png")
+    items = [Item(str(i), "a.png", f"question {i} ?") for i in range(questions)]
+    zoom = ZoomLlava(llava, proposer="none", labels=LABELS)
+
+    def run_all() -> None:
+        jobs = []
+        barrier = threading.Barrier(world, timeout=60)
+        for index in range(world):
+            size = -(-questions // shards)
+            one = LabelJob(
+                zoom, items, tmp_path / "out", images=tmp_path, batch_size=2, shard_size=size
+            )
+            one.state = Rank(index, barrier)  # type: ignore[assignment]
+            jobs.append(one)
+        with ThreadPoolExecutor(world) as pool:
+            for done in [pool.submit(one.run) for one in jobs]:
+                done.result()
+
+    run_all()
+    every = [f"question {i} ?" for i in range(questions)]
+    assert sorted(asked) == sorted(every)
+    rows = load_labels(tmp_path / "out")
+    assert rows["question"] == every
+    assert len(list((tmp_path / "out").glob("*.parquet"))) == shards
+    asked.clear()
+    lost = shard_path(tmp_path / "out", shards - 1, shards)
+    lost.unlink()
+    run_all()
+    size = -(-questions // shards)
+    assert sorted(asked) == sorted(every[(shards - 1) * size :])
+    assert load_labels(tmp_path / "out")["question"] == every
+
+
 # Images that cannot be used
 
 
@@ -382,6 +836,20 @@ def test_too_many_bad_images_are_an_error_at_the_end(scenes: Path, tmp_path: Pat
     assert "ignored, image missing: 2" in result.output
     assert len(load_labels(tmp_path / "out")) == 22
     assert (tmp_path / "out" / "preview.png").exists()
+
+
+def test_a_model_without_a_tokenizer_is_named(scenes: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_path(), tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    words = ["label", "--model", str(tmp_path / "model"), "--images", str(scenes)]
+    words += ["--data", str(scenes / "questions.jsonl"), "--out", str(tmp_path / "out")]
+    result = runner.invoke(app, words)
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert (
+        "model holds no tokenizer (tokenizer.json or tokenizer.model): copy the tokenizer" in said
+    )
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

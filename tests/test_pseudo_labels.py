@@ -14,7 +14,7 @@ import pytest
 from parity import DATA
 
 from sdrpn.config import LABELS_7B, LABELS_13B, LabelConfig, LayerHeads, published_labels
-from sdrpn.distill.pseudo_labels import IGNORED, pseudo_labels, remove_sinks
+from sdrpn.distill.pseudo_labels import IGNORED, judge, pseudo_labels, remove_sinks
 
 CONFIG = LABELS_7B
 SCALE = 0.01
@@ -139,6 +139,26 @@ def test_scale_does_not_matter(scale: float) -> None:
     assert label(*rows, scale=scale) == label(*rows)
 
 
+def test_why_there_are_no_labels() -> None:
+    """As rows of label folders and their summaries say it."""
+    point, sink = np.zeros(16), np.zeros(16)
+    point[5] = 0.1
+    apart = point.copy()
+    apart[7] = 0.1
+    one = replace(CONFIG, max_components=1)
+    for grounding, config, reason in (
+        (point, CONFIG, None),
+        (np.full(16, np.nan), CONFIG, "attention that is not finite"),
+        (np.zeros(16), CONFIG, "no attention left without the sinks"),
+        (np.ones(16), CONFIG, "foreground over too much of the image"),
+        (apart, CONFIG, None),
+        (apart, one, "foreground at several places"),
+    ):
+        labels, told = judge(grounding, sink, config)
+        assert told == reason
+        assert (labels == IGNORED).all() == (reason is not None)
+
+
 def test_odd_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="10 image tokens do not make a square grid"):
         pseudo_labels(np.zeros(10), np.zeros(10), CONFIG)
@@ -168,7 +188,24 @@ def test_published_heads() -> None:
     assert published_labels(40, 5120) is LABELS_13B
     assert published_labels(6, 128) is None
     assert LABELS_7B.grounding == (LayerHeads(14, (13, 24, 26)),)
-    assert sum(len(choice.heads or ()) for choice in LABELS_13B.grounding) == 7
+    assert LABELS_7B.sink == (LayerHeads(2, None),)
+    assert LABELS_13B.grounding == (
+        LayerHeads(13, (21, 23, 26)),
+        LayerHeads(15, (2,)),
+        LayerHeads(16, (2, 21, 30)),
+    )
+    assert LABELS_13B.sink == (LayerHeads(16, (17, 22)),)
+
+
+@pytest.mark.parametrize("config", [LABELS_7B, LABELS_13B], ids=["7B", "13B"])
+def test_published_lines(config: LabelConfig) -> None:
+    """What makes a sink, foreground, background, and a sample whose foreground is too wide."""
+    assert config.sink_threshold == 1e-3
+    assert (config.foreground, config.background) == (0.2, 0.1)
+    assert config.max_box_fraction == 0.5
+    assert config.max_components is None
+    assert config.max_new_tokens == 128
+    assert config.vicrop_layer == 14
 
 
 def test_label_settings_survive_json() -> None:

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,8 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import QUESTIONS, make_image
-from transformers import TrainerCallback
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback
 from typer.testing import CliRunner
 
 import sdrpn.distill
@@ -32,7 +35,7 @@ from sdrpn.distill.dataset import (
     shard_path,
     write_shard,
 )
-from sdrpn.distill.metrics import map_scores
+from sdrpn.distill.metrics import MapMetrics, map_scores
 from sdrpn.distill.pseudo_labels import IGNORED
 from sdrpn.distill.split import split_by_image
 from sdrpn.distill.train import RPNForTraining, RPNSamples, collate, last_checkpoint, train
@@ -119,7 +122,281 @@ def test_interrupted_and_uninterrupted_runs_end_equal(
         torch.testing.assert_close(again[name], weight, rtol=0, atol=0, msg=name)
 
 
+# The best checkpoint
+
+
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "per_device_eval_batch_size": 5,
+    "max_steps": 5,
+}
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the held-out losses of steps 1, 2, ... what a test says, whatever the weights are."""
+
+    def plan(*losses: float) -> None:
+        class Planned(module.SafeTrainer):
+            def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+                measure = Trainer.evaluation_loop
+
+                def loop(trainer: Any, *words: Any, **more: Any) -> Any:
+                    output = measure(trainer, *words, **more)
+                    output.metrics["eval_loss"] = losses[trainer.state.global_step - 1]
+                    return output
+
+                monkeypatch.setattr(Trainer, "evaluation_loop", loop)
+                try:
+                    return super().evaluate(*arguments, **options)
+                finally:
+                    monkeypatch.setattr(Trainer, "evaluation_loop", measure)
+
+        monkeypatch.setattr(module, "SafeTrainer", Planned)
+
+    return plan
+
+
+def weights_at(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    saved = load_file(folder / f"checkpoint-{step}" / "model.safetensors")
+    return {name.removeprefix("rpn."): weight for name, weight in saved.items()}
+
+
+def holds(rpn: RPN, weights: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(weight, weights[name]) for name, weight in rpn.state_dict().items())
+
+
+def test_the_smallest_loss_is_the_best(
+    llava: Llava, tmp_path: Path, planned: Callable[..., None]
+) -> None:
+    """Of 0.5, 0.3, 0.2, 0.4, 0.9 the third; by the settings of the command."""
+    planned(0.5, 0.3, 0.2, 0.4, 0.9)
+    more = ["--save_steps", "1", "--eval_steps", "1", "--max_steps", "5", "--use_cpu", "true"]
+    more += ["--learning_rate", "1e-3", "--report_to", "none", "--disable_tqdm", "true"]
+    given = training_arguments(more, tmp_path, 16, measured=True)
+    given.save_total_limit = None
+    rpn = RPN.from_backbone(llava, 2, 3)
+    facts = train(llava, rpn, samples(), given, held_out=samples(5))
+    assert holds(rpn, weights_at(tmp_path, 3))
+    assert not holds(rpn, weights_at(tmp_path, 5))
+    assert facts["steps"] == 5
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["same place", "moved"])
+def test_a_finished_training_gives_the_best_weights_again(
+    llava: Llava, tmp_path: Path, planned: Callable[..., None], moved: bool
+) -> None:
+    planned(0.5, 0.2, 0.3, 0.4, 0.9)
+    first = RPN.from_backbone(llava, 2, 3)
+    train(llava, first, samples(), arguments(tmp_path / "a", **BEST), held_out=samples(5))
+    assert holds(first, weights_at(tmp_path / "a", 2))
+    folder = tmp_path / ("b" if moved else "a")
+    if moved:
+        (tmp_path / "a").rename(folder)
+    again, told = RPN.from_backbone(llava, 2, 3), []
+    given = arguments(folder, **BEST)
+    train(llava, again, samples(), given, held_out=samples(5), tell=told.append)
+    assert told == [f"{folder / 'checkpoint-5'} is the end of this training; nothing is left to do"]
+    assert holds(again, weights_at(folder, 2))
+    assert not holds(again, weights_at(folder, 5))
+    # Without a held-out set there is no best, and the last weights are what was trained.
+    last = RPN.from_backbone(llava, 2, 3)
+    train(llava, last, samples(), arguments(folder, max_steps=5), tell=told.append)
+    assert holds(last, weights_at(folder, 5))
+    shutil.rmtree(folder / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"checkpoint-2/model\.safetensors is missing"):
+        train(llava, again, samples(), given, held_out=samples(5), tell=told.append)
+
+
+@pytest.mark.parametrize("deleted", [False, True], ids=["moved", "deleted"])
+def test_a_resumed_training_ends_with_the_best_weights_of_the_first_part(
+    llava: Llava, tmp_path: Path, planned: Callable[..., None], deleted: bool
+) -> None:
+    """The best was before the interruption, and the folder was moved; or it is gone."""
+    planned(0.5, 0.2, 0.3, 0.4, 0.9)
+    train(
+        llava,
+        RPN.from_backbone(llava, 2, 3),
+        samples(),
+        arguments(tmp_path / "a", **BEST),
+        held_out=samples(5),
+    )
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / "a" / f"checkpoint-{step}")
+    (tmp_path / "a").rename(tmp_path / "b")
+    if deleted:
+        shutil.rmtree(tmp_path / "b" / "checkpoint-2")
+    rpn = RPN.from_backbone(llava, 2, 3)
+    train(llava, rpn, samples(), arguments(tmp_path / "b", **BEST), held_out=samples(5))
+    assert holds(rpn, weights_at(tmp_path / "b", 4 if deleted else 2))
+
+
+# The published hyper-parameters, as a run uses them
+
+
+class Watch(TrainerCallback):
+    """Notes what the Trainer trains with."""
+
+    def __init__(self) -> None:
+        self.groups: list[dict[str, Any]] = []
+        self.optimizer = ""
+        self.rates: list[float] = []
+        self.trainer: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = kwargs["optimizer"]
+        self.optimizer = type(getattr(optimizer, "optimizer", optimizer)).__name__
+        self.groups = [
+            {k: v for k, v in group.items() if k in ("betas", "weight_decay")}
+            for group in optimizer.param_groups
+        ]
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    watch, trainer = Watch(), module.SafeTrainer
+
+    def watched(**options: Any) -> Any:
+        watch.trainer = trainer(**options, callbacks=[watch])
+        return watch.trainer
+
+    monkeypatch.setattr(module, "SafeTrainer", watched)
+    return watch
+
+
+QUIET = ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"]
+
+
+def test_a_run_uses_the_published_optimizer_and_schedule(
+    llava: Llava, tmp_path: Path, watch: Watch
+) -> None:
+    """100 steps: 3 of warm-up from 0 to 5e-5, then half a cosine down to 0."""
+    more = ["--max_steps", "100", "--per_device_train_batch_size", "1", "--save_strategy", "no"]
+    given = training_arguments([*QUIET, *more], tmp_path, 1, measured=False)
+    train(llava, RPN.from_backbone(llava, 2, 2), samples(2), given)
+    assert watch.optimizer == "AdamW"
+    assert watch.groups
+    assert all(g == {"betas": (0.9, 0.98), "weight_decay": 0.0} for g in watch.groups)
+    assert len(watch.rates) == 100
+    assert watch.rates[:4] == pytest.approx([0, 5e-5 / 3, 1e-4 / 3, 5e-5])
+    # Behind the warm-up, 97 steps: at s of them 2.5e-5 x (1 + cos(pi s / 97)).
+    expected = {3: 5e-5, 4: 4.998689e-05, 27: 4.282022e-05, 51: 2.540483e-05, 99: 1.311077e-08}
+    for step, rate in expected.items():
+        assert watch.rates[step] == pytest.approx(rate, rel=1e-5), step
+
+
+def test_a_run_is_one_epoch_of_512_questions_a_step(
+    llava: Llava, tmp_path: Path, watch: Watch
+) -> None:
+    """513 questions: a step of 512 and a step of one."""
+    given = training_arguments(QUIET, tmp_path, 512, measured=False)
+    (row,) = samples(1)
+    facts = train(llava, RPN.from_backbone(llava, 1, 2), [row] * 513, given)
+    assert (facts["batch size"], facts["steps"], facts["epochs"]) == (512, 2, 1)
+    assert facts["learning rate"] == 5e-5
+    assert watch.rates == [0, 5e-5]  # 3 % of two steps, rounded up
+
+
+def test_on_a_gpu_it_is_bfloat16_with_checkpointing(
+    llava: Llava, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    values = module.defaults(measured=False)
+    name = "activation_checkpointing"
+    name = name if name in values else "gradient_checkpointing"
+    assert values["bf16"] is True
+    assert values[name] is True
+    assert values["use_cpu"] is False
+    monkeypatch.undo()
+    assert module.defaults(measured=False)["bf16"] is torch.cuda.is_available()
+    # Both reach the run: on the CPU here, by the same settings.
+    trainer, models = module.SafeTrainer, []
+
+    def kept(**options: Any) -> Any:
+        models.append(options["model"])
+        return trainer(**options)
+
+    monkeypatch.setattr(module, "SafeTrainer", kept)
+    given = arguments(tmp_path, max_steps=1, bf16=True, save_strategy="no", **{name: True})
+    dtypes = []
+    rpn = RPN.from_backbone(llava, 2, 3)
+    rpn.q_proj.register_forward_hook(lambda _module, _inputs, output: dtypes.append(output.dtype))
+    train(llava, rpn, samples(4), given)
+    assert set(dtypes) == {torch.bfloat16}
+    assert all(layer.gradient_checkpointing for layer in models[0].rpn.layers)
+
+
+# Questions that do not fit the context
+
+
+def test_a_question_past_the_context_is_refused_by_name(llava: Llava) -> None:
+    rows = [samples(1)[0] | {"question": "red " * 1400}]
+    with pytest.raises(ValueError, match="too many for a context of 1024 with one token to answ"):
+        RPNSamples(rows, llava)[0]
+
+
+def test_a_question_fits_to_the_token(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question needs a token behind it, which answers it."""
+    row = samples(1)[0]
+    prompt = len(llava.whole_ids(row["question"])) - 1 + 64
+    monkeypatch.setattr(llava, "context_length", prompt + 1)
+    assert RPNSamples([row], llava)[0]["labels"].shape == (64,)
+    monkeypatch.setattr(llava, "context_length", prompt)
+    with pytest.raises(ValueError, match=rf"sample 0 has a prompt of {prompt} tokens, 1 too many"):
+        RPNSamples([row], llava)[0]
+
+
+def test_the_command_skips_questions_past_the_context(labels: Path, tmp_path: Path) -> None:
+    rows = [dict(row) for row in load_labels(labels)]  # type: ignore[call-overload]
+    for i in (3, 4):
+        rows[i]["question"] = "red " * 1400
+    write_shard(rows, shard_path(labels, 0, 1))
+    result = runner.invoke(app, words(labels, tmp_path / "rpn", "--held-out", "0"))
+    said = " ".join(result.output.split())
+    assert result.exit_code == 0, said
+    assert "skipped, does not fit the context of 1024 tokens: 2 labels, such as '3'" in said
+    facts = json.loads((tmp_path / "rpn" / "training.json").read_text())
+    assert facts["samples"] == 22
+    assert facts["skipped, does not fit the context"] == 2
+
+
 # What is measured
+
+
+def test_metrics_are_means_over_the_samples_of_all_batches() -> None:
+    """Two maps with labels of both kinds, one without, in two batches; then all anew."""
+    metrics = MapMetrics()
+    right, wrong = [3.0, 2.0, -1.0, -2.0], [-1.0, -2.0, 3.0, 2.0]
+    labels, none = [1, 1, 0, 0], [1, 1, IGNORED, IGNORED]
+
+    def fed(maps: list[Any], truth: list[Any], **options: Any) -> Any:
+        both = torch.tensor(maps, dtype=torch.bfloat16), torch.tensor(truth)
+        return metrics(SimpleNamespace(predictions=both[0], label_ids=both[1]), **options)
+
+    for _ in range(2):
+        assert fed([right, right], [labels, none], compute_result=False) == {}
+        # Wrong: the two of the foreground come last, at precisions 1/3 and 2/4.
+        found = fed([wrong], [labels], compute_result=True)
+        assert found == {
+            "average_precision": pytest.approx((1 + (1 / 3 + 2 / 4) / 2) / 2),
+            "iou": 0.5,
+        }
+    arrays = SimpleNamespace(predictions=np.array([right]), label_ids=np.array([labels]))
+    assert metrics(arrays) == {"average_precision": 1, "iou": 1}
+    nothing = fed([right], [none])
+    assert all(np.isnan(value) for value in nothing.values())
+    assert set(nothing) == {"average_precision", "iou"}
+
+
+def test_a_cell_counts_where_its_logit_is_over_0() -> None:
+    found = map_scores(np.array([0.5, 0.0, -1.0]), np.array([1, 0, 0]))
+    assert found == {"average_precision": 1.0, "iou": 1.0}
+    assert map_scores(np.zeros(2), np.zeros(2)) is None
 
 
 def test_map_scores_by_hand() -> None:
@@ -252,8 +529,29 @@ def test_no_image_is_on_both_sides(labels: Path) -> None:
     some, _ = split_by_image(rows, 0.25, 5, seed=0)
     more, _ = split_by_image(rows, 0.25, 9, seed=0)
     assert set(some.indices) < set(more.indices) < set(trained.indices)
-    with pytest.raises(ValueError, match="samples must be 1 to 18"):
-        split_by_image(rows, 0.25, 19, seed=0)
+    assert some.indices == sorted(some.indices)
+    assert [len(split_by_image(rows, 0.25, n, seed=0)[0]) for n in (1, 18)] == [1, 18]
+    whole, none = split_by_image(rows, 0, None, seed=0)
+    assert (len(whole), none) == (24, None)
+    for count in (19, 0, -1):
+        with pytest.raises(ValueError, match="samples must be 1 to 18"):
+            split_by_image(rows, 0.25, count, seed=0)
+    for share in (1, 1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"held_out must be a share in \[0, 1\), got"):
+            split_by_image(rows, share, None, seed=0)
+    rows.drop(lambda question: True)
+    with pytest.raises(ValueError, match="no sample has a label"):
+        split_by_image(rows, 0, None, seed=0)
+
+
+def test_rows_are_dropped_by_their_question(labels: Path) -> None:
+    rows = LabelledImages(load_labels(labels), labels.parent / "images")
+    assert rows.drop(lambda question: False) == []
+    assert len(rows) == 24
+    dropped = rows.drop(lambda question: "red" in question)
+    assert dropped == [str(i) for i in range(0, 24, 2)]
+    assert rows.rows["id"] == [str(i) for i in range(1, 24, 2)]
+    rows = LabelledImages(load_labels(labels), labels.parent / "images")
     with pytest.raises(ValueError, match="is none"):
         split_by_image(rows, 0.01, None, seed=0)
 

@@ -23,8 +23,9 @@ def label(
     data: Annotated[
         str,
         typer.Option(
-            help="LLaVA's conversation JSON, JSON lines (`image`, `question`), or a `datasets` set "
-            "(.parquet, a saved folder, a hub id) with columns `image` and `question`."
+            help="LLaVA's conversations, or plain questions (`image`, `question`): a JSON list or "
+            "JSON lines; or a `datasets` set (.parquet, a saved folder, a hub id) with columns "
+            "`image` and `question`."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the labels; a begun one is gone on with.")],
@@ -66,12 +67,17 @@ def label(
         from sdrpn.distill.questions import fingerprint, read_items
         from sdrpn.fingerprint import base_hash
 
+        state = PartialState()
+
+        def tell(text: str) -> None:
+            if state.is_main_process:  # once, however many processes read
+                say(text)
+
         chosen = [name.strip() for name in subset.split(",") if name.strip()]
-        items = read_items(data, subset=chosen, samples=samples, seed=seed)
+        items = read_items(data, subset=chosen, samples=samples, seed=seed, tell=tell)
         embedded = all(item.content for item in items)
         if images is None and not embedded:
             raise ValueError(f"{data} names image files: give their folder with --images")
-        state = PartialState()
         zoom = _engine(model, heads, dtype, padding, state.device)
         job = LabelJob(
             zoom,

@@ -81,6 +81,7 @@ def train(
         from sdrpn.llava import Llava, check_padding
         from sdrpn.rpn import RPN
 
+        # Before the weights are loaded, for what is wrong with the numbers.
         trained, kept_back = split_by_image(rows, held_out, samples, arguments.seed)
         check_padding(padding)
         labelled = check_same_padding(padding, settings, labels)
@@ -91,6 +92,14 @@ def train(
         )
         llava.name = model
         check_same_grid(llava, settings, labels)
+        skipped = rows.drop(lambda question: llava.room(llava.question_ids(question)) < 1)
+        if skipped:
+            trained, kept_back = split_by_image(rows, held_out, samples, arguments.seed)
+            if arguments.process_index == 0:
+                say(
+                    f"skipped, does not fit the context of {llava.context_length} tokens: "
+                    f"{len(skipped)} labels, such as {skipped[0]!r}"
+                )
         made = read_label_config(labels)
         rpn = RPN.from_backbone(llava, branch_layer, depth, zoom=noted, labels=made)
         if arguments.process_index == 0:
@@ -113,6 +122,8 @@ def train(
         facts = run(llava, rpn, trained, arguments, held_out=kept_back, tell=say)
         earlier = read_object(out / FACTS, ANEW) if (out / FACTS).exists() else {}
         rpn.facts = {"labels": settings.get("data", str(labels)), **facts}
+        if skipped:
+            rpn.facts["skipped, does not fit the context"] = len(skipped)
         rpn.facts.setdefault("seconds", earlier.get("seconds"))
         if arguments.process_index == 0:
             rpn.to(pick_save_dtype(save_dtype, arguments.device.type)).save_pretrained(out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +214,19 @@ class LabelledImages:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def drop(self, misfit: Callable[[str], bool]) -> list[str]:
+        """Leave out the rows whose question is a misfit; returns their ids."""
+        keep, dropped = [], []
+        named = zip(self.rows["id"], self.rows["question"], strict=True)
+        for i, (name, question) in enumerate(named):
+            if misfit(question):
+                dropped.append(name)
+            else:
+                keep.append(i)
+        if dropped:
+            self.rows = self.rows.select(keep)
+        return dropped
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row: dict[str, Any] = self.rows[index]

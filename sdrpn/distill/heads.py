@@ -32,6 +32,7 @@ from sdrpn.distill.scores import (
     score_maps,
 )
 from sdrpn.files import read_object, write_json
+from sdrpn.llava import Llava
 from sdrpn.zoom import ZoomLlava
 
 CANDIDATES = 16
@@ -106,10 +107,15 @@ def find_heads(
     layers = zoom.llava.num_layers
     branch_layer(0, layers, depth)  # a depth that does not fit is refused before the work
     listener = Listener(zoom, batch_size)
-    asked = listener.answer(listener.questions(draw_probes(seed, scenes, side)), max_new_tokens)
+    questions = listener.questions(draw_probes(seed, scenes, side))
+    _check_room(zoom.llava, questions)
+    asked = listener.answer(questions, max_new_tokens)
     choosing, held_out = ([a for a in asked if a.target.image % 2 == half] for half in (0, 1))
     if not choosing or not held_out:
-        raise ValueError(f"{zoom.llava.name} answered no probe question with a word")
+        raise ValueError(
+            f"{zoom.llava.name} answered no probe question with a word, or with none that its "
+            f"context of {zoom.llava.context_length} tokens holds: check the model"
+        )
 
     sinks = _sinks(listener, choosing)
     config = _without_heads(sinks, max_new_tokens)
@@ -122,11 +128,27 @@ def find_heads(
         "model": zoom.llava.name,
         "sdrpn_version": __version__,
         "probes": {"seed": seed, "scenes": scenes, "side": side},
-        "questions": {"choosing": len(choosing), "held_out": len(held_out)},
+        "questions": {
+            "choosing": len(choosing),
+            "held_out": len(held_out),
+            "unanswered": len(questions) - len(asked),
+        },
         "answers": {one.question: listener.text(one) for one in asked[:5]},
     }
     branch, why = branch_layer(best, layers, depth)
     return Findings(labels, sinks, joined, branch, why, scores, measured, facts)
+
+
+def _check_room(llava: Llava, asked: Sequence[Asked]) -> None:
+    """Raise ValueError unless every probe question leaves room for an answer."""
+    longest = max(asked, key=lambda one: len(one.words))
+    if llava.room(longest.words) < 1:
+        tokens = llava.context_length - llava.room(longest.words)
+        raise ValueError(
+            f"a probe question of {tokens} tokens leaves no room for an answer in "
+            f"{llava.name}'s context of {llava.context_length}: max_position_embeddings in its "
+            "config.json must be larger"
+        )
 
 
 def _sinks(listener: Listener, asked: Sequence[Asked]) -> Sinks:

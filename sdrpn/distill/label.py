@@ -10,10 +10,15 @@ from tqdm import tqdm
 
 from sdrpn.answer import Suffix, generate
 from sdrpn.distill.pseudo_labels import IGNORED, judge
+from sdrpn.llava import Llava
+from sdrpn.prefix import Prefix
 from sdrpn.proposers import Look, known_labels, response_attention
 from sdrpn.zoom import Question, ZoomLlava
 
 EMPTY_RESPONSE = "empty response"
+NOT_FITTING = "does not fit the context"
+NO_MAP = (EMPTY_RESPONSE, NOT_FITTING)
+"""Why a sample has no map that labels could be made from."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +57,60 @@ def label_batch(zoom: ZoomLlava, questions: Sequence[Question]) -> list[Labelled
         Look(prefix, llava.view(q.images[0]), tuple(llava.question_ids(q.text)), zoom.zoom)
         for prefix, q in zip(prefixes, questions, strict=True)
     ]
-    words = [Suffix(look.question) for look in looks]
-    greedy = {"max_new_tokens": config.max_new_tokens}
-    responses = generate(llava, prefixes, words, greedy)
-    spoken = [i for i, response in enumerate(responses) if response]
+    words = [look.question for look in looks]
+    responses = respond(llava, prefixes, words, config.max_new_tokens)
+    spoken = {i: response for i, response in enumerate(responses) if response}
     maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     if spoken:
-        asked, said = [looks[i] for i in spoken], [responses[i] for i in spoken]
-        grounding, sink = response_attention(zoom.models, asked, said)
+        asked = [looks[i] for i in spoken]
+        grounding, sink = response_attention(zoom.models, asked, list(spoken.values()))
         maps = {i: (grounding[n], sink[n]) for n, i in enumerate(spoken)}
     results = []
     for i, response in enumerate(responses):
-        text = llava.tokenizer.decode(response, skip_special_tokens=True).strip()
+        text = llava.tokenizer.decode(response or [], skip_special_tokens=True).strip()
         if i not in maps:
             nothing = np.zeros(llava.image_tokens, np.float16)
             ignored = np.full(llava.image_tokens, IGNORED, np.int8)
-            results.append(Labelled(text, nothing, nothing, ignored, EMPTY_RESPONSE))
+            reason = NOT_FITTING if response is None else EMPTY_RESPONSE
+            results.append(Labelled(text, nothing, nothing, ignored, reason))
             continue
         # From the maps as they are kept, so that relabelling gives the same again.
         half = [one.astype(np.float16) for one in maps[i]]
         labels, reason = judge(half[0].astype(np.float32), half[1].astype(np.float32), config)
         results.append(Labelled(text, half[0], half[1], labels, reason))
     return results
+
+
+def respond(
+    llava: Llava,
+    prefixes: Sequence[Prefix],
+    words: Sequence[tuple[int, ...]],
+    max_new_tokens: int,
+) -> list[list[int] | None]:
+    """Answer a batch greedily, each question within the model's context.
+
+    A sample fits if its prompt, image tokens and answer do: the model has not learned the positions
+    behind its context, and where it looks there means nothing. An answer that is cut at
+    `max_new_tokens` fits; one that is cut at the end of the context does not.
+
+    Args:
+        prefixes: of each question's image.
+        words: token ids behind the image, question by question.
+        max_new_tokens: of an answer.
+
+    Returns:
+        The answers' token ids without their end token, [] for an empty answer; None for a sample
+        that does not fit.
+    """
+    rooms = [llava.room(ids) for ids in words]
+    # One token more than there is room for, to see whether an answer of this very length ends.
+    limits = [min(max_new_tokens, room + 1) if room > 0 else 0 for room in rooms]
+    responses: list[list[int] | None] = [None] * len(words)
+    for limit in sorted(set(limits) - {0}):
+        group = [i for i, own in enumerate(limits) if own == limit]
+        suffixes = [Suffix(words[i]) for i in group]
+        asked = [prefixes[i] for i in group]
+        said = generate(llava, asked, suffixes, {"max_new_tokens": limit})
+        for i, response in zip(group, said, strict=True):
+            responses[i] = response if len(response) <= rooms[i] else None
+    return responses

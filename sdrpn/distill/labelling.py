@@ -36,7 +36,7 @@ from sdrpn.distill.dataset import (
     summarise,
     write_shard,
 )
-from sdrpn.distill.label import EMPTY_RESPONSE, label_batch
+from sdrpn.distill.label import NO_MAP, label_batch
 from sdrpn.distill.pseudo_labels import judge
 from sdrpn.distill.questions import Item
 from sdrpn.draw import Card, sheet
@@ -217,7 +217,7 @@ def relabel(source: Path, out: Path, config: LabelConfig) -> None:
 
 
 def _judge_anew(row: dict[str, Any], config: LabelConfig) -> dict[str, Any]:
-    if not row["grounding"] or row["reason"] == EMPTY_RESPONSE:
+    if not row["grounding"] or row["reason"] in NO_MAP:
         return row
     grounding, sink = (np.array(row[n], np.float32) for n in ("grounding", "sink"))
     labels, reason = judge(grounding, sink, config)

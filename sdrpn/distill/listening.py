@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from sdrpn.answer import Suffix, generate
 from sdrpn.attention import Rows, read_rows
+from sdrpn.distill.label import respond
 from sdrpn.distill.probes import Probe, box_cover, disc_cover
 from sdrpn.distill.scores import Targets
 from sdrpn.zoom import ZoomLlava
@@ -55,14 +55,18 @@ class Listener:
         return asked
 
     def answer(self, asked: Sequence[Asked], max_new_tokens: int) -> list[Asked]:
-        """The questions with the model's greedy responses; those without a word are left out."""
+        """The questions with the model's greedy responses.
+
+        Those without a word, and those that do not fit the context, are left out.
+        """
         answered = []
         for some in self._batches(asked, "Answering probes"):
             prefixes = self.zoom.read([one.image for one in some])
-            words = [Suffix(one.words) for one in some]
-            said = generate(self.llava, prefixes, words, {"max_new_tokens": max_new_tokens})
-            answered += [replace(one, response=tuple(r)) for one, r in zip(some, said, strict=True)]
-        return [one for one in answered if one.response]
+            said = respond(self.llava, prefixes, [one.words for one in some], max_new_tokens)
+            answered += [
+                replace(one, response=tuple(r)) for one, r in zip(some, said, strict=True) if r
+            ]
+        return answered
 
     def listen(
         self, asked: Sequence[Asked], layers: Sequence[int], title: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,15 +16,22 @@ from datasets import Image as ImageColumn
 from datasets import config as datasets_config
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from sdrpn.files import parse_json
 from sdrpn.images import BadImage, inside
-from sdrpn.llava import IMAGE_TOKEN
+from sdrpn.prompt import IMAGE_TOKEN
+from sdrpn.question_file import TURNS, Entry, first_question, one_image, read_entries
+
+logger = logging.getLogger(__name__)
 
 MAX_LINE = 16 << 20
 """Bytes of the longest line that is read of a file of JSON lines."""
 
 HUB_FOLDERS = (Path(datasets_config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
 """Where the image files of a data set from the hub lie."""
+
+EXPECTED = (
+    'expected LLaVA\'s {"id", "image", "conversations": [{"from": "human", "value": ...}, ...]} or '
+    '{"image", "question"}'
+)
 
 
 @dataclass(frozen=True)
@@ -37,18 +45,47 @@ class Item:
     content: Callable[[], bytes] | None = None
 
 
+@dataclass(frozen=True)
+class Unusable:
+    """An entry that holds no question on one image. why: a sentence that names it."""
+
+    why: str
+
+
 def read_items(
-    data: str, *, subset: Sequence[str] = (), samples: int | None = None, seed: int = 0
+    data: str,
+    *,
+    subset: Sequence[str] = (),
+    samples: int | None = None,
+    seed: int = 0,
+    tell: Callable[[str], None] = logger.warning,
 ) -> list[Item]:
     """Read the questions of a file, folder or hub data set, in their order.
 
-    data: `.json` (LLaVA's conversations: the first question of each item with an image), `.jsonl`
-    (`image`, `question` or `text`, and optionally `id` or `question_id`), `.parquet`, a folder
-    saved by `datasets`, or a hub id, each with columns `image` and `question`. subset: keep images
-    below these folders. samples: so many of them, drawn with `seed`. Raises ValueError that names
-    the file and the entry.
+    Args:
+        data: a `.json` or `.jsonl` file, a JSON list or JSON lines, of LLaVA's conversations (the
+            first question of each item with an image) or of plain entries (`image`, `question` or
+            `text`, optionally `id` or `question_id`); or `.parquet`, a folder saved by `datasets`,
+            or a hub id, with columns `image` and `question`. An image may be in a list of one.
+        subset: keep images below these folders.
+        samples: how many to keep, drawn with `seed`; None for all.
+        tell: called with a sentence about the entries that hold no such question and are skipped.
+
+    Raises:
+        ValueError: naming the file, and its first entry where none can be used.
     """
-    items = list(_read(data))
+    found = list(_read(data))
+    items = [one for one in found if isinstance(one, Item)]
+    unusable = [one for one in found if isinstance(one, Unusable)]
+    if unusable and not items:
+        raise ValueError(unusable[0].why)
+    if unusable:
+        be = "is" if len(unusable) == 1 else "are"
+        first = "" if len(unusable) == 1 else ", the first"
+        tell(
+            f"{len(unusable)} of {len(found)} entries of {data} {be} skipped{first}: "
+            f"{unusable[0].why}"
+        )
     if subset:
         folders = tuple(f"{name.strip('/')}/" for name in subset)
         kept = [item for item in items if item.image.startswith(folders)]
@@ -77,83 +114,82 @@ def fingerprint(items: Sequence[Item]) -> str:
     return digest.hexdigest()
 
 
-def _read(data: str) -> Iterator[Item]:
+def _read(data: str) -> Iterator[Item | Unusable]:
     path = Path(data).expanduser()
     if path.suffix in (".json", ".jsonl"):
-        if not path.is_file():
-            raise ValueError(f"there is no file {data}")
-        reader = _conversations if path.suffix == ".json" else _lines
-        return reader(path)
+        return _entries(path)
     return _columns(data, path)
 
 
-def _conversations(path: Path) -> Iterator[Item]:
-    """LLaVA's instruction data: [{"id", "image", "conversations": [{"from", "value"}, ...]}]."""
-    try:
-        entries = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(entries, list):
-        raise ValueError(
-            f"{path} must hold a list of conversations, not a {type(entries).__name__}"
-        )
-    for number, entry in enumerate(entries):
-        image = entry.get("image") if isinstance(entry, dict) else None
-        if isinstance(entry, dict) and not image:
-            continue  # text only
+def _entries(path: Path) -> Iterator[Item | Unusable]:
+    """The questions of a JSON list or of JSON lines, of LLaVA's conversations or of plain ones."""
+    for entry in read_entries(path, first=0, longest=MAX_LINE):
         try:
-            turns = entry["conversations"]
-            words = next(turn["value"] for turn in turns if turn["from"] == "human")
-            yield Item(_text(str(entry.get("id", number))), _text(image), _clean(words))
-        except (KeyError, TypeError, StopIteration, AttributeError, ValueError):
-            raise ValueError(
-                f"{path}, entry {number}: expected LLaVA's "
-                '{"id", "image", "conversations": [{"from": "human", "value": ...}, ...]}'
-            ) from None
+            if isinstance(entry.value, ValueError):
+                raise entry.value
+            item = _item(entry)
+        except ValueError as error:
+            told = f"{entry.where}: {EXPECTED}; {_without(entry.where, error)}"
+            if entry.last and isinstance(entry.value, ValueError):
+                # Not a line that somebody got wrong: the rest of the file is not there.
+                raise ValueError(f"{told}: the file may be cut off; fetch it again") from None
+            yield Unusable(told)
+        else:
+            if item is not None:
+                yield item
 
 
-def _lines(path: Path) -> Iterator[Item]:
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
-            if len(line) > MAX_LINE:
-                raise ValueError(f"{path}, line {number}: it has more than {MAX_LINE:,} bytes")
-            if not line.strip():
-                continue
-            try:
-                entry = parse_json(line.decode("utf-8"))
-                words = entry["question"] if "question" in entry else entry["text"]
-                name = entry.get("id", entry.get("question_id", number))
-                yield Item(_text(str(name)), _text(entry["image"]), _clean(words))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                told = f" ({error})" if isinstance(error, UnicodeError) else ""
-                raise ValueError(
-                    f'{path}, line {number}: expected {{"image": ..., "question": ...}}{told}'
-                ) from None
+def _without(where: str, error: ValueError) -> str:
+    """What an error says, without the place it names."""
+    return str(error).replace(f"{where} ", "it ", 1)
 
 
-def _columns(data: str, path: Path) -> Iterator[Item]:
+def _item(entry: Entry) -> Item | None:
+    """The question of an entry, None for a conversation without an image; ValueError says why."""
+    values = entry.value
+    if not isinstance(values, dict):
+        raise ValueError(f"got a {type(values).__name__}")
+    if TURNS in values and not values.get("image"):
+        return None  # text only, as much of LLaVA's data is
+    if not values.get("image"):
+        raise ValueError("it has no image")
+    image = one_image(values["image"])
+    words = next((values[name] for name in ("question", "text") if name in values), None)
+    if words is None:
+        if TURNS not in values:
+            raise ValueError("it has no question, no text and no conversations")
+        words = first_question(values[TURNS])
+    name = str(values.get("id", values.get("question_id", entry.number)))
+    return Item(_text("id", name), _text("image", image), _clean(words))
+
+
+def _columns(data: str, path: Path) -> Iterator[Item | Unusable]:
     rows = _load(data, path)
     missing = [name for name in ("image", "question") if name not in rows.column_names]
     if missing:
         raise ValueError(
             f"{data} has no column {' and '.join(missing)}, only {', '.join(rows.column_names)}"
         )
-    embedded = isinstance(rows.features["image"], ImageColumn)
+    feature: Any = rows.features["image"]
+    listed = isinstance(getattr(feature, "feature", None), ImageColumn)
+    embedded = listed or isinstance(feature, ImageColumn)
     if embedded:
-        rows = rows.cast_column("image", ImageColumn(decode=False))
+        bare: Any = ImageColumn(decode=False)
+        rows = rows.cast_column("image", type(feature)(bare) if listed else bare)
     names = [n for n in ("id", "question_id") if n in rows.column_names]
     light = rows.select_columns(["question", *names[:1], *([] if embedded else ["image"])])
     roots = (path if path.is_dir() else path.parent,) if path.exists() else HUB_FOLDERS
     row: Any
     for number, row in enumerate(light):
         try:
-            name = _text(str(row[names[0]])) if names else str(number)
+            name = _text("id", str(row[names[0]])) if names else str(number)
             if embedded:
                 yield Item(name, "", _clean(row["question"]), _Content(rows, number, roots))
             else:
-                yield Item(name, _text(row["image"]), _clean(row["question"]))
+                image = _text("image", one_image(row["image"]))
+                yield Item(name, image, _clean(row["question"]))
         except ValueError as error:
-            raise ValueError(f"{data}, row {number}: {error}") from None
+            yield Unusable(f"{data}, row {number}: {error}")
 
 
 @dataclass(frozen=True)
@@ -169,7 +205,10 @@ class _Content:
 
     def __call__(self) -> bytes:
         row: Any = self.rows[self.number]
-        image: Mapping[str, Any] = row["image"] or {}
+        try:
+            image: Mapping[str, Any] = one_image(row["image"]) or {}
+        except ValueError as error:
+            raise BadImage("one of several", f"row {self.number}", str(error)) from None
         if image.get("bytes"):
             return image["bytes"]
         name = str(image.get("path") or "")
@@ -198,13 +237,17 @@ def _load(data: str, path: Path) -> Dataset:
     return rows
 
 
-def _text(value: Any) -> str:
+def _text(field: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise ValueError(f"expected text, got {value!r:.80}")
-    value.encode()  # half of a surrogate pair, which JSON can spell, is no text
+        raise ValueError(f"the {field} must be text, got {value!r:.80}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        half = value[error.start]
+        raise ValueError(f"the {field} holds half of a character, {half!a}") from None
     return value
 
 
 def _clean(words: Any) -> str:
     """The question without its image placeholder, which the prompt puts in front itself."""
-    return _text(_text(words).replace(IMAGE_TOKEN, "").strip())
+    return _text("question", _text("question", words).replace(IMAGE_TOKEN, "").strip())

@@ -20,8 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sdrpn.convert.checkpoint import read_all, reason, tensor_names
 from sdrpn.distill.metrics import MapMetrics
@@ -155,7 +154,10 @@ class RPNForTraining(nn.Module):
 
 
 class RPNSamples(Dataset):
-    """Rows with `image` (a PIL image), `question` and `labels` [T], made ready for training."""
+    """Rows with `image` (a PIL image), `question` and `labels` [T], made ready for training.
+
+    Raises ValueError, when it is read, for a question that does not fit the context.
+    """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]] | Any, llava: Llava) -> None:
         self.rows, self.llava = rows, llava
@@ -166,9 +168,17 @@ class RPNSamples(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = self.rows[index]
         image: Image.Image = row["image"]
+        words = self.llava.question_ids(row["question"])
+        if (room := self.llava.room(words)) < 1:
+            limit = self.llava.context_length
+            raise ValueError(
+                f"sample {index} has a prompt of {limit - room} tokens, {1 - room} too many for a "
+                f"context of {limit} with one token to answer ({row['question']!r:.60}): leave it "
+                "out"
+            )
         return {
             "pixel_values": self.llava.pixels([image])[0],
-            "input_ids": torch.tensor(self.llava.question_ids(row["question"])),
+            "input_ids": torch.tensor(words),
             "labels": torch.tensor(row["labels"], dtype=torch.long),
         }
 
@@ -236,6 +246,7 @@ def train(
         compute_metrics=MapMetrics() if held_out is not None else None,
         data_collator=collate,
     )
+    trainer.add_callback(_BestStaysHere())
     last, broken = last_checkpoint(Path(str(arguments.output_dir)))
     for folder in broken:
         tell(f"{folder} is not whole, and is made anew")
@@ -271,10 +282,43 @@ def _is_finished(checkpoint: Path) -> bool:
 def _load_end(trainer: Trainer, checkpoint: Path) -> None:
     """What a finished training ended with: its state, and the weights it took as the best."""
     trainer.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
-    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    weights = Path(best or checkpoint) / "model.safetensors"
+    best = _best_checkpoint(trainer.state, checkpoint.parent)
+    source = best if best and trainer.args.load_best_model_at_end else checkpoint
+    weights = source / "model.safetensors"
+    if not weights.exists():
+        raise ValueError(
+            f"{weights} is missing, which holds the best weights of a training that is finished: "
+            f"put it back, or delete {checkpoint.parent} and train again"
+        )
     model: Any = trainer.model
-    model.load_state_dict(read_all(weights if weights.exists() else checkpoint / weights.name))
+    model.load_state_dict(read_all(weights))
+
+
+def _best_checkpoint(state: TrainerState, folder: Path) -> Path | None:
+    """The checkpoint of the smallest held-out loss, in the folder of checkpoints as it is now.
+
+    The state notes the path of the run that wrote it; the folder may have been moved since.
+    """
+    if state.best_model_checkpoint is not None:
+        return folder / Path(state.best_model_checkpoint).name
+    return folder / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
+
+
+class _BestStaysHere(TrainerCallback):
+    """Lets a training that is resumed in a moved folder find its best checkpoint there.
+
+    The Trainer forgets a checkpoint that is not where the state says, but not its loss, and so
+    would end with the last weights.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        best = _best_checkpoint(state, Path(str(args.output_dir)))
+        if best is not None and best.is_dir():
+            state.best_model_checkpoint = str(best)
+        else:  # deleted: the best of what is still to come
+            state.best_model_checkpoint = state.best_metric = None
 
 
 def _facts(trainer: Trainer, samples: int, seconds: float | None) -> dict[str, Any]:
