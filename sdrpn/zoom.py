@@ -23,6 +23,7 @@ from torch import Tensor
 from sdrpn.answer import Suffix, generate, generate_plain, losses, losses_plain
 from sdrpn.config import PROPOSERS, LabelConfig, ZoomConfig, published_labels
 from sdrpn.crops import crop_tokens
+from sdrpn.generation import check_generation
 from sdrpn.images import as_shown
 from sdrpn.llava import Llava
 from sdrpn.prefix import Prefix, PrefixCache, free_memory, image_key, read
@@ -189,11 +190,12 @@ class ZoomLlava:
         """Answer a batch: any mixture of images, questions, lengths, zooms and plain prompts.
 
         generation: arguments of transformers' generate() (max_new_tokens, do_sample, num_beams,
-        ...) and `stop`, a list of strings that end an answer. Greedy by default. Raises ValueError
-        for a prompt that does not fit the model's context, saying by how many tokens.
+        ...; `sdrpn.generation` lists them) and `stop`, a list of strings that end an answer. Greedy
+        by default. Raises ValueError for an argument that is unknown or cannot be used, and for a
+        prompt that does not fit the model's context, saying by how many tokens.
         """
-        generation = dict(generation or {})
-        stop = generation.get("stop") or []
+        generation = check_generation(generation or {}, len(questions))
+        stop = generation.get("stop", [])
 
         def answer(rows: Sequence[_Row]) -> list[list[int]]:
             prefixes, suffixes = [r.prefix for r in rows], [r.suffix for r in rows]
