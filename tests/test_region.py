@@ -294,6 +294,29 @@ def test_strongest_looks_at_component_cells_only() -> None:
     assert boxes(look(*rows, policy="strongest")) == [(6, 2, 8, 4)]
 
 
+def test_strongest_passes_over_peaks_in_the_padding() -> None:
+    """On a wide image the upper and lower rows show no picture, however high the map is there."""
+    rows = (
+        "99......",
+        "99......",
+        "....55..",
+        "....55..",
+        "....66..",
+        "....66..",
+        "8.......",
+        "8.......",
+    )
+    wide = View((448, 112), 8, 112)  # a cell has 14 model pixels and 56 source pixels
+    found = propose(drawn(*rows), wide, replace(ANY_SIZE, policy="strongest"))
+    assert boxes(found) == [(4, 2, 6, 6)]
+    assert [tuple(box) for box in found.boxes] == [(224, 0, 336, 112)]
+    square = propose(drawn(*rows), View((448, 448), 8, 112), replace(ANY_SIZE, policy="strongest"))
+    assert boxes(square) == [(0, 0, 2, 2)]
+    only = [row.replace("5", ".").replace("6", ".") for row in rows]
+    nothing = propose(drawn(*only), wide, replace(ANY_SIZE, policy="strongest"))
+    assert nothing.reason == "the region holds no whole pixel of the image, only padding"
+
+
 # --- the image ---------------------------------------------------------------------------------
 
 
