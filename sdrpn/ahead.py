@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ahead(items: Iterable[T], make: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+def ahead(items: Iterable[T], make: Callable[[T], R]) -> Generator[tuple[T, R], None, None]:
     """Each item with what `make` makes of it; the next one's is made meanwhile, and no further.
 
     An error in the making is raised where its item would have come.

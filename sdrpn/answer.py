@@ -12,11 +12,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import StoppingCriteria
 
+from sdrpn.generation import (
+    SAMPLING,
+    check_generation,
+    greedy_note,
+    switched_off,
+    warn_once,
+)
 from sdrpn.layers import cache_argument, run_layers
 from sdrpn.llava import Llava
 from sdrpn.prefix import Prefix, pad_between, stack
-
-SAMPLING = ("temperature", "top_p", "top_k")
 
 
 @dataclass(frozen=True)
@@ -58,22 +63,23 @@ class StopAtStrings(StoppingCriteria):
 def generation_arguments(llava: Llava, generation: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a request's settings into arguments of generate(): greedy unless told to sample.
 
-    generation: generate()'s own arguments, and `stop`, a list of strings that end the answer.
+    generation: as `check_generation` takes it, which raises ValueError for what cannot be used.
     """
-    arguments = dict(generation)
-    stop = list(arguments.pop("stop", None) or [])
-    if arguments.get("num_return_sequences", 1) != 1:
-        raise ValueError("num_return_sequences must be 1: a question has one answer")
+    arguments = check_generation(generation)
+    stop = arguments.pop("stop", [])
+    if (note := greedy_note(arguments)) is not None:
+        warn_once(note)
     if arguments.get("temperature") == 0:
         arguments["do_sample"] = False
     if not arguments.setdefault("do_sample", False):
         # A checkpoint's generation config may carry sampling settings; greedy must not read them.
-        arguments |= dict.fromkeys(SAMPLING)
+        arguments = {k: v for k, v in arguments.items() if k not in SAMPLING}
+        arguments |= dict.fromkeys(("temperature", "top_p", "top_k"))
     if stop:
         given = arguments.get("stopping_criteria") or []
         arguments["stopping_criteria"] = [*given, StopAtStrings(llava.tokenizer, stop)]
     arguments.setdefault("pad_token_id", _pad_id(llava))
-    return {"max_new_tokens": 128, "num_beams": 1} | arguments
+    return switched_off() | {"max_new_tokens": 128, "num_beams": 1} | arguments
 
 
 @torch.no_grad()
@@ -199,14 +205,26 @@ def _pad_id(llava: Llava) -> int:
     return llava.eos_token_id if pad is None else pad
 
 
+def _end_ids(llava: Llava, arguments: Mapping[str, Any]) -> set[int]:
+    """The tokens that end an answer: those asked for, else the checkpoint's and the tokenizer's."""
+    given = arguments.get("eos_token_id")
+    known = [llava.eos_token_id, llava.model.generation_config.eos_token_id]
+    ends: set[int] = set()
+    for one in known if given is None else [given]:
+        ends |= set(one) if isinstance(one, list | tuple) else {one}
+    return ends - {None}
+
+
 def _until_end(llava: Llava, ids: list[int], arguments: Mapping[str, Any]) -> list[int]:
     """An answer's own tokens: up to its end token.
 
     A row that a stopping criterion ended has none, but padding behind it. Elsewhere padding is
     something the model said, which does not end an answer.
     """
-    if llava.eos_token_id in ids:
-        return ids[: ids.index(llava.eos_token_id)]
+    ends = _end_ids(llava, arguments)
+    end = next((place for place, token in enumerate(ids) if token in ends), None)
+    if end is not None:
+        return ids[:end]
     while arguments.get("stopping_criteria") and ids and ids[-1] == arguments["pad_token_id"]:
         ids = ids[:-1]
     return ids

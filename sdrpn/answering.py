@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -133,13 +134,19 @@ class AnswerJob:
         left = self._left()
         batches = [left[s : s + self.batch_size] for s in range(0, len(left), self.batch_size)]
         done = len(self.questions) - len(left)
-        with tqdm(total=len(self.questions), initial=done, unit="question") as progress:
-            for batch, opened in ahead(batches, self._open):
-                lines, errors = self._lines(batch, opened)
-                self.out.append(lines)
-                if errors and self.on_error == "raise":
-                    raise ValueError(errors[0])
-                progress.update(len(batch))
+        try:
+            with (
+                closing(ahead(batches, self._open)) as coming,
+                tqdm(total=len(self.questions), initial=done, unit="question") as progress,
+            ):
+                for batch, opened in coming:
+                    lines, errors = self._lines(batch, opened)
+                    self.out.append(lines)
+                    if errors and self.on_error == "raise":
+                        raise ValueError(errors[0])
+                    progress.update(len(batch))
+        finally:
+            self.zoom.forget_prepared()
         return self.out.sort(self.questions)
 
     def _left(self) -> list[Asked]:

@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sdrpn.llava import Llava
+from sdrpn.weights import named_weights
 
 ROWS = 64
 """Rows looked at of each matrix: a few MB in all, and fine-tuning moves every row."""
@@ -19,7 +20,7 @@ def base_hash(llava: Llava, branch_layer: int) -> str:
 
     Made of the weights' signs, which no rounding between float32, float16 and bfloat16 changes;
     training flips those of small weights, and there are many. Empty where the weights cannot be
-    read as numbers (4-bit, or offloaded), which compares with nothing.
+    read as numbers (4-bit), which compares with nothing.
     """
     modules = [llava.model.model.multi_modal_projector]
     modules += [layer for _, layer in llava.layers[:branch_layer]]
@@ -29,20 +30,16 @@ def base_hash(llava: Llava, branch_layer: int) -> str:
 def weights_hash(modules: Sequence[nn.Module]) -> str:
     """A hash of these modules' matrices, as `base_hash` makes it of a base's."""
     digest = hashlib.blake2b(digest_size=8)
-    for matrix in _matrices(modules):
-        if matrix.is_meta or not matrix.is_floating_point():
-            return ""
-        rows = matrix[:: max(1, len(matrix) // ROWS)]
-        digest.update(str(tuple(matrix.shape)).encode())
-        digest.update(torch.signbit(rows).cpu().numpy().tobytes())
+    for module in modules:
+        signs: dict[str, bytes] = {}
+        for name, matrix in named_weights(module):
+            if matrix.ndim < 2:
+                continue
+            if matrix.is_meta or not matrix.is_floating_point():
+                return ""
+            rows = matrix[:: max(1, len(matrix) // ROWS)]
+            shape = str(tuple(matrix.shape)).encode()
+            signs[name] = shape + torch.signbit(rows).cpu().numpy().tobytes()
+        for name in sorted(signs):
+            digest.update(signs[name])
     return digest.hexdigest()
-
-
-def _matrices(modules: Sequence[nn.Module]) -> list[Tensor]:
-    """Weight matrices in the order of their names."""
-    return [
-        weight.detach()
-        for module in modules
-        for _, weight in sorted(module.named_parameters())
-        if weight.ndim > 1
-    ]

@@ -35,7 +35,15 @@ from sdrpn.layers import Span, cache_argument, positions_of
 from sdrpn.plurals import counted
 from sdrpn.prompt import IMAGE_TOKEN, PlainText
 from sdrpn.region import PixelBox, View, crop
-from sdrpn.weights import broken_files_named, check_complete, check_finite, check_layers, check_size
+from sdrpn.weights import (
+    broken_files_named,
+    check_complete,
+    check_finite,
+    check_layers,
+    check_size,
+    execution_device,
+    named_weights,
+)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ADAPTER_FILE = "adapter_config.json"
@@ -149,6 +157,14 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def _computing_device(device_map: str | dict[str, Any], fastest: str) -> torch.device:
+    """The first device of a map that computes; what is on the CPU or on disk beside it is moved."""
+    if isinstance(device_map, str):
+        return torch.device("cpu" if device_map == "cpu" else fastest)
+    computing = [place for place in device_map.values() if place not in ("cpu", "disk")]
+    return torch.device(computing[0] if computing else "cpu")
+
+
 @contextmanager
 def _first_layers(
     config: dict[str, Any], name: str, num_layers: int | None
@@ -232,6 +248,7 @@ class Llava:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         device_map: str | dict[str, Any] | None = None,
+        offload_folder: str | None = None,
         attn_implementation: str | None = None,
         revision: str | None = None,
         num_layers: int | None = None,
@@ -243,19 +260,19 @@ class Llava:
         """Load a LLaVA-1.5 and its processor from a folder or a hub id.
 
         device: one device (default: the GPU where there is one). device_map: accelerate's, instead
-        of a device. num_layers: read only the first decoder layers, for training an RPN over them;
-        such a model cannot answer. peft: a PEFT adapter to put on it. load_in_4bit: its language
-        model, with bitsandbytes. padding: see the class. Raises ValueError when it is another kind
-        of model, or has a file that is broken or a tensor that is missing or not finite, naming it;
-        WeightsUnavailable when there is nothing to load, or the Hub does not hand it out, with the
-        cause and its remedy.
+        of a device; parts of it may be "cpu" or "disk", which are computed on the GPU where there
+        is one. offload_folder: where "disk" parts of weights that are not safetensors are written;
+        safetensors are read from where they are. num_layers: read only the first decoder layers,
+        for training an RPN over them; such a model cannot answer. peft: a PEFT adapter to put on
+        it. load_in_4bit: its language model, with bitsandbytes. padding: see the class. Raises
+        ValueError when it is another kind of model, or has a file that is broken or a tensor that
+        is missing or not finite, naming it; WeightsUnavailable when there is nothing to load, or
+        the Hub does not hand it out, with the cause and its remedy.
         """
         fastest = "cuda" if torch.cuda.is_available() else "cpu"
-        target = torch.device(device or fastest)
         if device_map is None:
-            device_map = {"": str(target)}
-        else:
-            target = torch.device("cpu" if device_map in ("cpu", {"": "cpu"}) else fastest)
+            device_map = {"": str(device or fastest)}
+        target = _computing_device(device_map, fastest)
         weights = pick_dtype(dtype, target)
         check_padding(padding)
         try:
@@ -279,6 +296,7 @@ class Llava:
                     folder,
                     dtype=weights,
                     device_map=device_map,
+                    offload_folder=offload_folder,
                     attn_implementation=attn_implementation,
                     # Named below, with both shapes; what transformers makes up is not kept.
                     ignore_mismatched_sizes=True,
@@ -294,7 +312,7 @@ class Llava:
         check_complete(found, str(pretrained))
         if peft is not None:
             model = with_adapter(model, peft, merge=not load_in_4bit)
-        check_finite(model.named_parameters(), str(pretrained))
+        check_finite(named_weights(model), str(pretrained))
         return cls(
             model, processor, padding=padding, system_prompt=system_prompt, name=str(pretrained)
         )
@@ -379,8 +397,8 @@ class Llava:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Vision tower and projector: [n, 3, side, side] -> [n, T, C] image tokens."""
-        tower = self.model.model.vision_tower
-        pixels = pixels.to(device=tower.device, dtype=self.dtype)
+        tower = execution_device(self.model.model.vision_tower)
+        pixels = pixels.to(device=tower, dtype=self.dtype)
         features = self.model.get_image_features(pixel_values=pixels).pooler_output
         return torch.stack(list(features)).to(self.device)
 
@@ -388,8 +406,8 @@ class Llava:
 
     @property
     def device(self) -> torch.device:
-        """Where the word embeddings are, and so where sequences begin."""
-        return self.model.get_input_embeddings().weight.device
+        """Where words are embedded, and so where sequences begin."""
+        return execution_device(self.model.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,7 +6,9 @@ Two frames, both (x0, y0, x1, y1) and half-open: `GridBox` counts cells of the R
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,8 +76,12 @@ class View:
     @property
     def ratio(self) -> float:
         """Model pixels a source pixel."""
-        fitted = max(self.size) if self.padding == "pad" else min(self.size)
-        return self.side / fitted
+        return self.side / self._fitted
+
+    @property
+    def _fitted(self) -> int:
+        """The edge of the image, in source pixels, that fills the model's side."""
+        return max(self.size) if self.padding == "pad" else min(self.size)
 
     @property
     def offset(self) -> tuple[float, float]:
@@ -83,29 +89,48 @@ class View:
         width, height = self.size
         return (self.side - width * self.ratio) / 2, (self.side - height * self.ratio) / 2
 
+    @property
+    def pad(self) -> tuple[float, float]:
+        """The `offset` that boxes are mapped with, in model pixels.
+
+        The resized image has whole pixels, so its size is truncated before it is centred
+        (SD-RPN's published code). `crop` has no published rule and keeps the exact offset.
+        """
+        if self.padding != "pad":
+            return self.offset
+        width, height = (int(edge * self.ratio) for edge in self.size)
+        return (self.side - width) / 2, (self.side - height) / 2
+
     def to_pixels(self, box: GridBox) -> PixelBox:
-        """Undo the resize and the pad: truncate, clamp to the image (METHOD section 3, step 5)."""
-        cell = self.side / self.grid
-        x0, x1 = (self._clamp(x * cell, axis=0) for x in (box.x0, box.x1))
-        y0, y1 = (self._clamp(y * cell, axis=1) for y in (box.y0, box.y1))
+        """Map a box from grid cells to source pixels: undo the pad and the resize.
+
+        Each edge is `(cell * cell side - pad) / ratio` in float32, clamped to the image, then
+        truncated. In float64 an edge on a whole pixel may come out one lower or higher than in the
+        authors' code.
+        """
+        x0, x1 = (self._source_edge(x, axis=0) for x in (box.x0, box.x1))
+        y0, y1 = (self._source_edge(y, axis=1) for y in (box.y0, box.y1))
         return PixelBox(x0, y0, x1, y1)
 
     def to_grid(self, box: PixelBox) -> GridBox:
         """The cells that a box in source pixels touches."""
-        cell = self.side / self.grid
+        # Whole numbers decide: a box that ends where a cell does must not touch the next.
+        ratio, pad = Fraction(self.side, self._fitted), [Fraction(edge) for edge in self.pad]
+        cell = Fraction(self.side, self.grid)
 
         def cells(low: int, high: int, axis: int) -> tuple[int, int]:
-            first = int((low * self.ratio + self.offset[axis]) // cell)
-            last = int(-((high * self.ratio + self.offset[axis]) // -cell))
+            first = math.floor((low * ratio + pad[axis]) / cell)
+            last = math.ceil((high * ratio + pad[axis]) / cell)
             first = min(max(first, 0), self.grid - 1)
             return first, min(max(last, first + 1), self.grid)
 
         (x0, x1), (y0, y1) = cells(box.x0, box.x1, 0), cells(box.y0, box.y1, 1)
         return GridBox(x0, y0, x1, y1)
 
-    def _clamp(self, model_pixels: float, axis: int) -> int:
-        source = int((model_pixels - self.offset[axis]) / self.ratio)
-        return min(max(source, 0), self.size[axis])
+    def _source_edge(self, cells: int, axis: int) -> int:
+        model_pixels = np.float32(cells) * np.float32(self.side / self.grid)
+        source = (model_pixels - np.float32(self.pad[axis])) / np.float32(self.ratio)
+        return int(np.clip(source, 0, self.size[axis]))
 
 
 def blur(probabilities: np.ndarray) -> np.ndarray:

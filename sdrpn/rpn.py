@@ -24,7 +24,7 @@ from sdrpn.files import remove_parts, whole, write_json
 from sdrpn.fingerprint import base_hash
 from sdrpn.layers import Span, run_layers
 from sdrpn.llava import Llava
-from sdrpn.weights import check_finite
+from sdrpn.weights import check_finite, copy_weights, execution_device
 
 logger = logging.getLogger(__name__)
 
@@ -155,14 +155,13 @@ class RPN(nn.Module, ModelHubMixin):
         rpn = cls(config, llava.text_config._attn_implementation)
         backbone = [layer for _, layer in llava.layers]
         for own, theirs in zip(rpn.layers, backbone[branch_layer:], strict=False):
-            own.load_state_dict(theirs.state_dict())
+            copy_weights(own, theirs)
         head: Any = backbone[branch_layer + depth - 1]
-        rpn.norm.load_state_dict(llava.model.model.language_model.norm.state_dict())
-        rpn.map_norm.load_state_dict(head.input_layernorm.state_dict())
-        rpn.q_proj.load_state_dict(head.self_attn.q_proj.state_dict())
-        rpn.k_proj.load_state_dict(head.self_attn.k_proj.state_dict())
-        device = next(head.parameters()).device
-        return rpn.to(device=device, dtype=llava.dtype)
+        copy_weights(rpn.norm, llava.model.model.language_model.norm)
+        copy_weights(rpn.map_norm, head.input_layernorm)
+        copy_weights(rpn.q_proj, head.self_attn.q_proj)
+        copy_weights(rpn.k_proj, head.self_attn.k_proj)
+        return rpn.to(device=execution_device(head), dtype=llava.dtype)
 
     def check_fits(self, llava: Llava) -> None:
         """Raise ValueError unless this RPN's sizes are the base model's."""
@@ -196,7 +195,7 @@ class RPN(nn.Module, ModelHubMixin):
             attention: Any = own.self_attn
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation = llava.text_config._attn_implementation
-        return self.to(device=next(layer.parameters()).device, dtype=dtype or llava.dtype)
+        return self.to(device=execution_device(layer), dtype=dtype or llava.dtype)
 
     def _warn_of_padding(self, llava: Llava) -> None:
         own = self.config.padding

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
 
 from sdrpn import hub
 from sdrpn.convert.checkpoint import INDEXES, reason, tensor_names
@@ -24,6 +25,36 @@ PARAMETERS_A_BYTE = 2
 """Of weights in 4 bits, the fewest that are read."""
 
 
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: its weights' device, or the one offloaded weights are fetched to."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device
+
+
+def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's parameters by name, those that are offloaded fetched one submodule at a time.
+
+    A fetched tensor is valid until the next one is asked for.
+    """
+    for prefix, part in module.named_modules():
+        with align_module_device(part):
+            for name, weight in part.named_parameters(recurse=False):
+                yield f"{prefix}.{name}" if prefix else name, weight.detach()
+
+
+def copy_weights(own: nn.Module, theirs: nn.Module) -> None:
+    """Copy a module's weights, offloaded or not, into one of the same shape."""
+    with torch.no_grad():
+        targets = dict(own.named_parameters())
+        for name, weight in named_weights(theirs):
+            targets.pop(name).copy_(weight)
+    if targets:
+        raise ValueError(f"no weights to copy for {', '.join(sorted(targets))}")
+
+
 def check_finite(
     tensors: Iterable[tuple[str, Tensor]],
     where: str,
@@ -31,8 +62,8 @@ def check_finite(
 ) -> None:
     """Raise ValueError that names the first tensor with a NaN or an infinity.
 
-    One pass over the weights at the memory's speed; what holds no floats, or is not in memory
-    (offloaded), is passed over. where: the model or file, for the message.
+    One pass over the weights at the memory's speed; what holds no floats is passed over, and so is
+    what has no values (on the meta device). where: the model or file, for the message.
     """
     for name, tensor in tensors:
         if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():

@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -25,6 +27,7 @@ from sdrpn.answer import Suffix, generate, generate_plain, losses, losses_plain
 from sdrpn.config import PROPOSERS, LabelConfig, ZoomConfig, published_labels
 from sdrpn.convert.checkpoint import CONFIG_FILE, Source
 from sdrpn.crops import crop_tokens
+from sdrpn.generation import check_generation
 from sdrpn.images import as_shown, image_key
 from sdrpn.llava import Llava, check_reachable
 from sdrpn.plurals import counted
@@ -154,6 +157,7 @@ class ZoomLlava:
             prefix_cache = int(PREFIX_CACHE_SHARE * free_memory(llava.device))
         self.prefixes = PrefixCache(prefix_cache)
         self._pixels: dict[str, Tensor] = {}
+        self._pixels_lock = threading.Lock()
         self._told_plain = False
 
     @classmethod
@@ -198,11 +202,13 @@ class ZoomLlava:
         """Answer a batch: any mixture of images, questions, lengths, zooms and plain prompts.
 
         generation: arguments of transformers' generate() (max_new_tokens, do_sample, num_beams,
-        ...) and `stop`, a list of strings that end an answer. Greedy by default. Raises ValueError
-        for a prompt that does not fit the model's context, saying by how many tokens.
+        ...; `sdrpn.generation` lists them) and `stop`, a list of strings that end an answer. Greedy
+        by default. Raises ValueError for an argument that is unknown or cannot be used, and for a
+        prompt that does not fit the model's context, saying by how many tokens.
         """
-        generation = dict(generation or {})
-        stop = generation.get("stop") or []
+        with self._letting_go(questions):
+            generation = check_generation(generation or {}, len(questions))
+        stop = generation.get("stop", [])
 
         def answer(rows: Sequence[_Row]) -> list[list[int]]:
             prefixes, suffixes = [r.prefix for r in rows], [r.suffix for r in rows]
@@ -220,7 +226,8 @@ class ZoomLlava:
             return replace(answer, text=text.strip(), new_tokens=len(ids))
 
         started = time.perf_counter()
-        results = self._in_two_ways(questions, answer, answer_plain)
+        with self._letting_go(questions):
+            results = self._in_two_ways(questions, answer, answer_plain)
         share = (time.perf_counter() - started) / max(len(questions), 1)
         return [replace(finish(seen, ids), seconds=share) for seen, ids in results]
 
@@ -228,6 +235,12 @@ class ZoomLlava:
         self, questions: Sequence[Question], continuations: Sequence[str]
     ) -> list[tuple[float, bool, Answer]]:
         """Score given answers: (mean loss in nats a token, greedy would say it, what it saw)."""
+        with self._letting_go(questions):
+            return self._losses(questions, continuations)
+
+    def _losses(
+        self, questions: Sequence[Question], continuations: Sequence[str]
+    ) -> list[tuple[float, bool, Answer]]:
         wanted = [
             self._continuation_ids(q, c) for q, c in zip(questions, continuations, strict=True)
         ]
@@ -256,7 +269,7 @@ class ZoomLlava:
 
     def _read(self, images: Sequence[Image.Image], keys: Sequence[str]) -> list[Prefix]:
         known = {key: self.prefixes.get(key) for key in keys}
-        ready = {key: self._pixels.pop(key, None) for key in known}
+        ready = self._take_pixels(known)
         fresh = [key for key, prefix in known.items() if prefix is None]
         if fresh:
             pixels = [self._prepared(ready[key], images[keys.index(key)]) for key in fresh]
@@ -272,13 +285,36 @@ class ZoomLlava:
     def prepare(self, questions: Sequence[Question]) -> None:
         """Pad, resize and normalise the images of questions to come, ahead of time.
 
-        Meant for a thread beside the one that asks: it touches the images, not the model.
+        Meant for a thread beside the one that asks: it touches the images, not the model. Pixels
+        are kept until their question is asked, whatever becomes of it, or until `forget_prepared`.
         """
         for question in questions:
             if len(question.images) == 1:
                 (key,) = question.image_keys
-                if key not in self.prefixes and key not in self._pixels:
-                    self._pixels[key] = self.llava.pixels(question.images)
+                with self._pixels_lock:
+                    needless = key in self._pixels or key in self.prefixes
+                if not needless:
+                    pixels = self.llava.pixels(question.images)  # slow: without the lock
+                    with self._pixels_lock:
+                        self._pixels[key] = pixels
+
+    def forget_prepared(self) -> None:
+        """Let go of what `prepare` made for questions that are not asked after all."""
+        with self._pixels_lock:
+            self._pixels.clear()
+
+    def _take_pixels(self, keys: Iterable[str]) -> dict[str, Tensor | None]:
+        with self._pixels_lock:
+            return {key: self._pixels.pop(key, None) for key in keys}
+
+    @contextmanager
+    def _letting_go(self, questions: Sequence[Question]) -> Iterator[None]:
+        """Let go of the questions' prepared pixels where asking fails before it takes them."""
+        try:
+            yield
+        except BaseException:
+            self._take_pixels(q.image_keys[0] for q in questions if len(q.images) == 1)
+            raise
 
     def look(
         self,

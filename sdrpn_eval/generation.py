@@ -8,21 +8,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from loguru import logger
-from transformers import GenerationConfig
+
+from sdrpn.generation import SAMPLING, check_generation, greedy_note, is_known
 
 MAX_NEW_TOKENS = 1024
 """Where a task names none; as llava_hf."""
-
-_SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """transformers' `generate()` arguments plus `stop`; the mapping given is left as it is.
 
     `until` becomes `stop`. Temperature 0 or none means greedy, as in llava_hf, and greedy drops
-    what only sampling reads. Names that `generate()` does not know are left out, said once.
+    what only sampling reads, with one warning where that asks for anything else. Names that
+    `generate()` does not know are left out, with one warning. Raises ValueError for what cannot be
+    used, as `check_generation` does.
     """
-    known = {k: v for k, v in kwargs.items() if k != "until" and v is not None and _is_known(k)}
+    known = {
+        name: value
+        for name, value in kwargs.items()
+        if value is not None and name not in ("until", "stop") and is_known(name)
+    }
     _warn_of_unknown(tuple(sorted(set(kwargs) - set(known) - {"until"} - _unset(kwargs))))
     generation = {"max_new_tokens": MAX_NEW_TOKENS} | known
     if "max_gen_toks" in kwargs and "max_new_tokens" not in kwargs:
@@ -30,10 +35,12 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     generation["max_new_tokens"] = int(generation["max_new_tokens"])
     temperature = known.get("temperature")
     sample = bool(known.get("do_sample", temperature is not None and temperature > 0))
+    if (note := greedy_note(generation | {"do_sample": sample})) is not None:
+        _warn(note)
     generation["do_sample"] = sample and temperature != 0
     if not generation["do_sample"]:
-        generation = {k: v for k, v in generation.items() if k not in _SAMPLING_ONLY}
-    return generation | {"stop": stop_strings(kwargs.get("until"))}
+        generation = {k: v for k, v in generation.items() if k not in SAMPLING}
+    return check_generation(generation) | {"stop": stop_strings(kwargs.get("until"))}
 
 
 def stop_strings(until: Any) -> list[str]:
@@ -51,20 +58,15 @@ def group_key(kwargs: Mapping[str, Any]) -> str:
     return json.dumps(kwargs, sort_keys=True, default=str)
 
 
-@functools.cache
-def _known_names() -> frozenset[str]:
-    return frozenset(GenerationConfig().to_dict())
-
-
-def _is_known(name: str) -> bool:
-    return name in _known_names() and not name.startswith("_")
-
-
 def _unset(kwargs: Mapping[str, Any]) -> set[str]:
     return {name for name, value in kwargs.items() if value is None or name == "max_gen_toks"}
 
 
-@functools.cache
 def _warn_of_unknown(names: tuple[str, ...]) -> None:
     if names:
-        logger.warning(f"generation kwargs that transformers does not know: {', '.join(names)}")
+        _warn(f"generation kwargs that transformers does not know: {', '.join(names)}")
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    logger.warning(message)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -143,10 +144,11 @@ class LlavaSdrpn(lmms):
             answered=bool(results),
         )
         groups = batches(left, self.batch_size, documents)
-        with tqdm(
+        progress_bar = tqdm(
             total=len(requests), initial=len(results), disable=self.rank != 0, desc="Questions"
-        ) as progress:
-            for batch, questions in ahead(groups, lambda r: self._question(r, documents)):
+        )
+        with self._prefetched(groups, documents) as coming, progress_bar as progress:
+            for batch, questions in coming:
                 for outcomes in asker(batch, questions):
                     lines = [self._line(one, kind) for one in outcomes]
                     asked = [one.request for one in outcomes]
@@ -161,6 +163,21 @@ class LlavaSdrpn(lmms):
             if self._journal is not None:
                 self._journal.facts.skip(asker.failed)
         return [results[i] for i in range(len(requests))]
+
+    @contextmanager
+    def _prefetched(
+        self, groups: Iterable[list[Request]], documents: Documents
+    ) -> Iterator[Iterator[tuple[list[Request], list[Question | Exception]]]]:
+        """Batches with their questions, the next ones made in a thread; nothing of them is left
+        in the end, however the run ends."""
+        try:
+            # Closed here and not some time later: its thread must have ended.
+            with closing(ahead(groups, lambda r: self._question(r, documents))) as coming:
+                yield coming
+        finally:
+            forget = getattr(self.engine, "forget_prepared", None)
+            if forget is not None:
+                forget()
 
     # One question
 

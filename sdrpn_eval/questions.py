@@ -7,7 +7,7 @@ read once; within an image and between images the longest prompts go first.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
@@ -81,7 +81,7 @@ def batches(
 
 def ahead(
     groups: Iterable[list[Request]], make: Callable[[Request], T]
-) -> Iterator[tuple[list[Request], list[T]]]:
+) -> Generator[tuple[list[Request], list[T]], None, None]:
     """Each group with what `make` makes of its requests, made in a thread while the last one is
     worked on: images are decoded beside the model, not before it."""
 

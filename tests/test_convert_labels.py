@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import parity
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -26,7 +25,8 @@ from sdrpn.distill.dataset import FEATURES, image_root, load_labels, read_settin
 from sdrpn.distill.pseudo_labels import pseudo_labels
 
 runner = CliRunner()
-RECORD = np.load(parity.DATA / "pseudo_labels.npz")
+RECORD = np.load(Path(__file__).parent / "data" / "parity" / "pseudo_labels.npz")
+"""Maps of the shipped record, as an example of what is pickled."""
 CASES = sorted({name.split("/")[0] for name in RECORD.files})
 
 

@@ -22,6 +22,7 @@ from transformers import LogitsProcessorList
 
 from sdrpn.config import ZoomConfig
 from sdrpn.llava import Llava
+from sdrpn.prefix import Prefix, PrefixCache, pad_between
 from sdrpn.proposers import Look, roi_logits
 from sdrpn.region import PixelBox, blur
 from sdrpn.rpn import RPN
@@ -303,6 +304,21 @@ def test_answers_leave_the_cached_prefix_alone(
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
+def test_prefixes_hold_no_more_memory_than_they_count(
+    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image]
+) -> None:
+    """A view would keep the tensors of its whole batch alive, and the cache's bound untrue."""
+    for count in (1, 3, 5):
+        for prefix in ZoomLlava(llava, perturbed_rpn, prefix_cache=0).read(images[:count]):
+            tensors = [t for pair in (*prefix.kv, *prefix.rpn_kv) for t in pair]
+            assert len(tensors) == 2 * (6 + 2)
+            tensors.append(prefix.rpn_keys)
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+            assert sum(s.nbytes() for s in storages.values()) == prefix.nbytes
+            # 4 bytes x 128 channels x (16 tensors of text and image, one of the image alone).
+            assert prefix.nbytes == 4 * 128 * (16 * prefix.length + 64)
+
+
 def test_prefix_cache_drops_the_least_recently_used(llava: Llava, images: Any) -> None:
     one = ZoomLlava(llava, proposer="none").read(images[:1])[0].nbytes
     zoom = ZoomLlava(llava, proposer="none", prefix_cache=2 * one)
@@ -315,6 +331,38 @@ def test_prefix_cache_drops_the_least_recently_used(llava: Llava, images: Any) -
         ZoomLlava(llava, proposer="none", prefix_cache=-1)
 
 
+def plain_prefix(tokens: int) -> Prefix:
+    """Of one layer, with 8 bytes a token: keys and values of one channel."""
+    kv = ((torch.zeros(1, 1, tokens, 1), torch.zeros(1, 1, tokens, 1)),)
+    return Prefix(kv, (), None, tuple(range(tokens)), 0)
+
+
+def test_the_prefix_cache_counts_what_it_holds() -> None:
+    cache = PrefixCache(100)
+    cache.put("a", plain_prefix(5))
+    cache.put("b", plain_prefix(7))
+    assert (len(cache), cache.nbytes) == (2, 96)
+    cache.put("b", plain_prefix(1))  # known already
+    assert (len(cache), cache.nbytes, cache.get("b").length) == (2, 96, 7)  # type: ignore[union-attr]
+    cache.put("c", plain_prefix(13))  # larger than the cache: nothing is dropped for it
+    assert ("a" in cache, "b" in cache, "c" in cache) == (True, True, False)
+    assert cache.get("a") is not None
+    assert cache.get("c") is None
+    cache.put("d", plain_prefix(6))  # drops b, which was used before a
+    assert ("a" in cache, "b" in cache, "d" in cache) == (True, False, True)
+    assert cache.nbytes == 88
+    cache.put("e", plain_prefix(12))  # one that drops both; 96 of 100 bytes are no reason to more
+    assert (len(cache), cache.nbytes, "e" in cache) == (1, 96, True)
+    cache.clear()
+    assert (len(cache), cache.nbytes, "e" in cache) == (0, 0, False)
+    whole = PrefixCache(40)
+    whole.put("a", plain_prefix(5))  # just fits
+    assert (len(whole), whole.nbytes) == (1, 40)
+    off = PrefixCache(0)
+    off.put("a", plain_prefix(1))
+    assert len(off) == 0
+
+
 def test_a_limit_of_crop_tokens_shrinks_their_grid(
     llava: Llava, perturbed_rpn: RPN, images: list[Image.Image]
 ) -> None:
@@ -325,6 +373,14 @@ def test_a_limit_of_crop_tokens_shrinks_their_grid(
         assert engine.ask(images[1], QUESTIONS[0], box=box).crop_tokens == tokens
     with pytest.raises(ValueError, match="max_crop_tokens must be 1 or more, got 0"):
         ZoomConfig(max_crop_tokens=0)
+
+
+def test_suffixes_are_padded_between_prefix_and_suffix() -> None:
+    suffixes = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0, 6.0]])]
+    embeds, mask = pad_between(3, suffixes)
+    assert embeds.tolist() == [[[1, 2], [3, 4]], [[0, 0], [5, 6]]]
+    assert mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 1]]
+    assert mask.dtype == torch.long
 
 
 def test_images_made_ready_ahead_do_not_show(

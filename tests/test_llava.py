@@ -332,6 +332,26 @@ def test_another_note_is_refused_by_name(folder: str, tmp_path: Path) -> None:
     assert Llava.load(str(tmp_path), device="cpu", padding="crop").padding == "crop"
 
 
+@pytest.mark.parametrize("size", [(9000, 40), (40, 8400)])
+def test_crops_of_very_large_images_are_cut_from_the_original(
+    llava: Llava, size: tuple[int, int]
+) -> None:
+    """The first look gets a copy of 8,192 pixels a side; a crop keeps every pixel it holds."""
+    long = max(size)
+    stripes = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    wide = size[0] == long
+    if wide:
+        stripes[:, long - 112 :: 2] = 255
+    else:
+        stripes[long - 112 :: 2, :] = 255
+    box = (long - 112, 0, long, 40) if wide else (0, long - 112, 40, long)
+    pixels = llava.crop_pixels([(Image.fromarray(stripes), PixelBox(*box))])[0, 0]
+    line = pixels[50] if wide else pixels[:, 50]
+    # White is (1 - mean) / deviation, black -mean / deviation, of CLIP's red.
+    assert line[0::2].tolist() == pytest.approx([1.930336] * 56, abs=1e-4)
+    assert line[1::2].tolist() == pytest.approx([-1.792262] * 56, abs=1e-4)
+
+
 def test_unknown_padding_is_refused(llava: Llava) -> None:
     with pytest.raises(ValueError, match="padding must be one of pad, crop, got 'stretch'"):
         Llava(llava.model, llava.processor, padding="stretch")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from asking_by_hand import ask, image, logged, model, rows, texts
+from conftest import make_llava
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from fake_engine import FakeEngine
@@ -368,3 +369,87 @@ def test_memory_that_fails_while_an_image_is_made_ready_is_not_a_bad_document() 
     engine.prepare = full  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         model(engine, rows(N), on_error="empty").generate_until(requests())
+
+
+# Pixels that the prefetch thread prepares
+
+
+class Guarded(dict):
+    """A dict that is only touched with its lock held."""
+
+    def __init__(self, lock: Any) -> None:
+        super().__init__()
+        self.lock, self.filled = lock, 0
+
+    def _check(self) -> None:
+        assert self.lock.locked(), "the pixels are touched without their lock"
+
+    def __contains__(self, key: object) -> bool:
+        self._check()
+        return super().__contains__(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._check()
+        self.filled += 1
+        super().__setitem__(key, value)
+
+    def pop(self, *args: Any) -> Any:
+        self._check()
+        return super().pop(*args)
+
+    def clear(self) -> None:
+        self._check()
+        super().clear()
+
+
+@pytest.fixture
+def short_engine() -> zoom.ZoomLlava:
+    """A model whose context holds a question of a few words and no more."""
+    llava = make_llava()
+    before = len(llava.head_ids) + llava.image_tokens
+    llava.context_length = before + len(llava.question_ids("red")) + 4
+    engine = zoom.ZoomLlava(llava, proposer="none", prefix_cache=0)
+    engine._pixels = Guarded(engine._pixels_lock)
+    return engine
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("on_error", ["raise", "stock", "empty"])
+@pytest.mark.parametrize("kind", ["generate_until", "loglikelihood"])
+def test_no_pixels_of_a_question_that_is_too_long_are_left(
+    tmp_path: Path, short_engine: zoom.ZoomLlava, kind: str, on_error: str, batch_size: int
+) -> None:
+    """Two of six are too long; under `raise` the next batch is being prepared when the run ends."""
+    docs = [{"image": image(40 * i).resize((30, 20))} for i in range(6)]
+    words = ["red", " ".join(["red"] * 9), "red", "red", " ".join(["red"] * 10), "red"]
+    extra = {"max_new_tokens": 1} if kind == "generate_until" else " red"
+    asked = [ask("mytask", i, text, extra, kind) for i, text in enumerate(words)]
+    lm = model(short_engine, docs, on_error=on_error, record=tmp_path / "r", batch_size=batch_size)  # type: ignore[arg-type]
+    if on_error == "raise":
+        with pytest.raises(BadDocument, match="too many for a context"):
+            getattr(lm, kind)(asked)
+    else:
+        assert len(getattr(lm, kind)(asked)) == 6
+        failed = [line["doc_id"] for line in read_records(tmp_path / "r") if "error" in line]
+        assert sorted(failed) == [1, 4]
+        assert short_engine._pixels.filled == 6  # type: ignore[attr-defined]
+    assert dict(short_engine._pixels) == {}
+    if on_error == "stock":
+        assert lm._stock._pixels == {}
+
+
+def test_pixels_of_a_batch_that_is_refused_are_let_go(short_engine: zoom.ZoomLlava) -> None:
+    questions = [zoom.Question("red", (image(i).resize((30, 20)),)) for i in range(2)]
+    for refused in (
+        lambda: short_engine.loss_batch(questions, ["red", " "]),
+        lambda: short_engine.ask_batch([*questions, zoom.Question("red " * 2000)]),
+        lambda: short_engine.ask_batch(questions, {"use_cache": False}),
+    ):
+        short_engine.prepare(questions)
+        assert len(short_engine._pixels) == 2
+        with pytest.raises(ValueError, match=r"empty|too many|use_cache"):
+            refused()
+        assert len(short_engine._pixels) == 0
+    short_engine.prepare(questions)
+    short_engine.forget_prepared()
+    assert len(short_engine._pixels) == 0

@@ -70,6 +70,12 @@ def attention_backend(llava: Llava, _: Any) -> bool:
     return llava.text_config._attn_implementation in ("sdpa", "eager")
 
 
+def offload_hook(*_: Any) -> bool:
+    layer = torch.nn.Linear(2, 2)
+    of("accelerate", "cpu_offload")(layer, execution_device=torch.device("cpu"))
+    return layer.weight.is_meta and layer._hf_hook.execution_device == torch.device("cpu")  # type: ignore[union-attr]
+
+
 def decoder_layer(llava: Llava, _: Any) -> bool:
     layer: Any = llava.layers[0][1]
     wanted = {"hidden_states", "attention_mask", "position_ids", "use_cache"}
@@ -208,6 +214,12 @@ LLAMA = "transformers.models.llama.modeling_llama"
 PLUGIN, MODEL = "sdrpn_eval/plugin.py", "sdrpn_eval/llava_sdrpn.py"
 
 TOUCHED = (
+    Touched(
+        "_hf_hook",
+        ("sdrpn/weights.py",),
+        "inputs would be sent to the meta device where weights are offloaded",
+        offload_hook,
+    ),
     Touched(
         "_attn_implementation",
         ("sdrpn/rpn.py", "benchmarks/workload.py"),

@@ -294,6 +294,29 @@ def test_strongest_looks_at_component_cells_only() -> None:
     assert boxes(look(*rows, policy="strongest")) == [(6, 2, 8, 4)]
 
 
+def test_strongest_passes_over_peaks_in_the_padding() -> None:
+    """On a wide image the upper and lower rows show no picture, however high the map is there."""
+    rows = (
+        "99......",
+        "99......",
+        "....55..",
+        "....55..",
+        "....66..",
+        "....66..",
+        "8.......",
+        "8.......",
+    )
+    wide = View((448, 112), 8, 112)  # a cell has 14 model pixels and 56 source pixels
+    found = propose(drawn(*rows), wide, replace(ANY_SIZE, policy="strongest"))
+    assert boxes(found) == [(4, 2, 6, 6)]
+    assert [tuple(box) for box in found.boxes] == [(224, 0, 336, 112)]
+    square = propose(drawn(*rows), View((448, 448), 8, 112), replace(ANY_SIZE, policy="strongest"))
+    assert boxes(square) == [(0, 0, 2, 2)]
+    only = [row.replace("5", ".").replace("6", ".") for row in rows]
+    nothing = propose(drawn(*only), wide, replace(ANY_SIZE, policy="strongest"))
+    assert nothing.reason == "the region holds no whole pixel of the image, only padding"
+
+
 # --- the image ---------------------------------------------------------------------------------
 
 
@@ -320,6 +343,54 @@ def test_to_pixels(
     size: tuple[int, int], padding: str, box: tuple[int, ...], pixels: tuple[int, ...]
 ) -> None:
     assert tuple(View(size, 4, 112, padding).to_pixels(GridBox(*box))) == pixels
+
+
+@pytest.mark.parametrize(
+    ("size", "box", "pixels"),
+    [
+        # Edges on whole pixels, which float64 puts one lower or higher.
+        ((500, 500), (6, 6, 12, 12), (125, 125, 250, 250)),
+        ((500, 500), (3, 9, 18, 21), (62, 187, 375, 437)),
+        ((2000, 1500), (3, 7, 18, 17), (250, 333, 1500, 1166)),
+        # 333 x 0.48 = 159.84: the image has 159 rows, and so 88.5 of padding and not 88.08.
+        ((700, 333), (12, 9, 15, 14), (350, 78, 437, 223)),
+        ((700, 333), (0, 6, 24, 18), (0, 0, 700, 333)),
+        # 640 x 0.525 and 300 x 0.21 are whole numbers, which float32 would truncate to one less.
+        ((640, 480), (19, 8, 22, 11), (506, 133, 586, 213)),
+        ((1600, 300), (13, 11, 16, 14), (866, 83, 1066, 283)),
+        ((300, 1600), (9, 18, 12, 21), (0, 1200, 150, 1400)),
+        # 79 x (336 / 79) is under 336 in float64 too: half a pixel of padding on both sides.
+        ((79, 79), (4, 8, 10, 20), (13, 26, 32, 65)),
+        ((20, 20), (5, 3, 8, 6), (4, 2, 6, 5)),
+    ],
+)
+def test_edges_follow_the_published_rounding(
+    size: tuple[int, int], box: tuple[int, ...], pixels: tuple[int, ...]
+) -> None:
+    assert tuple(View(size, 24, 336).to_pixels(GridBox(*box))) == pixels
+
+
+@settings(max_examples=500)
+@given(
+    size=st.tuples(st.integers(1, 8192), st.integers(1, 8192)),
+    edges=st.tuples(*[st.integers(0, 24)] * 4),
+)
+def test_edges_are_those_of_float32_tensors(size: tuple[int, int], edges: tuple[int, ...]) -> None:
+    """Against tensor arithmetic: (cell x 14 - pad) / ratio, clamped, truncated."""
+    width, height = size
+    ratio = min(336 / width, 336 / height)
+    pad = torch.tensor([(336 - int(width * ratio)) / 2, (336 - int(height * ratio)) / 2] * 2)
+    found = (torch.tensor(edges, dtype=torch.float32) * 14 - pad) / ratio
+    expected = torch.minimum(found.clamp(min=0), torch.tensor([width, height] * 2)).int()
+    assert list(View(size, 24, 336).to_pixels(GridBox(*edges))) == expected.tolist()
+
+
+def test_cropped_squares_keep_their_exact_offset() -> None:
+    """On 333 x 100, `crop` resizes to 1118.88 columns and takes the middle 336."""
+    view = View((333, 100), 24, 336, "crop")
+    assert view.pad == view.offset == pytest.approx((-391.44, 0.0))
+    assert tuple(view.to_pixels(GridBox(0, 0, 24, 12))) == (116, 0, 216, 50)
+    assert tuple(view.to_grid(PixelBox(117, 0, 216, 50))) == (0, 0, 24, 12)
 
 
 def test_regions_in_the_padding_alone() -> None:
@@ -350,6 +421,17 @@ def test_to_grid_takes_every_cell_a_box_touches() -> None:
     assert tuple(view.to_grid(PixelBox(111, 0, 112, 1))) == (3, 0, 4, 1)
     wide = View((224, 112), 4, 112)
     assert tuple(wide.to_grid(PixelBox(0, 0, 1, 1))) == (0, 1, 1, 2)
+
+
+def test_to_grid_ends_where_a_cell_ends() -> None:
+    """On 500 x 500 a cell of 14 model pixels has 20.83 source pixels: 6 of them make 125."""
+    view = View((500, 500), 24, 336)
+    assert tuple(view.to_grid(PixelBox(125, 250, 375, 500))) == (6, 12, 18, 24)
+    assert tuple(view.to_grid(PixelBox(124, 249, 376, 500))) == (5, 11, 19, 24)
+    # 88.5 model pixels of padding: cell 6 holds the first rows, cell 17 the last.
+    wide = View((700, 333), 24, 336)
+    assert tuple(wide.to_grid(PixelBox(0, 0, 700, 333))) == (0, 6, 24, 18)
+    assert tuple(wide.to_grid(PixelBox(175, 20, 350, 78))) == (6, 7, 12, 9)
 
 
 def test_cropped_away_boxes_still_have_cells() -> None:
