@@ -282,6 +282,30 @@ def test_window_search_against_loops(size: tuple[int, int], seed: int) -> None:
         assert abs(box[axis] - start) <= 1
 
 
+@pytest.mark.parametrize(
+    ("cells", "box"),
+    [
+        (6, (392, 280, 728, 616)),  # 336 px
+        (7, (386, 274, 789, 677)),  # 1.2 x 336
+        (8, (380, 268, 850, 738)),  # 1.4 x 336
+        (10, (403, 291, 940, 828)),  # 1.6 x 336
+        (11, (397, 285, 1001, 889)),  # 1.8 x 336
+        (12, (392, 280, 1064, 952)),  # 2 x 336
+    ],
+)
+def test_each_side_wins_on_a_square_of_its_size(cells: int, box: tuple[int, ...]) -> None:
+    """1344 px on 24 cells of 56 px: a level square at (row 5, column 7) in an empty map."""
+    ratio = np.zeros((24, 24))
+    ratio[5 : 5 + cells, 7 : 7 + cells] = 1.0
+    region = propose_window(ratio, View((1344, 1344), 24, 336))
+    assert region.grid_boxes == ((7, 5, 7 + cells, 5 + cells),)
+    assert region.boxes == (box,)
+
+
+def test_the_neutral_prompt_is_vicrops_own() -> None:
+    assert NEUTRAL_QUESTION == "Write a general description of the image."
+
+
 def test_window_around_a_peak() -> None:
     """1344 px on 24 cells: the window of 336 px is 6 cells wide and begins where the sum does."""
     region = propose_window(peak(24, (10, 13)), View((1344, 1344), 24, 336))
@@ -319,7 +343,9 @@ def test_windows_of_wide_images() -> None:
 def test_broken_ratio_maps_are_refused() -> None:
     ratio = peak(8)
     ratio[0, 0] = np.nan
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(
+        ValueError, match=r"^the attention ratio map holds values that are not finite"
+    ):
         propose_window(ratio, View((100, 100), 8, 112))
 
 

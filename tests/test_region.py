@@ -156,6 +156,15 @@ def test_size_limits_count_cells_not_boxes() -> None:
     assert mask.sum() == 92
 
 
+def test_the_upper_limit_is_rounded() -> None:
+    """0.31 of 25 cells are 7.75: a component of 8 passes, one of 9 does not."""
+    eight = ["###..", "###..", "##...", ".....", "....."]
+    zoom = ZoomConfig(max_cells_fraction=0.31)
+    assert boxes(look(*eight, zoom=zoom)) == [(0, 0, 3, 3)]
+    nine = ["###..", "###..", "###..", ".....", "....."]
+    assert look(*nine, zoom=zoom).reason == "no component within the size limits"
+
+
 def test_the_lower_limit() -> None:
     two_and_four = ["##....", "......", "..##..", "..##..", "......", "......"]
     assert len(boxes(look(*two_and_four))) == 2
@@ -641,7 +650,7 @@ def test_crops_that_are_very_high_resize_rows_first() -> None:
     assert not np.array_equal(found, columns)
 
 
-@pytest.mark.parametrize("size", [(300, 60), (60, 300), (20, 20), (1000, 900)])
+@pytest.mark.parametrize("size", [(300, 60), (60, 300), (20, 20), (1000, 900), (5, 8192)])
 def test_crops_resize_columns_first(size: tuple[int, int]) -> None:
     """The order of the two passes decides the rounding, so it is not left to Pillow's version."""
     image = noise_image(*size)
