@@ -131,6 +131,8 @@ def from_evaluator() -> dict[str, Any]:
         names = frame.f_globals.get("__name__"), frame.f_code.co_name
         if names == ("lmms_eval.evaluator", "simple_evaluate"):
             found = dict(frame.f_locals)
+            # Whoever gives it from Python, with a model in memory, knows what the model is.
+            found.pop("use_cache", None)
             return found | {"output_path": getattr(found.get("cli_args"), "output_path", None)}
         frame = frame.f_back
     return {}

@@ -46,7 +46,7 @@ _LIST, _LIST_ANY_CASE = rf"{_LETTER}{_MORE}", rf"{_ANY_CASE}{_MORE}"
 _BE = r"(?i:is|are|was|would\s+be|could\s+be|might\s+be|may\s+be|should\s+be|must\s+be|will\s+be)"
 _NEGATED = re.compile(
     r"(?i:\b(?:not|neither|never|without|except|cannot|unlike|none\s+of|rather\s+than|"
-    r"instead\s+of)|n't)\s+(?i:(?:be|think|believe|say)\s+)?(?i:(?:that\s+)?(?:it|the\s+answer)\s+"
+    r"instead\s+of)|n't)\s+(?i:(?:be|think|believe|say|choose|pick|select)\s+)?(?i:(?:that\s+)?(?:it|the\s+answer)\s+"
     rf"(?:is|are)\s+)?{_FILLING}{_LIST_ANY_CASE}"
     rf"|(?:(?i:option|choice)\s+)?{_LIST}\s+(?i:is|are|was|seems|looks|would\s+be)"
     r"(?:\s+(?i:not|incorrect|wrong|false|impossible|unlikely)\b|n't\b)"
