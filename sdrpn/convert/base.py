@@ -26,6 +26,7 @@ from sdrpn.convert.checkpoint import Source, Weights, reason
 from sdrpn.convert.published import LLAVA_TYPES, tower_of
 from sdrpn.convert.tokenizer import read_tokenizer
 from sdrpn.convert.weight_maps import Names, base_names, rename, require
+from sdrpn.files import allow_as_umask
 from sdrpn.llava import IMAGE_TOKEN
 from sdrpn.weights import MAX_LAYERS, broken_files_named, check_finite
 
@@ -91,6 +92,8 @@ def convert_base(
     )
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out, max_shard_size=SHARD)
+    for path in out.glob("*.safetensors"):
+        allow_as_umask(path)
     processor.save_pretrained(out)
 
 
