@@ -47,6 +47,16 @@ def whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def allow_as_umask(path: Path) -> None:
+    """Give a file that a library wrote, as safetensors does with 0600, the mode of any new file."""
+    probe = path.with_name(f"{path.name}.part{os.getpid()}-{threading.get_ident()}")
+    try:
+        probe.touch()
+        path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def remove_parts(folder: Path) -> None:
     """Remove what a killed process left in a folder of files written by `whole`."""
     for part in folder.glob("*.part*"):

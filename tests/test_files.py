@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdrpn.files import whole, write_json
+from sdrpn.files import allow_as_umask, whole, write_json
 from sdrpn.llava import pick_dtype
 from sdrpn.plurals import counted
 from sdrpn.rpn import RPN
@@ -36,6 +36,8 @@ def test_files_have_the_mode_that_the_umask_allows(
     write_json(tmp_path / "one.json", {})
     with whole(tmp_path / "two.safetensors") as part:
         save_file({"a": torch.zeros(1)}, part)
+    save_file({"a": torch.zeros(1)}, tmp_path / "three.safetensors")
+    allow_as_umask(tmp_path / "three.safetensors")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {"rpn.safetensors", "config.json", "two.safetensors"}
     assert {path.name: oct(mode(path)) for path in files} == {

@@ -35,7 +35,7 @@ from sdrpn.convert.checkpoint import (
 from sdrpn.convert.published import LLAVA_TYPES, tower_of
 from sdrpn.convert.tokenizer import read_tokenizer
 from sdrpn.convert.weight_maps import Names, base_names, rename, require
-from sdrpn.files import read_object
+from sdrpn.files import allow_as_umask, read_object
 from sdrpn.llava import IMAGE_TOKEN, check_is_llava15, check_not_llava16, noted_padding
 from sdrpn.weights import MAX_LAYERS, broken_files_named, check_finite
 
@@ -106,6 +106,8 @@ def convert_base(
     )
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out, max_shard_size=SHARD)
+    for path in out.glob("*.safetensors"):
+        allow_as_umask(path)
     processor.save_pretrained(out)
 
 
