@@ -202,7 +202,7 @@ def sign_flip(differences: Sequence[float], clusters: Sequence[Hashable], seed: 
     observed = abs(sums.sum()) - 1e-9
     if len(sums) <= EXACT_UP_TO:
         signs = np.array(list(itertools.product((-1, 1), repeat=len(sums))))
-        return float(np.mean(np.abs(signs @ sums) >= observed)) if len(sums) else 1.0
+        return float(np.mean(np.abs(signs @ sums) >= observed))
     rng = np.random.default_rng(seed)
     extreme = 1
     for start in range(0, FLIPS, BATCH):

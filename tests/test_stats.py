@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from sdrpn_eval.stats import (
+    Estimate,
     clustered,
     clustered_difference,
     holm,
     images_needed,
+    rounded,
     sign_flip,
     smallest_p,
+    with_interval,
 )
 
 
@@ -120,6 +123,16 @@ def test_scores_of_another_scale_are_resampled_by_image() -> None:
     assert clustered(values, list(range(200)), seed=1) != found
 
 
+@pytest.mark.parametrize("values", [[-0.5, 0.5], [0.0, 1.5]])
+def test_a_scale_that_is_not_from_0_to_1_has_a_bootstrap_s_interval(values: list[float]) -> None:
+    """Of 100 images half have either score: 1.96 standard errors around the mean."""
+    found = clustered(values * 50, list(range(100)))
+    mean, half = sum(values) / 2, 1.96 * (values[1] - values[0]) / 2 / 10
+    assert found.low == pytest.approx(mean - half, abs=0.03)
+    assert found.high == pytest.approx(mean + half, abs=0.03)
+    assert (found.high or 0) - (found.low or 0) == pytest.approx(2 * half, rel=0.1)
+
+
 def test_few_images_are_less_sure_than_their_variance() -> None:
     """Five images with 20, 40, 60, 80 and 50 % right of 20 questions.
 
@@ -185,14 +198,27 @@ def test_changes_that_come_singly_are_surer_than_whole_images() -> None:
     assert found.low == pytest.approx(0.0076, abs=5e-4)
 
 
+def test_losses_show_how_many_questions_change_together_as_gains_do() -> None:
+    """Ten images of four; on one all four are won, on another all four are lost."""
+    clusters = [i // 4 for i in range(40)]
+    both = clustered_difference([1.0] * 4 + [-1.0] * 4 + [0.0] * 32, clusters)
+    assert both.mean == 0
+    assert both.high == pytest.approx(-(both.low or 0))
+    assert both.high == pytest.approx(0.4, abs=0.1)
+    singly = [0.0] * 40
+    singly[0] = singly[4] = 1.0
+    singly[8] = singly[12] = -1.0
+    assert (clustered_difference(singly, clusters).high or 0) < 0.6 * (both.high or 0)
+
+
 def test_an_interval_ends_at_what_a_difference_can_be() -> None:
     assert clustered_difference([1.0, 1.0, 1.0], [0, 1, 2]).high == 1.0
     assert clustered_difference([-1.0, -1.0, -1.0], [0, 1, 2]).low == -1.0
 
 
 def test_differences_of_another_scale_are_not_taken_for_shares() -> None:
-    with pytest.raises(ValueError, match=r"must be in \[-1, 1\], got 5"):
-        clustered_difference([0.0, -5.0], [0, 1])
+    with pytest.raises(ValueError, match=r"must be in \[-1, 1\], got 1.5"):
+        clustered_difference([0.0, -1.5], [0, 1])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -235,6 +261,7 @@ def test_few_clusters_are_flipped_in_every_way() -> None:
     """Sums 2, 1, -1: the patterns give 4, 2, 2, 0 and their negatives; 6 of 8 reach 2."""
     assert sign_flip([1, 1, 1, 0, -1, 0], ["a", "a", "b", "b", "c", "d"]) == 6 / 8
     assert sign_flip([1, 1, 1], [0, 1, 2]) == 2 / 8
+    assert sign_flip([0.1, 0.1, 0.1, -0.05], [0, 1, 2, 3]) == 4 / 16
 
 
 def test_no_difference_is_no_evidence() -> None:
@@ -284,6 +311,26 @@ def test_the_smallest_p_is_what_the_test_gives_at_best() -> None:
 def test_images_that_are_needed(alpha: float, tests: int, images: int | None) -> None:
     """2 / 2 ** 6 is the first below 0.05, and half of the images shall be enough."""
     assert images_needed(alpha, tests) == images
+    assert images_needed(0.05) == 12
+
+
+def test_estimates_in_print_and_in_json() -> None:
+    assert rounded(Estimate(0.123456, None, 0.98765432)) == [0.1235, None, 0.9877]
+    assert rounded(Estimate(0.123456, 0.1, 0.2), 2) == [0.12, 0.1, 0.2]
+    assert with_interval((0.5, 0.125, 0.875), 100, ".1f") == "50.0 [12.5, 87.5]"
+    assert with_interval((1.5, -1.0, 2.0), 1, "+.4g") == "+1.5 [-1, +2]"
+    assert with_interval((0.5, None, None), 100, ".1f") == "50.0 [n/a]"
+
+
+def test_seeds_are_0_by_default_and_matter() -> None:
+    values = np.random.default_rng(8).normal(5, 1, 30).tolist()
+    places = list(range(30))
+    assert clustered(values, places) == clustered(values, places, 0) != clustered(values, places, 1)
+    changes = [v - 5 for v in values]
+    for function in (sign_flip, clustered_difference):
+        more = {} if function is sign_flip else {"shares": False}
+        assert function(changes, places, **more) == function(changes, places, 0, **more)
+        assert function(changes, places, 0, **more) != function(changes, places, 1, **more)
 
 
 def test_holm_by_hand() -> None:
