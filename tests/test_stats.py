@@ -86,6 +86,14 @@ def test_independent_questions_have_clopper_and_pearson_s_interval(
     assert found[1:] == (pytest.approx(low, abs=2e-4), pytest.approx(high, abs=2e-4))
 
 
+def test_one_wrong_and_one_right_of_500() -> None:
+    """Clopper and Pearson: 0.00005 and 0.01109, with a variance that divides by 499."""
+    one = clustered([1.0] + [0.0] * 499, list(range(500)))
+    assert one == (0.002, pytest.approx(0.000051, abs=2e-6), pytest.approx(0.01111, abs=2e-5))
+    other = clustered([0.0] + [1.0] * 499, list(range(500)))
+    assert other == pytest.approx((0.998, 1 - (one.high or 0), 1 - (one.low or 0)))
+
+
 @pytest.mark.parametrize("per_image", [1, 4])
 def test_a_better_score_has_no_wider_interval_below_it(per_image: int) -> None:
     clusters = [i // per_image for i in range(480)]
@@ -96,6 +104,8 @@ def test_a_better_score_has_no_wider_interval_below_it(per_image: int) -> None:
         lows.append(clustered(values, clusters).low or 0.0)
     assert lows == sorted(lows, reverse=True)
     assert lows[0] == pytest.approx(0.025 ** (per_image / 480))
+    few = clustered([1.0] + [0.0] * 479, clusters)
+    assert (few.high or 0) >= 1 - 0.025 ** (per_image / 480) - 1e-12
 
 
 def test_scores_that_are_all_the_same_are_as_sure_as_their_images() -> None:
@@ -121,6 +131,16 @@ def test_scores_of_another_scale_are_resampled_by_image() -> None:
     changes = clustered_difference([v - 100 for v in values], list(range(200)), shares=False)
     assert changes.low == pytest.approx(found.low - 100)
     assert clustered(values, list(range(200)), seed=1) != found
+    assert clustered([2.0, 4.0], [0, 1]) == (3.0, 2.0, 4.0)
+
+
+def test_images_are_resampled_with_all_their_questions() -> None:
+    """Images of one and of nine questions, all close to 100."""
+    sizes = [1, 9] * 20
+    places = [i for i, size in enumerate(sizes) for _ in range(size)]
+    values = [100.0 + i % 3 for i, _ in enumerate(places)]
+    found = clustered(values, places)
+    assert 100.5 < (found.low or 0) < found.mean < (found.high or 0) < 101.5
 
 
 @pytest.mark.parametrize("values", [[-0.5, 0.5], [0.0, 1.5]])
@@ -262,11 +282,13 @@ def test_few_clusters_are_flipped_in_every_way() -> None:
     assert sign_flip([1, 1, 1, 0, -1, 0], ["a", "a", "b", "b", "c", "d"]) == 6 / 8
     assert sign_flip([1, 1, 1], [0, 1, 2]) == 2 / 8
     assert sign_flip([0.1, 0.1, 0.1, -0.05], [0, 1, 2, 3]) == 4 / 16
+    assert sign_flip([1.0] * 3 + [0.0] * 17, list(range(20))) == 2 / 8
 
 
 def test_no_difference_is_no_evidence() -> None:
     assert sign_flip([0.0, 0.0, 0.0], [0, 1, 2]) == 1.0
     assert sign_flip([1.0, -1.0], [0, 0]) == 1.0
+    assert sign_flip([1.0, -1.0] * 10, list(range(20))) == 1.0  # of all 9999 and the observed one
 
 
 def test_clear_difference_over_many_clusters_has_the_smallest_p() -> None:
@@ -312,6 +334,7 @@ def test_images_that_are_needed(alpha: float, tests: int, images: int | None) ->
     """2 / 2 ** 6 is the first below 0.05, and half of the images shall be enough."""
     assert images_needed(alpha, tests) == images
     assert images_needed(0.05) == 12
+    assert images_needed(0.000100005) == 30
 
 
 def test_estimates_in_print_and_in_json() -> None:
