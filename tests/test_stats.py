@@ -218,6 +218,20 @@ def test_changes_that_come_singly_are_surer_than_whole_images() -> None:
     assert found.low == pytest.approx(0.0076, abs=5e-4)
 
 
+def test_a_difference_by_another_road() -> None:
+    """Thirty images of six questions, 0 to 3 won and none or one lost on each.
+
+    Worked out apart from this package, with scipy.stats.beta and numpy.corrcoef: 23.9 % won
+    [17.136, 31.764], 7.8 % lost [4.210, 12.925], and a correlation of 0.894 between the two.
+    """
+    values: list[float] = []
+    for i in range(30):
+        row = [1.0] * (i % 4) + [-1.0] * (i % 4 > 1)
+        values += row + [0.0] * (6 - len(row))
+    found = clustered_difference(values, [i // 6 for i in range(180)])
+    assert found == pytest.approx((0.16111111, 0.12957506, 0.21062042), abs=1e-7)
+
+
 def test_losses_show_how_many_questions_change_together_as_gains_do() -> None:
     """Ten images of four; on one all four are won, on another all four are lost."""
     clusters = [i // 4 for i in range(40)]
