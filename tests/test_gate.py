@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from sdrpn_eval.report.baseline import read_baseline
 from sdrpn_eval.report.cli import app
+from sdrpn_eval.report.gate import Rules
 
 N = 40
 
@@ -59,6 +60,12 @@ def test_a_fall_beyond_the_noise_fails_and_is_named(tmp_path: Path, baseline: Pa
     assert code == 1
     assert line.startswith("gate: fell: x accuracy: 1.0000 -> 0.7750, fell by 0.2250, p = 0.00")
     assert "y" not in line.split("fell:")[1].split("p =")[1]
+
+
+def test_rules_by_default() -> None:
+    rules = Rules({})
+    assert (rules.alpha, rules.skipped, rules.max_age, rules.metrics) == (0.05, 0, None, None)
+    assert rules.allowed("x") is None
 
 
 def test_a_fall_within_the_noise_passes(tmp_path: Path, baseline: Path) -> None:
@@ -382,8 +389,8 @@ def test_more_documents_than_the_baseline_are_broken(tmp_path: Path) -> None:
     run_gate(write_run(tmp_path / "ten", {"x": rows(n=10)}), base, "--update")
     assert run_gate(write_run(tmp_path / "all", {"x": rows()}), base) == (
         2,
-        "gate: broken: x accuracy: 40 documents, the baseline has 10: run with the same --limit, or "
-        "--update",
+        "gate: broken: x accuracy: 40 documents, the baseline has 10: run with the same --limit, "
+        "or --update",
     )
 
 
