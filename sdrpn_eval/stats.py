@@ -100,7 +100,7 @@ def clustered_difference(
     related = _correlation(gains, losses, counts)
     down = _hypotenuse(gain.mean - gain.low, loss.high - loss.mean, related)
     up = _hypotenuse(gain.high - gain.mean, loss.mean - loss.low, related)
-    return Estimate(mean, max(mean - down, -1.0), min(mean + up, 1.0))
+    return Estimate(mean, mean - down, mean + up)  # no further than -1 and 1, as their parts
 
 
 def rounded(estimate: Estimate, digits: int = 4) -> list[float | None]:
@@ -171,7 +171,7 @@ def _hypotenuse(a: float, b: float, related: float) -> float:
 def _resampled(sums: np.ndarray, counts: np.ndarray, seed: int) -> Estimate:
     """A percentile bootstrap over clusters; no interval where all clusters are alike."""
     mean = float(sums.sum() / counts.sum())
-    if len(sums) == 1 or np.ptp(sums / counts) <= 1e-12 * max(1.0, abs(mean)):
+    if np.ptp(sums / counts) <= 1e-12 * max(1.0, abs(mean)):
         return Estimate(mean, None, None)
     # Imported here: a second of imports, behind a command, that scores in [0, 1] do not need.
     from scipy.stats import bootstrap
@@ -202,7 +202,7 @@ def sign_flip(differences: Sequence[float], clusters: Sequence[Hashable], seed: 
     observed = abs(sums.sum()) - 1e-9
     if len(sums) <= EXACT_UP_TO:
         signs = np.array(list(itertools.product((-1, 1), repeat=len(sums))))
-        return float(np.mean(np.abs(signs @ sums) >= observed)) if len(sums) else 1.0
+        return float(np.mean(np.abs(signs @ sums) >= observed))
     rng = np.random.default_rng(seed)
     extreme = 1
     for start in range(0, FLIPS, BATCH):

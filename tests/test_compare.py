@@ -23,6 +23,7 @@ from sdrpn_eval.report.looks import covered, unfinished_later_run
 from sdrpn_eval.report.published import COLUMN_OF, PUBLISHED, published_score
 from sdrpn_eval.report.results import Comparison, MetricRow
 from sdrpn_eval.report.runs import BadRun, Run, parse_arguments, read_run
+from sdrpn_eval.report.scores import group_scores
 
 STOCK = "pretrained=tiny,proposer=none"
 
@@ -199,6 +200,57 @@ def test_another_scale_than_a_mean_s_is_not_compared(
     values = [1.0, 1.0, 1.0, 0.0]
     comparison = compare([one_metric(tmp_path / n, values, total, metric) for n in ("a", "b")])
     assert "is no mean over documents" in comparison.not_compared[0].reason
+
+
+def test_a_metric_whose_documents_carry_no_number_is_named(tmp_path: Path) -> None:
+    rows = [sample(i, accuracy={"answer": "red"}) for i in range(3)]
+    runs = [
+        read_run(write_run(tmp_path / n, {"toy": rows}, {"toy": {"accuracy,none": 0.5}}))
+        for n in ("a", "b")
+    ]
+    (one,) = compare(runs).not_compared
+    assert one.reason == "its documents carry no number each"
+
+
+def test_a_group_with_a_task_without_numbers_is_named(tmp_path: Path) -> None:
+    runs = []
+    for name in ("a", "b"):
+        run = grouped(tmp_path / name, 0.75)
+        path = next(run.folder.rglob("*_samples_y.jsonl"))
+        line = json.loads(path.read_text()) | {"accuracy": {"answer": "red"}}
+        path.write_text(json.dumps(line) + "\n")
+        runs.append(read_run(run.folder))
+    reasons = {one.task: one.reason for one in compare(runs).not_compared}
+    assert reasons["both"] == "not all of its tasks have a score a document"
+
+
+def test_a_group_is_high_when_better_only_if_all_its_tasks_are(tmp_path: Path) -> None:
+    run = grouped(tmp_path / "a", 0.75)
+    file = next(run.folder.rglob("*_results.json"))
+    content = json.loads(file.read_text())
+    content["higher_is_better"]["y"] = {"accuracy": False}
+    file.write_text(json.dumps(content))
+    (both,) = group_scores(read_run(run.folder), "both")
+    assert not both.higher_is_better
+    (both,) = group_scores(run, "both")
+    assert both.higher_is_better
+
+
+def test_the_number_stands_where_the_task_says(tmp_path: Path) -> None:
+    rows = [sample(i, accuracy={"score": 0.0, "points": float(i)}) for i in range(2)]
+    totals = {"toy": {"accuracy,none": 0.5}}
+    runs = [
+        read_run(write_run(tmp_path / n, {"toy": rows}, totals, config={"score_key": "points"}))
+        for n in ("a", "b")
+    ]
+    assert [score.mean for score in compare(runs).rows[0].scores] == [0.5, 0.5]
+
+
+def test_a_group_whose_tasks_are_not_all_compared_is_left_out(tmp_path: Path) -> None:
+    runs = [grouped(tmp_path / n, 0.75) for n in ("a", "b")]
+    some = compare([read_run(run.folder, run.name, ["x"]) for run in runs])
+    assert [row.task for row in some.rows] == ["x"]
+    assert group_scores(read_run(runs[0].folder, tasks=["x"]), "both") == []
 
 
 def grouped(folder: Path, total: float | None, better: bool = True) -> Run:

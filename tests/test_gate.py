@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from sdrpn_eval.report.baseline import read_baseline
 from sdrpn_eval.report.cli import app
+from sdrpn_eval.report.gate import Rules
 
 N = 40
 
@@ -59,6 +60,12 @@ def test_a_fall_beyond_the_noise_fails_and_is_named(tmp_path: Path, baseline: Pa
     assert code == 1
     assert line.startswith("gate: fell: x accuracy: 1.0000 -> 0.7750, fell by 0.2250, p = 0.00")
     assert "y" not in line.split("fell:")[1].split("p =")[1]
+
+
+def test_rules_by_default() -> None:
+    rules = Rules({})
+    assert (rules.alpha, rules.skipped, rules.max_age, rules.metrics) == (0.05, 0, None, None)
+    assert rules.allowed("x") is None
 
 
 def test_a_fall_within_the_noise_passes(tmp_path: Path, baseline: Path) -> None:
@@ -219,7 +226,7 @@ def test_of_a_score_that_should_be_low_the_images_below_one_can_fall(tmp_path: P
     assert "note: toy: only 10 images can fall" in said
     said = verdict_lines(lower(tmp_path / "b", [1.0] * 10 + [0.0] * 30), base, "--update")
     assert "note:" not in said
-    said = verdict_lines(lower(tmp_path / "c", [1.0] * 28 + [7.0] * 12), base, "--update")
+    said = verdict_lines(lower(tmp_path / "c", [1.0] * 35 + [7.0] * 5), base, "--update")
     assert "note:" not in said  # of another scale: it can rise without end
 
 
@@ -375,6 +382,44 @@ def test_fewer_documents_than_the_baseline_are_broken(tmp_path: Path, baseline: 
     code, line = run_gate(run, baseline)
     assert code == 2
     assert "30 of the baseline's 40 documents are missing, such as 10" in line
+
+
+def test_more_documents_than_the_baseline_are_broken(tmp_path: Path) -> None:
+    base = tmp_path / "b.json"
+    run_gate(write_run(tmp_path / "ten", {"x": rows(n=10)}), base, "--update")
+    assert run_gate(write_run(tmp_path / "all", {"x": rows()}), base) == (
+        2,
+        "gate: broken: x accuracy: 40 documents, the baseline has 10: run with the same --limit, "
+        "or --update",
+    )
+
+
+@pytest.mark.parametrize("total", [0.99, 1.01, 0.9999])
+def test_a_score_that_is_not_its_documents_mean_is_broken(
+    tmp_path: Path, baseline: Path, total: float
+) -> None:
+    """A total that disagrees by as little as a hundredth of a percent is another metric."""
+    totals = {"x": {"accuracy,none": total}, "y": {"accuracy,none": 1.0}}
+    run = write_run(tmp_path / "run", {"x": rows(), "y": rows()}, totals)
+    assert run_gate(run, baseline) == (
+        2,
+        "gate: broken: x accuracy: accuracy,none cannot be read document by document, the "
+        "baseline's could",
+    )
+    code, line = run_gate(run, tmp_path / "other.json", "--update")
+    assert code == 0
+    assert line.endswith("without a score a document: x")
+
+
+def test_a_score_over_other_documents_is_broken(tmp_path: Path, baseline: Path) -> None:
+    some = rows()
+    del some[3]["accuracy"]
+    totals = {"x": {"accuracy,none": 1.0}, "y": {"accuracy,none": 1.0}}
+    run = write_run(tmp_path / "run", {"x": some, "y": rows()}, totals)
+    assert run_gate(run, baseline) == (
+        2,
+        "gate: broken: x accuracy: accuracy,none is scored on other documents than the baseline's",
+    )
 
 
 def test_other_prompts_images_and_scorers_are_broken(tmp_path: Path) -> None:
