@@ -32,7 +32,7 @@ from sdrpn.config import ASPECT_RATIO, NOTED_PADDINGS, PADDINGS, VICUNA_SYSTEM_P
 from sdrpn.convert.checkpoint import CONFIG_FILE, Source, reason
 from sdrpn.images import as_shown, bounded
 from sdrpn.layers import Span, cache_argument, positions_of
-from sdrpn.plurals import counted
+from sdrpn.plurals import agree, counted
 from sdrpn.prompt import IMAGE_TOKEN, PlainText
 from sdrpn.region import PixelBox, View, crop
 from sdrpn.weights import (
@@ -184,7 +184,8 @@ def _first_layers(
     text: Any = shape.text_config
     if num_layers > text.num_hidden_layers:
         raise ValueError(
-            f"{name} has {counted(text.num_hidden_layers, 'decoder layer')}, {num_layers} are "
+            f"{name} has {counted(text.num_hidden_layers, 'decoder layer')}, {num_layers} "
+            f"{agree(num_layers, 'is', 'are')} "
             "needed"
         )
     text.num_hidden_layers = num_layers

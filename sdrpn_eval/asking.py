@@ -15,7 +15,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from loguru import logger
 
-from sdrpn.plurals import counted
+from sdrpn.plurals import agree, counted
 from sdrpn.zoom import Question
 from sdrpn_eval.fingerprints import without_addresses
 from sdrpn_eval.kinds import Said
@@ -130,7 +130,8 @@ class Asker:
     def _tell_once(self) -> None:
         if self._too_many:
             logger.warning(
-                f"{counted(self._too_many, 'question')} at a time do not fit the memory: going "
+                f"{counted(self._too_many, 'question')} at a time "
+                f"{agree(self._too_many, 'does', 'do')} not fit the memory: going "
                 "on with "
                 f"{self.batch_size}"
             )

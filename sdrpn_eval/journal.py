@@ -20,7 +20,7 @@ from loguru import logger
 
 import sdrpn
 from sdrpn.config import ZoomConfig
-from sdrpn.plurals import counted
+from sdrpn.plurals import agree, counted
 from sdrpn_eval.fingerprints import digest, visuals_fingerprint
 from sdrpn_eval.kinds import Kind
 from sdrpn_eval.questions import Request
@@ -99,9 +99,10 @@ class Journal:
         self.keep(again, [found[r.index] for r in again])
         if found:
             logger.info(
-                f"{len(found)} of {counted(len(requests), 'answer')} stand in the record of an "
+                f"{len(found)} of {counted(len(requests), 'answer')} "
+                f"{agree(len(found), 'stands', 'stand')} in the record of an "
                 "earlier run, "
-                "of the same weights, settings and prompts, and are not asked again; resume=false "
+                "of the same weights, settings and prompts, and not asked again; resume=false "
                 "asks all anew"
             )
         return found

@@ -40,19 +40,18 @@ IMAGE_TOKEN_ID = 200
 class IdTokenizer:
     """Stands for the tokenizer the record lacks: questions are written as token ids."""
 
+    bos_token_id = None
     eos_token_id = 2
     pad_token_id = 0
     added_tokens_decoder: ClassVar = {IMAGE_TOKEN_ID: AddedToken("<image>")}
 
-    def __call__(self, prompt: str, **_: Any) -> dict[str, list[int]]:
-        words = re.sub(r"<image[^>]*>", "", prompt)
-        return {"input_ids": [*HEAD_IDS, IMAGE_TOKEN_ID, *map(int, re.findall(r"\d+", words))]}
+    def __call__(self, part: str, **_: Any) -> dict[str, list[int]]:
+        """A part of a prompt: the one before the image has words, the one behind it ids."""
+        before = HEAD_IDS if "USER:" in part else []
+        return {"input_ids": [*before, *map(int, re.findall(r"\d+", part))]}
 
-    def add_tokens(self, token: AddedToken) -> None:
-        """The mark of an image; `__call__` puts its id where it always is."""
-
-    def convert_tokens_to_ids(self, token: str) -> int:
-        return IMAGE_TOKEN_ID
+    def get_vocab(self) -> dict[str, int]:
+        return {}
 
     def decode(self, ids: list[int], **_: Any) -> str:
         return " ".join(map(str, ids))

@@ -767,7 +767,7 @@ def test_markdown_holds_hostile_names(tmp_path: Path) -> None:
     [
         (["{run}"], "compare needs two runs or more, got 1"),
         (["{run}", "{run}/gone"], "gone does not exist"),
-        (["{run}", "{run}", "--names", "a"], "--names has 1 names for 2 runs"),
+        (["{run}", "{run}", "--names", "a"], "--names has 1 name for 2 runs"),
         (["{run}", "{run}", "--names", "a,a"], "runs need different names"),
         (["{run}", "{run}", "--names", "a,b", "--tasks", "nope"], "has no results for nope"),
         (["{run}", "{run}", "--names", "a,b", "--boxes", "{run}/no.json"], "no.json must hold"),

@@ -18,7 +18,7 @@ from sdrpn.distill.claim import ANEW
 from sdrpn.distill.pseudo_labels import BACKGROUND, FOREGROUND, IGNORED
 from sdrpn.files import read_object, whole, write_json
 from sdrpn.images import inside, load_image
-from sdrpn.plurals import counted
+from sdrpn.plurals import agree, counted
 
 FEATURES = Features(
     {
@@ -132,7 +132,8 @@ def shards_of(folder: Path) -> list[Path]:
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise ValueError(
-            f"{folder} is not finished: {len(missing)} of {counted(len(paths), 'shard')} are "
+            f"{folder} is not finished: {len(missing)} of {counted(len(paths), 'shard')} "
+            f"{agree(len(missing), 'is', 'are')} "
             "missing "
             f"({missing[0]}, ...); run the same `sdrpn label` command again to go on"
         )
@@ -207,7 +208,8 @@ class LabelledImages:
         missing = sorted(name for name in names if not os.path.isfile(inside(root, name)))
         if missing:
             raise ValueError(
-                f"{len(missing)} of {counted(len(names), 'image')} are not in {root} "
+                f"{len(missing)} of {counted(len(names), 'image')} "
+                f"{agree(len(missing), 'is', 'are')} not in {root} "
                 f"({missing[0]}, ...): say "
                 "with --images where they are now"
             )

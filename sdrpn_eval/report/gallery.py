@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from sdrpn.images import image_key
-from sdrpn.plurals import counted
+from sdrpn.plurals import agree, counted
 from sdrpn_eval.report.boxes import outcome
 from sdrpn_eval.report.checks import preprocessing
 from sdrpn_eval.report.documents import TaskData
@@ -156,7 +156,7 @@ def _left_out(
     notes = []
     if strangers:
         notes.append(
-            f"{counted(strangers, 'question')} {'is' if strangers == 1 else 'are'} shown without "
+            f"{counted(strangers, 'question')} {agree(strangers, 'is', 'are')} shown without "
             "pictures, as the data on this "
             "machine is not "
             "what the runs saw"
@@ -165,7 +165,8 @@ def _left_out(
         notes.append(
             f"to stay within the size of a page, {bare(changed)} of "
             f"{counted(len(changed), 'question')} with "
-            f"different scores and {bare(rest)} of {counted(len(rest), 'other')} are shown "
+            f"different scores and {bare(rest)} of {counted(len(rest), 'other')} "
+            f"{agree(bare(changed) + bare(rest), 'is', 'are')} shown "
             "without pictures "
             f"(drawn with seed {seed}); their text is all here"
         )

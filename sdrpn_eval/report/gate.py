@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from sdrpn.plurals import counted
+from sdrpn.plurals import agree, counted
 from sdrpn_eval.report.baseline import Baseline, MetricBaseline, TaskBaseline, task_baseline
 from sdrpn_eval.report.checks import Evidence, changes, other_data
 from sdrpn_eval.report.comparison import gather
@@ -213,7 +213,8 @@ def _refuse_moved(before: TaskBaseline, after: TaskBaseline) -> None:
     missing = set(before.documents) - set(after.documents)
     if missing:
         raise Broken(
-            f"{len(missing)} of the baseline's {counted(len(before.documents), 'document')} are "
+            f"{len(missing)} of the baseline's {counted(len(before.documents), 'document')} "
+            f"{agree(len(missing), 'is', 'are')} "
             "missing, such "
             f"as {min(missing)}"
         )
@@ -258,7 +259,8 @@ def _judge(
     if [s is None for s in old.scores] != [s is None for s in new.scores]:
         return Verdict(name, key, BROKEN, f"{key} is scored on other documents than the baseline's")
     if after.empty_answers > EMPTY * len(after.documents) > before.empty_answers:
-        reason = f"{after.empty_answers} of {counted(len(after.documents), 'answer')} are empty"
+        reason = f"{after.empty_answers} of {counted(len(after.documents), 'answer')} "
+        f"{agree(after.empty_answers, 'is', 'are')} empty"
         return Verdict(name, key, BROKEN, reason)
     falls, clusters = _paired(old, new, before.clusters)
     shares = _largest_fall(old) == _largest_fall(new) == 1.0

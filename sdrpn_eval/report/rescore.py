@@ -19,7 +19,7 @@ from lmms_eval.loggers import EvaluationTracker
 from lmms_eval.utils import sanitize_model_name
 
 from sdrpn.files import read_object, write_json
-from sdrpn.plurals import counted
+from sdrpn.plurals import agree, counted
 from sdrpn_eval import fingerprints
 from sdrpn_eval.questions import parse
 from sdrpn_eval.record import RecordWriter
@@ -87,12 +87,13 @@ class RecordedAnswers(lmms):
         for instance in instances:
             first.setdefault(instance.doc_id, instance)
         answered = {doc_id for name, doc_id in self._answers if name == task}
-        for what, odd in (
-            ("were not answered", sorted(set(first) - answered)),
-            ("are no longer asked", sorted(answered - set(first))),
+        for verbs, what, odd in (
+            (("was", "were"), "not answered", sorted(set(first) - answered)),
+            (("is", "are"), "no longer asked", sorted(answered - set(first))),
         ):
             if odd:
-                raise Moved(f"{task}: {counted(len(odd), 'document')} {what}, such as {odd[0]}")
+                said = f"{counted(len(odd), 'document')} {agree(len(odd), *verbs)} {what}"
+                raise Moved(f"{task}: {said}, such as {odd[0]}")
         moved = [i for i, one in first.items() if self._is_other(self._answers[task, i], one)]
         if moved:
             was = self._answers[task, moved[0]].prompt

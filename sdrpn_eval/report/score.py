@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sdrpn.cli.shared import console, errors_as_sentences, say
-from sdrpn.plurals import counted
+from sdrpn.plurals import agree, counted
 from sdrpn_eval.report.options import IncludePathOption
 
 if TYPE_CHECKING:
@@ -92,9 +92,9 @@ def _in_words(found: Sequence[Change]) -> str:
     if not changed:
         return "No document's score changed."
     most = max(changed, key=lambda one: one.changed or 0)
-    have = "has" if most.changed == 1 else "have"
-    changed_ones = counted(most.changed or 0, "document")
-    return f"{changed_ones} {have} another {_plain(most.metric)} in {most.task}."
+    count = most.changed or 0
+    documents = f"{counted(count, 'document')} {agree(count, 'has', 'have')}"
+    return f"{documents} another {_plain(most.metric)} in {most.task}."
 
 
 def _plain(metric: str) -> str:
