@@ -212,6 +212,32 @@ def test_a_metric_whose_documents_carry_no_number_is_named(tmp_path: Path) -> No
     assert one.reason == "its documents carry no number each"
 
 
+def test_a_group_of_which_another_run_lacks_a_task_is_left_out(tmp_path: Path) -> None:
+    both = grouped(tmp_path / "a", 0.75)
+    one = read_run(grouped(tmp_path / "b", 0.75).folder, tasks=["x"])
+    assert [row.task for row in compare([both, one]).rows] == ["x"]
+
+
+SETTINGS: dict[str, Any] = {
+    "metric_list": [{"metric": "accuracy", "aggregation": "median"}],
+    "filter_list": [{"name": "none", "filter": [{"function": "lowercase"}]}],
+    "process_results": "<function strict at 0x7f>",
+    "output_type": "multiple_choice",
+    "score_key": "points",
+    "doc_to_choice": ["A", "B"],
+    "doc_to_target": "{{answers}}",
+    "repeats": 3,
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_each_setting_that_makes_a_score_is_compared(tmp_path: Path, setting: str) -> None:
+    rows = [sample(i) for i in range(2)]
+    folders = pair(tmp_path, rows, rows, config={setting: SETTINGS[setting]})
+    with pytest.raises(NotComparable, match=f"toy: other scorer, {setting} is "):
+        compared(*folders)
+
+
 def test_a_group_with_a_task_without_numbers_is_named(tmp_path: Path) -> None:
     runs = []
     for name in ("a", "b"):
