@@ -72,6 +72,9 @@ def test_a_fall_within_the_noise_passes(tmp_path: Path, baseline: Path) -> None:
     run = write_run(tmp_path / "run", {"x": rows(wrong=3), "y": rows()})
     assert run_gate(run, baseline)[0] == 0
     assert run_gate(run, baseline, "--alpha", "0.6")[0] == 1
+    # Three of 40 from 1.7 %, by scipy.stats.beta; none gained, of 8.8 % at most: together 10.6 %.
+    said = verdict_lines(run, baseline)
+    assert "fell by 0.0750, within the noise of 0.1064 (p = 0.5)" in said
 
 
 @pytest.mark.parametrize(
