@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from sdrpn.region import PixelBox
 from sdrpn_eval.report import text
 from sdrpn_eval.report.boxes import outcome
-from sdrpn_eval.report.checks import NotComparable
+from sdrpn_eval.report.checks import NotComparable, established
 from sdrpn_eval.report.cli import app
 from sdrpn_eval.report.comparison import compare
 from sdrpn_eval.report.documents import read_boxes
@@ -210,6 +210,59 @@ def test_a_metric_whose_documents_carry_no_number_is_named(tmp_path: Path) -> No
     ]
     (one,) = compare(runs).not_compared
     assert one.reason == "its documents carry no number each"
+
+
+def test_a_group_of_which_another_run_lacks_a_task_is_left_out(tmp_path: Path) -> None:
+    both = grouped(tmp_path / "a", 0.75)
+    one = read_run(grouped(tmp_path / "b", 0.75).folder, tasks=["x"])
+    assert [row.task for row in compare([both, one]).rows] == ["x"]
+
+
+SETTINGS: dict[str, Any] = {
+    "metric_list": [{"metric": "accuracy", "aggregation": "median"}],
+    "filter_list": [{"name": "none", "filter": [{"function": "lowercase"}]}],
+    "process_results": "<function strict at 0x7f>",
+    "output_type": "multiple_choice",
+    "score_key": "points",
+    "doc_to_choice": ["A", "B"],
+    "doc_to_target": "{{answers}}",
+    "repeats": 3,
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_each_setting_that_makes_a_score_is_compared(tmp_path: Path, setting: str) -> None:
+    rows = [sample(i) for i in range(2)]
+    folders = pair(tmp_path, rows, rows, config={setting: SETTINGS[setting]})
+    with pytest.raises(NotComparable, match=f"toy: other scorer, {setting} is "):
+        compared(*folders)
+
+
+def test_a_metric_of_one_run_only_is_another_scorer(tmp_path: Path) -> None:
+    """Of the same settings: a grader that returns one metric more."""
+    rows = [sample(i) for i in range(2)]
+    config = {"metric_list": [{"metric": "accuracy"}]}
+    more = {"toy": {"accuracy,none": 1.0, "unparsed,none": 0.0}}
+    one = write_run(tmp_path / "one", {"toy": rows}, config=config)
+    two = write_run(tmp_path / "two", {"toy": rows}, more, config=config)
+    assert "toy: other metrics, unparsed,none in one only" in refusal(one, two)
+
+
+def test_what_was_found_to_be_the_same_is_listed(tmp_path: Path) -> None:
+    rows = [sample(i) for i in range(4)]
+    folders = pair(tmp_path, rows, rows)
+    assert established(compared(*folders).evidence, ["toy"]) == [
+        "Same documents, prompts and targets: 4 questions, checked one by one.",
+        "Same images: not known, stock, rpn left no record of them.",
+        "Same scorer: by its settings in the results file only.",
+    ]
+    for folder in folders:
+        write_record(folder, [record_line(i, "red") for i in range(4)])
+        write_facts(folder, "aa")
+    assert established(compared(*folders).evidence, ["toy"])[1:] == [
+        "Same images: by the content hash of each.",
+        "Same scorer: by its source and settings.",
+    ]
 
 
 def test_a_group_with_a_task_without_numbers_is_named(tmp_path: Path) -> None:

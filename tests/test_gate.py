@@ -72,6 +72,9 @@ def test_a_fall_within_the_noise_passes(tmp_path: Path, baseline: Path) -> None:
     run = write_run(tmp_path / "run", {"x": rows(wrong=3), "y": rows()})
     assert run_gate(run, baseline)[0] == 0
     assert run_gate(run, baseline, "--alpha", "0.6")[0] == 1
+    # Three of 40 from 1.7 %, by scipy.stats.beta; none gained, of 8.8 % at most: together 10.6 %.
+    said = verdict_lines(run, baseline)
+    assert "fell by 0.0750, within the noise of 0.1064 (p = 0.5)" in said
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,20 @@ def test_a_fall_within_the_noise_passes(tmp_path: Path, baseline: Path) -> None:
 def test_tolerances(tmp_path: Path, baseline: Path, words: list[str], code: int) -> None:
     run = write_run(tmp_path / "run", {"x": rows(wrong=3), "y": rows()})
     assert run_gate(run, baseline, *words)[0] == code
+
+
+def test_a_tolerance_says_what_fell(tmp_path: Path, baseline: Path) -> None:
+    run = write_run(tmp_path / "run", {"x": rows(wrong=3), "y": rows()})
+    said = verdict_lines(run, baseline, "--tolerance", "0.1")
+    assert said == (
+        "passed: x accuracy: 1.0000 -> 0.9250, fell by 0.0750, tolerance 0.1 "
+        "passed: y accuracy: 1.0000 -> 1.0000, did not fall, tolerance 0.1 "
+        "gate: passed, 2 task(s) stand"
+    )
+    assert run_gate(run, baseline, "--tolerance", "0.05") == (
+        1,
+        "gate: fell: x accuracy: 1.0000 -> 0.9250, fell by 0.0750, more than the tolerance of 0.05",
+    )
 
 
 def test_tolerance_is_kept_in_the_baseline(tmp_path: Path, baseline: Path) -> None:
@@ -384,6 +401,41 @@ def test_fewer_documents_than_the_baseline_are_broken(tmp_path: Path, baseline: 
     assert "30 of the baseline's 40 documents are missing, such as 10" in line
 
 
+def test_a_scorer_that_one_run_did_not_record_is_no_other(tmp_path: Path) -> None:
+    base = tmp_path / "b.json"
+    bare = write_run(tmp_path / "bare", {"toy": rows()})
+    run_gate(bare, base, "--update")
+    recorded = _recorded(tmp_path / "recorded")
+    assert run_gate(recorded, base)[0] == 0
+    run_gate(recorded, base, "--update")
+    assert run_gate(bare, base)[0] == 0
+
+
+SETTINGS: dict[str, Any] = {
+    "metric_list": [{"metric": "accuracy", "aggregation": "median"}],
+    "filter_list": [{"name": "none", "filter": [{"function": "lowercase"}]}],
+    "process_results": "<function strict at 0x7f>",
+    "output_type": "multiple_choice",
+    "score_key": "points",
+    "doc_to_choice": ["A", "B"],
+    "doc_to_target": "{{answers}}",
+    "repeats": 3,
+}
+"""Each setting of a task that makes its score, and another value than the rows here have."""
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_each_setting_that_makes_a_score_is_held(
+    tmp_path: Path, baseline: Path, setting: str
+) -> None:
+    run = write_run(
+        tmp_path / "run", {"x": rows(), "y": rows()}, config={setting: SETTINGS[setting]}
+    )
+    code, line = run_gate(run, baseline)
+    assert code == 2
+    assert "another scorer" in line
+
+
 def test_more_documents_than_the_baseline_are_broken(tmp_path: Path) -> None:
     base = tmp_path / "b.json"
     run_gate(write_run(tmp_path / "ten", {"x": rows(n=10)}), base, "--update")
@@ -488,6 +540,17 @@ def test_most_answers_must_be_empty_for_a_silent_failure(
 ) -> None:
     mute = [sample(i, "" if i < empty else "red", accuracy=float(i >= empty)) for i in range(N)]
     assert run_gate(write_run(tmp_path / "run", {"x": mute, "y": rows()}), baseline)[0] == code
+
+
+def test_half_of_the_answers_empty_before_is_as_mute(tmp_path: Path) -> None:
+    def run(name: str, empty: int) -> Path:
+        lines = [sample(i, "" if i < empty else "red") for i in range(N)]
+        return write_run(tmp_path / name, {"x": lines})
+
+    run_gate(run("before", 20), tmp_path / "b.json", "--update")
+    assert run_gate(run("after", 21), tmp_path / "b.json")[0] == 0
+    run_gate(run("before", 19), tmp_path / "b.json", "--update")
+    assert run_gate(run("after", 21), tmp_path / "b.json")[0] == 2
 
 
 def test_a_model_that_was_as_mute_before_is_held_by_its_score(tmp_path: Path) -> None:
