@@ -44,9 +44,7 @@ def one_by_one(llava: Llava, new_tokens: int) -> Label:
         output: Any = llava.model.generate(
             inputs_embeds=prompt,
             attention_mask=torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device),
-            output_attentions=True,
-            return_dict_in_generate=True,
-            **arguments,
+            **{**arguments, "output_attentions": True, "return_dict_in_generate": True},
         )
         read = config.grounding[0]
         # Of every step the row of its last token: the one that says the next.

@@ -28,9 +28,11 @@ PARAMETERS_A_BYTE = 2
 def execution_device(module: nn.Module) -> torch.device:
     """Where a module computes: its weights' device, or the one offloaded weights are fetched to."""
     for part in module.modules():
-        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):  # one, or several in a sequence
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
     return next(module.parameters()).device
 
 

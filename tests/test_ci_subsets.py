@@ -193,7 +193,7 @@ def test_runs_of_one_subset_are_paired_and_of_two_are_refused(
     runs = {name: read_run(tmp_path / name) for name in "abc"}
     row = next(r for r in compare([runs["a"], runs["b"]]).rows if r.main)
     assert (row.differences[0].wins, row.differences[0].losses, row.questions) == (1, 0, 3)
-    with pytest.raises(NotComparable, match="other images in 1 documents, such as 1"):
+    with pytest.raises(NotComparable, match="other images in 1 document, such as 1"):
         compare([runs["a"], runs["c"]])
 
 

@@ -285,7 +285,7 @@ ZOOM = {
     "max_crop_tokens": 64,
     "skip_above": 0.7,
 }
-IN_FILES = {"pretrained", "revision", "rpn", "peft"}
+IN_FILES = {"pretrained", "revision", "rpn", "rpn_revision", "peft"}
 IN_ZOOM = {"threshold", "policy", "token_budget", "skip_above", "relative", "max_crop_tokens"}
 CHANGES_NONE = {"device", "device_map", "prefix_cache", "record", "resume", "on_error"}
 CHANGES_NONE |= {"batch_size", "max_batch_size"}

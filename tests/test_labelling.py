@@ -846,9 +846,7 @@ def test_a_model_without_a_tokenizer_is_named(scenes: Path, tmp_path: Path) -> N
     result = runner.invoke(app, words)
     assert result.exit_code == 2
     said = " ".join(result.output.split())
-    assert (
-        "model holds no tokenizer (tokenizer.json or tokenizer.model): copy the tokenizer" in said
-    )
+    assert "model holds no tokenizer (tokenizer.json or tokenizer.model): copy there" in said
     assert "Traceback" not in said
 
 

@@ -71,9 +71,11 @@ def attention_backend(llava: Llava, _: Any) -> bool:
 
 
 def offload_hook(*_: Any) -> bool:
-    layer = torch.nn.Linear(2, 2)
+    layer: Any = torch.nn.Linear(2, 2)
     of("accelerate", "cpu_offload")(layer, execution_device=torch.device("cpu"))
-    return layer.weight.is_meta and layer._hf_hook.execution_device == torch.device("cpu")  # type: ignore[union-attr]
+    hooks = getattr(layer._hf_hook, "hooks", (layer._hf_hook,))
+    devices = {getattr(hook, "execution_device", None) for hook in hooks}
+    return layer.weight.is_meta and torch.device("cpu") in devices
 
 
 def decoder_layer(llava: Llava, _: Any) -> bool:

@@ -322,10 +322,10 @@ def test_facts_of_a_run_are_found_again_and_ranks_put_together(
 
 def test_facts_of_a_later_run_are_not_this_run_s(tmp_path: Path) -> None:
     folder = run_folders.write_run(tmp_path / "run", {"toy": [run_folders.sample(0)]})
-    for hour in ("11", "13"):
-        name, hashes = f"20260301T{hour}0000.000000Z", hash_ahead({}, None)
+    for began in ("120001", "130000"):  # the results stand for noon
+        name, hashes = f"20260301T{began}.000000Z", hash_ahead({}, None)
         facts = RunFacts(folder / "sdrpn_record", name, 0, 1, {}, hashes, CPU)
         facts.add([request(0)], {"toy": {"test": tiny_vstar_rows(1)}})
     found = gather(read_run(folder)).facts
     assert found
-    assert found.run == "20260301T110000.000000Z"
+    assert found.run == "20260301T120001.000000Z"
