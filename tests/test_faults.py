@@ -335,13 +335,13 @@ def test_training_says_what_is_wrong_with_its_labels(
     match harm:
         case "missing shard":
             shard.unlink()
-            said = "1 of 1 shards are missing (labels-00000-of-00001.parquet, ...)"
+            said = "1 of 1 shard is missing (labels-00000-of-00001.parquet, ...)"
         case "cut shard":
             shard.write_bytes(shard.read_bytes()[:900])
             said = f"{shard} cannot be read"
         case "missing image":
             (tmp_path / "images" / "3.png").unlink()
-            said = "1 of 5 images are not in"
+            said = "1 of 5 images is not in"
         case _:
             (folder / SETTINGS_FILE).unlink()
             said = f"{folder} holds no settings.json"

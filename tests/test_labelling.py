@@ -473,7 +473,7 @@ def test_a_second_run_does_only_what_is_missing(
     paths = [shard_path(tmp_path, k, 3) for k in range(3)]
     before = load_labels(tmp_path)[:]
     paths[1].unlink()
-    with pytest.raises(ValueError, match=r"1 of 3 shards are missing \(labels-00001-of-00003"):
+    with pytest.raises(ValueError, match=r"1 of 3 shards is missing \(labels-00001-of-00003"):
         load_labels(tmp_path)
     times = [paths[k].stat().st_mtime_ns for k in (0, 2)]
     (tmp_path / "labels-00001-of-00003.part77").write_text("of a run that was killed")

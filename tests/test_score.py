@@ -335,7 +335,7 @@ def test_other_documents_are_refused(own: Callable[..., TaskManager], tmp_path: 
         (rows(question="another"), "mine: another prompt in 1 document, such as 3: it was 'what"),
         (rows(width=41), "mine: other data than the run was asked (fingerprint "),
         (tiny_vstar_rows(7), "mine: 1 document is no longer asked, such as 7"),
-        (tiny_vstar_rows(9), "mine: 1 documents were not answered, such as 8"),
+        (tiny_vstar_rows(9), "mine: 1 document was not answered, such as 8"),
     ):
         write(changed, tmp_path / "data" / "tiny_vstar")
         with pytest.raises(Moved) as error:

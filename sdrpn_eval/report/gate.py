@@ -259,8 +259,8 @@ def _judge(
     if [s is None for s in old.scores] != [s is None for s in new.scores]:
         return Verdict(name, key, BROKEN, f"{key} is scored on other documents than the baseline's")
     if after.empty_answers > EMPTY * len(after.documents) > before.empty_answers:
-        reason = f"{after.empty_answers} of {counted(len(after.documents), 'answer')} "
-        f"{agree(after.empty_answers, 'is', 'are')} empty"
+        empty, answers = after.empty_answers, counted(len(after.documents), "answer")
+        reason = f"{empty} of {answers} {agree(empty, 'is', 'are')} empty"
         return Verdict(name, key, BROKEN, reason)
     falls, clusters = _paired(old, new, before.clusters)
     shares = _largest_fall(old) == _largest_fall(new) == 1.0
