@@ -160,6 +160,11 @@ def test_base_shards_need_not_be_there(
         RPN.from_pretrained(str(tmp_path))
 
 
+def test_a_whole_number_is_a_float_too(folder: Path) -> None:
+    edit(folder, rms_norm_eps=1)
+    assert RPN.from_pretrained(str(folder)).config.rms_norm_eps == 1
+
+
 def test_half_precision_stays(folder: Path, perturbed_rpn: RPN, llava: Llava) -> None:
     stored = load_file(folder / "model.safetensors")
     original.one_safetensors(folder, {n: t.to(torch.bfloat16) for n, t in stored.items()})
@@ -219,6 +224,20 @@ def test_published_sizes(
 
 
 @pytest.mark.parametrize(
+    ("values", "theirs"),
+    [
+        ({"model_type": "llava"}, True),
+        ({"model_type": "llava_llama"}, True),
+        ({"twig_K": 15}, True),
+        ({"model_type": "mistral"}, False),
+        ({"branch_layer": 15}, False),
+    ],
+)
+def test_whose_config_it_is(values: dict[str, Any], theirs: bool) -> None:
+    assert published.is_published(values) is theirs
+
+
+@pytest.mark.parametrize(
     ("tower", "tokens"),
     [
         (CLIP, 576),
@@ -236,10 +255,30 @@ def test_image_tokens(tmp_path: Path, tower: str | None, tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
+    "sizes",
+    [
+        {"image_size": "336", "patch_size": 14},
+        {"image_size": 112, "patch_size": "14"},
+        {"image_size": 112, "patch_size": 0},
+        {"image_size": 112},
+        {},
+    ],
+)
+def test_a_tower_that_makes_no_sense_is_taken_for_llava_1_5_s(
+    tmp_path: Path, sizes: dict[str, Any]
+) -> None:
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / "config.json").write_text(json.dumps({"vision_config": sizes}))
+    values = {"mm_vision_tower": "tower"}
+    assert published.image_tokens(values, checkpoint.Source(str(tmp_path))) == 576
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"twig_K": None}, r"config.json has no twig_K"),
-        ({"twig_T": None}, r"config.json has no twig_T"),
+        ({"twig_K": None}, r"config.json has no twig_K$"),
+        ({"twig_T": None}, r"config.json has no twig_T$"),
+        ({"hidden_size": 1048704}, r"hidden_size in config.json must be 1 to 1048576, got 1048704"),
         ({"twig_K": None, "twig_T": None}, r"is a LLaVA without an RPN: .* no twig_K and twig_T"),
         ({"twig_K": 0}, r"twig_K in config.json must be 1 to 1000, got 0"),
         ({"twig_T": "3"}, r"twig_T in config.json must be a int, got '3'"),
