@@ -290,7 +290,6 @@ def test_window_search_against_loops(size: tuple[int, int], seed: int) -> None:
         (8, (380, 268, 850, 738)),  # 1.4 x 336
         (10, (403, 291, 940, 828)),  # 1.6 x 336
         (11, (397, 285, 1001, 889)),  # 1.8 x 336
-        (12, (392, 280, 1064, 952)),  # 2 x 336
     ],
 )
 def test_each_side_wins_on_a_square_of_its_size(cells: int, box: tuple[int, ...]) -> None:
@@ -300,6 +299,15 @@ def test_each_side_wins_on_a_square_of_its_size(cells: int, box: tuple[int, ...]
     region = propose_window(ratio, View((1344, 1344), 24, 336))
     assert region.grid_boxes == ((7, 5, 7 + cells, 5 + cells),)
     assert region.boxes == (box,)
+
+
+def test_the_widest_window_wins_on_four_points_at_its_corners() -> None:
+    """Twice 336 px are 12 cells: only that window holds all four, and each neighbour holds two."""
+    ratio = np.zeros((24, 24))
+    ratio[[5, 5, 16, 16], [7, 18, 7, 18]] = 1.0
+    region = propose_window(ratio, View((1344, 1344), 24, 336))
+    assert region.grid_boxes == ((7, 5, 19, 17),)
+    assert region.boxes == ((392, 280, 1064, 952),)
 
 
 def test_the_neutral_prompt_is_vicrops_own() -> None:
