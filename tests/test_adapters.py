@@ -78,7 +78,7 @@ def test_they_are_set_when_an_engine_is_made() -> None:
 def test_values_of_the_wrong_type() -> None:
     with pytest.raises(ValueError, match="load_in_4bit must be True or False, got 'nf4'"):
         arguments.checked({"load_in_4bit": "nf4"})
-    with pytest.raises(ValueError, match="peft must be text, .*got True"):
+    with pytest.raises(ValueError, match=r"peft must be text, .*got True"):
         arguments.checked({"peft": True})
 
 
