@@ -31,6 +31,7 @@ from sdrpn_eval.harness_flags import (
     REFUSED,
     check_harness,
     refuse_fewshot_tasks,
+    refuse_number_as_path,
     refuse_unsupported,
 )
 from sdrpn_eval.journal import Journal
@@ -67,7 +68,8 @@ class LlavaSdrpn(lmms):
         self._announced = False
         self._harness_checked = False
         with ending_all(self._world_size):
-            # Before anything can fail, so that a gate sees that this run began.
+            refuse_number_as_path(on_command_line("--output_path", sys.argv))
+            # Before anything else can fail, so that a gate sees that this run began.
             self._facts = self._begin_facts()
             self.arguments = values = checked(given)
             if values["system_prompt"]:

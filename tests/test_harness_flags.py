@@ -99,12 +99,14 @@ def test_a_task_with_examples_of_its_own_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("path", ["5", "5.0", "1e5", "true", "False", "nan", "inf"])
 def test_an_output_path_that_reads_as_a_number_is_refused(
-    path: str, monkeypatch: pytest.MonkeyPatch
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lmms-eval", "--output_path", path])
     monkeypatch.setattr(llava_sdrpn, "load_engine", None)
     with pytest.raises(ValueError, match=rf"--output_path {path}: .* saves no results; write \./"):
         LlavaSdrpn(pretrained="tiny")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
