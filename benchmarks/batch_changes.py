@@ -19,7 +19,7 @@ from systems import stock
 from tqdm import tqdm
 
 from sdrpn import RPN, Question, ZoomLlava
-from sdrpn.llava import Llava
+from sdrpn.backbones.llava15 import Llava
 from sdrpn_eval.demo import tiny_path
 from sdrpn_eval.demo.score import GENERATION, is_right
 from sdrpn_eval.demo.tune import benchmark_rows

@@ -34,7 +34,7 @@ from systems import forget_images, generation_of, middle_box, zooming_engine
 from tqdm import tqdm
 from workload import Clock, describe_machine, questions
 
-from sdrpn.zoom import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomLlava
 
 SIZE, CELLS, WORDS, NEW = (640, 480), 8, 60, 4
 COUNTS = (1, 2, 4, 8, 16)

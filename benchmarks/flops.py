@@ -15,8 +15,8 @@ from typing import Any, Self
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import RPNConfig
-from sdrpn.llava import Llava
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 STATIONS = ("read", "look", "crop", "prefill", "decode")

@@ -18,7 +18,7 @@ import torch
 from shapes import SHAPES, Shape, images, label_heads, question, random_llava
 
 from sdrpn.distill.label import label_batch
-from sdrpn.zoom import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomLlava
 
 PROMPT, IMAGE, QUESTION, ANSWER = 35, 576, 20, 128
 SIDE = 336

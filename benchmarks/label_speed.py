@@ -23,10 +23,10 @@ from shapes import SHAPES, label_heads, random_llava
 from tqdm import tqdm
 from workload import Clock, describe_machine, questions
 
-from sdrpn.answer import generation_arguments
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.distill.label import label_batch
-from sdrpn.llava import Llava
-from sdrpn.zoom import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomLlava
+from sdrpn.inference.generation import generation_arguments
 
 Label = Callable[[Sequence[Question]], Any]
 

@@ -33,10 +33,10 @@ from memory import resident
 from tqdm import tqdm
 from workload import describe_machine
 
-from sdrpn.files import write_json
-from sdrpn.llava import Llava
-from sdrpn.rpn import RPN
-from sdrpn.zoom import Answer, Question, ZoomLlava
+from sdrpn.backbones.llava15 import Llava
+from sdrpn.engine import Answer, Question, ZoomLlava
+from sdrpn.io.atomic import write_json
+from sdrpn.rpn.model import RPN
 from sdrpn_eval.demo import embedded_model
 from sdrpn_eval.demo.scenes import COLOURS, make_scene, webp_bytes
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn

@@ -12,7 +12,7 @@ from flops import FORMULAS, Load, Sizes, counted, floor
 from systems import Said, System
 from workload import Cell, Clock
 
-from sdrpn.zoom import Question
+from sdrpn.engine import Question
 
 
 @dataclass(frozen=True)

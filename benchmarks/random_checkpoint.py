@@ -14,9 +14,9 @@ from shapes import SHAPES, random_llava
 from torch import Tensor
 from tqdm import tqdm
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import RPNConfig
-from sdrpn.llava import Llava
-from sdrpn.rpn import RPN, shape_of
+from sdrpn.rpn.model import RPN, shape_of
 
 DEVIATION = 0.02
 """Of the random weights: what LLaMA is initialised with."""

@@ -15,9 +15,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import LabelConfig, LayerHeads
-from sdrpn.llava import Llava
-from sdrpn.rpn import RPN
+from sdrpn.rpn.model import RPN
 from sdrpn_eval.demo.tiny_model import PATCH, build_tokenizer, processor_around
 
 SIDE = 336

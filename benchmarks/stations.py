@@ -16,8 +16,8 @@ from systems import forget_images
 from torch.profiler import ProfilerActivity, profile, record_function
 from workload import Clock
 
-import sdrpn.zoom
-from sdrpn.zoom import Question, ZoomLlava
+import sdrpn.engine
+from sdrpn.engine import Question, ZoomLlava
 
 SHOWN_OPERATORS = 15
 
@@ -48,9 +48,9 @@ def labelled(engine: ZoomLlava) -> Iterator[dict[str, float]]:
 
     places = (
         (engine.llava, "pixels", "pixels"),
-        (sdrpn.zoom, "read", "read"),
+        (sdrpn.engine, "read", "read"),
         (engine, "look", "look"),
-        (sdrpn.zoom, "crop_tokens", "crop"),
+        (sdrpn.engine, "crop_tokens", "crop"),
         (engine.llava.model, "forward", "prefill"),
     )
     with ExitStack() as stack:

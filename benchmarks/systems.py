@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdrpn.answer import generate_plain, generation_arguments
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import ZoomConfig
-from sdrpn.crops import crop_tokens
-from sdrpn.layers import run_layers
-from sdrpn.llava import Llava
-from sdrpn.proposers import Proposal
-from sdrpn.region import GridBox, Region, View, blur, propose
-from sdrpn.rpn import RPN
-from sdrpn.zoom import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomLlava
+from sdrpn.inference.decoder import run_layers
+from sdrpn.inference.generation import generate_plain, generation_arguments
+from sdrpn.roi.crops import crop_tokens
+from sdrpn.roi.postprocess import GridBox, Region, View, blur, propose
+from sdrpn.roi.proposers import Proposal
+from sdrpn.rpn.model import RPN
 from sdrpn_eval.arguments import PRESETS
 
 

@@ -43,11 +43,11 @@ from workload import (
     settings_of,
 )
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import published_labels
-from sdrpn.files import whole
-from sdrpn.llava import Llava
-from sdrpn.rpn import RPN
-from sdrpn.vicrop import NEUTRAL_QUESTION
+from sdrpn.io.atomic import whole
+from sdrpn.roi.vicrop import NEUTRAL_QUESTION
+from sdrpn.rpn.model import RPN
 
 EXAMPLES = """examples:
   python benchmarks/throughput.py --quick --out quick.json      a first look, 2 cores, minutes

@@ -28,9 +28,9 @@ from shapes import SHAPES, images
 from systems import force_region, generation_of, middle_box, preset_zoom
 from workload import describe_machine, questions
 
-from sdrpn.layers import Span, positions_of
-from sdrpn.prefix import read
-from sdrpn.zoom import Question
+from sdrpn.engine import Question
+from sdrpn.inference.decoder import Span, positions_of
+from sdrpn.inference.prefix import read
 
 EXAMPLES = """examples:
   python benchmarks/true_size.py --out docs/true_size.json

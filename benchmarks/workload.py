@@ -14,9 +14,9 @@ import torch
 import transformers
 from shapes import SHAPES, images, question, random_llava, random_rpn
 
-from sdrpn.llava import Llava, pick_dtype
-from sdrpn.rpn import RPN
-from sdrpn.zoom import Question
+from sdrpn.backbones.llava15 import Llava, pick_dtype
+from sdrpn.engine import Question
+from sdrpn.rpn.model import RPN
 
 MIXES = {
     "textvqa": (2, 1, 2, 1, 2),

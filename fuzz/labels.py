@@ -23,7 +23,8 @@ from safetensors.torch import save
 from sdrpn.config import LABELS_7B, RPNConfig
 from sdrpn.convert import safe_pickle
 from sdrpn.convert.labels import convert_labels
-from sdrpn.distill.dataset import (
+from sdrpn.distill.head_search import load_label_config
+from sdrpn.distill.label_dataset import (
     SETTINGS_FILE,
     LabelledImages,
     image_root,
@@ -34,11 +35,10 @@ from sdrpn.distill.dataset import (
     summarise,
     write_shard,
 )
-from sdrpn.distill.heads import load_label_config
 from sdrpn.distill.questions import fingerprint, read_items
-from sdrpn.distill.train import last_checkpoint
-from sdrpn.images import BadImage, inside
-from sdrpn.rpn import RPN
+from sdrpn.distill.trainer import last_checkpoint
+from sdrpn.io.images import BadImage, inside
+from sdrpn.rpn.model import RPN
 
 TOKENS = 16
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-labels-"))

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from sdrpn.config import POLICIES, ZoomConfig
-from sdrpn.region import (
+from sdrpn.roi.postprocess import (
     GridBox,
     PixelBox,
     Region,

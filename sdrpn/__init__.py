@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdrpn.config import LabelConfig, RPNConfig, ZoomConfig
-    from sdrpn.rpn import RPN
-    from sdrpn.zoom import Answer, Question, ZoomLlava
+    from sdrpn.engine import Answer, Question, ZoomLlava
+    from sdrpn.rpn.model import RPN
 
 __version__ = "0.1.0"
 
@@ -16,8 +16,8 @@ __all__ = ["RPN", "Answer", "LabelConfig", "Question", "RPNConfig", "ZoomConfig"
 
 _MODULES = {
     **dict.fromkeys(("LabelConfig", "RPNConfig", "ZoomConfig"), "sdrpn.config"),
-    "RPN": "sdrpn.rpn",
-    **dict.fromkeys(("Answer", "Question", "ZoomLlava"), "sdrpn.zoom"),
+    "RPN": "sdrpn.rpn.model",
+    **dict.fromkeys(("Answer", "Question", "ZoomLlava"), "sdrpn.engine"),
 }
 
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from sdrpn.files import whole
-from sdrpn.region import PixelBox, View
+from sdrpn.io.atomic import whole
+from sdrpn.roi.postprocess import PixelBox, View
 
 BOX_COLOUR = "#ff2fd0"
 TRUE_COLOUR = "#2fe05a"

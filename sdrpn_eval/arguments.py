@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdrpn.names import LLAVA_7B
+from sdrpn.model_registry import LLAVA_7B
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from sdrpn.images import image_key
+from sdrpn.io.images import image_key
 
 if TYPE_CHECKING:
     from sdrpn_eval.questions import Request

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 
-from sdrpn.zoom import Answer, Question, ZoomLlava
+from sdrpn.engine import Answer, Question, ZoomLlava
 from sdrpn_eval.generation import translate
 from sdrpn_eval.questions import Request
 from sdrpn_eval.record import describe_answer

@@ -21,8 +21,8 @@ from loguru import logger
 from tqdm import tqdm
 
 from sdrpn.config import ZoomConfig
-from sdrpn.region import PixelBox
-from sdrpn.zoom import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomLlava
+from sdrpn.roi.postprocess import PixelBox
 from sdrpn_eval import tasks_info
 from sdrpn_eval.arguments import WITHOUT_THRESHOLD, checked, on_command_line, stated
 from sdrpn_eval.asking import Asker, Outcome, is_out_of_memory

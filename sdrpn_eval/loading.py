@@ -10,8 +10,8 @@ import torch
 from loguru import logger
 
 from sdrpn.config import ZoomConfig
-from sdrpn.names import PUBLISHED_RPN, resolve
-from sdrpn.zoom import ZoomLlava
+from sdrpn.engine import ZoomLlava
+from sdrpn.model_registry import PUBLISHED_RPN, resolve
 from sdrpn_eval.arguments import PRESETS
 
 TINY = "tiny"

@@ -17,8 +17,8 @@ from datasets import Image as ImageColumn
 from loguru import logger
 from PIL import Image
 
-from sdrpn.ahead import ahead as made_ahead
-from sdrpn.images import image_key
+from sdrpn.io.images import image_key
+from sdrpn.io.prefetch import ahead as made_ahead
 from sdrpn.plurals import counted
 from sdrpn_eval.generation import group_key
 

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from loguru import logger
 
-from sdrpn.files import as_json, parsed
+from sdrpn.io.atomic import as_json, parsed
 from sdrpn_eval.schemas import RECORD, RecordLine
 
 if TYPE_CHECKING:  # the reports read records, and must not wait for torch
-    from sdrpn.zoom import Answer
+    from sdrpn.engine import Answer
 
 RUN_STAMP = "%Y%m%dT%H%M%S.%fZ"
 """A run's name: when it began, in UTC; names sort by time."""

@@ -24,7 +24,7 @@ from loguru import logger
 from pydantic import TypeAdapter
 
 from sdrpn.cli.shared import errors_as_sentences
-from sdrpn.files import as_json, read_parsed
+from sdrpn.io.atomic import as_json, read_parsed
 from sdrpn.plurals import counted
 from sdrpn_eval.schemas import EXACT
 

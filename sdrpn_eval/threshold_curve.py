@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdrpn.cli.shared import console, errors_as_sentences, say
-from sdrpn.files import as_json
+from sdrpn.io.atomic import as_json
 from sdrpn.plurals import counted
 from sdrpn_eval.arguments import ARGUMENTS, WITHOUT_THRESHOLD
 from sdrpn_eval.report.options import SeedOption, at_least

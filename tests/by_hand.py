@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from sdrpn.llava import Llava
-from sdrpn.rpn import RPN
+from sdrpn.backbones.llava15 import Llava
+from sdrpn.rpn.model import RPN
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711])

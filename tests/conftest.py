@@ -19,8 +19,8 @@ from hypothesis import settings
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from sdrpn.llava import Llava
-from sdrpn.rpn import RPN
+from sdrpn.backbones.llava15 import Llava
+from sdrpn.rpn.model import RPN
 from sdrpn_eval.demo.tiny_model import build_model, build_processor
 
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sdrpn.config import ZoomConfig
-from sdrpn.zoom import Answer, Question
+from sdrpn.engine import Answer, Question
 
 
 def echo(question: Question) -> str:

@@ -14,13 +14,13 @@ from conftest import make_llava
 from test_labelling import LABELS
 from typer.testing import CliRunner
 
-import sdrpn.distill.train  # noqa: F401
+import sdrpn.distill.trainer  # noqa: F401
 from sdrpn.cli import app
 from sdrpn.cli.label import _finish
 from sdrpn.config import LabelConfig
-from sdrpn.distill import labelling
+from sdrpn.distill import label_job as labelling
 from sdrpn.distill.questions import read_items
-from sdrpn.zoom import ZoomLlava
+from sdrpn.engine import ZoomLlava
 
 # A suite that was started in the background has SIGINT ignored, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdrpn.llava import Llava
-from sdrpn.rpn import RPN
+from sdrpn.backbones.llava15 import Llava
+from sdrpn.rpn.model import RPN
 
 Tensors = dict[str, Tensor]
 

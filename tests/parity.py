@@ -19,14 +19,14 @@ import numpy as np
 from PIL import Image
 from transformers import AddedToken, CLIPImageProcessor
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import ZoomConfig
 from sdrpn.convert.base import read_base
-from sdrpn.llava import Llava
-from sdrpn.prefix import Prefix
-from sdrpn.proposers import Proposal
-from sdrpn.region import components
-from sdrpn.rpn import RPN
-from sdrpn.zoom import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomLlava
+from sdrpn.inference.prefix import Prefix
+from sdrpn.roi.postprocess import components
+from sdrpn.roi.proposers import Proposal
+from sdrpn.rpn.model import RPN
 
 SHIPPED = Path(__file__).parent / "data" / "parity"
 DATA = Path(os.environ.get("SDRPN_PARITY") or SHIPPED).expanduser()

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import make_llava
 
-from sdrpn.fingerprint import base_hash
-from sdrpn.llava import Llava
+from sdrpn.backbones.fingerprint import base_hash
+from sdrpn.backbones.llava15 import Llava
 from sdrpn_eval import arguments, loading
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 

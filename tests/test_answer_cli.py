@@ -19,15 +19,15 @@ from lmms_eval.tasks import TaskManager
 from PIL import Image
 from typer.testing import CliRunner
 
-import sdrpn.answering
-from sdrpn.answering import AnswerFile
+import sdrpn.batch_inference
+from sdrpn.backbones.llava15 import Llava
+from sdrpn.batch_inference import AnswerFile
 from sdrpn.cli import app
 from sdrpn.config import ZoomConfig
-from sdrpn.images import load_image
-from sdrpn.llava import Llava
-from sdrpn.question_file import read_questions
-from sdrpn.rpn import RPN
-from sdrpn.zoom import ZoomLlava
+from sdrpn.engine import ZoomLlava
+from sdrpn.io.images import load_image
+from sdrpn.io.questions import read_questions
+from sdrpn.rpn.model import RPN
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 
 PAGE = Path(__file__).parent.parent / "docs" / "own_questions.md"
@@ -133,7 +133,7 @@ def test_an_image_is_read_once(
         opened.append(path.name)
         return load_image(path)
 
-    monkeypatch.setattr(sdrpn.answering, "load_image", counted)
+    monkeypatch.setattr(sdrpn.batch_inference, "load_image", counted)
     assert answer(folder)[0] == 0
     assert opened == ["0.png", "1.png", "2.png"]
     assert [len(batch) for batch in engine.batches] == [2, 2, 2, 2, 2]

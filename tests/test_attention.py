@@ -13,19 +13,19 @@ import torch
 from conftest import QUESTIONS, make_image, make_llava
 from PIL import Image
 
-from sdrpn.attention import read_rows
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import LabelConfig, LayerHeads, ZoomConfig
 from sdrpn.distill.pseudo_labels import remove_sinks
-from sdrpn.llava import Llava
-from sdrpn.region import GridBox, PixelBox, View, blur, propose
-from sdrpn.vicrop import (
+from sdrpn.engine import Question, ZoomLlava
+from sdrpn.inference.attention_rows import read_rows
+from sdrpn.roi.postprocess import GridBox, PixelBox, View, blur, propose
+from sdrpn.roi.vicrop import (
     NEUTRAL_QUESTION,
     contrast,
     propose_window,
     relative_attention,
     window_sums,
 )
-from sdrpn.zoom import Question, ZoomLlava
 
 TOLERANCE = 1e-5
 LABELS = LabelConfig(

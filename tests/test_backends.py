@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.utils import is_flash_attn_2_available
 
 from sdrpn.config import ZoomConfig
-from sdrpn.zoom import Answer, Question, ZoomLlava
+from sdrpn.engine import Answer, Question, ZoomLlava
 
 
 def answers(

@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sdrpn.cli import app
-from sdrpn.names import known, resolve
+from sdrpn.model_registry import known, resolve
 from sdrpn_eval.demo import tiny_path
 
 QUESTION = "what pattern is on the red disc ?"

@@ -19,14 +19,14 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from sdrpn.backbones.fingerprint import base_hash
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.cli import app
 from sdrpn.config import LABELS_7B, LABELS_13B, ZoomConfig
 from sdrpn.convert import checkpoint, published
-from sdrpn.fingerprint import base_hash
-from sdrpn.llava import Llava
-from sdrpn.names import PUBLISHED_RPN
-from sdrpn.rpn import RPN
-from sdrpn.zoom import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomLlava
+from sdrpn.model_registry import PUBLISHED_RPN
+from sdrpn.rpn.model import RPN
 from sdrpn_eval import loading
 from sdrpn_eval.arguments import checked
 
@@ -520,7 +520,7 @@ def test_the_plugin_s_default_is_the_published_rpn(
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "sdrpn.rpn"]
+    return [r.getMessage() for r in caplog.records if r.name == "sdrpn.rpn.model"]
 
 
 def test_another_base_is_told_of_once(

@@ -26,14 +26,14 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.cli import app
 from sdrpn.config import VICUNA_SYSTEM_PROMPT
 from sdrpn.convert.base import convert_base, read_base
 from sdrpn.convert.checkpoint import Source
 from sdrpn.convert.tokenizer import read_tokenizer
-from sdrpn.llava import Llava
-from sdrpn.rpn import RPN
-from sdrpn.zoom import ZoomLlava
+from sdrpn.engine import ZoomLlava
+from sdrpn.rpn.model import RPN
 
 runner = CliRunner()
 WORDS = " ".join([VICUNA_SYSTEM_PROMPT, "USER: ASSISTANT:", *QUESTIONS])

@@ -21,7 +21,7 @@ from sdrpn.cli import app
 from sdrpn.config import LABELS_7B, LABELS_13B, LabelConfig
 from sdrpn.convert import safe_pickle
 from sdrpn.convert.labels import convert_labels
-from sdrpn.distill.dataset import FEATURES, image_root, load_labels, read_settings
+from sdrpn.distill.label_dataset import FEATURES, image_root, load_labels, read_settings
 from sdrpn.distill.pseudo_labels import pseudo_labels
 
 runner = CliRunner()

@@ -14,9 +14,9 @@ from sentencepiece import SentencePieceProcessor
 from test_prompt import write_hub_files
 from transformers import AutoTokenizer
 
+from sdrpn.backbones.plain_text import PlainText
 from sdrpn.convert.checkpoint import Source
 from sdrpn.convert.tokenizer import read_tokenizer
-from sdrpn.prompt import PlainText
 
 SIZE = 520
 

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from sdrpn import RPN, LabelConfig, Question, ZoomLlava
-from sdrpn.answer import Suffix, generate
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import LayerHeads
 from sdrpn.distill.label import label
 from sdrpn.distill.pseudo_labels import IGNORED, pseudo_labels
-from sdrpn.distill.train import RPNForTraining, RPNSamples, collate, train, training_arguments
-from sdrpn.llava import Llava
-from sdrpn.proposers import Look, Models, roi_logits
+from sdrpn.distill.trainer import RPNForTraining, RPNSamples, collate, train, training_arguments
+from sdrpn.inference.generation import Suffix, generate
+from sdrpn.roi.proposers import Look, Models, roi_logits
 
 LABELS = LabelConfig(
     grounding=(LayerHeads(3, (0, 2)),),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sdrpn.draw import Card, heat, sheet
-from sdrpn.region import PixelBox, View
+from sdrpn.roi.postprocess import PixelBox, View
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from test_labelling import LABELS
 from typer.testing import CliRunner
 
-from sdrpn.distill.dataset import (
+from sdrpn.backbones.llava15 import Llava
+from sdrpn.distill.label_dataset import (
     SETTINGS_FILE,
     label_row,
     load_labels,
@@ -31,8 +32,7 @@ from sdrpn.distill.dataset import (
     write_settings,
     write_shard,
 )
-from sdrpn.distill.labelling import relabel
-from sdrpn.llava import Llava
+from sdrpn.distill.label_job import relabel
 from sdrpn_eval.demo import embedded_model, tiny_path
 
 EVERY = os.environ.get("CRASHES") == "all"

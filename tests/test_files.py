@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdrpn.files import allow_as_umask, whole, write_json
-from sdrpn.llava import pick_dtype
+from sdrpn.backbones.llava15 import pick_dtype
+from sdrpn.io.atomic import allow_as_umask, whole, write_json
 from sdrpn.plurals import counted
-from sdrpn.rpn import RPN
+from sdrpn.rpn.model import RPN
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])

@@ -14,11 +14,11 @@ from flops import FORMULAS, STATIONS, Load, Sizes, counted, floor, least, span, 
 from measuring import Job
 from systems import System, all_systems, middle_box
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import RPNConfig
-from sdrpn.llava import Llava
-from sdrpn.rpn import RPN
-from sdrpn.vicrop import NEUTRAL_QUESTION
-from sdrpn.zoom import Question
+from sdrpn.engine import Question
+from sdrpn.roi.vicrop import NEUTRAL_QUESTION
+from sdrpn.rpn.model import RPN
 
 NEW = 3
 CELLS = 3

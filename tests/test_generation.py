@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from sdrpn import generation as core
-from sdrpn.answer import generation_arguments
+from sdrpn.backbones.llava15 import Llava
+from sdrpn.engine import Question, ZoomLlava
 from sdrpn.generation import SUPPORTED, check_generation
-from sdrpn.llava import Llava
-from sdrpn.region import PixelBox
-from sdrpn.zoom import Question, ZoomLlava
+from sdrpn.inference.generation import generation_arguments
+from sdrpn.roi.postprocess import PixelBox
 from sdrpn_eval import generation as plugin
 from sdrpn_eval.generation import translate
 

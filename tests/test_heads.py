@@ -15,13 +15,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sdrpn import LabelConfig, Question, ZoomLlava
-from sdrpn.attention import Rows
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.cli import app
 from sdrpn.config import LABELS_13B, LayerHeads
 from sdrpn.distill import probes
-from sdrpn.distill.heads import CHOSEN, ELSEWHERE, Findings, find_heads, load_label_config
+from sdrpn.distill.attention_probe import Asked, Listener
+from sdrpn.distill.head_search import CHOSEN, ELSEWHERE, Findings, find_heads, load_label_config
 from sdrpn.distill.label import label
-from sdrpn.distill.listening import Asked, Listener
 from sdrpn.distill.probes import (
     COLOURS,
     DARK,
@@ -42,7 +42,7 @@ from sdrpn.distill.scores import (
     ranked,
     score_maps,
 )
-from sdrpn.llava import Llava
+from sdrpn.inference.attention_rows import Rows
 from sdrpn_eval.demo import BENCHMARK, tiny_path
 from sdrpn_eval.demo.make_benchmark import benchmark_rows
 

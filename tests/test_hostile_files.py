@@ -28,11 +28,12 @@ from test_convert import Hostile
 from test_train import arguments, samples
 from typer.testing import CliRunner
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.cli import app
 from sdrpn.config import LABELS_13B, LabelConfig, ZoomConfig
 from sdrpn.convert import safe_pickle
-from sdrpn.distill.claim import claim
-from sdrpn.distill.dataset import (
+from sdrpn.distill.head_search import load_label_config
+from sdrpn.distill.label_dataset import (
     SETTINGS_FILE,
     LabelledImages,
     label_row,
@@ -41,16 +42,15 @@ from sdrpn.distill.dataset import (
     write_settings,
     write_shard,
 )
-from sdrpn.distill.heads import load_label_config
 from sdrpn.distill.pseudo_labels import IGNORED, NOT_FINITE, judge
 from sdrpn.distill.questions import fingerprint, read_items
-from sdrpn.distill.train import train
-from sdrpn.files import MAX_SETTINGS, parse_json, read_object
-from sdrpn.images import BadImage, inside
-from sdrpn.llava import Llava
-from sdrpn.proposers import known_labels
-from sdrpn.rpn import RPN
-from sdrpn.zoom import ZoomLlava
+from sdrpn.distill.trainer import train
+from sdrpn.engine import ZoomLlava
+from sdrpn.io.atomic import MAX_SETTINGS, parse_json, read_object
+from sdrpn.io.images import BadImage, inside
+from sdrpn.io.resume_guard import claim
+from sdrpn.roi.proposers import known_labels
+from sdrpn.rpn.model import RPN
 from sdrpn_eval.demo import embedded_model, tiny_path
 from sdrpn_eval.report.comparison import compare
 from sdrpn_eval.report.page import write_page
@@ -106,7 +106,7 @@ def test_the_one_unpickler_knows_only_arrays() -> None:
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 if {"pickle", "dill", "cloudpickle", "joblib", "marshal"} & set(names):
                     importers.add(str(path.relative_to(ROOT)))
-    assert importers <= {"sdrpn/convert/safe_pickle.py", "sdrpn/distill/train.py"}
+    assert importers <= {"sdrpn/convert/safe_pickle.py", "sdrpn/distill/trainer.py"}
 
 
 @pytest.fixture

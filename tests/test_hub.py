@@ -20,7 +20,7 @@ from hub_server import GATED, PROXY_PAGE, TOKEN, Answer, Hub, commit, serving
 from local_benchmarks import docvqa_rows, infovqa_rows, textvqa_rows, vstar_true_rows
 
 from sdrpn import hub as sdrpn_hub
-from sdrpn.names import LLAVA_7B, PUBLISHED_RPN
+from sdrpn.model_registry import LLAVA_7B, PUBLISHED_RPN
 from sdrpn_eval.demo import embedded_model
 
 ROOT = Path(__file__).parents[1]
@@ -31,9 +31,9 @@ LMMS_EVAL = [sys.executable, "-m", "lmms_eval", "--model", "llava_sdrpn"]
 LOAD = """
 import json, sys
 from concurrent.futures import ThreadPoolExecutor
-from sdrpn.llava import Llava
-from sdrpn.rpn import RPN
-from sdrpn.zoom import ZoomLlava
+from sdrpn.backbones.llava15 import Llava
+from sdrpn.rpn.model import RPN
+from sdrpn.engine import ZoomLlava
 
 def load(case):
     kind, name, options = case

@@ -20,13 +20,13 @@ from conftest import QUESTIONS, THRESHOLD, make_llava, make_rpn
 from PIL import Image
 from transformers import LogitsProcessorList
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import ZoomConfig
-from sdrpn.llava import Llava
-from sdrpn.prefix import Prefix, PrefixCache, pad_between
-from sdrpn.proposers import Look, roi_logits
-from sdrpn.region import PixelBox, blur
-from sdrpn.rpn import RPN
-from sdrpn.zoom import Answer, Question, ZoomLlava
+from sdrpn.engine import Answer, Question, ZoomLlava
+from sdrpn.inference.prefix import Prefix, PrefixCache, pad_between
+from sdrpn.roi.postprocess import PixelBox, blur
+from sdrpn.roi.proposers import Look, roi_logits
+from sdrpn.rpn.model import RPN
 
 NEW_TOKENS = 6
 TOLERANCE = 1e-4
@@ -403,7 +403,7 @@ def test_images_made_ready_ahead_do_not_show(
 def test_the_prefix_cache_is_a_share_of_free_memory(
     llava: Llava, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdrpn.zoom.free_memory", lambda device: 1000)
+    monkeypatch.setattr("sdrpn.engine.free_memory", lambda device: 1000)
     assert ZoomLlava(llava, proposer="none").prefixes.max_bytes == 250
     assert ZoomLlava(llava, proposer="none", prefix_cache=7).prefixes.max_bytes == 7
 

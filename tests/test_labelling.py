@@ -25,10 +25,11 @@ from PIL import Image as PIL
 from PIL import ImageFile
 from typer.testing import CliRunner
 
-from sdrpn.answer import Suffix, generate
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.cli import app
 from sdrpn.config import LabelConfig, LayerHeads
-from sdrpn.distill.dataset import (
+from sdrpn.distill.label import Labelled, label_batch
+from sdrpn.distill.label_dataset import (
     FEATURES,
     image_root,
     label_row,
@@ -37,13 +38,12 @@ from sdrpn.distill.dataset import (
     shard_path,
     summarise,
 )
-from sdrpn.distill.label import Labelled, label_batch
-from sdrpn.distill.labelling import LabelJob, preview, relabel, report
+from sdrpn.distill.label_job import LabelJob, preview, relabel, report
 from sdrpn.distill.pseudo_labels import IGNORED, pseudo_labels
 from sdrpn.distill.questions import Item, fingerprint, read_items
-from sdrpn.images import BadImage, inside, load_image
-from sdrpn.llava import Llava
-from sdrpn.zoom import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomLlava
+from sdrpn.inference.generation import Suffix, generate
+from sdrpn.io.images import BadImage, inside, load_image
 from sdrpn_eval.demo import tiny_path
 
 LABELS = LabelConfig(
@@ -680,7 +680,7 @@ def test_every_question_is_labelled_exactly_once(
         cells = np.zeros(64)
         return [Labelled("red", cells, cells, np.ones(64), None) for _ in batch]
 
-    monkeypatch.setattr("sdrpn.distill.labelling.label_batch", counted)
+    monkeypatch.setattr("sdrpn.distill.label_job.label_batch", counted)
     make_image(60, 60, 0).save(tmp_path / "a.png")
     items = [Item(str(i), "a.png", f"question {i} ?") for i in range(questions)]
     zoom = ZoomLlava(llava, proposer="none", labels=LABELS)

@@ -31,12 +31,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from sdrpn.backbones.llava15 import Llava, WeightsUnavailable, check_is_llava15
 from sdrpn.config import VICUNA_SYSTEM_PROMPT, LabelConfig, LayerHeads, ZoomConfig
-from sdrpn.crops import crop_tokens
-from sdrpn.llava import Llava, WeightsUnavailable, check_is_llava15
-from sdrpn.region import PixelBox, propose
-from sdrpn.rpn import RPN
-from sdrpn.zoom import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomLlava
+from sdrpn.roi.crops import crop_tokens
+from sdrpn.roi.postprocess import PixelBox, propose
+from sdrpn.rpn.model import RPN
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from lmms_eval.api.instance import Instance
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import VICUNA_SYSTEM_PROMPT
-from sdrpn.llava import Llava
-from sdrpn.zoom import ZoomLlava
+from sdrpn.engine import ZoomLlava
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 
 HUB_TEMPLATE = (

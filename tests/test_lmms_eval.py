@@ -194,8 +194,8 @@ def test_use_cache_is_refused_before_anything_is_loaded(
 
 @pytest.fixture(scope="module")
 def random_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sdrpn.llava import Llava
-    from sdrpn.rpn import RPN
+    from sdrpn.backbones.llava15 import Llava
+    from sdrpn.rpn.model import RPN
 
     folder = tmp_path_factory.mktemp("random_llava")
     torch.manual_seed(0)

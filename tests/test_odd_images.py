@@ -20,12 +20,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import ZoomConfig
-from sdrpn.images import LONGEST, WIDEST, BadImage, as_shown, bounded, image_key, inside, load_image
-from sdrpn.llava import Llava
-from sdrpn.region import PixelBox
-from sdrpn.rpn import RPN
-from sdrpn.zoom import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomLlava
+from sdrpn.io.images import (
+    LONGEST,
+    WIDEST,
+    BadImage,
+    as_shown,
+    bounded,
+    image_key,
+    inside,
+    load_image,
+)
+from sdrpn.roi.postprocess import PixelBox
+from sdrpn.rpn.model import RPN
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 from sdrpn_eval.record import read_records
 
@@ -372,7 +381,7 @@ def test_a_shrunk_image_is_seen_the_same(llava: Llava, monkeypatch: pytest.Monke
     """Shrunk first, then padded and resized: the model's pixels hardly move."""
     image = make_image(900, 400, 1)
     plain = llava.pixels([image])
-    monkeypatch.setattr("sdrpn.images.LONGEST", 450)
+    monkeypatch.setattr("sdrpn.io.images.LONGEST", 450)
     shrunk = llava.pixels([image])
     assert not plain.equal(shrunk)
     assert (plain - shrunk).abs().mean() < 0.03
@@ -382,7 +391,7 @@ def test_a_cropped_view_shows_the_middle(llava: Llava, monkeypatch: pytest.Monke
     crop = Llava(llava.model, llava.processor, padding="crop")
     image = make_image(1000, 100, 1)
     plain = crop.pixels([image])
-    monkeypatch.setattr("sdrpn.images.WIDEST", 3)
+    monkeypatch.setattr("sdrpn.io.images.WIDEST", 3)
     assert bounded(image, "crop").size == (300, 100)
     assert (plain - crop.pixels([image])).abs().mean() < 0.03
 
@@ -393,7 +402,7 @@ def test_a_cropped_view_shows_the_middle(llava: Llava, monkeypatch: pytest.Monke
 @pytest.fixture
 def small_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest square that is padded, small enough for a test."""
-    monkeypatch.setattr("sdrpn.images.LONGEST", 1024)
+    monkeypatch.setattr("sdrpn.io.images.LONGEST", 1024)
 
 
 @pytest.fixture(scope="module")

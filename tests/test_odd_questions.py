@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
 
+from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.plain_text import PlainText
 from sdrpn.config import VICUNA_SYSTEM_PROMPT
 from sdrpn.convert.checkpoint import Source
 from sdrpn.convert.tokenizer import read_tokenizer
-from sdrpn.llava import Llava
-from sdrpn.prompt import PlainText
-from sdrpn.region import PixelBox
-from sdrpn.rpn import RPN
-from sdrpn.zoom import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomLlava
+from sdrpn.roi.postprocess import PixelBox
+from sdrpn.rpn.model import RPN
 
 HEAD = f"{VICUNA_SYSTEM_PROMPT} USER: "
 SPECIAL = ("<s>", "</s>", "<unk>", "<pad>", "<image>")

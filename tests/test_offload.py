@@ -11,12 +11,12 @@ from conftest import BRANCH_LAYER, DEPTH, QUESTIONS, make_rpn
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from sdrpn.backbones.fingerprint import base_hash, weights_hash
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import LabelConfig, LayerHeads, ZoomConfig
-from sdrpn.fingerprint import base_hash, weights_hash
-from sdrpn.llava import Llava
-from sdrpn.region import PixelBox
-from sdrpn.rpn import RPN
-from sdrpn.zoom import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomLlava
+from sdrpn.roi.postprocess import PixelBox
+from sdrpn.rpn.model import RPN
 
 LABELS = LabelConfig((LayerHeads(3, (0, 2)),), (LayerHeads(1),), 3, sink_threshold=0.5)
 PARTS = [

@@ -19,7 +19,8 @@ from run_folders import record_line, sample, write_facts, write_record, write_ru
 from test_gate import run_gate
 from typer.testing import CliRunner
 
-from sdrpn import proposers, zoom
+from sdrpn import engine as zoom
+from sdrpn.roi import proposers
 from sdrpn_eval.asking import BadDocument, BrokenRun, DoesNotFit
 from sdrpn_eval.record import read_records
 from sdrpn_eval.report.cli import app

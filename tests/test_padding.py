@@ -13,11 +13,11 @@ import pytest
 from conftest import make_image
 from typer.testing import CliRunner
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.cli import app
 from sdrpn.config import RPNConfig
-from sdrpn.llava import Llava
-from sdrpn.rpn import RPN
-from sdrpn.zoom import ZoomLlava
+from sdrpn.engine import ZoomLlava
+from sdrpn.rpn.model import RPN
 from sdrpn_eval.demo import tiny_path
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 

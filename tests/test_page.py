@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from run_folders import record_line, sample, write_record, write_run
 
-from sdrpn.images import image_key
+from sdrpn.io.images import image_key
 from sdrpn_eval.report.comparison import compare
 from sdrpn_eval.report.page import as_json, fill, write_page
 from sdrpn_eval.report.pictures import TRIES, Album, in_order

@@ -22,17 +22,17 @@ import torch
 from parity import POLICIES, Case
 from transformers import LogitsProcessorList
 
-from sdrpn.answer import Suffix, generate
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import LABELS_7B, ZoomConfig
 from sdrpn.convert.labels import convert_labels
-from sdrpn.crops import crop_tokens
-from sdrpn.distill.dataset import load_labels
+from sdrpn.distill.label_dataset import load_labels
 from sdrpn.distill.pseudo_labels import pseudo_labels
-from sdrpn.distill.train import RPNForTraining
-from sdrpn.llava import Llava
-from sdrpn.proposers import Look, roi_logits
-from sdrpn.region import GridBox, components
-from sdrpn.zoom import ZoomLlava
+from sdrpn.distill.trainer import RPNForTraining
+from sdrpn.engine import ZoomLlava
+from sdrpn.inference.generation import Suffix, generate
+from sdrpn.roi.crops import crop_tokens
+from sdrpn.roi.postprocess import GridBox, components
+from sdrpn.roi.proposers import Look, roi_logits
 
 TOLERANCE = 1e-4
 RECORD = parity.Record(parity.DATA)

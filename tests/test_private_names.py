@@ -20,10 +20,10 @@ import torch
 from conftest import QUESTIONS, make_image
 from local_benchmarks import manager
 
-from sdrpn.answer import Suffix, generate
-from sdrpn.layers import cache_argument, cache_of
-from sdrpn.llava import Llava
-from sdrpn.zoom import ZoomLlava
+from sdrpn.backbones.llava15 import Llava
+from sdrpn.engine import ZoomLlava
+from sdrpn.inference.decoder import cache_argument, cache_of
+from sdrpn.inference.generation import Suffix, generate
 
 ROOT = Path(__file__).parents[1]
 CODE = ("sdrpn", "sdrpn_eval", "tasks", "benchmarks")
@@ -211,20 +211,20 @@ def dataset_of_table(*_: Any) -> bool:
     return list(dataset(table)["a"]) == [1, 2]
 
 
-LAYERS, LLAVA = "sdrpn/layers.py", "sdrpn/llava.py"
+LAYERS, LLAVA = "sdrpn/inference/decoder.py", "sdrpn/backbones/llava15.py"
 LLAMA = "transformers.models.llama.modeling_llama"
 PLUGIN, MODEL = "sdrpn_eval/plugin.py", "sdrpn_eval/llava_sdrpn.py"
 
 TOUCHED = (
     Touched(
         "_hf_hook",
-        ("sdrpn/weights.py",),
+        ("sdrpn/io/checkpoints.py",),
         "inputs would be sent to the meta device where weights are offloaded",
         offload_hook,
     ),
     Touched(
         "_attn_implementation",
-        ("sdrpn/rpn.py", "benchmarks/workload.py"),
+        ("sdrpn/rpn/model.py", "benchmarks/workload.py"),
         "the RPN would run on another attention backend than its backbone",
         attention_backend,
     ),
@@ -236,13 +236,13 @@ TOUCHED = (
     ),
     Touched(
         "LlamaDecoderLayer",
-        (LAYERS, "sdrpn/rpn.py"),
+        (LAYERS, "sdrpn/rpn/model.py"),
         "layers cannot be run one by one: no prefix, no RPN",
         decoder_layer,
     ),
     Touched(
         "apply_rotary_pos_emb",
-        (LAYERS, "sdrpn/attention.py"),
+        (LAYERS, "sdrpn/inference/attention_rows.py"),
         "cached keys and attention rows would lack their positions",
         lambda *_: {"q", "k", "cos", "sin"} <= parameters(of(LLAMA, "apply_rotary_pos_emb")),
     ),
@@ -255,7 +255,7 @@ TOUCHED = (
     ),
     Touched(
         "inputs_embeds",
-        ("sdrpn/answer.py",),
+        ("sdrpn/inference/generation.py",),
         "generate() would read the whole prompt again, or the wrong part of it",
         behind_the_cache,
     ),
@@ -269,25 +269,25 @@ TOUCHED = (
     ),
     Touched(
         "_gradient_checkpointing_func",
-        ("sdrpn/distill/train.py",),
+        ("sdrpn/distill/trainer.py",),
         "training would keep every activation in memory, without a word",
         checkpointing,
     ),
     Touched(
         "trainer_state.json",
-        ("sdrpn/distill/train.py",),
+        ("sdrpn/distill/trainer.py",),
         "a finished training would be taken for an unfinished one, or a cut-off one for whole",
         trainer_files,
     ),
     Touched(
         "_save_pretrained",
-        ("sdrpn/rpn.py",),
+        ("sdrpn/rpn/model.py",),
         "save_pretrained would write no weights",
         lambda *_: has(of("huggingface_hub", "ModelHubMixin"), "_save_pretrained"),
     ),
     Touched(
         "generate_model_card",
-        ("sdrpn/rpn.py",),
+        ("sdrpn/rpn/model.py",),
         "a saved RPN would have a card that says nothing",
         lambda *_: has(of("huggingface_hub", "ModelHubMixin"), "generate_model_card"),
     ),
@@ -390,7 +390,7 @@ TOUCHED = (
             "save_results_samples",
         ),
     ),
-    Touched("Dataset", ("sdrpn/distill/dataset.py",), "labels on disk", dataset_of_table),
+    Touched("Dataset", ("sdrpn/distill/label_dataset.py",), "labels on disk", dataset_of_table),
     Touched(
         "_scaled_dot_product_flash_attention_for_cpu",
         ("benchmarks/flops.py",),

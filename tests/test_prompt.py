@@ -14,10 +14,10 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
+from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.plain_text import PlainText, encode_as_sentencepiece
 from sdrpn.convert.checkpoint import Source
 from sdrpn.convert.tokenizer import read_tokenizer
-from sdrpn.llava import Llava
-from sdrpn.prompt import PlainText, encode_as_sentencepiece
 
 PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 FIRST = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)

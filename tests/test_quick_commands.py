@@ -14,7 +14,7 @@ from run_folders import record_line, sample, write_facts, write_record, write_ru
 from sdrpn_eval.report import documents
 
 SLOW = ["torch", "transformers", "datasets", "lmms_eval", "accelerate", "pandas", "matplotlib"]
-SLOW += ["scipy.stats", "sklearn", "sdrpn.zoom", "sdrpn.prefix"]
+SLOW += ["scipy.stats", "sklearn", "sdrpn.engine", "sdrpn.inference.prefix"]
 
 PROGRAM = """
 import json, sys
@@ -81,7 +81,12 @@ def test_a_gate_imports_nothing_slow(tmp_path: Path, runs: list[Path], good: boo
 
 def test_a_comparison_imports_only_what_looks_tasks_up(tmp_path: Path, runs: list[Path]) -> None:
     """lmms-eval's index of tasks, for the pictures, imports torch; our model is not needed."""
-    names = ["transformers.models.llama.modeling_llama", "sdrpn.zoom", "sdrpn.prefix", "matplotlib"]
+    names = [
+        "transformers.models.llama.modeling_llama",
+        "sdrpn.engine",
+        "sdrpn.inference.prefix",
+        "matplotlib",
+    ]
     words = ["compare", *map(str, runs), "--out", str(tmp_path / "out")]
     assert imported(words, names) == [0, []]
 

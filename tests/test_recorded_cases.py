@@ -12,8 +12,8 @@ from parity import POLICIES, SHIPPED, Case, Record
 
 from sdrpn.config import ZoomConfig
 from sdrpn.distill.pseudo_labels import IGNORED
-from sdrpn.region import components
-from sdrpn.zoom import ZoomLlava
+from sdrpn.engine import ZoomLlava
+from sdrpn.roi.postprocess import components
 
 RECORD = Record(SHIPPED)
 

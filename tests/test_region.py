@@ -14,10 +14,10 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from scipy import ndimage
 
-from sdrpn import region
 from sdrpn.config import ZoomConfig
-from sdrpn.crops import crop_tokens, kept, resize
-from sdrpn.region import (
+from sdrpn.roi import postprocess as region
+from sdrpn.roi.crops import crop_tokens, kept, resize
+from sdrpn.roi.postprocess import (
     GridBox,
     PixelBox,
     Region,
@@ -29,7 +29,7 @@ from sdrpn.region import (
     grow,
     propose,
 )
-from sdrpn.vicrop import propose_window
+from sdrpn.roi.vicrop import propose_window
 
 HIGH, LOW = 0.9, 0.01
 ANY_SIZE = ZoomConfig(max_cells_fraction=1.0)

@@ -19,10 +19,10 @@ from shapes import SHAPES, Shape
 from systems import System, all_systems, generation_of, middle_box, preset_zoom, zooming_engine
 from workload import MIXES, Cell
 
-from sdrpn.llava import Llava
-from sdrpn.region import GridBox
-from sdrpn.rpn import RPN
-from sdrpn.zoom import Question
+from sdrpn.backbones.llava15 import Llava
+from sdrpn.engine import Question
+from sdrpn.roi.postprocess import GridBox
+from sdrpn.rpn.model import RPN
 
 TOY = Shape(4, 32, 64, 2, 128, 2, 32, 64, 2)
 ROW_KEYS = {

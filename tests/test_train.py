@@ -23,11 +23,12 @@ from transformers import Trainer, TrainerCallback
 from typer.testing import CliRunner
 
 import sdrpn.distill
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.cli import app
 from sdrpn.cli.train import training_arguments
 from sdrpn.config import LayerHeads, RPNConfig, ZoomConfig
-from sdrpn.distill import train as module
-from sdrpn.distill.dataset import (
+from sdrpn.distill import trainer as module
+from sdrpn.distill.label_dataset import (
     SETTINGS_FILE,
     LabelledImages,
     label_row,
@@ -38,10 +39,9 @@ from sdrpn.distill.dataset import (
 from sdrpn.distill.metrics import MapMetrics, map_scores
 from sdrpn.distill.pseudo_labels import IGNORED
 from sdrpn.distill.split import split_by_image
-from sdrpn.distill.train import RPNForTraining, RPNSamples, collate, last_checkpoint, train
-from sdrpn.files import write_json
-from sdrpn.llava import Llava
-from sdrpn.rpn import RPN
+from sdrpn.distill.trainer import RPNForTraining, RPNSamples, collate, last_checkpoint, train
+from sdrpn.io.atomic import write_json
+from sdrpn.rpn.model import RPN
 from sdrpn_eval.demo import tiny_path
 
 runner = CliRunner()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sdrpn.files import as_json, write_json
+from sdrpn.io.atomic import as_json, write_json
 from sdrpn_eval.report.page import as_json as for_page
 from sdrpn_eval.threshold_curve import Curve, Point, write
 

@@ -110,7 +110,7 @@ def test_a_short_name_and_a_tilde_are_resolved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shell leaves `--model=~/x` as it is."""
-    from sdrpn.names import resolve
+    from sdrpn.model_registry import resolve
 
     (tmp_path / "llava").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))

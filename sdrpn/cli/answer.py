@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sdrpn import names
+from sdrpn import model_registry as names
 from sdrpn.cli.shared import (
     DtypeOption,
     ModelOption,
@@ -70,17 +70,17 @@ def answer(
     with errors_as_sentences():
         check_images(images)
         # Imported here, so that --help and a wrong path answer at once.
-        from sdrpn.question_file import read_questions
+        from sdrpn.io.questions import read_questions
 
         asked = read_questions(questions, images)
     with errors_as_sentences(weights_hint(model)):
-        from sdrpn.answering import AnswerFile, check_options
+        from sdrpn.batch_inference import AnswerFile, check_options
 
         check_options(batch_size, max_new_tokens, on_error)
         file = AnswerFile(out)
         zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype, padding, rpn_revision)
     with errors_as_sentences():
-        from sdrpn.answering import AnswerJob
+        from sdrpn.batch_inference import AnswerJob
 
         job = AnswerJob(
             zoom,

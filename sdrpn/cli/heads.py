@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdrpn import names
+from sdrpn import model_registry as names
 from sdrpn.cli.shared import MODEL_HELP, PaddingOption, errors_as_sentences, say, weights_hint
 from sdrpn.plurals import counted
 
 if TYPE_CHECKING:
-    from sdrpn.distill.heads import Findings
+    from sdrpn.distill.head_search import Findings
 
 
 def heads(
@@ -39,8 +39,8 @@ def heads(
     """
     with errors_as_sentences(weights_hint(model)):
         # Imported here, so that --help answers at once.
-        from sdrpn.distill.heads import find_heads, save_findings
-        from sdrpn.zoom import ZoomLlava
+        from sdrpn.distill.head_search import find_heads, save_findings
+        from sdrpn.engine import ZoomLlava
 
         out.mkdir(parents=True, exist_ok=True)  # before the work, so that it is not in vain
         folder, _ = names.resolve(model, None)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdrpn import names
+from sdrpn import model_registry as names
 from sdrpn.cli.shared import (
     MODEL_HELP,
     PaddingOption,
@@ -63,9 +63,9 @@ def label(
         check_images(images)
         from accelerate import PartialState
 
-        from sdrpn.distill.labelling import LabelJob
+        from sdrpn.backbones.fingerprint import base_hash
+        from sdrpn.distill.label_job import LabelJob
         from sdrpn.distill.questions import fingerprint, read_items
-        from sdrpn.fingerprint import base_hash
 
         state = PartialState()
 
@@ -100,9 +100,9 @@ def label(
 
 
 def _engine(model: str, heads: Path | None, dtype: str, padding: str | None, device: Any) -> Any:
-    from sdrpn.distill.heads import load_label_config
-    from sdrpn.rpn import RPN
-    from sdrpn.zoom import ZoomLlava
+    from sdrpn.distill.head_search import load_label_config
+    from sdrpn.engine import ZoomLlava
+    from sdrpn.rpn.model import RPN
 
     folder, rpn = names.resolve(model, None)
     labels = load_label_config(heads) if heads else None
@@ -122,9 +122,9 @@ def _engine(model: str, heads: Path | None, dtype: str, padding: str | None, dev
 
 def _finish(out: Path, preview: int, seed: int) -> None:
     """Write and print the summary; ValueError where too many images could not be used."""
-    from sdrpn.distill import labelling
-    from sdrpn.distill.dataset import SUMMARY_FILE
-    from sdrpn.files import write_json
+    from sdrpn.distill import label_job as labelling
+    from sdrpn.distill.label_dataset import SUMMARY_FILE
+    from sdrpn.io.atomic import write_json
 
     found = labelling.report(out)
     write_json(out / SUMMARY_FILE, found)
@@ -166,8 +166,8 @@ def relabel(
     }
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     with errors_as_sentences():
-        from sdrpn.distill.dataset import read_label_config
-        from sdrpn.distill.labelling import relabel as run
+        from sdrpn.distill.label_dataset import read_label_config
+        from sdrpn.distill.label_job import relabel as run
 
         run(labels, out, replace(read_label_config(labels), **changes))
         say(f"changed: {changes or 'nothing'}")

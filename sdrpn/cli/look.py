@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from PIL import Image
 
-from sdrpn import names
+from sdrpn import model_registry as names
 from sdrpn.cli.shared import (
     DtypeOption,
     ModelOption,
@@ -26,7 +26,7 @@ from sdrpn.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from sdrpn.zoom import ZoomLlava
+    from sdrpn.engine import ZoomLlava
 
 
 def look(
@@ -57,7 +57,7 @@ def look(
 def _look(zoom: ZoomLlava, picture: Image.Image, question: str, out: Path) -> tuple[str, Path]:
     # Imported here, so that --help and a wrong path answer at once.
     from sdrpn.draw import Card, sheet
-    from sdrpn.zoom import ZoomLlava
+    from sdrpn.engine import ZoomLlava
 
     answer = zoom.ask(picture, question)
     stock = ZoomLlava(zoom.llava, proposer="none").ask(picture, question)

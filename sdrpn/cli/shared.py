@@ -13,12 +13,12 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from sdrpn import names
+from sdrpn import model_registry as names
 from sdrpn.config import POLICIES, PROPOSERS, ZoomConfig
 from sdrpn.plurals import counted
 
 if TYPE_CHECKING:
-    from sdrpn.zoom import ZoomLlava
+    from sdrpn.engine import ZoomLlava
 
 MODEL_HELP = "LLaVA-1.5: a folder, a hub id, or `tiny`, the embedded toy."
 
@@ -84,8 +84,8 @@ def load_zoom(
     chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     ZoomConfig(**chosen)  # wrong ones are told before the weights are loaded
     # Imported here, so that --help and a wrong path answer at once.
-    from sdrpn.llava import check_padding
-    from sdrpn.zoom import ZoomLlava
+    from sdrpn.backbones.llava15 import check_padding
+    from sdrpn.engine import ZoomLlava
 
     check_padding(padding)
     if proposer == "rpn":
@@ -120,7 +120,7 @@ def say_kept(found: Mapping[str, Any]) -> None:
 def open_image(path: Path) -> Image.Image:
     """An image file as RGB; ends the command with a sentence that names the file."""
     # Imported here, so that --help answers at once.
-    from sdrpn.images import load_image
+    from sdrpn.io.images import load_image
 
     with errors_as_sentences():
         return load_image(path)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdrpn import names
+from sdrpn import model_registry as names
 from sdrpn.cli.shared import MODEL_HELP, errors_as_sentences, say
 from sdrpn.config import ZoomConfig
 
@@ -60,15 +60,15 @@ def train(
     """
     with errors_as_sentences():
         # Imported here, so that --help and a wrong path answer at once.
-        from sdrpn.distill.claim import ANEW, claim
-        from sdrpn.distill.dataset import (
+        from sdrpn.distill.label_dataset import (
             LabelledImages,
             image_root,
             load_labels,
             read_label_config,
             read_settings,
         )
-        from sdrpn.files import read_object, remove_parts, write_json
+        from sdrpn.io.atomic import read_object, remove_parts, write_json
+        from sdrpn.io.resume_guard import ANEW, claim
 
         settings = read_settings(labels)
         rows = LabelledImages(load_labels(labels), image_root(labels, images))
@@ -76,10 +76,10 @@ def train(
         arguments = training_arguments(
             context.args, out / CHECKPOINTS, global_batch, measured=held_out > 0
         )
+        from sdrpn.backbones.llava15 import Llava, check_padding
         from sdrpn.distill.split import split_by_image
-        from sdrpn.distill.train import train as run
-        from sdrpn.llava import Llava, check_padding
-        from sdrpn.rpn import RPN
+        from sdrpn.distill.trainer import train as run
+        from sdrpn.rpn.model import RPN
 
         # Before the weights are loaded, for what is wrong with the numbers.
         trained, kept_back = split_by_image(rows, held_out, samples, arguments.seed)
@@ -137,7 +137,7 @@ def training_arguments(more: list[str], out: Path, global_batch: int, measured: 
     """The published hyper-parameters, then what the command line says, as TrainingArguments."""
     from transformers import HfArgumentParser, TrainingArguments
 
-    from sdrpn.distill.train import defaults
+    from sdrpn.distill.trainer import defaults
 
     kind: Any = TrainingArguments
     parser = HfArgumentParser(kind, prog="sdrpn train", add_help=False)
@@ -189,7 +189,7 @@ def check_same_padding(padding: str | None, settings: dict[str, Any], labels: Pa
 
 def pick_save_dtype(name: str, device: str) -> Any:
     """torch's dtype; `auto` is bfloat16 where training ran on a GPU."""
-    from sdrpn.llava import DTYPES
+    from sdrpn.backbones.llava15 import DTYPES
 
     if name == "auto":
         name = "float32" if device == "cpu" else "bfloat16"

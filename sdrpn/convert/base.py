@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from sdrpn import hub
+from sdrpn.backbones.llava15 import IMAGE_TOKEN, check_is_llava15, check_not_llava16, noted_padding
 from sdrpn.config import ASPECT_RATIO
 from sdrpn.convert import lora
 from sdrpn.convert.checkpoint import (
@@ -35,9 +36,8 @@ from sdrpn.convert.checkpoint import (
 from sdrpn.convert.published import LLAVA_TYPES, tower_of
 from sdrpn.convert.tokenizer import read_tokenizer
 from sdrpn.convert.weight_maps import Names, base_names, rename, require
-from sdrpn.files import allow_as_umask, read_object
-from sdrpn.llava import IMAGE_TOKEN, check_is_llava15, check_not_llava16, noted_padding
-from sdrpn.weights import MAX_LAYERS, broken_files_named, check_finite
+from sdrpn.io.atomic import allow_as_umask, read_object
+from sdrpn.io.checkpoints import MAX_LAYERS, broken_files_named, check_finite
 
 SHARD = "5GB"
 VOCABULARY_MULTIPLE = 64

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdrpn import hub
-from sdrpn.files import read_object
+from sdrpn.io.atomic import read_object
 
 CONFIG_FILE = "config.json"
 SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from sdrpn.backbones.llava15 import IMAGE_TOKEN
 from sdrpn.config import LABELS_7B, LabelConfig
 from sdrpn.convert import safe_pickle
-from sdrpn.distill.dataset import (
+from sdrpn.distill.label_dataset import (
     SUMMARY_FILE,
     label_row,
     load_labels,
@@ -24,8 +25,7 @@ from sdrpn.distill.dataset import (
     write_shard,
 )
 from sdrpn.distill.pseudo_labels import judge
-from sdrpn.files import write_json
-from sdrpn.llava import IMAGE_TOKEN
+from sdrpn.io.atomic import write_json
 
 KEYS = ("question_id", "prompt", "text", "image", "sink_attn", "grounding_attn_o2i")
 """What a record must have (METHOD section 7); more is let be."""

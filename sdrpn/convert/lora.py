@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sdrpn.convert.checkpoint import Source, Weights, read_all
-from sdrpn.files import read_object
+from sdrpn.io.atomic import read_object
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -22,8 +22,8 @@ from sdrpn.config import (
 )
 from sdrpn.convert.checkpoint import CONFIG_FILE, Source, Weights
 from sdrpn.convert.weight_maps import rename, require, rpn_names
-from sdrpn.files import read_object
-from sdrpn.weights import MAX_LAYERS
+from sdrpn.io.atomic import read_object
+from sdrpn.io.checkpoints import MAX_LAYERS
 
 LLAVA_TYPES = ("llava", "llava_llama")
 """What original LLaVA calls itself in config.json, over the years."""

@@ -12,11 +12,11 @@ from typing import Any
 
 from transformers import AddedToken, AutoTokenizer, LlamaConfig, LlamaTokenizer
 
+from sdrpn.backbones.llava15 import IMAGE_TOKEN
+from sdrpn.backbones.plain_text import SPACE, encode_as_sentencepiece
 from sdrpn.convert.checkpoint import Source
-from sdrpn.files import read_object
-from sdrpn.llava import IMAGE_TOKEN
-from sdrpn.prompt import SPACE, encode_as_sentencepiece
-from sdrpn.weights import broken_files_named
+from sdrpn.io.atomic import read_object
+from sdrpn.io.checkpoints import broken_files_named
 
 PAD_TOKEN = "<pad>"
 FILES = ("tokenizer.json", "tokenizer.model")

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from sdrpn.answer import Suffix, generate
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.distill.pseudo_labels import IGNORED, judge
-from sdrpn.llava import Llava
-from sdrpn.prefix import Prefix
-from sdrpn.proposers import Look, known_labels, response_attention
-from sdrpn.zoom import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomLlava
+from sdrpn.inference.generation import Suffix, generate
+from sdrpn.inference.prefix import Prefix
+from sdrpn.roi.proposers import Look, known_labels, response_attention
 
 EMPTY_RESPONSE = "empty response"
 NOT_FITTING = "does not fit the context"

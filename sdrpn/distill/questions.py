@@ -16,9 +16,9 @@ from datasets import Image as ImageColumn
 from datasets import config as datasets_config
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from sdrpn.images import BadImage, inside
-from sdrpn.prompt import IMAGE_TOKEN
-from sdrpn.question_file import TURNS, Entry, first_question, one_image, read_entries
+from sdrpn.backbones.plain_text import IMAGE_TOKEN
+from sdrpn.io.images import BadImage, inside
+from sdrpn.io.questions import TURNS, Entry, first_question, one_image, read_entries
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch.utils.data import Subset
 
-from sdrpn.distill.dataset import LabelledImages
+from sdrpn.distill.label_dataset import LabelledImages
 from sdrpn.plurals import counted
 
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sdrpn.files import write_json
+from sdrpn.io.atomic import write_json
 from sdrpn_eval.demo import make_benchmark, score, train_rpn, train_tiny
 
 

@@ -15,7 +15,7 @@ from datasets import Dataset, Features, Image, Sequence, Value, load_dataset
 from pyarrow import parquet
 from tqdm import tqdm
 
-from sdrpn.files import as_json
+from sdrpn.io.atomic import as_json
 from sdrpn_eval.demo import scenes as sc
 
 BENCHMARK_SEED = (20260, 99)

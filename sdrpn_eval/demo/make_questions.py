@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sdrpn.distill.dataset import load_labels
-from sdrpn.files import as_json
+from sdrpn.distill.label_dataset import load_labels
+from sdrpn.io.atomic import as_json
 from sdrpn.plurals import counted
 from sdrpn_eval.demo import scenes as sc
 

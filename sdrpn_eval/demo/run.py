@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sdrpn.draw import Card, sheet
-from sdrpn.files import write_json
+from sdrpn.io.atomic import write_json
 from sdrpn.plurals import counted
-from sdrpn.region import PixelBox, View
+from sdrpn.roi.postprocess import PixelBox, View
 from sdrpn_eval.arguments import written_arguments
 from sdrpn_eval.demo import BENCHMARK
 from sdrpn_eval.demo.scenes import GRID, VIEW_SIDE

@@ -21,9 +21,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sdrpn import RPN, Answer, Question, ZoomLlava
-from sdrpn.files import write_json
-from sdrpn.llava import Llava
-from sdrpn.region import PixelBox
+from sdrpn.backbones.llava15 import Llava
+from sdrpn.io.atomic import write_json
+from sdrpn.roi.postprocess import PixelBox
 from sdrpn_eval.demo import BENCHMARK, tiny_path
 from sdrpn_eval.demo.scenes import CELL, GRID, oracle_box
 from sdrpn_eval.stats import Estimate, clustered, clustered_difference, rounded, with_interval

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sdrpn.files import as_json
+from sdrpn.io.atomic import as_json
 from sdrpn_eval.demo.make_questions import SCENES, label_quality, write_questions
 
 BRANCH_LAYER = 1

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from sdrpn.ahead import ahead
-from sdrpn.files import write_json
+from sdrpn.io.atomic import write_json
+from sdrpn.io.prefetch import ahead
 from sdrpn_eval.demo import scenes as sc
 from sdrpn_eval.demo.samples import (
     Batch,

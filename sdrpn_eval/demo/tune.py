@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sdrpn import RPN, Question, ZoomLlava
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import ZoomConfig
-from sdrpn.files import as_json
-from sdrpn.llava import Llava
+from sdrpn.io.atomic import as_json
 from sdrpn_eval.arguments import PRESETS
 from sdrpn_eval.demo import BENCHMARK, make_benchmark, tiny_path
 from sdrpn_eval.demo.score import ask_all, is_right

@@ -15,7 +15,7 @@ from typing import Any
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.reasoning import parse_reasoning_tags_config
 
-from sdrpn.files import parsed
+from sdrpn.io.atomic import parsed
 from sdrpn.plurals import counted
 from sdrpn_eval import kinds
 from sdrpn_eval.arguments import written_arguments

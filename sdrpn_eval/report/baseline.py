@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from sdrpn.files import as_json, read_object, read_parsed
+from sdrpn.io.atomic import as_json, read_object, read_parsed
 from sdrpn_eval.fingerprints import digest, without_addresses
 from sdrpn_eval.report.checks import SCORING, Evidence
 from sdrpn_eval.report.comparison import cluster_keys

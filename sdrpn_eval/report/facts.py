@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sdrpn.files import read_parsed
+from sdrpn.io.atomic import read_parsed
 from sdrpn_eval.arguments import ARGUMENTS, unquoted
 from sdrpn_eval.fingerprints import combined
 from sdrpn_eval.record import RUN_STAMP

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from sdrpn.images import image_key
+from sdrpn.io.images import image_key
 from sdrpn.plurals import agree, counted
 from sdrpn_eval.report.boxes import outcome
 from sdrpn_eval.report.checks import preprocessing

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sdrpn.files import as_json as valid_json
+from sdrpn.io.atomic import as_json as valid_json
 from sdrpn_eval.report import text
 from sdrpn_eval.report.chart import differences_chart, scores_chart
 from sdrpn_eval.report.checks import established

@@ -12,8 +12,8 @@ from typing import Any
 from PIL import Image
 
 from sdrpn.draw import Card, sheet
-from sdrpn.files import write_json
-from sdrpn.region import PixelBox, View
+from sdrpn.io.atomic import write_json
+from sdrpn.roi.postprocess import PixelBox, View
 from sdrpn_eval.arguments import PRESETS, parse_arguments
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 from sdrpn_eval.record import decode_map, read_records

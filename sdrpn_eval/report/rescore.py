@@ -18,7 +18,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.loggers import EvaluationTracker
 from lmms_eval.utils import sanitize_model_name
 
-from sdrpn.files import read_object, write_json
+from sdrpn.io.atomic import read_object, write_json
 from sdrpn.plurals import agree, counted
 from sdrpn_eval import fingerprints
 from sdrpn_eval.questions import parse

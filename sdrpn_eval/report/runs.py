@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
-from sdrpn.files import parsed, read_bounded
+from sdrpn.io.atomic import parsed, read_bounded
 from sdrpn.plurals import counted
 from sdrpn_eval import schemas
 from sdrpn_eval.arguments import parse_arguments

@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from sdrpn import __version__
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import LabelConfig, LayerHeads, published_labels
-from sdrpn.distill.listening import Asked, Listener, stacked
+from sdrpn.distill.attention_probe import Asked, Listener, stacked
 from sdrpn.distill.probes import SIDE, draw_probes
 from sdrpn.distill.scores import (
     MEASURES,
@@ -31,9 +32,8 @@ from sdrpn.distill.scores import (
     ranked,
     score_maps,
 )
-from sdrpn.files import read_object, write_json
-from sdrpn.llava import Llava
-from sdrpn.zoom import ZoomLlava
+from sdrpn.engine import ZoomLlava
+from sdrpn.io.atomic import read_object, write_json
 
 CANDIDATES = 16
 """How many of the best single heads are tried together."""

@@ -14,10 +14,10 @@ from PIL import Image
 from pyarrow import ArrowException, Table, compute, parquet
 
 from sdrpn.config import LabelConfig
-from sdrpn.distill.claim import ANEW
 from sdrpn.distill.pseudo_labels import BACKGROUND, FOREGROUND, IGNORED
-from sdrpn.files import read_object, whole, write_json
-from sdrpn.images import inside, load_image
+from sdrpn.io.atomic import read_object, whole, write_json
+from sdrpn.io.images import inside, load_image
+from sdrpn.io.resume_guard import ANEW
 from sdrpn.plurals import agree, counted
 
 FEATURES = Features(

@@ -20,10 +20,9 @@ from PIL import Image
 from pyarrow import ArrowException, parquet
 from tqdm import tqdm
 
-from sdrpn.ahead import ahead
 from sdrpn.config import LabelConfig
-from sdrpn.distill.claim import claim
-from sdrpn.distill.dataset import (
+from sdrpn.distill.label import NO_MAP, label_batch
+from sdrpn.distill.label_dataset import (
     IMAGES_FOLDER,
     SETTINGS_FILE,
     image_root,
@@ -36,15 +35,16 @@ from sdrpn.distill.dataset import (
     summarise,
     write_shard,
 )
-from sdrpn.distill.label import NO_MAP, label_batch
 from sdrpn.distill.pseudo_labels import judge
 from sdrpn.distill.questions import Item
 from sdrpn.draw import Card, sheet
-from sdrpn.files import remove_parts, whole
-from sdrpn.images import BadImage, image_key, inside, load_image
-from sdrpn.proposers import known_labels
-from sdrpn.region import View
-from sdrpn.zoom import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomLlava
+from sdrpn.io.atomic import remove_parts, whole
+from sdrpn.io.images import BadImage, image_key, inside, load_image
+from sdrpn.io.prefetch import ahead
+from sdrpn.io.resume_guard import claim
+from sdrpn.roi.postprocess import View
+from sdrpn.roi.proposers import known_labels
 
 logger = logging.getLogger(__name__)
 

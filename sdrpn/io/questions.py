@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdrpn.files import parse_json
-from sdrpn.images import BadImage, inside
-from sdrpn.prompt import IMAGE_TOKEN
+from sdrpn.backbones.plain_text import IMAGE_TOKEN
+from sdrpn.io.atomic import parse_json
+from sdrpn.io.images import BadImage, inside
 
 TURNS = "conversations"
 NAMES = {

@@ -27,15 +27,12 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
 from sdrpn import hub
-from sdrpn.adapters import four_bits, with_adapter
+from sdrpn.backbones.adapters import four_bits, with_adapter
+from sdrpn.backbones.plain_text import IMAGE_TOKEN, PlainText
 from sdrpn.config import ASPECT_RATIO, NOTED_PADDINGS, PADDINGS, VICUNA_SYSTEM_PROMPT
 from sdrpn.convert.checkpoint import CONFIG_FILE, Source, reason
-from sdrpn.images import as_shown, bounded
-from sdrpn.layers import Span, cache_argument, positions_of
-from sdrpn.plurals import agree, counted
-from sdrpn.prompt import IMAGE_TOKEN, PlainText
-from sdrpn.region import PixelBox, View, crop
-from sdrpn.weights import (
+from sdrpn.inference.decoder import Span, cache_argument, positions_of
+from sdrpn.io.checkpoints import (
     broken_files_named,
     check_complete,
     check_finite,
@@ -44,6 +41,9 @@ from sdrpn.weights import (
     execution_device,
     named_weights,
 )
+from sdrpn.io.images import as_shown, bounded
+from sdrpn.plurals import agree, counted
+from sdrpn.roi.postprocess import PixelBox, View, crop
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ADAPTER_FILE = "adapter_config.json"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdrpn.files import read_object, write_json
+from sdrpn.io.atomic import read_object, write_json
 
 ANEW = "; delete it and start anew"
 """What to do about a settings file of ours that is broken."""

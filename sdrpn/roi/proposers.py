@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sdrpn.answer import Suffix, generate
-from sdrpn.attention import Rows, read_rows
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import LabelConfig, ZoomConfig
 from sdrpn.distill.pseudo_labels import remove_sinks
-from sdrpn.layers import run_layers
-from sdrpn.llava import Llava
-from sdrpn.prefix import Prefix, pad_between, stack
-from sdrpn.region import Region, View, blur, propose
-from sdrpn.rpn import RPN
-from sdrpn.vicrop import NEUTRAL_QUESTION, propose_window, relative_attention
+from sdrpn.inference.attention_rows import Rows, read_rows
+from sdrpn.inference.decoder import run_layers
+from sdrpn.inference.generation import Suffix, generate
+from sdrpn.inference.prefix import Prefix, pad_between, stack
+from sdrpn.roi.postprocess import Region, View, blur, propose
+from sdrpn.roi.vicrop import NEUTRAL_QUESTION, propose_window, relative_attention
+from sdrpn.rpn.model import RPN
 
 
 @dataclass(frozen=True)

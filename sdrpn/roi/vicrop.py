@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sdrpn.region import GridBox, PixelBox, Region, View
+from sdrpn.roi.postprocess import GridBox, PixelBox, Region, View
 
 NEUTRAL_QUESTION = "Write a general description of the image."
 SIDES = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)

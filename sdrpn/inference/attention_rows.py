@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import LayerHeads
-from sdrpn.layers import KV, run_layers
-from sdrpn.llava import Llava
-from sdrpn.prefix import Prefix, pad_between, stack
+from sdrpn.inference.decoder import KV, run_layers
+from sdrpn.inference.prefix import Prefix, pad_between, stack
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from sdrpn.config import ZoomConfig
-from sdrpn.images import LONGEST
+from sdrpn.io.images import LONGEST
 
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 SMALLEST_BOX = 3

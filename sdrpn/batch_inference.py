@@ -13,13 +13,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdrpn import __version__
-from sdrpn.ahead import ahead
-from sdrpn.distill.claim import claim
-from sdrpn.files import as_json, parse_json, whole
-from sdrpn.fingerprint import base_hash, weights_hash
-from sdrpn.images import BadImage, inside, load_image
-from sdrpn.question_file import Asked
-from sdrpn.zoom import Answer, Question, ZoomLlava
+from sdrpn.backbones.fingerprint import base_hash, weights_hash
+from sdrpn.engine import Answer, Question, ZoomLlava
+from sdrpn.io.atomic import as_json, parse_json, whole
+from sdrpn.io.images import BadImage, inside, load_image
+from sdrpn.io.prefetch import ahead
+from sdrpn.io.questions import Asked
+from sdrpn.io.resume_guard import claim
 
 ON_ERROR = ("raise", "empty")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import StoppingCriteria
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.generation import (
     SAMPLING,
     check_generation,
@@ -19,9 +20,8 @@ from sdrpn.generation import (
     switched_off,
     warn_once,
 )
-from sdrpn.layers import cache_argument, run_layers
-from sdrpn.llava import Llava
-from sdrpn.prefix import Prefix, pad_between, stack
+from sdrpn.inference.decoder import cache_argument, run_layers
+from sdrpn.inference.prefix import Prefix, pad_between, stack
 
 
 @dataclass(frozen=True)

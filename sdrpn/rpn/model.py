@@ -17,14 +17,14 @@ from transformers import LlamaConfig
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+from sdrpn.backbones.fingerprint import base_hash
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import LabelConfig, RPNConfig, ZoomConfig
 from sdrpn.convert import published
 from sdrpn.convert.checkpoint import Source, read_all
-from sdrpn.files import remove_parts, whole, write_json
-from sdrpn.fingerprint import base_hash
-from sdrpn.layers import Span, run_layers
-from sdrpn.llava import Llava
-from sdrpn.weights import check_finite, copy_weights, execution_device
+from sdrpn.inference.decoder import Span, run_layers
+from sdrpn.io.atomic import remove_parts, whole, write_json
+from sdrpn.io.checkpoints import check_finite, copy_weights, execution_device
 
 logger = logging.getLogger(__name__)
 

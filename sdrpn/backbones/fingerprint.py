@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from sdrpn.llava import Llava
-from sdrpn.weights import named_weights
+from sdrpn.backbones.llava15 import Llava
+from sdrpn.io.checkpoints import named_weights
 
 ROWS = 64
 """Rows looked at of each matrix: a few MB in all, and fine-tuning moves every row."""

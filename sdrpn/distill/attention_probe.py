@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from sdrpn.attention import Rows, read_rows
 from sdrpn.distill.label import respond
 from sdrpn.distill.probes import Probe, box_cover, disc_cover
 from sdrpn.distill.scores import Targets
-from sdrpn.zoom import ZoomLlava
+from sdrpn.engine import ZoomLlava
+from sdrpn.inference.attention_rows import Rows, read_rows
 
 COVERED = 0.1
 """A cell shows an object that covers this share of it."""

@@ -22,13 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.convert.checkpoint import read_all, reason, tensor_names
 from sdrpn.distill.metrics import MapMetrics
 from sdrpn.distill.pseudo_labels import IGNORED
-from sdrpn.layers import run_layers
-from sdrpn.llava import Llava
-from sdrpn.rpn import RPN
-from sdrpn.weights import check_finite
+from sdrpn.inference.decoder import run_layers
+from sdrpn.io.checkpoints import check_finite
+from sdrpn.rpn.model import RPN
 
 _CHECKPOINTING = next(
     f.name

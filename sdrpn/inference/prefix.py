@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from sdrpn.layers import KV, cache_of, fill_cache
-from sdrpn.llava import Llava
-from sdrpn.rpn import RPN
+from sdrpn.backbones.llava15 import Llava
+from sdrpn.inference.decoder import KV, cache_of, fill_cache
+from sdrpn.rpn.model import RPN
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from sdrpn.backbones.llava15 import Llava
 from sdrpn.config import ZoomConfig
-from sdrpn.llava import Llava
-from sdrpn.region import GridBox, Region, budget
+from sdrpn.roi.postprocess import GridBox, Region, budget
 
 
 @torch.no_grad()

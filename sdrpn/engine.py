@@ -23,18 +23,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdrpn.answer import Suffix, generate, generate_plain, losses, losses_plain
+from sdrpn.backbones.llava15 import Llava, check_reachable
 from sdrpn.config import PROPOSERS, LabelConfig, ZoomConfig, published_labels
 from sdrpn.convert.checkpoint import CONFIG_FILE, Source
-from sdrpn.crops import crop_tokens
 from sdrpn.generation import check_generation
-from sdrpn.images import as_shown, image_key
-from sdrpn.llava import Llava, check_reachable
+from sdrpn.inference.generation import Suffix, generate, generate_plain, losses, losses_plain
+from sdrpn.inference.prefix import Prefix, PrefixCache, free_memory, read
+from sdrpn.io.images import as_shown, image_key
 from sdrpn.plurals import counted
-from sdrpn.prefix import Prefix, PrefixCache, free_memory, read
-from sdrpn.proposers import BY_NAME, Look, Models, Proposal
-from sdrpn.region import PixelBox, Region, given
-from sdrpn.rpn import RPN
+from sdrpn.roi.crops import crop_tokens
+from sdrpn.roi.postprocess import PixelBox, Region, given
+from sdrpn.roi.proposers import BY_NAME, Look, Models, Proposal
+from sdrpn.rpn.model import RPN
 
 logger = logging.getLogger(__name__)
 

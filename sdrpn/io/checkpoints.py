@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sdrpn import hub
 from sdrpn.convert.checkpoint import INDEXES, reason, tensor_names
-from sdrpn.files import read_object
+from sdrpn.io.atomic import read_object
 from sdrpn.plurals import counted
 
 MAX_LAYERS = 1000

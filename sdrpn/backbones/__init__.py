@@ -1,0 +1,1 @@
+"""Model families behind one protocol: everything that differs between them."""

@@ -1,0 +1,1 @@
+"""Decoder layers over a KV cache: prefixes, attention rows, generation."""

@@ -1,0 +1,1 @@
+"""Files: images, checkpoints, questions, atomic writes, resumable jobs."""

@@ -1,0 +1,1 @@
+"""From a RoI map to boxes, crops and crop tokens."""
