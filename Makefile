@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.sdrpn-installed
 OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.sdrpn-installed
 
-.PHONY: demo test check check-oldest lint types dist tiny
+.PHONY: demo test check check-oldest contracts lint mutate types dist tiny
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sdrpn_eval.demo.run --out out/demo
@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-check: lint types test
+check: lint types contracts test
 
 # Not part of check: its environment is one of its own, with another torch of several GB.
 check-oldest: $(OLDEST_INSTALLED)
@@ -27,6 +27,16 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/pyright
+
+# Who may import whom, in pyproject.toml.
+contracts: $(INSTALLED)
+	$(BIN)/lint-imports
+
+# Mutation tests of the modules that decide numbers: hours, so not part of check. Survivors:
+# mutmut results. A part: make mutate MUTANTS="sdrpn.roi.*".
+mutate: $(INSTALLED)
+	$(BIN)/pip install -q -e ".[mutate]"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/mutmut run $(MUTANTS)
 
 # dist/: the sdist, and the wheel that is built from it.
 dist: $(INSTALLED)

@@ -18,8 +18,8 @@ from typing import Any
 from systems import stock
 from tqdm import tqdm
 
-from sdrpn import RPN, Question, ZoomLlava
-from sdrpn.backbones.llava15 import Llava
+from sdrpn import RPN, Question, ZoomModel
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn_eval.demo import tiny_path
 from sdrpn_eval.demo.score import GENERATION, is_right
 from sdrpn_eval.demo.tune import benchmark_rows
@@ -28,23 +28,23 @@ DTYPES = ("float32", "bfloat16", "float16")
 Ask = Callable[[Sequence[Question]], list[str]]
 
 
-def _engine(engine: ZoomLlava) -> Ask:
+def _engine(engine: ZoomModel) -> Ask:
     return lambda batch: [answer.text for answer in engine.ask_batch(batch, GENERATION)]
 
 
-def _stock(llava: Llava) -> Ask:
+def _stock(llava: Llava15) -> Ask:
     ask = stock(llava, GENERATION).run
     return lambda batch: [said.text for said in ask(batch)]
 
 
 def systems(dtype: str) -> dict[str, Ask]:
     """What is compared, over one set of weights."""
-    llava = Llava.load(str(tiny_path()), dtype=dtype)
+    llava = Llava15.load(str(tiny_path()), dtype=dtype)
     rpn = RPN.from_pretrained(str(tiny_path() / "rpn"))
     return {
         "stock, left-padded": _stock(llava),
-        "ours, no second look": _engine(ZoomLlava(llava, proposer="none")),
-        "ours, rpn": _engine(ZoomLlava(llava, rpn)),
+        "ours, no second look": _engine(ZoomModel(llava, proposer="none")),
+        "ours, rpn": _engine(ZoomModel(llava, rpn)),
     }
 
 

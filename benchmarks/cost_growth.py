@@ -34,7 +34,7 @@ from systems import forget_images, generation_of, middle_box, zooming_engine
 from tqdm import tqdm
 from workload import Clock, describe_machine, questions
 
-from sdrpn.engine import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomModel
 
 SIZE, CELLS, WORDS, NEW = (640, 480), 8, 60, 4
 COUNTS = (1, 2, 4, 8, 16)
@@ -61,7 +61,7 @@ class Sweeps:
         size: tuple[int, int] = SIZE,
         new: int = NEW,
     ) -> Callable[[], None]:
-        asked = questions(self.engine.llava, counts, WORDS, size)
+        asked = questions(self.engine.backbone, counts, WORDS, size)
         return lambda: _answer(self.engine, asked, batch, new)
 
     def points(self) -> dict[str, list[Point]]:
@@ -76,12 +76,12 @@ class Sweeps:
         }
 
 
-def _engine(shape: str) -> ZoomLlava:
+def _engine(shape: str) -> ZoomModel:
     llava = random_llava(shape)
     return zooming_engine(llava, random_rpn(llava), middle_box(llava.grid, CELLS), "fast")
 
 
-def _answer(engine: ZoomLlava, asked: Sequence[Question], batch: int, new: int) -> None:
+def _answer(engine: ZoomModel, asked: Sequence[Question], batch: int, new: int) -> None:
     forget_images(engine)
     fresh = [replace(question) for question in asked]
     for start in range(0, len(fresh), batch):
@@ -108,7 +108,7 @@ def sweep(points: Sequence[Point], repeats: int, progress: Any) -> list[dict[str
 def _share(shape: str, mine: int, repeats: int, barrier: Any, answer: Any) -> None:
     torch.set_num_threads(1)
     engine = _engine(shape)
-    asked = questions(engine.llava, [1] * mine, WORDS, SIZE)
+    asked = questions(engine.backbone, [1] * mine, WORDS, SIZE)
     for repeat in range(repeats + 1):
         barrier.wait()
         started = time.perf_counter()

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import RPNConfig
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -66,7 +66,7 @@ class Sizes:
     feature_layers: int
 
     @classmethod
-    def of(cls, llava: Llava, rpn: RPNConfig) -> Self:
+    def of(cls, llava: Llava15, rpn: RPNConfig) -> Self:
         text: Any = llava.text_config
         vision: Any = llava.model.config.vision_config
         layer = llava.model.config.vision_feature_layer

@@ -18,7 +18,7 @@ import torch
 from shapes import SHAPES, Shape, images, label_heads, question, random_llava
 
 from sdrpn.distill.label import label_batch
-from sdrpn.engine import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomModel
 
 PROMPT, IMAGE, QUESTION, ANSWER = 35, 576, 20, 128
 SIDE = 336
@@ -63,7 +63,7 @@ def _peak(batch: int, answer: int, queue: multiprocessing.Queue) -> None:
     llava.tokenizer.eos_token = None  # so that every answer has its full length
     llava.model.generation_config.eos_token_id = None
     labels = label_heads()
-    zoom = ZoomLlava(llava, proposer="none", labels=labels, prefix_cache=0)
+    zoom = ZoomModel(llava, proposer="none", labels=labels, prefix_cache=0)
     asked = [Question(question(QUESTION), (one,)) for one in images(batch)]
     label_batch(zoom, asked)
     queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -23,15 +23,15 @@ from shapes import SHAPES, label_heads, random_llava
 from tqdm import tqdm
 from workload import Clock, describe_machine, questions
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.distill.label import label_batch
-from sdrpn.engine import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomModel
 from sdrpn.inference.generation import generation_arguments
 
 Label = Callable[[Sequence[Question]], Any]
 
 
-def one_by_one(llava: Llava, new_tokens: int) -> Label:
+def one_by_one(llava: Llava15, new_tokens: int) -> Label:
     """transformers' way: eager attention, every matrix kept, one question at a time."""
     config = label_heads()
     arguments = generation_arguments(llava, {"max_new_tokens": new_tokens})
@@ -39,8 +39,11 @@ def one_by_one(llava: Llava, new_tokens: int) -> Label:
 
     @torch.no_grad()
     def label(question: Question) -> torch.Tensor:
-        before = [llava.embed(llava.head_ids), llava.encode(llava.pixels(question.images))[0]]
-        prompt = torch.cat([*before, llava.embed(llava.question_ids(question.text))])[None]
+        (ready,) = llava.preprocess(question.images)
+        before = llava.prefix_segment(ready, llava.encode([ready])[0])
+        words = llava.prompt_ids(question.text).after
+        after = llava.suffix_segment(before.next_position, words)
+        prompt = before.followed_by(after).embeds[None]
         output: Any = llava.model.generate(
             inputs_embeds=prompt,
             attention_mask=torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device),
@@ -62,10 +65,10 @@ def one_by_one(llava: Llava, new_tokens: int) -> Label:
     return run
 
 
-def ours(llava: Llava, new_tokens: int, batch_size: int) -> Label:
+def ours(llava: Llava15, new_tokens: int, batch_size: int) -> Label:
     """`sdrpn label`'s own step, from no image read."""
     heads = replace(label_heads(), max_new_tokens=new_tokens)
-    zoom = ZoomLlava(llava, proposer="none", labels=heads)
+    zoom = ZoomModel(llava, proposer="none", labels=heads)
 
     def run(asked: Sequence[Question]) -> None:
         zoom.prefixes.clear()

@@ -33,10 +33,10 @@ from memory import resident
 from tqdm import tqdm
 from workload import describe_machine
 
-from sdrpn.backbones.llava15 import Llava
-from sdrpn.engine import Answer, Question, ZoomLlava
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.engine import Answer, Question, ZoomModel
 from sdrpn.io.atomic import write_json
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.demo import embedded_model
 from sdrpn_eval.demo.scenes import COLOURS, make_scene, webp_bytes
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
@@ -47,7 +47,7 @@ QUALITY = 92
 MIB = 1 << 20
 
 
-class Watched(ZoomLlava):
+class Watched(ZoomModel):
     """An engine that tells how many questions it has answered, batch by batch."""
 
     tell: Callable[[int], None]
@@ -63,7 +63,7 @@ class Watched(ZoomLlava):
 class Log:
     """A row each time another `every` questions are answered."""
 
-    def __init__(self, engine: ZoomLlava, every: int) -> None:
+    def __init__(self, engine: ZoomModel, every: int) -> None:
         self.engine, self.every = engine, every
         self.rows: list[dict[str, float]] = []
         self.answered = 0
@@ -128,7 +128,7 @@ def long_run(
 ) -> list[dict[str, float]]:
     """Ask all questions; a row for every `every` of them."""
     folder, rpn = embedded_model()
-    llava = Llava.load(folder, dtype="float32", device="cpu")
+    llava = Llava15.load(folder, dtype="float32", device="cpu")
     engine = Watched(llava, RPN.from_pretrained(rpn), prefix_cache=cache)
     documents, asked = draw_documents(images, seed), requests(images, per_image, seed)
     log = Log(engine, every)

@@ -14,15 +14,15 @@ from shapes import SHAPES, random_llava
 from torch import Tensor
 from tqdm import tqdm
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import RPNConfig
-from sdrpn.rpn.model import RPN, shape_of
+from sdrpn.rpn.checkpoint import RPN
 
 DEVIATION = 0.02
 """Of the random weights: what LLaMA is initialised with."""
 
 
-def meta_llava(name: str, dtype: torch.dtype, layers: int | None = None) -> Llava:
+def meta_llava(name: str, dtype: torch.dtype, layers: int | None = None) -> Llava15:
     """A shape with no weights behind it."""
     if layers is not None:
         SHAPES[f"{name}-{layers}"] = replace(SHAPES[name], layers=layers)
@@ -30,17 +30,17 @@ def meta_llava(name: str, dtype: torch.dtype, layers: int | None = None) -> Llav
     return random_llava(name, dtype, "meta")
 
 
-def rpn_config(llava: Llava) -> RPNConfig:
+def rpn_config(llava: Llava15) -> RPNConfig:
     """B = 15 and R = 3, as published; a shape cut to few layers branches off earlier."""
     return RPNConfig(
-        **shape_of(llava),
+        **llava.rpn_shape(),
         branch_layer=min(15, llava.num_layers - 3),
         depth=3,
         base_model=llava.name,
     )
 
 
-def meta_rpn(llava: Llava, dtype: torch.dtype) -> RPN:
+def meta_rpn(llava: Llava15, dtype: torch.dtype) -> RPN:
     """The RPN of a shape with no weights behind it."""
     with torch.device("meta"):
         return RPN(rpn_config(llava)).to(dtype)
@@ -96,7 +96,9 @@ def build(folder: Path, shape: str, dtype: torch.dtype, layers: int | None = Non
     llava.model.config.save_pretrained(folder)
 
 
-def _build_rpn(folder: Path, llava: Llava, dtype: torch.dtype, generator: torch.Generator) -> None:
+def _build_rpn(
+    folder: Path, llava: Llava15, dtype: torch.dtype, generator: torch.Generator
+) -> None:
     rpn = meta_rpn(llava, dtype)
     filled = {name: _fill(name, t, generator) for name, t in rpn.state_dict().items()}
     rpn.load_state_dict(filled, assign=True)

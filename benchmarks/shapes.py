@@ -15,9 +15,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import LabelConfig, LayerHeads
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.demo.tiny_model import PATCH, build_tokenizer, processor_around
 
 SIDE = 336
@@ -84,8 +84,8 @@ def llava_config(shape: Shape, tokenizer: Any) -> LlavaConfig:
 
 def random_llava(
     name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
-) -> Llava:
-    """A Llava of a named shape with random weights."""
+) -> Llava15:
+    """A Llava15 of a named shape with random weights."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = 4096
@@ -94,10 +94,10 @@ def random_llava(
         torch.set_default_dtype(dtype)
         model = LlavaForConditionalGeneration(llava_config(SHAPES[name], tokenizer))
         torch.set_default_dtype(before)
-    return Llava(model, processor_around(tokenizer, SIDE), name=f"random {name}")
+    return Llava15(model, processor_around(tokenizer, SIDE), name=f"random {name}")
 
 
-def random_rpn(llava: Llava, branch_layer: int = 15, depth: int = 3) -> RPN:
+def random_rpn(llava: Llava15, branch_layer: int = 15, depth: int = 3) -> RPN:
     """A fresh RPN, as published: B = 15, R = 3."""
     return RPN.from_backbone(llava, branch_layer, depth).eval().requires_grad_(False)
 

@@ -17,13 +17,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from workload import Clock
 
 import sdrpn.engine
-from sdrpn.engine import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomModel
 
 SHOWN_OPERATORS = 15
 
 
 @contextmanager
-def labelled(engine: ZoomLlava) -> Iterator[dict[str, float]]:
+def labelled(engine: ZoomModel) -> Iterator[dict[str, float]]:
     """Label the stations for torch's profiler while the block runs; fills in seconds by station.
 
     pixels: pad and resize the whole image. Of generate(), prefill is the forward that reads the
@@ -31,7 +31,7 @@ def labelled(engine: ZoomLlava) -> Iterator[dict[str, float]]:
     that time falls where it belongs.
     """
     seconds: dict[str, float] = defaultdict(float)
-    clock = Clock(engine.llava.device)
+    clock = Clock(engine.backbone.device)
 
     def timed(station: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)  # generate() reads the signature of forward()
@@ -47,11 +47,11 @@ def labelled(engine: ZoomLlava) -> Iterator[dict[str, float]]:
         return call
 
     places = (
-        (engine.llava, "pixels", "pixels"),
-        (sdrpn.engine, "read", "read"),
+        (engine.backbone, "pixels", "pixels"),
+        (sdrpn.engine, "prefill", "read"),
         (engine, "look", "look"),
         (sdrpn.engine, "crop_tokens", "crop"),
-        (engine.llava.model, "forward", "prefill"),
+        (engine.backbone.model, "forward", "prefill"),
     )
     with ExitStack() as stack:
         for owner, name, station in places:
@@ -60,13 +60,13 @@ def labelled(engine: ZoomLlava) -> Iterator[dict[str, float]]:
 
 
 def station_seconds(
-    engine: ZoomLlava, ask: Callable[[], Any], repeats: int
+    engine: ZoomModel, ask: Callable[[], Any], repeats: int
 ) -> tuple[dict[str, float], float]:
     """Median seconds of each station of one call, and of the whole; `other` is what lies between.
 
     ask: forgets the images read and asks.
     """
-    clock, rounds = Clock(engine.llava.device), []
+    clock, rounds = Clock(engine.backbone.device), []
     ask()
     for _ in range(repeats):
         with labelled(engine) as seconds:
@@ -78,9 +78,9 @@ def station_seconds(
     return medians, medians.pop("whole")
 
 
-def operator_table(engine: ZoomLlava, ask: Callable[[], Any]) -> str:
+def operator_table(engine: ZoomModel, ask: Callable[[], Any]) -> str:
     """torch.profiler's tables of one call: the stations, and the operators that cost most."""
-    cuda = engine.llava.device.type == "cuda"
+    cuda = engine.backbone.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as seen, labelled(engine):
         ask()
@@ -97,7 +97,7 @@ def operator_table(engine: ZoomLlava, ask: Callable[[], Any]) -> str:
 
 
 def profile_question(
-    engine: ZoomLlava,
+    engine: ZoomModel,
     question: Question,
     generation: dict[str, Any],
     sizes: Sizes,

@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.boxes import GridBox, ImageGrid
 from sdrpn.config import ZoomConfig
-from sdrpn.engine import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomModel
 from sdrpn.inference.decoder import run_layers
 from sdrpn.inference.generation import generate_plain, generation_arguments
+from sdrpn.inference.prefix import batch_rows
 from sdrpn.roi.crops import crop_tokens
-from sdrpn.roi.postprocess import GridBox, Region, View, blur, propose
+from sdrpn.roi.postprocess import Region, blur, propose
 from sdrpn.roi.proposers import Proposal
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.arguments import PRESETS
 
 
@@ -58,18 +60,18 @@ def middle_box(grid: int, cells: int) -> GridBox:
     return GridBox(low, low, low + cells, low + cells)
 
 
-def region_of(box: GridBox, view: View) -> Region:
+def region_of(box: GridBox, view: ImageGrid) -> Region:
     """The region a proposer would give for this box of cells."""
     return Region((view.to_pixels(box),), (box,))
 
 
-def force_region(engine: ZoomLlava, box: GridBox) -> ZoomLlava:
+def force_region(engine: ZoomModel, box: GridBox) -> ZoomModel:
     """Let an engine's proposer work as ever, and put this box in place of what it found."""
     ask = engine.look
 
     def look(questions: Sequence[Question], *rest: Any) -> list[Proposal]:
         found = ask(questions, *rest)
-        views = [engine.llava.view(q.images[0]) for q in questions]
+        views = [engine.backbone.image_grid(q.images[0]) for q in questions]
         pairs = zip(found, views, strict=True)
         return [replace(one, region=region_of(box, view)) for one, view in pairs]
 
@@ -77,7 +79,7 @@ def force_region(engine: ZoomLlava, box: GridBox) -> ZoomLlava:
     return engine
 
 
-def forget_images(engine: ZoomLlava) -> None:
+def forget_images(engine: ZoomModel) -> None:
     """Empty the engine's cache of images."""
     engine.prefixes.clear()
 
@@ -95,7 +97,7 @@ def generation_of(new_tokens: int) -> dict[str, Any]:
 
 
 def _engine_system(
-    engine: ZoomLlava,
+    engine: ZoomModel,
     name: str,
     preset: str | None,
     generation: Mapping[str, Any],
@@ -109,12 +111,12 @@ def _engine_system(
     return System(name, preset, run, lambda: forget_images(engine), largest_batch)
 
 
-def zooming_engine(llava: Llava, rpn: RPN, box: GridBox, preset: str) -> ZoomLlava:
+def zooming_engine(llava: Llava15, rpn: RPN, box: GridBox, preset: str) -> ZoomModel:
     """Ours, with the settings of a preset and a forced region."""
-    return force_region(ZoomLlava(llava, rpn, zoom=preset_zoom(preset)), box)
+    return force_region(ZoomModel(llava, rpn, zoom=preset_zoom(preset)), box)
 
 
-def stock(llava: Llava, generation: Mapping[str, Any]) -> System:
+def stock(llava: Llava15, generation: Mapping[str, Any]) -> System:
     """transformers' own way: the whole prompt and the pixels of each row, padded on the left.
 
     At batch size 1 what lmms-eval's llava_hf does; `generate_plain` makes the inputs (the pixels
@@ -122,14 +124,14 @@ def stock(llava: Llava, generation: Mapping[str, Any]) -> System:
     """
 
     def run(batch: Sequence[Question]) -> list[Said]:
-        prompts = [llava.whole_ids(q.text) for q in batch]
+        prompts = [llava.plain_ids(q.text) for q in batch]
         images = [q.images[0] for q in batch]
         return _said(llava, generate_plain(llava, prompts, images, generation), [0] * len(batch))
 
     return System("stock", None, run, lambda: None)
 
 
-def _two_pass(llava: Llava, rpn: RPN, box: GridBox, generation: Mapping[str, Any]) -> System:
+def _two_pass(llava: Llava15, rpn: RPN, box: GridBox, generation: Mapping[str, Any]) -> System:
     """As the published code works: look at the whole prompt, then begin again with the crop.
 
     The image goes through the vision tower once for both passes, which is generous to it.
@@ -139,25 +141,29 @@ def _two_pass(llava: Llava, rpn: RPN, box: GridBox, generation: Mapping[str, Any
 
     @torch.no_grad()
     def answer(question: Question) -> Said:
-        image, words = question.images[0], llava.question_ids(question.text)
-        view, start = llava.view(image), len(llava.head_ids)
-        before = [llava.embed(llava.head_ids), llava.encode(llava.pixels([image]))[0]]
-        prompt = torch.cat([*before, llava.embed(words)])[None]
-        span = llava.span(prompt, _ones(prompt))
-        branch = run_layers(llava.layers[: rpn.config.branch_layer], prompt, span)
-        states = rpn(branch, span)
-        keys = rpn.image_keys(states[:, start : start + llava.image_tokens])
-        logits = rpn.roi_logits(states[:, -1], keys)
-        roi_map = blur(torch.sigmoid(logits).cpu().numpy().reshape(llava.grid, llava.grid))
-        propose(roi_map, view, zoom)
-        region, room = region_of(box, view), llava.context_length
-        crop = crop_tokens(llava, [image], [region], [zoom], [room])[0]
-        assert crop is not None
-        whole = torch.cat([*before, crop, llava.embed(words)])[None]
+        image, words = question.images[0], llava.prompt_ids(question.text).after
+        (ready,) = llava.preprocess([image])
+        before = llava.prefix_segment(ready, llava.encode([ready])[0])
+        after = llava.suffix_segment(before.next_position, words)
+        batch = batch_rows([before.followed_by(after)], [0])
+        inputs = batch.attention(llava)
+        branch = run_layers(llava.layers[: rpn.branch_layer], batch.embeds, inputs)
+        states = rpn(branch, inputs)
+        keys = rpn.image_keys(states[:, before.image], inputs.rotary)
+        logits = rpn.roi_logits(states[:, -1], inputs.rotary, keys)[0]
+        grid = ready.grid
+        roi_map = torch.sigmoid(logits).cpu().numpy().reshape(grid.rows, grid.columns)
+        propose(blur(roi_map), grid, zoom)
+        region, room = region_of(box, grid), llava.context_length
+        (crops,) = crop_tokens(llava, [image], [region], [zoom], [room])
+        inserted = sum(len(crop.tokens) for crop in crops)
+        assert inserted
+        zoomed = llava.suffix_segment(before.next_position, words, crops)
+        whole = before.followed_by(zoomed).embeds[None]
         ids = llava.model.generate(
             inputs_embeds=whole, attention_mask=_ones(whole), **arguments
         ).tolist()
-        return _said(llava, ids, [len(crop)])[0]
+        return _said(llava, ids, [inserted])[0]
 
     def run(batch: Sequence[Question]) -> list[Said]:
         return [answer(question) for question in batch]
@@ -169,13 +175,13 @@ def _ones(embeds: Tensor) -> Tensor:
     return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
 
 
-def _said(llava: Llava, ids: Sequence[Sequence[int]], crops: Sequence[int]) -> list[Said]:
+def _said(llava: Llava15, ids: Sequence[Sequence[int]], crops: Sequence[int]) -> list[Said]:
     texts = [llava.tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
     return [Said(text, crop) for text, crop in zip(texts, crops, strict=True)]
 
 
 def all_systems(
-    llava: Llava, rpn: RPN, box: GridBox, new_tokens: int, *, vicrop_batched: bool = False
+    llava: Llava15, rpn: RPN, box: GridBox, new_tokens: int, *, vicrop_batched: bool = False
 ) -> list[System]:
     """Every system over the same weights, answering with so many new tokens.
 
@@ -187,14 +193,14 @@ def all_systems(
     rpn = rpn.attach(llava).eval().requires_grad_(False)
     return [
         stock(llava, said),
-        _engine_system(ZoomLlava(llava, proposer="none"), "none", None, said),
+        _engine_system(ZoomModel(llava, proposer="none"), "none", None, said),
         _two_pass(llava, rpn, box, said),
         *[
             _engine_system(zooming_engine(llava, rpn, box, preset), "sdrpn", preset, said)
             for preset in ("paper", "fast")
         ],
         _engine_system(
-            ZoomLlava(llava, proposer="vicrop", zoom=preset_zoom("paper")),
+            ZoomModel(llava, proposer="vicrop", zoom=preset_zoom("paper")),
             "vicrop",
             None,
             said,

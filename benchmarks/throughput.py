@@ -43,11 +43,11 @@ from workload import (
     settings_of,
 )
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import published_labels
 from sdrpn.io.atomic import whole
 from sdrpn.roi.vicrop import NEUTRAL_QUESTION
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 
 EXAMPLES = """examples:
   python benchmarks/throughput.py --quick --out quick.json      a first look, 2 cores, minutes
@@ -81,7 +81,7 @@ class Settings:
         return fixed + [Cell(MIXES[name], name) for name in self.mixes]
 
 
-def run(llava: Llava, rpn: RPN, settings: Settings, out: Path | None = None) -> dict[str, Any]:
+def run(llava: Llava15, rpn: RPN, settings: Settings, out: Path | None = None) -> dict[str, Any]:
     """Measure every cell; returns what is written to `out`."""
     box = middle_box(llava.grid, settings.cells)
     systems = all_systems(
@@ -108,21 +108,21 @@ def run(llava: Llava, rpn: RPN, settings: Settings, out: Path | None = None) -> 
             finished.append((cell, measure(jobs, asked, clock, settings.repeats, progress)))
             result["rows"] = []
             for done, measured in finished:
-                loads = _loads(llava, settings, done, len(llava.question_ids(asked[0].text)))
+                loads = _loads(llava, settings, done, len(llava.prompt_ids(asked[0].text).after))
                 result["rows"] += rows_of(measured, done, sizes, loads, rate)
             _write(result, out)
     return result
 
 
-def _loads(llava: Llava, settings: Settings, cell: Cell, words: int) -> Callable[[float], Load]:
+def _loads(llava: Llava15, settings: Settings, cell: Cell, words: int) -> Callable[[float], Load]:
     """Crop tokens of a question -> its load."""
-    neutral = len(llava.question_ids(NEUTRAL_QUESTION))
+    neutral = len(llava.prompt_ids(NEUTRAL_QUESTION).after)
     labels = published_labels(llava.num_layers, llava.text_config.hidden_size)
     layer = labels.vicrop_layer if labels else round(llava.num_layers * 14 / 32)
     return lambda crop: Load(cell.mean, words, round(crop), settings.new_tokens, neutral, layer)
 
 
-def profile(llava: Llava, rpn: RPN, settings: Settings, rate: float) -> dict[str, Any]:
+def profile(llava: Llava15, rpn: RPN, settings: Settings, rate: float) -> dict[str, Any]:
     """Print and return where the time of one question goes, for both presets."""
     asked = questions(llava, [1], settings.question_tokens, settings.image_size)
     box, said = middle_box(llava.grid, settings.cells), generation_of(settings.new_tokens)

@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 from memory import Stages, stage_table
+from PIL import Image
 from random_checkpoint import build, meta_llava, meta_rpn
 from shapes import SHAPES, images
 from systems import force_region, generation_of, middle_box, preset_zoom
 from workload import describe_machine, questions
 
+from sdrpn.backbones.base import AttentionInputs, ImageInput
 from sdrpn.engine import Question
-from sdrpn.inference.decoder import Span, positions_of
-from sdrpn.inference.prefix import read
+from sdrpn.inference.prefix import prefill
 
 EXAMPLES = """examples:
   python benchmarks/true_size.py --out docs/true_size.json
@@ -50,15 +51,15 @@ def sizes_of(name: str) -> dict[str, Any]:
     rpn = meta_rpn(llava, DTYPE)
     llava.head_ids = [llava.tokenizer.bos_token_id] * HEAD_TOKENS
 
-    def span(embeds: Any, attention_mask: Any, cache: Any = None) -> Span:
+    def attention_inputs(embeds: Any, mask: Any, positions: Any, cache: Any) -> AttentionInputs:
         # Making a mask asks for its values, and meta tensors have none.
-        positions = positions_of(attention_mask)
-        rotary = llava.model.model.language_model.rotary_emb(embeds, position_ids=positions)
-        return Span(attention_mask, None, positions, rotary)
+        rotary = llava.decoder.rotary_emb(embeds, position_ids=positions[0])
+        return AttentionInputs(None, positions[0], rotary)
 
-    llava.span = span  # type: ignore[method-assign]
-    pixels = torch.zeros(1, 3, llava.side, llava.side, device="meta", dtype=DTYPE)
-    (alone,), (prefix,) = read(llava, None, pixels), read(llava, rpn, pixels)
+    llava.attention_inputs = attention_inputs  # type: ignore[method-assign]
+    pixels = torch.zeros(3, llava.side, llava.side, device="meta", dtype=DTYPE)
+    image = ImageInput(pixels, llava.image_grid(Image.new("RGB", (1, 1))))
+    (alone,), (prefix,) = prefill(llava, None, [image]), prefill(llava, rpn, [image])
     parts = {
         "language_model": llava.model.model.language_model,
         "lm_head": llava.model.lm_head,
@@ -122,8 +123,8 @@ def _ask(folder: Path, preset: str, new_tokens: int, cells: int, answer: Any) ->
             preset=preset,
         )
     engine = plugin.engine
-    force_region(engine, middle_box(engine.llava.grid, cells))
-    words = [q.text for q in questions(engine.llava, [2], 60, (640, 480))]
+    force_region(engine, middle_box(engine.backbone.grid, cells))
+    words = [q.text for q in questions(engine.backbone, [2], 60, (640, 480))]
     (image,) = images(1)
     said = []
     for number, text in enumerate(words, start=1):
@@ -138,7 +139,7 @@ def _ask(folder: Path, preset: str, new_tokens: int, cells: int, answer: Any) ->
             "regions": [[list(box) for box in a.regions] for a in said],
             "new_tokens": [a.new_tokens for a in said],
             "prefix_cache": {"images": len(engine.prefixes), "bytes": engine.prefixes.nbytes},
-            "dtype": str(engine.llava.dtype).removeprefix("torch."),
+            "dtype": str(engine.backbone.dtype).removeprefix("torch."),
         }
     )
 

@@ -14,9 +14,9 @@ import torch
 import transformers
 from shapes import SHAPES, images, question, random_llava, random_rpn
 
-from sdrpn.backbones.llava15 import Llava, pick_dtype
+from sdrpn.backbones.llava15 import Llava15, pick_dtype
 from sdrpn.engine import Question
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 
 MIXES = {
     "textvqa": (2, 1, 2, 1, 2),
@@ -55,14 +55,14 @@ def load(
     device: str = "cpu",
     dtype: str = "auto",
     attention: str | None = None,
-) -> tuple[Llava, RPN]:
+) -> tuple[Llava15, RPN]:
     """A LLaVA and an RPN: random weights of a named shape, or real ones.
 
     layers: cut a random shape to so many decoder layers. rpn: without one a fresh copy of the
     backbone's layers stands in, which costs the same. attention: transformers' name of a backend.
     """
     if pretrained is not None:
-        llava = Llava.load(pretrained, dtype=dtype, device=device, attn_implementation=attention)
+        llava = Llava15.load(pretrained, dtype=dtype, device=device, attn_implementation=attention)
         return llava, RPN.from_pretrained(rpn) if rpn else random_rpn(llava)
     branch = 15
     if layers is not None:
@@ -75,7 +75,7 @@ def load(
     return llava, random_rpn(llava, branch)
 
 
-def describe_shape(llava: Llava, rpn: RPN) -> dict[str, Any]:
+def describe_shape(llava: Llava15, rpn: RPN) -> dict[str, Any]:
     """The sizes a reader needs to judge the numbers."""
     text: Any = llava.text_config
     return {
@@ -115,17 +115,17 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _fitting(llava: Llava, tokens: int, seed: int) -> str:
+def _fitting(llava: Llava15, tokens: int, seed: int) -> str:
     """A question of so many tokens behind the image, the turn's end included."""
     for words in range(tokens, 0, -1):
         text = question(words, seed)
-        if len(llava.question_ids(text)) <= tokens:
+        if len(llava.prompt_ids(text).after) <= tokens:
             return text
     raise ValueError(f"a question of {tokens} tokens is too short for the prompt's own words")
 
 
 def questions(
-    llava: Llava, counts: Sequence[int], tokens: int, size: tuple[int, int]
+    llava: Llava15, counts: Sequence[int], tokens: int, size: tuple[int, int]
 ) -> list[Question]:
     """Questions grouped by image, as the plugin batches them; all of one length.
 
@@ -158,7 +158,7 @@ class Clock:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
-def achievable(llava: Llava, tries: int = 5) -> float:
+def achievable(llava: Llava15, tries: int = 5) -> float:
     """Operations a second of the best of a few large matrix products in the model's dtype."""
     side = 8192 if llava.device.type == "cuda" else 1536
     left, right = (torch.randn(side, side, dtype=llava.dtype, device=llava.device) for _ in "ab")

@@ -38,7 +38,7 @@ from sdrpn.distill.label_dataset import (
 from sdrpn.distill.questions import fingerprint, read_items
 from sdrpn.distill.trainer import last_checkpoint
 from sdrpn.io.images import BadImage, inside
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 
 TOKENS = 16
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-labels-"))

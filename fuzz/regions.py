@@ -13,19 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
+from sdrpn.backbones.llava15 import square_grid, stretched
+from sdrpn.boxes import GridBox, ImageGrid, PixelBox
 from sdrpn.config import POLICIES, ZoomConfig
-from sdrpn.roi.postprocess import (
-    GridBox,
-    PixelBox,
-    Region,
-    View,
-    blur,
-    budget,
-    components,
-    crop,
-    given,
-    propose,
-)
+from sdrpn.roi.postprocess import Region, blur, budget, components, given, propose
 
 SIDES = st.one_of(st.integers(1, 40), st.integers(1, 3000), st.integers(1, 10**7))
 VALUES = st.one_of(
@@ -36,11 +27,11 @@ VALUES = st.one_of(
 
 
 @st.composite
-def views(draw: st.DrawFn) -> View:
+def views(draw: st.DrawFn) -> ImageGrid:
     grid = draw(st.integers(1, 30))
     patch = draw(st.sampled_from([1, 7, 14, 16]))
     size = draw(SIDES), draw(SIDES)
-    return View(size, grid, grid * patch, draw(st.sampled_from(["pad", "crop"])))
+    return square_grid(size, grid, grid * patch, draw(st.sampled_from(["pad", "crop"])))
 
 
 @st.composite
@@ -55,7 +46,7 @@ def zooms(draw: st.DrawFn) -> ZoomConfig:
     )
 
 
-def check(region: Region, view: View, zoom: ZoomConfig) -> None:
+def check(region: Region, view: ImageGrid, zoom: ZoomConfig) -> None:
     """A region holds pixels of the image, in boxes that are sound, or says why there is none."""
     assert bool(region.boxes) == (region.reason is None)
     assert len(region.boxes) == len(region.grid_boxes) <= 2
@@ -63,18 +54,18 @@ def check(region: Region, view: View, zoom: ZoomConfig) -> None:
         assert 0 <= box.x0 < box.x1 <= view.size[0], box
         assert 0 <= box.y0 < box.y1 <= view.size[1], box
         assert all(type(edge) is int for edge in (*box, *cells))
-        assert 0 <= cells.x0 < cells.x1 <= view.grid, cells
-        assert 0 <= cells.y0 < cells.y1 <= view.grid, cells
-        rows, columns = budget(cells, view.grid, zoom)
-        assert 1 <= rows <= view.grid
-        assert 1 <= columns <= view.grid
+        assert 0 <= cells.x0 < cells.x1 <= view.rows, cells
+        assert 0 <= cells.y0 < cells.y1 <= view.rows, cells
+        rows, columns = budget(cells, view.rows, view.columns, zoom)
+        assert 1 <= rows <= view.rows
+        assert 1 <= columns <= view.rows
 
 
 @holds(data=st.data(), view=views(), zoom=zooms(), blurred=st.booleans())
-def any_map(data: st.DataObject, view: View, zoom: ZoomConfig, blurred: bool) -> None:
-    shape = (view.grid, view.grid)
+def any_map(data: st.DataObject, view: ImageGrid, zoom: ZoomConfig, blurred: bool) -> None:
+    shape = (view.rows, view.columns)
     values = data.draw(arrays(np.float32, shape, elements=VALUES, fill=st.sampled_from([0, 0.5])))
-    shown = blur(values) if blurred and view.grid > 1 else values
+    shown = blur(values) if blurred and view.rows > 1 else values
     region = propose(shown, view, zoom)
     check(region, view, zoom)
     if region.keep is not None:
@@ -98,7 +89,7 @@ def any_blur(data: st.DataObject, grid: int, odd: float) -> None:
     assert smooth.shape == values.shape
     assert values.min() - 1e-6 <= smooth.min() <= smooth.max() <= values.max() + 1e-6
     values[0, 0] = odd
-    view = View((100, 80), grid, 14 * grid)
+    view = square_grid((100, 80), grid, 14 * grid)
     try:
         check(propose(blur(values), view, ZoomConfig(0.5)), view, ZoomConfig(0.5))
     except ValueError as error:
@@ -111,7 +102,7 @@ EDGES = st.one_of(st.integers(-5, 3005), st.integers(), st.sampled_from([0, 1, -
 
 
 @holds(view=views(), edges=st.tuples(EDGES, EDGES, EDGES, EDGES))
-def any_given_box(view: View, edges: tuple[int, int, int, int]) -> None:
+def any_given_box(view: ImageGrid, edges: tuple[int, int, int, int]) -> None:
     zoom = ZoomConfig()
     try:
         region = given(PixelBox(*edges), view)
@@ -123,22 +114,22 @@ def any_given_box(view: View, edges: tuple[int, int, int, int]) -> None:
 
 
 @holds(data=st.data(), view=views())
-def there_and_back(data: st.DataObject, view: View) -> None:
+def there_and_back(data: st.DataObject, view: ImageGrid) -> None:
     """Cells of pixels, and pixels of cells, stay inside; cells come back around themselves."""
-    edge = st.integers(0, view.grid - 1)
+    edge = st.integers(0, view.rows - 1)
     x0, y0 = data.draw(edge), data.draw(edge)
     cells = GridBox(
-        x0, y0, data.draw(st.integers(x0 + 1, view.grid)), data.draw(st.integers(y0 + 1, view.grid))
+        x0, y0, data.draw(st.integers(x0 + 1, view.rows)), data.draw(st.integers(y0 + 1, view.rows))
     )
     box = view.to_pixels(cells)
     assert 0 <= box.x0 <= box.x1 <= view.size[0]
     assert 0 <= box.y0 <= box.y1 <= view.size[1]
     if box.area > 0:
-        again = view.to_grid(box)
-        assert 0 <= again.x0 < again.x1 <= view.grid
-        assert 0 <= again.y0 < again.y1 <= view.grid
+        again = view.to_cells(box)
+        assert 0 <= again.x0 < again.x1 <= view.rows
+        assert 0 <= again.y0 < again.y1 <= view.rows
         # Truncated to whole pixels, edges move towards the corner by less than one of them.
-        slack = 1 + view.ratio * view.grid / view.side
+        slack = 1 + view.scale[0] / view.cell
         assert cells.x0 - slack <= again.x0, (cells, again)
         assert again.x1 <= cells.x1 + slack, (cells, again)
 
@@ -152,7 +143,7 @@ def any_crop(data: st.DataObject, size: tuple[int, int], side: int) -> None:
         data.draw(st.integers(low + 1, edge)) for low, edge in zip((x0, y0), size, strict=True)
     )
     image = Image.new("RGB", size, "red")
-    cut = crop(image, PixelBox(x0, y0, x1, y1), side)
+    cut = stretched(image, PixelBox(x0, y0, x1, y1), side)
     assert cut.size == (side, side)
     assert cut.getextrema() == ((255, 255), (0, 0), (0, 0))
 
@@ -183,7 +174,7 @@ def any_settings(pairs: list[tuple[str, str]], values: Any) -> None:
         assert 0 < zoom.threshold < 1
         assert zoom.policy in POLICIES
         assert zoom.token_budget is None or zoom.token_budget > 0
-        budget(GridBox(0, 0, 1, 1), 24, zoom)
+        budget(GridBox(0, 0, 1, 1), 24, 24, zoom)
 
 
 PROPERTIES = (any_map, any_blur, any_given_box, there_and_back, any_crop, any_settings)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sdrpn import __version__
 from sdrpn.backbones.fingerprint import base_hash, weights_hash
-from sdrpn.engine import Answer, Question, ZoomLlava
+from sdrpn.engine import Answer, Question, ZoomModel
 from sdrpn.io.atomic import as_json, parse_json, whole
 from sdrpn.io.images import BadImage, inside, load_image
 from sdrpn.io.prefetch import ahead
@@ -100,7 +100,7 @@ class AnswerJob:
 
     def __init__(
         self,
-        zoom: ZoomLlava,
+        zoom: ZoomModel,
         questions: Sequence[Asked],
         images: Path,
         out: AnswerFile,
@@ -116,15 +116,15 @@ class AnswerJob:
         self._opened: dict[str, Image.Image | BadImage] = {}
         out.claim(
             {
-                "model": zoom.llava.name,
-                "model_hash": base_hash(zoom.llava, zoom.llava.num_layers),
+                "model": zoom.backbone.name,
+                "model_hash": base_hash(zoom.backbone, zoom.backbone.num_layers),
                 "rpn_hash": weights_hash([zoom.rpn]) if zoom.rpn else None,
-                "dtype": str(zoom.llava.dtype).removeprefix("torch."),
+                "dtype": str(zoom.backbone.dtype).removeprefix("torch."),
                 "proposer": zoom.proposer,
                 "zoom": asdict(zoom.zoom),
                 "images": str(images.resolve()),
                 "sdrpn": __version__,
-                "padding": zoom.llava.padding,
+                **{k: v for k, v in zoom.backbone.preprocessing.items() if k != "side"},
                 **self.generation,
             }
         )

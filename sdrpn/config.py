@@ -13,6 +13,9 @@ VICUNA_SYSTEM_PROMPT = (
 )
 """The sentence LLaVA-1.5 was trained and scored with; the hub's chat template leaves it out."""
 
+IMAGE_TOKEN = "<image>"
+"""Stands for an image in a prompt, in LLaVA's data, and in the tokenizer."""
+
 POLICIES = ("mask", "bbox", "strongest")
 PADDINGS = ("pad", "crop")
 ASPECT_RATIO = "image_aspect_ratio"
@@ -68,7 +71,7 @@ _READ: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class ZoomConfig:
-    """How a RoI map becomes crops (paper section 3.3; METHOD of the README).
+    """How a RoI map becomes crops (SD-RPN, section 3.3; docs/method.md).
 
     threshold: on the blurred map, in (0, 1).
     policy: `mask` (published results), `bbox` (published alternative) or `strongest` (ours).
@@ -161,10 +164,10 @@ def _is_index(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """Which attention makes pseudo-labels, and where the lines are drawn (METHOD section 4).
+    """Which attention makes pseudo-labels, and where the lines are drawn (docs/method.md).
 
     grounding: heads whose mean is the grounding map. sink: heads whose mean is the sink map.
-    vicrop_layer: the layer the ViCrop baseline reads (METHOD section 8).
+    vicrop_layer: the layer the ViCrop baseline reads.
     sink_threshold: an image token with at least this much attention in the sink map is a sink.
     foreground, background: shares of the map's maximum.
     max_box_fraction: a foreground box of this share of the grid or more discards the sample.
@@ -229,7 +232,11 @@ class RPNConfig:
     """Shape of a region proposal network and what it belongs to; saved as its config.json.
 
     branch_layer (B): the backbone layers 0..B-1 feed it. depth (R): R-1 decoder layers and a map
-    head. The sizes are the backbone's. image_tokens: cells of the RoI map, a square grid.
+    head. The sizes are the backbone's. image_tokens: cells of the RoI map; None where they depend
+        on the image.
+    backbone: `model_type` of the family whose decoder layers it has.
+    head_bias, rotary_head: whether the map head's projections have biases, and whether rotary
+        embeddings turn what they give. final_norm: whether a norm follows the decoder layers.
     multi_head: mean over heads of q.k/sqrt(d); False: one unscaled dot product over the width.
     base_model, base_hash: the base it was trained on, by name and by `fingerprint.base_hash`; no
         hash where that is not known. zoom: how its maps are best turned into crops.
@@ -242,7 +249,11 @@ class RPNConfig:
     num_attention_heads: int
     num_key_value_heads: int
     rms_norm_eps: float
-    image_tokens: int
+    image_tokens: int | None
+    backbone: str = "llava"
+    head_bias: bool = False
+    rotary_head: bool = False
+    final_norm: bool = True
     branch_layer: int = 15
     depth: int = 3
     multi_head: bool = True
@@ -261,7 +272,7 @@ class RPNConfig:
                 f"branch_layer and depth must be 1 or more, got {self.branch_layer}, {self.depth}"
             )
         sizes = {name: getattr(self, name) for name in SIZES}
-        if min(sizes.values()) < 1:
+        if min(size for size in sizes.values() if size is not None) < 1:
             raise ValueError(f"sizes must be 1 or more, got {sizes}")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads or heads % kv_heads:
@@ -271,6 +282,11 @@ class RPNConfig:
             )
         if self.hidden_size // heads % 2:
             raise ValueError(f"heads of {self.hidden_size // heads} channels cannot be rotated")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head."""
+        return self.hidden_size // self.num_attention_heads
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from sdrpn.boxes import PixelBox
 from sdrpn.io.atomic import whole
-from sdrpn.roi.postprocess import PixelBox, View
 
 BOX_COLOUR = "#ff2fd0"
 TRUE_COLOUR = "#2fe05a"
@@ -24,7 +24,8 @@ TRUE_COLOUR = "#2fe05a"
 class Card:
     """One question to draw: answers are lines of text by the name of who gave them.
 
-    roi_map: [grid, grid] in [0, 1] or None. truth: the true box where it is known. second_map:
+    extent: where maps lie on the image, (x0, y0, x1, y1) in pixels, as `ImageGrid.extent` has it.
+    roi_map: [rows, columns] in [0, 1] or None. truth: the true box where it is known. second_map:
     drawn over the image once more, where the crop would stand.
     """
 
@@ -32,21 +33,11 @@ class Card:
     question: str
     answers: Mapping[str, str]
     regions: Sequence[PixelBox]
-    view: View
+    extent: tuple[float, ...]
     roi_map: np.ndarray | None = None
     truth: PixelBox | None = None
     note: str = ""
     second_map: np.ndarray | None = None
-
-
-def heat(roi_map: np.ndarray, view: View) -> tuple[np.ndarray, tuple[float, float, float, float]]:
-    """A RoI map and where it lies on the original: matplotlib's extent (left, right, bottom, top),
-
-    in source pixels; with padding it reaches beyond the image.
-    """
-    side = view.side / view.ratio
-    left, top = (-offset / view.ratio for offset in view.offset)
-    return roi_map, (left, left + side, top + side, top)
 
 
 def sheet(cards: Sequence[Card], out: Path | str, columns: int = 1) -> Path:
@@ -69,14 +60,14 @@ def sheet(cards: Sequence[Card], out: Path | str, columns: int = 1) -> Path:
 def _draw(card: Card, axes: Any) -> None:
     whole, cut, words = axes
     rgb = card.image.convert("RGB")
-    _draw_image(whole, rgb, card.roi_map, card.view)
+    _draw_image(whole, rgb, card.roi_map, card.extent)
     for box, colour in [*((b, BOX_COLOUR) for b in card.regions), (card.truth, TRUE_COLOUR)]:
         if box is not None:
             x0, y0, x1, y1 = box
             frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=2)
             whole.add_patch(frame)
     if card.second_map is not None:
-        _draw_image(cut, rgb, card.second_map, card.view)
+        _draw_image(cut, rgb, card.second_map, card.extent)
     elif card.regions:
         x0, y0, x1, y1 = card.regions[0]
         cut.imshow(rgb.crop((x0, y0, x1, y1)))
@@ -89,12 +80,15 @@ def _draw(card: Card, axes: Any) -> None:
     words.text(0, 0.95, "\n".join(lines), va="top", fontsize=9, transform=words.transAxes)
 
 
-def _draw_image(axis: Any, rgb: Image.Image, roi_map: np.ndarray | None, view: View) -> None:
+def _draw_image(
+    axis: Any, rgb: Image.Image, roi_map: np.ndarray | None, extent: tuple[float, ...]
+) -> None:
     """The whole image, with a map over it where there is one."""
     axis.imshow(rgb)
     if roi_map is not None:
-        values, extent = heat(roi_map, view)
-        strength = np.clip(values, 0, 1) * 0.6
-        axis.imshow(values, cmap="inferno", extent=extent, alpha=strength, vmin=0, vmax=1)
+        x0, y0, x1, y1 = extent
+        strength = np.clip(roi_map, 0, 1) * 0.6
+        place = x0, x1, y1, y0  # matplotlib's order: left, right, bottom, top
+        axis.imshow(roi_map, cmap="inferno", extent=place, alpha=strength, vmin=0, vmax=1)
     axis.set_xlim(0, rgb.width)
     axis.set_ylim(rgb.height, 0)

@@ -1,6 +1,6 @@
-"""ZoomLlava: read an image, look where the answer may be, zoom there, answer.
+"""ZoomModel: prefill an image, look where the answer may be, zoom there, answer.
 
-zoom = ZoomLlava.from_pretrained("llava-hf/llava-1.5-7b-hf", rpn="path-or-hub-id")
+zoom = ZoomModel.from_pretrained("llava-hf/llava-1.5-7b-hf", rpn="path-or-hub-id")
 answer = zoom.ask(image, "What is the number on the player's shirt?")
 answer.text, answer.regions, answer.roi_map
 """
@@ -19,22 +19,22 @@ from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from sdrpn.backbones.llava15 import Llava, check_reachable
-from sdrpn.config import PROPOSERS, LabelConfig, ZoomConfig, published_labels
-from sdrpn.convert.checkpoint import CONFIG_FILE, Source
-from sdrpn.generation import check_generation
-from sdrpn.inference.generation import Suffix, generate, generate_plain, losses, losses_plain
-from sdrpn.inference.prefix import Prefix, PrefixCache, free_memory, read
+from sdrpn.backbones.base import Backbone, CropTokens, ImageInput, Segment
+from sdrpn.backbones.registry import check_reachable, load_backbone
+from sdrpn.boxes import PixelBox
+from sdrpn.config import PROPOSERS, LabelConfig, ZoomConfig
+from sdrpn.inference.generation import generate, generate_plain, losses, losses_plain
+from sdrpn.inference.generation_arguments import check_generation
+from sdrpn.inference.prefix import Prefix, PrefixCache, free_memory, prefill
+from sdrpn.io.checkpoint_files import CONFIG_FILE, Source
 from sdrpn.io.images import as_shown, image_key
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 from sdrpn.roi.crops import crop_tokens
-from sdrpn.roi.postprocess import PixelBox, Region, given
+from sdrpn.roi.postprocess import Region, given
 from sdrpn.roi.proposers import BY_NAME, Look, Models, Proposal
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Answer:
     """What the model said, and what it saw.
 
     regions: crops taken, in source pixels; empty without a zoom, and `reason` then says why.
-    roi_map: [grid, grid] float32 in [0, 1], blurred, None where no map was asked for.
+    roi_map: [rows, columns] float32 in [0, 1], blurred, None where no map was asked for.
     seconds: this question's share of its batch's time.
     """
 
@@ -111,18 +111,21 @@ class _Row:
     prefix: Prefix
     question: tuple[int, ...]
     proposal: Proposal
-    suffix: Suffix
+    crops: Sequence[CropTokens]
+    suffix: Segment
 
 
-def _frozen(rpn: RPN, llava: Llava) -> RPN:
+def _frozen(rpn: RPN, backbone: Backbone) -> RPN:
     """The RPN, ready to be asked; of one in training a copy, which its trainer does not notice."""
     if any(p.requires_grad for p in rpn.parameters()):
         rpn = copy.deepcopy(rpn)
-    return rpn.attach(llava).eval().requires_grad_(False)
+    return rpn.attach(backbone).eval().requires_grad_(False)
 
 
-class ZoomLlava:
-    """LLaVA-1.5 with a second look. Set up once, ask many times; see the module's example.
+class ZoomModel:
+    """A vision-language model with a second look; see the module's example.
+
+    Set it up once and ask many times: an image is prefilled once for all questions about it.
 
     proposer: rpn | attention | vicrop | none. zoom: default thresholds and policy; without one,
     those the RPN was saved with. labels: which heads point, for the attention proposer.
@@ -132,7 +135,7 @@ class ZoomLlava:
 
     def __init__(
         self,
-        llava: Llava,
+        backbone: Backbone,
         rpn: RPN | None = None,
         *,
         proposer: str = "rpn",
@@ -144,20 +147,18 @@ class ZoomLlava:
             raise ValueError(f"proposer must be one of {', '.join(PROPOSERS)}, got {proposer!r}")
         if proposer == "rpn" and rpn is None:
             raise ValueError("proposer 'rpn' needs an RPN: pass rpn=, or another proposer")
-        self.llava = llava
+        self.backbone = backbone
         # Other proposers read an RPN's settings, and must not pay for running it.
-        self.rpn = _frozen(rpn, llava) if rpn and proposer == "rpn" else None
+        self.rpn = _frozen(rpn, backbone) if rpn and proposer == "rpn" else None
         self.proposer = proposer
         self.zoom = zoom or (rpn.config.zoom if rpn else ZoomConfig())
-        text = llava.text_config
-        labels = labels or (rpn.config.labels if rpn else None)
-        labels = labels or published_labels(text.num_hidden_layers, text.hidden_size)
-        self.models = Models(llava, self.rpn, labels)
+        labels = labels or (rpn.config.labels if rpn else None) or backbone.published_labels()
+        self.models = Models(backbone, self.rpn, labels)
         if prefix_cache is None:
-            prefix_cache = int(PREFIX_CACHE_SHARE * free_memory(llava.device))
+            prefix_cache = int(PREFIX_CACHE_SHARE * free_memory(backbone.device))
         self.prefixes = PrefixCache(prefix_cache)
-        self._pixels: dict[str, Tensor] = {}
-        self._pixels_lock = threading.Lock()
+        self._ready: dict[str, ImageInput] = {}
+        self._ready_lock = threading.Lock()
         self._told_plain = False
 
     @classmethod
@@ -173,7 +174,7 @@ class ZoomLlava:
         rpn_revision: str | None = None,
         **load: Any,
     ) -> Self:
-        """Load a LLaVA-1.5 and an RPN from folders or hub ids; `load` goes to `Llava.load`.
+        """Load a model and an RPN from folders or hub ids; `load` goes to `Llava15.load`.
 
         rpn: ours, or a checkpoint published by the paper's authors, as it is. rpn_revision: branch,
         tag or commit of its Hub id; `revision` is the base model's.
@@ -183,9 +184,14 @@ class ZoomLlava:
             Source(rpn, revision=rpn_revision).fetch(CONFIG_FILE, "an RPN checkpoint")
         check_reachable(pretrained, load.get("revision"), load.get("peft"))
         network = RPN.from_pretrained(rpn, revision=rpn_revision) if rpn else None
-        llava = Llava.load(pretrained, **load)
+        backbone = load_backbone(pretrained, **load)
         return cls(
-            llava, network, proposer=proposer, zoom=zoom, labels=labels, prefix_cache=prefix_cache
+            backbone,
+            network,
+            proposer=proposer,
+            zoom=zoom,
+            labels=labels,
+            prefix_cache=prefix_cache,
         )
 
     # --- asking ------------------------------------------------------------------------------
@@ -202,9 +208,10 @@ class ZoomLlava:
         """Answer a batch: any mixture of images, questions, lengths, zooms and plain prompts.
 
         generation: arguments of transformers' generate() (max_new_tokens, do_sample, num_beams,
-        ...; `sdrpn.generation` lists them) and `stop`, a list of strings that end an answer. Greedy
-        by default. Raises ValueError for an argument that is unknown or cannot be used, and for a
-        prompt that does not fit the model's context, saying by how many tokens.
+        ...; `sdrpn.inference.generation_arguments` lists them) and `stop`, a list of strings that
+        end an answer. Greedy by default. Raises ValueError for an argument that is unknown or
+        cannot be used, and for a prompt that does not fit the model's context, saying by how many
+        tokens.
         """
         with self._letting_go(questions):
             generation = check_generation(generation or {}, len(questions))
@@ -212,15 +219,15 @@ class ZoomLlava:
 
         def answer(rows: Sequence[_Row]) -> list[list[int]]:
             prefixes, suffixes = [r.prefix for r in rows], [r.suffix for r in rows]
-            return generate(self.llava, prefixes, suffixes, generation)
+            return generate(self.backbone, prefixes, suffixes, generation)
 
         def answer_plain(asked: Sequence[Question]) -> list[list[int]]:
             prompts = [self._plain_ids(q) for q in asked]
             images = [image for q in asked for image in q.images]
-            return generate_plain(self.llava, prompts, images, generation)
+            return generate_plain(self.backbone, prompts, images, generation)
 
         def finish(answer: Answer, ids: list[int]) -> Answer:
-            text = self.llava.tokenizer.decode(ids, skip_special_tokens=True)
+            text = self.backbone.tokenizer.decode(ids, skip_special_tokens=True)
             for string in stop:
                 text = text.split(string)[0]
             return replace(answer, text=text.strip(), new_tokens=len(ids))
@@ -251,39 +258,39 @@ class ZoomLlava:
 
         def score(rows: Sequence[_Row]) -> list[tuple[float, bool]]:
             prefixes, suffixes = [r.prefix for r in rows], [r.suffix for r in rows]
-            return losses(self.llava, prefixes, suffixes, one)
+            return losses(self.backbone, prefixes, suffixes, one)
 
         def score_plain(asked: Sequence[Question]) -> list[tuple[float, bool]]:
             prompts = [self._plain_ids(q) for q in asked]
             images = [image for q in asked for image in q.images]
-            return losses_plain(self.llava, prompts, images, others)
+            return losses_plain(self.backbone, prompts, images, others)
 
         results = self._in_two_ways(questions, score, score_plain)
         return [(loss, greedy, seen) for seen, (loss, greedy) in results]
 
     # --- stations ----------------------------------------------------------------------------
 
-    def read(self, images: Sequence[Image.Image]) -> list[Prefix]:
-        """Read images into prefixes, each distinct one once, from the cache where it is warm."""
-        return self._read(images, [image_key(image) for image in images])
+    def prefill(self, images: Sequence[Image.Image]) -> list[Prefix]:
+        """Prefill images, each distinct one once, from the cache where it is warm."""
+        return self._prefill(images, [image_key(image) for image in images])
 
-    def _read(self, images: Sequence[Image.Image], keys: Sequence[str]) -> list[Prefix]:
+    def _prefill(self, images: Sequence[Image.Image], keys: Sequence[str]) -> list[Prefix]:
         known = {key: self.prefixes.get(key) for key in keys}
-        ready = self._take_pixels(known)
+        ready = self._take_ready(known)
         fresh = [key for key, prefix in known.items() if prefix is None]
         if fresh:
-            pixels = [self._prepared(ready[key], images[keys.index(key)]) for key in fresh]
-            new = read(self.llava, self.rpn, torch.cat(pixels))
+            inputs = [self._prepared(ready[key], images[keys.index(key)]) for key in fresh]
+            new = prefill(self.backbone, self.rpn, inputs)
             for key, prefix in zip(fresh, new, strict=True):
                 known[key] = prefix
                 self.prefixes.put(key, prefix)
         return [prefix for key in keys if (prefix := known[key]) is not None]
 
-    def _prepared(self, pixels: Tensor | None, image: Image.Image) -> Tensor:
-        return self.llava.pixels([image]) if pixels is None else pixels
+    def _prepared(self, ready: ImageInput | None, image: Image.Image) -> ImageInput:
+        return self.backbone.preprocess([image])[0] if ready is None else ready
 
     def prepare(self, questions: Sequence[Question]) -> None:
-        """Pad, resize and normalise the images of questions to come, ahead of time.
+        """Preprocess the images of questions to come, ahead of time.
 
         Meant for a thread beside the one that asks: it touches the images, not the model. Pixels
         are kept until their question is asked, whatever becomes of it, or until `forget_prepared`.
@@ -291,29 +298,29 @@ class ZoomLlava:
         for question in questions:
             if len(question.images) == 1:
                 (key,) = question.image_keys
-                with self._pixels_lock:
-                    needless = key in self._pixels or key in self.prefixes
+                with self._ready_lock:
+                    needless = key in self._ready or key in self.prefixes
                 if not needless:
-                    pixels = self.llava.pixels(question.images)  # slow: without the lock
-                    with self._pixels_lock:
-                        self._pixels[key] = pixels
+                    (ready,) = self.backbone.preprocess(question.images)  # slow: without the lock
+                    with self._ready_lock:
+                        self._ready[key] = ready
 
     def forget_prepared(self) -> None:
         """Let go of what `prepare` made for questions that are not asked after all."""
-        with self._pixels_lock:
-            self._pixels.clear()
+        with self._ready_lock:
+            self._ready.clear()
 
-    def _take_pixels(self, keys: Iterable[str]) -> dict[str, Tensor | None]:
-        with self._pixels_lock:
-            return {key: self._pixels.pop(key, None) for key in keys}
+    def _take_ready(self, keys: Iterable[str]) -> dict[str, ImageInput | None]:
+        with self._ready_lock:
+            return {key: self._ready.pop(key, None) for key in keys}
 
     @contextmanager
     def _letting_go(self, questions: Sequence[Question]) -> Iterator[None]:
-        """Let go of the questions' prepared pixels where asking fails before it takes them."""
+        """Let go of the questions' prepared images where asking fails before it takes them."""
         try:
             yield
         except BaseException:
-            self._take_pixels(q.image_keys[0] for q in questions if len(q.images) == 1)
+            self._take_ready(q.image_keys[0] for q in questions if len(q.images) == 1)
             raise
 
     def look(
@@ -329,34 +336,35 @@ class ZoomLlava:
         proposals: list[Proposal | None] = []
         looks = []
         for question, prefix, ids in zip(questions, prefixes, words, strict=True):
-            view = self.llava.view(question.images[0])
+            grid = self.backbone.image_grid(question.images[0])
             if question.box is not None:
-                proposals.append(Proposal(given(question.box, view)))
+                proposals.append(Proposal(given(question.box, grid)))
                 continue
-            looks.append(Look(prefix, view, ids, question.zoom or self.zoom))
+            looks.append(Look(prefix, grid, ids, question.zoom or self.zoom))
             proposals.append(None)
         found = iter(BY_NAME[self.proposer](self.models, looks) if looks else [])
         return [next(found) if p is None else p for p in proposals]
 
     def _rows(self, questions: Sequence[Question]) -> list[_Row]:
         images = [q.images[0] for q in questions]
-        words = [tuple(self.llava.question_ids(q.text)) for q in questions]
-        before = len(self.llava.head_ids) + self.llava.image_tokens
+        words = [self.backbone.prompt_ids(q.text).after for q in questions]
+        before = [self.backbone.prefix_length(self.backbone.image_grid(i).cells) for i in images]
         zooms = [q.zoom or self.zoom for q in questions]
         rooms = [
-            min(self._room(before + len(w)), zoom.max_crop_tokens or self.llava.context_length)
-            for w, zoom in zip(words, zooms, strict=True)
+            min(self._room(start + len(w)), zoom.max_crop_tokens or self.backbone.context_length)
+            for start, w, zoom in zip(before, words, zooms, strict=True)
         ]
-        prefixes = self._read(images, [q.image_keys[0] for q in questions])
+        prefixes = self._prefill(images, [q.image_keys[0] for q in questions])
         proposals = self.look(questions, prefixes, words)
         regions = [p.region for p in proposals]
-        crops = crop_tokens(self.llava, images, regions, zooms, rooms)
+        crops = crop_tokens(self.backbone, images, regions, zooms, rooms)
         rows = []
-        for prefix, word, proposal, crop in zip(prefixes, words, proposals, crops, strict=True):
-            if crop is None and proposal.region.boxes:
+        for prefix, word, proposal, own in zip(prefixes, words, proposals, crops, strict=True):
+            if not own and proposal.region.boxes:
                 reason = "no crop token left: none kept by the mask, or no room in the context"
                 proposal = replace(proposal, region=Region(reason=reason))
-            rows.append(_Row(prefix, word, proposal, Suffix(word, crop)))
+            suffix = self.backbone.suffix_segment(prefix.next_position, word, own)
+            rows.append(_Row(prefix, word, proposal, own, suffix))
         return rows
 
     def _in_two_ways(self, questions: Sequence[Question], zoomed: Any, plain: Any) -> list[Any]:
@@ -381,15 +389,15 @@ class ZoomLlava:
             regions=region.boxes,
             roi_map=row.proposal.roi_map,
             reason=region.reason,
-            image_tokens=self.llava.image_tokens,
-            crop_tokens=row.suffix.crop_tokens,
+            image_tokens=row.prefix.image_tokens,
+            crop_tokens=sum(len(crop.tokens) for crop in row.crops),
             question_tokens=len(row.question),
             new_tokens=0,
         )
 
     def _seen_plain(self, question: Question) -> Answer:
         reason = "several images" if question.images else "no image"
-        images = len(question.images) * self.llava.image_tokens
+        images = sum(self.backbone.image_grid(image).cells for image in question.images)
         words = len(self._plain_ids(question)) - len(question.images)
         self._room(words + images)
         return Answer("", (), None, reason, images, 0, words, 0)
@@ -397,16 +405,16 @@ class ZoomLlava:
     # --- prompts -----------------------------------------------------------------------------
 
     def _plain_ids(self, question: Question) -> list[int]:
-        return self.llava.whole_ids(question.text, len(question.images))
+        return self.backbone.plain_ids(question.text, len(question.images))
 
     def _continuation_ids(self, question: Question, continuation: str) -> list[int]:
         asked = self._plain_ids(question)
         answer = f" {continuation.strip()}"
-        return self.llava.whole_ids(question.text, len(question.images), answer)[len(asked) :]
+        return self.backbone.plain_ids(question.text, len(question.images), answer)[len(asked) :]
 
     def _room(self, tokens: int) -> int:
         """Tokens the context still holds behind a prompt, one kept for the answer."""
-        limit = self.llava.context_length
+        limit = self.backbone.context_length
         if tokens + 1 > limit:
             raise ValueError(
                 f"the prompt has {counted(tokens, 'token')}, {tokens + 1 - limit} too many for a "

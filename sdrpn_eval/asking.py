@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from loguru import logger
 
 from sdrpn.engine import Question
-from sdrpn.plurals import agree, counted
+from sdrpn.io.plurals import agree, counted
 from sdrpn_eval.fingerprints import without_addresses
 from sdrpn_eval.kinds import Said
 from sdrpn_eval.questions import Request

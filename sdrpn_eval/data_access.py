@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, constants, get_token
 from lmms_eval.utils import load_yaml_config
 from loguru import logger
 
-from sdrpn import hub
+from sdrpn.io import hub
 
 TIMEOUT = 10
 """Seconds to wait for the Hub."""

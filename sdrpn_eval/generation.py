@@ -1,4 +1,4 @@
-"""lmms-eval's generation kwargs -> those of `ZoomLlava.ask_batch`."""
+"""lmms-eval's generation kwargs -> those of `ZoomModel.ask_batch`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from loguru import logger
 
-from sdrpn.generation import SAMPLING, check_generation, greedy_note, is_known
+from sdrpn.inference.generation_arguments import SAMPLING, check_generation, greedy_note, is_known
 
 MAX_NEW_TOKENS = 1024
 """Where a task names none; as llava_hf."""

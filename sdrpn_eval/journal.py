@@ -20,7 +20,7 @@ from loguru import logger
 
 import sdrpn
 from sdrpn.config import ZoomConfig
-from sdrpn.plurals import agree, counted
+from sdrpn.io.plurals import agree, counted
 from sdrpn_eval.fingerprints import digest, visuals_fingerprint
 from sdrpn_eval.kinds import Kind
 from sdrpn_eval.questions import Request

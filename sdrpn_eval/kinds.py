@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 
-from sdrpn.engine import Answer, Question, ZoomLlava
+from sdrpn.engine import Answer, Question, ZoomModel
 from sdrpn_eval.generation import translate
 from sdrpn_eval.questions import Request
 from sdrpn_eval.record import describe_answer
@@ -67,7 +67,7 @@ class Kind(Protocol):
         ...
 
     def ask(
-        self, engine: ZoomLlava, requests: Sequence[Request], questions: Sequence[Question]
+        self, engine: ZoomModel, requests: Sequence[Request], questions: Sequence[Question]
     ) -> list[Said]:
         """Ask a batch of equal generation arguments."""
         ...
@@ -90,7 +90,7 @@ class Words:
         return None if arguments["do_sample"] else arguments
 
     def ask(
-        self, engine: ZoomLlava, requests: Sequence[Request], questions: Sequence[Question]
+        self, engine: ZoomModel, requests: Sequence[Request], questions: Sequence[Question]
     ) -> list[Said]:
         generation = self._arguments[requests[0].index]
         return [Said(answer) for answer in engine.ask_batch(questions, generation=generation)]
@@ -117,7 +117,7 @@ class Losses:
             return None
 
     def ask(
-        self, engine: ZoomLlava, requests: Sequence[Request], questions: Sequence[Question]
+        self, engine: ZoomModel, requests: Sequence[Request], questions: Sequence[Question]
     ) -> list[Said]:
         continuations = [self._continuation(r) for r in requests]
         scored = engine.loss_batch(questions, continuations)

@@ -1,4 +1,4 @@
-"""The lmms-eval model `llava_sdrpn`: requests in, batches through ZoomLlava, answers out."""
+"""The lmms-eval model `llava_sdrpn`: requests in, batches through ZoomModel, answers out."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from tqdm import tqdm
 
+from sdrpn.boxes import PixelBox
 from sdrpn.config import ZoomConfig
-from sdrpn.engine import Question, ZoomLlava
-from sdrpn.roi.postprocess import PixelBox
+from sdrpn.engine import Question, ZoomModel
 from sdrpn_eval import tasks_info
 from sdrpn_eval.arguments import WITHOUT_THRESHOLD, checked, on_command_line, stated
 from sdrpn_eval.asking import Asker, Outcome, is_out_of_memory
@@ -80,9 +80,9 @@ class LlavaSdrpn(lmms):
             check_harness(self._early_tasks(), main_process=self.accelerator.is_main_process)
             self._announce_early()
             self.engine = load_engine(values, given, self._device)
-            if isinstance(self.engine, ZoomLlava):
+            if isinstance(self.engine, ZoomModel):
                 # Noted in the record as it is, whoever decided it.
-                values["padding"] = self.engine.llava.padding
+                values["padding"] = self.engine.backbone.preprocessing["padding"]
             self._zoom_settings = zoom_settings(self.engine, values, given)
             if self._facts is not None:
                 self._start_hashing(self._facts)
@@ -200,9 +200,9 @@ class LlavaSdrpn(lmms):
         return made
 
     @cached_property
-    def _stock(self) -> ZoomLlava:
+    def _stock(self) -> ZoomModel:
         """The same model without a second look."""
-        return ZoomLlava(self.engine.llava, proposer="none", prefix_cache=0)
+        return ZoomModel(self.engine.backbone, proposer="none", prefix_cache=0)
 
     def _box(self, request: Request, row: Any) -> PixelBox:
         """The document's own box."""
@@ -312,7 +312,9 @@ class LlavaSdrpn(lmms):
             RecordWriter(folder, self.run_name, self.rank),
             self._facts,
             sources(self.arguments),
-            str(self.engine.llava.dtype) if isinstance(self.arguments["pretrained"], str) else "",
+            str(self.engine.backbone.dtype)
+            if isinstance(self.arguments["pretrained"], str)
+            else "",
         )
 
     def _begin_facts(self) -> RunFacts | None:

@@ -1,4 +1,4 @@
-"""Checked arguments -> a ZoomLlava, with errors that say what to do when weights are missing."""
+"""Checked arguments -> a ZoomModel, with errors that say what to do when weights are missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 
 from sdrpn.config import ZoomConfig
-from sdrpn.engine import ZoomLlava
+from sdrpn.engine import ZoomModel
 from sdrpn.model_registry import PUBLISHED_RPN, resolve
 from sdrpn_eval.arguments import PRESETS
 
@@ -24,7 +24,7 @@ ZOOM_ARGUMENTS = ("policy", "token_budget", "max_crop_tokens", "skip_above", "re
 
 def load_engine(
     values: Mapping[str, Any], given: Mapping[str, Any], device: torch.device
-) -> ZoomLlava:
+) -> ZoomModel:
     """The engine that answers: the one in memory where `pretrained` is one, else loaded.
 
     values: all arguments, checked; given: those the user wrote.
@@ -37,7 +37,7 @@ def load_engine(
 
 
 def zoom_settings(
-    engine: ZoomLlava, values: Mapping[str, Any], given: Mapping[str, Any]
+    engine: ZoomModel, values: Mapping[str, Any], given: Mapping[str, Any]
 ) -> ZoomConfig:
     """The engine's own ZoomConfig with what the user or the preset changed, but the threshold."""
     chosen = {*given, *PRESETS.get(values["preset"], {})} & set(ZOOM_ARGUMENTS)
@@ -47,20 +47,20 @@ def zoom_settings(
 def _in_memory(model: Any, values: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
     if not hasattr(model, "ask_batch"):
         raise ValueError(
-            "pretrained must be a folder, a hub id, tiny or a ZoomLlava, got a "
+            "pretrained must be a folder, a hub id, tiny or a ZoomModel, got a "
             f"{type(model).__name__}"
         )
     late = [name for name in given if name in _LOADING]
     if "proposer" in given and values["proposer"] not in ("box", model.proposer):
         late.append("proposer")
     if late:
-        raise ValueError(f"{', '.join(late)}: set when the ZoomLlava was made; leave it out here")
+        raise ValueError(f"{', '.join(late)}: set when the ZoomModel was made; leave it out here")
     return model
 
 
 def _load(
     pretrained: str, values: Mapping[str, Any], given: Mapping[str, Any], device: torch.device
-) -> ZoomLlava:
+) -> ZoomModel:
     places = sources(values)
     rpn = places["rpn"]
     if pretrained == TINY:
@@ -77,7 +77,7 @@ def _load(
     # With given boxes nobody is asked where to look.
     proposer = "none" if values["proposer"] == "box" else values["proposer"]
     try:
-        return ZoomLlava.from_pretrained(
+        return ZoomModel.from_pretrained(
             places["pretrained"] or pretrained,
             rpn,
             proposer=proposer,

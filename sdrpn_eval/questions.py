@@ -18,8 +18,8 @@ from loguru import logger
 from PIL import Image
 
 from sdrpn.io.images import image_key
+from sdrpn.io.plurals import counted
 from sdrpn.io.prefetch import ahead as made_ahead
-from sdrpn.plurals import counted
 from sdrpn_eval.generation import group_key
 
 IMAGE_PLACEHOLDER = "<image>"

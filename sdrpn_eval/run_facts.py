@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from sdrpn.hub import local_folder
 from sdrpn.io.atomic import write_json
+from sdrpn.io.hub import local_folder
 from sdrpn_eval import fingerprints
 from sdrpn_eval.questions import Request
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict  # pydantic's demand up to Python 3.11
 
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 
 OPEN = ConfigDict(extra="allow")
 EXACT = ConfigDict(extra="forbid")

@@ -25,7 +25,7 @@ from pydantic import TypeAdapter
 
 from sdrpn.cli.shared import errors_as_sentences
 from sdrpn.io.atomic import as_json, read_parsed
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 from sdrpn_eval.schemas import EXACT
 
 COUNT = 200

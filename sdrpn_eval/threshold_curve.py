@@ -17,7 +17,7 @@ import typer
 
 from sdrpn.cli.shared import console, errors_as_sentences, say
 from sdrpn.io.atomic import as_json
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 from sdrpn_eval.arguments import ARGUMENTS, WITHOUT_THRESHOLD
 from sdrpn_eval.report.options import SeedOption, at_least
 

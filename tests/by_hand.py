@@ -1,6 +1,6 @@
 """LLaVA-1.5 and its RPN by plain matrix products, over the whole sequence, without any cache.
 
-What the fast code must agree with. The map of METHOD section 2 is computed in float64 from the
+What the fast code must agree with. The RPN's map is computed in float64 from the
 weights alone, by no layer of transformers or sdrpn. `greedy` is one plain forward of transformers'
 decoder a token. Pictures go through PIL and the vision tower. Shapes: N tokens, C hidden size,
 H heads, D = C / H.
@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from sdrpn.backbones.llava15 import Llava
-from sdrpn.rpn.model import RPN
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.rpn.checkpoint import RPN
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711])
@@ -48,7 +48,7 @@ def stretched(image: Image.Image, box: tuple[int, int, int, int], side: int) -> 
 
 
 @torch.no_grad()
-def image_tokens(llava: Llava, pixels: Tensor) -> Tensor:
+def image_tokens(llava: Llava15, pixels: Tensor) -> Tensor:
     """Tower features of layer -2 without the CLS token, projected: [3, side, side] -> [T, C]."""
     inner = llava.model.model
     states = inner.vision_tower(pixels[None], output_hidden_states=True).hidden_states
@@ -58,7 +58,7 @@ def image_tokens(llava: Llava, pixels: Tensor) -> Tensor:
 
 
 def crop_of(
-    llava: Llava, image: Image.Image, box: tuple[int, int, int, int], keep: Tensor | None = None
+    llava: Llava15, image: Image.Image, box: tuple[int, int, int, int], keep: Tensor | None = None
 ) -> Tensor:
     """Crop tokens of one box; keep: bool [T], which of them stay."""
     tokens = image_tokens(llava, stretched(image, box, llava.side))
@@ -66,7 +66,7 @@ def crop_of(
 
 
 def kept(over: np.ndarray, grid: int) -> Tensor:
-    """METHOD section 3, step 4: the thresholded map, cut to the box around it, over 0.5. [T]."""
+    """The mask policy: the thresholded map, cut to the box around it, over 0.5. [T]."""
     rows, columns = np.nonzero(over)
     cut = over[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     cells = torch.tensor(cut, dtype=torch.float32)[None, None]
@@ -76,7 +76,7 @@ def kept(over: np.ndarray, grid: int) -> Tensor:
 # --- sequences ---------------------------------------------------------------------------------
 
 
-def prompt(llava: Llava, question: str) -> str:
+def prompt(llava: Llava15, question: str) -> str:
     """The vicuna_v1 prompt, written out."""
     return (
         "A chat between a curious user and an artificial intelligence assistant. "
@@ -87,7 +87,7 @@ def prompt(llava: Llava, question: str) -> str:
 
 @torch.no_grad()
 def sequence(
-    llava: Llava, image: Image.Image, question: str, crop: Tensor | None = None
+    llava: Llava15, image: Image.Image, question: str, crop: Tensor | None = None
 ) -> tuple[Tensor, int]:
     """Embeddings [N, C] of [text][image tokens][crop tokens][question], and where the image is."""
     table = llava.model.get_input_embeddings().weight
@@ -100,7 +100,7 @@ def sequence(
 
 
 @torch.no_grad()
-def greedy(llava: Llava, embeds: Tensor, steps: int) -> tuple[list[int], list[Tensor]]:
+def greedy(llava: Llava15, embeds: Tensor, steps: int) -> tuple[list[int], list[Tensor]]:
     """Token ids and logits of a greedy answer, each by one full forward without a cache."""
     inner, ids, logits = llava.model.model.language_model, [], []
     table = llava.model.get_input_embeddings().weight
@@ -157,8 +157,8 @@ def decoder_layer(x: Tensor, layer: Any, config: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def roi_logits(llava: Llava, rpn: RPN, image: Image.Image, question: str) -> np.ndarray:
-    """METHOD section 2, steps 1 to 4: [grid, grid]."""
+def roi_logits(llava: Llava15, rpn: RPN, image: Image.Image, question: str) -> np.ndarray:
+    """The RPN's map (SD-RPN, section 3): [grid, grid]."""
     config = llava.text_config
     embeds, start = sequence(llava, image, question)
     x = embeds.double()

@@ -19,8 +19,8 @@ from hypothesis import settings
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from sdrpn.backbones.llava15 import Llava
-from sdrpn.rpn.model import RPN
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.demo.tiny_model import build_model, build_processor
 
 torch.set_num_threads(1)
@@ -76,7 +76,7 @@ def draw_weights(model: LlavaForConditionalGeneration, seed: int) -> None:
 
 
 @torch.no_grad()
-def make_llava(*, key_value_heads: int = 4, seed: int = SEED) -> Llava:
+def make_llava(*, key_value_heads: int = 4, seed: int = SEED) -> Llava15:
     """LLaVA-1.5's architecture at 1.8 M random parameters: 112 px, 64 image tokens, 6 layers."""
     processor = build_processor()
     model = build_model(processor.tokenizer)
@@ -84,17 +84,17 @@ def make_llava(*, key_value_heads: int = 4, seed: int = SEED) -> Llava:
         model.config.text_config.num_key_value_heads = key_value_heads
         model = LlavaForConditionalGeneration(model.config)
     draw_weights(model, seed)
-    llava = Llava(model, processor, name=f"random-{key_value_heads}-{seed}")
+    llava = Llava15(model, processor, name=f"random-{key_value_heads}-{seed}")
     model.lm_head.weight[processor.tokenizer.eos_token_id].mul_(END)
     # Image tokens a few times as long as word embeddings: loud, and words still count.
-    features = llava.encode(llava.pixels([make_image(112, 112, seed)]))
+    features = torch.stack(llava.encode(llava.preprocess([make_image(112, 112, seed)])))
     projector = model.model.multi_modal_projector
     projector.linear_2.weight.mul_(4 / features.norm(dim=-1).mean())
     return llava
 
 
 @torch.no_grad()
-def make_rpn(llava: Llava, *, perturbed: bool, multi_head: bool = True) -> RPN:
+def make_rpn(llava: Llava15, *, perturbed: bool, multi_head: bool = True) -> RPN:
     """An RPN of R = 3 behind B = 2 layers; `perturbed` moves every one of its weights.
 
     The perturbed one's map head is made loud, so that its maps have peaks and empty parts.
@@ -113,23 +113,23 @@ def make_rpn(llava: Llava, *, perturbed: bool, multi_head: bool = True) -> RPN:
 
 
 @pytest.fixture(scope="session")
-def llava() -> Llava:
+def llava() -> Llava15:
     return make_llava()
 
 
 @pytest.fixture(scope="session")
-def gqa_llava() -> Llava:
+def gqa_llava() -> Llava15:
     """The same with two query heads to each key head."""
     return make_llava(key_value_heads=2)
 
 
 @pytest.fixture(scope="session")
-def fresh_rpn(llava: Llava) -> RPN:
+def fresh_rpn(llava: Llava15) -> RPN:
     return make_rpn(llava, perturbed=False)
 
 
 @pytest.fixture(scope="session")
-def perturbed_rpn(llava: Llava) -> RPN:
+def perturbed_rpn(llava: Llava15) -> RPN:
     return make_rpn(llava, perturbed=True)
 
 

@@ -1,4 +1,4 @@
-"""An engine that answers without a model: what ZoomLlava's users see of it."""
+"""An engine that answers without a model: what ZoomModel's users see of it."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from sdrpn.cli.label import _finish
 from sdrpn.config import LabelConfig
 from sdrpn.distill import label_job as labelling
 from sdrpn.distill.questions import read_items
-from sdrpn.engine import ZoomLlava
+from sdrpn.engine import ZoomModel
 
 # A suite that was started in the background has SIGINT ignored, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,7 +30,7 @@ LLAVA = make_llava()
 
 def label(data: Path, out: Path) -> None:
     """What `sdrpn label` does once its model is there."""
-    zoom = ZoomLlava(LLAVA, proposer="none", labels=LABELS, prefix_cache=0)
+    zoom = ZoomModel(LLAVA, proposer="none", labels=LABELS, prefix_cache=0)
     items = read_items(str(data))
     labelling.LabelJob(zoom, items, out, images=None, batch_size=2, shard_size=2).run()
     _finish(out, preview=1, seed=0)

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdrpn.backbones.llava15 import Llava
-from sdrpn.rpn.model import RPN
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.rpn.checkpoint import RPN
 
 Tensors = dict[str, Tensor]
 
@@ -67,7 +67,7 @@ def rpn_tensors(rpn: RPN) -> Tensors:
     return tensors | {"twig_head.weight": torch.randn(7, c)}
 
 
-def config_of(llava: Llava, rpn: RPN | None = None, **more: Any) -> dict[str, Any]:
+def config_of(llava: Llava15, rpn: RPN | None = None, **more: Any) -> dict[str, Any]:
     """config.json as LLaVA-1.5's own code writes it."""
     text, vision = llava.model.config.text_config, llava.model.config.vision_config
     config: dict[str, Any] = {

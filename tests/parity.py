@@ -1,4 +1,4 @@
-"""A record of the authors' code: their tiny random model as a Llava and an RPN, and its outputs.
+"""A record of the authors' code: their tiny random model as a Llava15 and an RPN, and its outputs.
 
 `SDRPN_PARITY=DIR` names another record of the same layout (`data/parity/README.md`); the shipped
 one is the default. Nothing here, and no parity test, depends on what one record holds: numbers of
@@ -19,14 +19,14 @@ import numpy as np
 from PIL import Image
 from transformers import AddedToken, CLIPImageProcessor
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import ZoomConfig
 from sdrpn.convert.base import read_base
-from sdrpn.engine import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomModel
 from sdrpn.inference.prefix import Prefix
 from sdrpn.roi.postprocess import components
 from sdrpn.roi.proposers import Proposal
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 
 SHIPPED = Path(__file__).parent / "data" / "parity"
 DATA = Path(os.environ.get("SDRPN_PARITY") or SHIPPED).expanduser()
@@ -103,27 +103,27 @@ class Record:
     def image(self, name: str) -> Image.Image:
         return Image.open(self.folder / "images" / name).convert("RGB")
 
-    def load_llava(self) -> Llava:
+    def load_llava(self) -> Llava15:
         """The base, through the converter; its vocabulary stays as it was recorded."""
         model = read_base(str(self.folder))
         model.config.image_token_index = IMAGE_TOKEN_ID
         processor: Any = IdProcessor(self.folder / "vision_tower")
-        return Llava(model, processor, system_prompt="", name="parity")
+        return Llava15(model, processor, system_prompt="", name="parity")
 
     def load_rpn(self) -> RPN:
         """The RPN, out of the authors' checkpoint as it is."""
         return RPN.from_pretrained(str(self.folder))
 
-    def look(self, engine: ZoomLlava) -> dict[str, Case]:
+    def look(self, engine: ZoomModel) -> dict[str, Case]:
         """Every case, prefilled and looked at under each policy at its own threshold."""
         found = [self._look(engine, *one) for one in zip(self.keys, self.cases, strict=True)]
         return {case.key: case for case in found}
 
-    def _look(self, engine: ZoomLlava, key: str, case: dict[str, Any]) -> Case:
+    def _look(self, engine: ZoomModel, key: str, case: dict[str, Any]) -> Case:
         image = self.image(case["image"])
-        (prefix,) = engine.read([image])
+        (prefix,) = engine.prefill([image])
         text = question(case["question_ids"])
-        words = tuple(engine.llava.question_ids(text))
+        words = tuple(engine.backbone.prompt_ids(text).after)
         one = Case(key, case["threshold"], image, prefix, words)
         for policy in POLICIES:
             asked = Question(text, (image,), zoom=one.zoom(policy))

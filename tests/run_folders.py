@@ -155,7 +155,7 @@ def write_record(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 def evaluate(out: Path, engine: Any, tasks: Sequence[str], index: Any = None, **more: Any) -> Path:
     """Run tasks in lmms-eval's evaluator and save with its own tracker, as its command line does.
 
-    engine: what answers, a ZoomLlava or a stand-in. index: of tasks, default: of the benchmarks
+    engine: what answers, a ZoomModel or a stand-in. index: of tasks, default: of the benchmarks
     that tests have data for. more: for the evaluator.
     """
     date = get_datetime_str()

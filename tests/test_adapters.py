@@ -12,7 +12,7 @@ import torch
 from conftest import make_llava
 
 from sdrpn.backbones.fingerprint import base_hash
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn_eval import arguments, loading
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 
@@ -43,8 +43,8 @@ def write_adapter(folder: Path, targets: str, **settings: Any) -> dict[str, torc
 
 def test_an_adapter_is_merged_into_the_base(base: Path, tmp_path: Path) -> None:
     changes = write_adapter(tmp_path / "adapter", r".*language_model.*(q_proj|down_proj)")
-    plain = Llava.load(str(base), dtype="float32", device="cpu")
-    changed = Llava.load(str(base), peft=str(tmp_path / "adapter"), dtype="float32", device="cpu")
+    plain = Llava15.load(str(base), dtype="float32", device="cpu")
+    changed = Llava15.load(str(base), peft=str(tmp_path / "adapter"), dtype="float32", device="cpu")
     before, after = plain.model.state_dict(), changed.model.state_dict()
     assert len(changes) == 12
     assert set(before) == set(after)
@@ -59,7 +59,7 @@ def test_an_adapter_is_merged_into_the_base(base: Path, tmp_path: Path) -> None:
 def test_the_plugin_passes_them_on(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        loading.ZoomLlava, "from_pretrained", lambda *names, **options: asked.append(options)
+        loading.ZoomModel, "from_pretrained", lambda *names, **options: asked.append(options)
     )
     given = {"proposer": "none", "peft": "my/adapter", "load_in_4bit": True}
     loading.load_engine(arguments.checked(given), given, torch.device("cpu"))
@@ -71,7 +71,7 @@ def test_the_plugin_passes_them_on(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_they_are_set_when_an_engine_is_made() -> None:
     from fake_engine import FakeEngine
 
-    with pytest.raises(ValueError, match="peft, load_in_4bit: set when the ZoomLlava was made"):
+    with pytest.raises(ValueError, match="peft, load_in_4bit: set when the ZoomModel was made"):
         LlavaSdrpn(pretrained=FakeEngine(), peft="my/adapter", load_in_4bit=True)
 
 
@@ -88,7 +88,7 @@ def test_values_of_the_wrong_type() -> None:
 def test_without_peft_it_says_so(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"peft=my/adapter needs .*: pip install peft"):
-        Llava.load(str(base), peft="my/adapter", device="cpu")
+        Llava15.load(str(base), peft="my/adapter", device="cpu")
 
 
 def test_without_bitsandbytes_it_says_so(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_without_bitsandbytes_it_says_so(base: Path, monkeypatch: pytest.MonkeyP
         lambda n, *more: None if n == "bitsandbytes" else find(n, *more),
     )
     with pytest.raises(ValueError, match=r"load_in_4bit needs .*: pip install bitsandbytes"):
-        Llava.load(str(base), load_in_4bit=True, device="cpu")
+        Llava15.load(str(base), load_in_4bit=True, device="cpu")
 
 
 def test_an_adapter_that_is_not_there(base: Path) -> None:
@@ -107,7 +107,7 @@ def test_an_adapter_that_is_not_there(base: Path) -> None:
     with pytest.raises(
         ValueError, match=r"adapter_config.json of no/adapter: it is not in the cache"
     ):
-        Llava.load(str(base), peft="no/adapter", device="cpu")
+        Llava15.load(str(base), peft="no/adapter", device="cpu")
 
 
 def test_an_adapter_for_other_names(base: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_an_adapter_for_other_names(base: Path, tmp_path: Path) -> None:
     renamed = {n.replace("language_model.", "decoder."): t for n, t in load_file(path).items()}
     save_file(renamed, path)
     with pytest.raises(ValueError, match=r"cannot be put on the base model: .*missing") as error:
-        Llava.load(str(base), peft=str(tmp_path / "adapter"), device="cpu")
+        Llava15.load(str(base), peft=str(tmp_path / "adapter"), device="cpu")
     assert "sdrpn convert base FOLDER --base BASE" in str(error.value)
 
 
@@ -128,7 +128,7 @@ def test_an_adapter_of_another_size(base: Path, tmp_path: Path) -> None:
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace('"r": 2', '"r": 4'))
     with pytest.raises(ValueError, match=r"put on the base model: Error\(s\) in loading"):
-        Llava.load(str(base), peft=str(tmp_path / "adapter"), device="cpu")
+        Llava15.load(str(base), peft=str(tmp_path / "adapter"), device="cpu")
 
 
 def test_an_adapter_that_cannot_be_merged(base: Path, tmp_path: Path) -> None:
@@ -137,13 +137,13 @@ def test_an_adapter_that_cannot_be_merged(base: Path, tmp_path: Path) -> None:
     config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM", **settings)
     peft.get_peft_model(make_llava().model, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="PROMPT_TUNING adapter, which cannot be merged"):
-        Llava.load(str(base), peft=str(tmp_path / "adapter"), device="cpu")
+        Llava15.load(str(base), peft=str(tmp_path / "adapter"), device="cpu")
 
 
 def test_four_bits(base: Path) -> None:
     """Of the language model only: the projector and the tower stay as they are."""
     pytest.importorskip("bitsandbytes")
-    llava = Llava.load(str(base), load_in_4bit=True, dtype="float32", device="cpu")
+    llava = Llava15.load(str(base), load_in_4bit=True, dtype="float32", device="cpu")
     types = {name: weight.dtype for name, weight in llava.model.named_parameters()}
     packed = {name for name, kind in types.items() if kind == torch.uint8}
     assert len(packed) == 6 * 7

@@ -20,14 +20,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import sdrpn.batch_inference
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.batch_inference import AnswerFile
 from sdrpn.cli import app
 from sdrpn.config import ZoomConfig
-from sdrpn.engine import ZoomLlava
+from sdrpn.engine import ZoomModel
 from sdrpn.io.images import load_image
 from sdrpn.io.questions import read_questions
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 
 PAGE = Path(__file__).parent.parent / "docs" / "own_questions.md"
@@ -60,8 +60,8 @@ def write(folder: Path, *entries: Any) -> None:
 class Asked:
     """The engine that the command gets, and what it was asked."""
 
-    def __init__(self, llava: Llava, rpn: RPN) -> None:
-        self.zoom = ZoomLlava(llava, rpn, zoom=ZOOM)
+    def __init__(self, llava: Llava15, rpn: RPN) -> None:
+        self.zoom = ZoomModel(llava, rpn, zoom=ZOOM)
         self.batches: list[list[str]] = []
         self.after: Callable[[], None] = lambda: None
         ask = self.zoom.ask_batch
@@ -80,7 +80,7 @@ class Asked:
 
 
 @pytest.fixture
-def engine(llava: Llava, perturbed_rpn: RPN, monkeypatch: pytest.MonkeyPatch) -> Asked:
+def engine(llava: Llava15, perturbed_rpn: RPN, monkeypatch: pytest.MonkeyPatch) -> Asked:
     asked = Asked(llava, perturbed_rpn)
     monkeypatch.setattr(COMMAND, "load_zoom", lambda *_: asked.zoom)
     return asked
@@ -233,17 +233,20 @@ def test_other_settings_are_refused_with_the_reason(
         assert reason in said
         assert (folder / "out" / "answers.jsonl").read_bytes() == before
 
-    own = engine.zoom.llava
-    cropping = Llava(own.model, own.processor, padding="crop", name=own.name)
+    own = engine.zoom.backbone
+    cropping = Llava15(own.model, own.processor, padding="crop", name=own.name)
     refused("max_new_tokens: 3 there, 4 now", "--max-new-tokens", "4")
     refused("other now", "--images", str(folder / "other"))
     assert answer(folder, "--images", str(folder / "images2"))[0] == 0  # the same folder
     for changed, reason in (
-        (ZoomLlava(engine.zoom.llava, perturbed_rpn), "zoom: {"),
-        (ZoomLlava(engine.zoom.llava, proposer="none", zoom=ZOOM), "proposer: rpn there, none now"),
-        (ZoomLlava(make_llava(seed=3), perturbed_rpn, zoom=ZOOM), "model_hash: "),
-        (ZoomLlava(cropping, perturbed_rpn, zoom=ZOOM), "padding: pad there, crop now"),
-        (ZoomLlava(engine.zoom.llava, _retrained(perturbed_rpn), zoom=ZOOM), "rpn_hash: "),
+        (ZoomModel(engine.zoom.backbone, perturbed_rpn), "zoom: {"),
+        (
+            ZoomModel(engine.zoom.backbone, proposer="none", zoom=ZOOM),
+            "proposer: rpn there, none now",
+        ),
+        (ZoomModel(make_llava(seed=3), perturbed_rpn, zoom=ZOOM), "model_hash: "),
+        (ZoomModel(cropping, perturbed_rpn, zoom=ZOOM), "padding: pad there, crop now"),
+        (ZoomModel(engine.zoom.backbone, _retrained(perturbed_rpn), zoom=ZOOM), "rpn_hash: "),
     ):
         engine.zoom = changed
         refused(reason)

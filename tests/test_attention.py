@@ -13,12 +13,13 @@ import torch
 from conftest import QUESTIONS, make_image, make_llava
 from PIL import Image
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15, square_grid
+from sdrpn.boxes import GridBox, ImageGrid, PixelBox
 from sdrpn.config import LabelConfig, LayerHeads, ZoomConfig
-from sdrpn.distill.pseudo_labels import remove_sinks
-from sdrpn.engine import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomModel
 from sdrpn.inference.attention_rows import read_rows
-from sdrpn.roi.postprocess import GridBox, PixelBox, View, blur, propose
+from sdrpn.roi.postprocess import blur, propose
+from sdrpn.roi.sinks import remove_sinks
 from sdrpn.roi.vicrop import (
     NEUTRAL_QUESTION,
     contrast,
@@ -38,7 +39,7 @@ LABELS = LabelConfig(
 
 
 def eager_rows(
-    llava: Llava, image: Image.Image, question: str, response: Sequence[int]
+    llava: Llava15, image: Image.Image, question: str, response: Sequence[int]
 ) -> list[torch.Tensor]:
     """Attention of the last tokens to the image, layer by layer: [H, T], mean over the tokens.
 
@@ -67,9 +68,9 @@ RESPONSES = ([31, 44], [50], [33, 34, 35, 36, 31], [])
 def test_rows_are_those_of_eager_attention(images: list[Image.Image], key_value_heads: int) -> None:
     """A batch of questions and responses of different length, on different images."""
     llava = make_llava(key_value_heads=key_value_heads)
-    prefixes = ZoomLlava(llava, proposer="none").read(images[:4])
+    prefixes = ZoomModel(llava, proposer="none").prefill(images[:4])
     suffixes = [
-        [*llava.question_ids(text), *response]
+        [*llava.prompt_ids(text).after, *response]
         for text, response in zip(QUESTIONS, RESPONSES, strict=True)
     ]
     counts = [max(len(response), 1) for response in RESPONSES]
@@ -80,33 +81,33 @@ def test_rows_are_those_of_eager_attention(images: list[Image.Image], key_value_
     for i, (image, text, response) in enumerate(zip(images, QUESTIONS, RESPONSES, strict=False)):
         expected = eager_rows(llava, image, text, response)
         for layer, found in rows.by_layer.items():
-            assert found.shape == (4, 4, 64)
+            assert torch.stack(found).shape == (4, 4, 64)
             assert (found[i] - expected[layer]).abs().max() < TOLERANCE
         seven = [expected[1][0], expected[1][3], expected[4][2], *expected[0]]
         assert (means[i] - torch.stack(seven).mean(0)).abs().max() < TOLERANCE
-    assert rows.by_layer[1].std(dim=-1).min() > 1e-5
+    assert torch.stack(rows.by_layer[1]).std(dim=-1).min() > 1e-5
 
 
-def test_rows_do_not_depend_on_neighbours(llava: Llava, images: list[Image.Image]) -> None:
-    prefixes = ZoomLlava(llava, proposer="none").read(images[:4])
-    suffixes = [llava.question_ids(text) for text in QUESTIONS]
+def test_rows_do_not_depend_on_neighbours(llava: Llava15, images: list[Image.Image]) -> None:
+    prefixes = ZoomModel(llava, proposer="none").prefill(images[:4])
+    suffixes = [llava.prompt_ids(text).after for text in QUESTIONS]
     together = read_rows(llava, prefixes, suffixes, [2, 1, 4, 3], [3]).by_layer[3]
     for i, count in enumerate([2, 1, 4, 3]):
         alone = read_rows(llava, prefixes[i : i + 1], suffixes[i : i + 1], [count], [3])
         assert (together[i] - alone.by_layer[3][0]).abs().max() < TOLERANCE
 
 
-def test_the_backbone_runs_no_further_than_asked(llava: Llava, images: Any) -> None:
+def test_the_backbone_runs_no_further_than_asked(llava: Llava15, images: Any) -> None:
     ran: list[int] = []
     layers = llava.model.model.language_model.layers
     handles = [
         layer.register_forward_hook(lambda *_, index=index: ran.append(index))
         for index, layer in enumerate(layers)
     ]
-    prefixes = ZoomLlava(llava, proposer="none").read(images[:1])
+    prefixes = ZoomModel(llava, proposer="none").prefill(images[:1])
     ran.clear()
     try:
-        read_rows(llava, prefixes, [llava.question_ids("yellow")], [1], [0, 2])
+        read_rows(llava, prefixes, [llava.prompt_ids("yellow").after], [1], [0, 2])
     finally:
         for handle in handles:
             handle.remove()
@@ -116,17 +117,17 @@ def test_the_backbone_runs_no_further_than_asked(llava: Llava, images: Any) -> N
 # --- the attention proposer --------------------------------------------------------------------
 
 
-def ask_all(zoom: ZoomLlava, images: Sequence[Image.Image]) -> list[tuple[Question, Any]]:
+def ask_all(zoom: ZoomModel, images: Sequence[Image.Image]) -> list[tuple[Question, Any]]:
     questions = [Question(text, (image,)) for image in images for text in QUESTIONS]
     return list(zip(questions, zoom.ask_batch(questions, {"max_new_tokens": 5}), strict=True))
 
 
 def test_attention_proposer_reads_the_models_own_answer(
-    llava: Llava, images: list[Image.Image]
+    llava: Llava15, images: list[Image.Image]
 ) -> None:
-    """METHOD 3, last paragraph: grounding map, sinks out, over its maximum, then from the blur."""
+    """The grounding map, sinks out, over its maximum, then from the blur."""
     settings = ZoomConfig(threshold=0.4, policy="strongest")
-    zoom = ZoomLlava(llava, proposer="attention", zoom=settings, labels=LABELS)
+    zoom = ZoomModel(llava, proposer="attention", zoom=settings, labels=LABELS)
     kinds = set()
     for question, answer in ask_all(zoom, images):
         image = question.images[0]
@@ -143,14 +144,14 @@ def test_attention_proposer_reads_the_models_own_answer(
         kinds.add("sinks" if (clean == 0).any() else "no sinks")
         expected = blur((clean / clean.max()).reshape(8, 8))
         assert np.abs(answer.roi_map - expected).max() < 1e-4
-        region = propose(expected, llava.view(image), settings)
+        region = propose(expected, llava.image_grid(image), settings)
         assert (answer.regions, answer.reason) == (region.boxes, region.reason)
         kinds.add("zoom" if answer.regions else "no zoom")
     assert kinds == {"empty", "sinks", "no sinks", "zoom", "no zoom"}
 
 
-def test_attention_proposer_with_nothing_but_sinks(llava: Llava, images: Any) -> None:
-    zoom = ZoomLlava(llava, proposer="attention", labels=replace(LABELS, sink_threshold=0.0))
+def test_attention_proposer_with_nothing_but_sinks(llava: Llava15, images: Any) -> None:
+    zoom = ZoomModel(llava, proposer="attention", labels=replace(LABELS, sink_threshold=0.0))
     for _, answer in ask_all(zoom, images[:2]):
         assert answer.regions == ()
         assert answer.reason
@@ -158,15 +159,15 @@ def test_attention_proposer_with_nothing_but_sinks(llava: Llava, images: Any) ->
 
 
 def test_attention_proposer_reads_no_answer_past_the_context(
-    monkeypatch: pytest.MonkeyPatch, llava: Llava, images: list[Image.Image]
+    monkeypatch: pytest.MonkeyPatch, llava: Llava15, images: list[Image.Image]
 ) -> None:
     """With room for two tokens, of an answer of five it reads two."""
-    prompt = len(llava.whole_ids("yellow")) - 1 + 64
+    prompt = len(llava.plain_ids("yellow")) - 1 + 64
     found = []
     for context, tokens in ((prompt + 2, 5), (1024, 2), (1024, 5)):
         monkeypatch.setattr(llava, "context_length", context)
         labels = replace(LABELS, max_new_tokens=tokens)
-        zoom = ZoomLlava(llava, proposer="attention", labels=labels)
+        zoom = ZoomModel(llava, proposer="attention", labels=labels)
         asked = [Question("yellow", (image,)) for image in images]
         found.append([a.roi_map for a in zoom.ask_batch(asked, {"max_new_tokens": 1})])
     cut, short, whole = found
@@ -175,8 +176,8 @@ def test_attention_proposer_reads_no_answer_past_the_context(
     assert any(not np.allclose(one, other) for one, other in zip(cut, whole, strict=True))
 
 
-def test_attention_proposer_needs_to_know_the_heads(llava: Llava, images: Any) -> None:
-    zoom = ZoomLlava(llava, proposer="attention")
+def test_attention_proposer_needs_to_know_the_heads(llava: Llava15, images: Any) -> None:
+    zoom = ZoomModel(llava, proposer="attention")
     with pytest.raises(ValueError, match=f"which attention heads of {llava.name}"):
         ask_all(zoom, images[:1])
 
@@ -185,9 +186,9 @@ def test_attention_proposer_needs_to_know_the_heads(llava: Llava, images: Any) -
 
 
 def test_vicrop_proposer_divides_by_a_neutral_prompt(
-    llava: Llava, images: list[Image.Image]
+    llava: Llava15, images: list[Image.Image]
 ) -> None:
-    zoom = ZoomLlava(llava, proposer="vicrop", labels=LABELS)
+    zoom = ZoomModel(llava, proposer="vicrop", labels=LABELS)
     found = set()
     for question, answer in ask_all(zoom, images):
         image = question.images[0]
@@ -197,31 +198,33 @@ def test_vicrop_proposer_divides_by_a_neutral_prompt(
         )
         ratio = (asked / plain).reshape(8, 8).numpy()
         assert np.allclose(answer.roi_map, ratio / ratio.max(), atol=1e-3)
-        assert answer.regions == propose_window(ratio, llava.view(image)).boxes
+        assert answer.regions == propose_window(ratio, llava.image_grid(image)).boxes
         assert answer.crop_tokens == 64
         found.add(answer.regions)
     assert len(found) > len(images)
 
 
-def test_vicrop_reads_the_layer_in_the_middle_unless_told(llava: Llava, images: Any) -> None:
+def test_vicrop_reads_the_layer_in_the_middle_unless_told(llava: Llava15, images: Any) -> None:
     """Layer 14 of 32, in proportion: 3 of 6."""
-    told = ZoomLlava(llava, proposer="vicrop", labels=LABELS).ask(images[0], "yellow")
-    untold = ZoomLlava(llava, proposer="vicrop").ask(images[0], "yellow")
-    other = ZoomLlava(llava, proposer="vicrop", labels=replace(LABELS, vicrop_layer=1))
+    told = ZoomModel(llava, proposer="vicrop", labels=LABELS).ask(images[0], "yellow")
+    untold = ZoomModel(llava, proposer="vicrop").ask(images[0], "yellow")
+    other = ZoomModel(llava, proposer="vicrop", labels=replace(LABELS, vicrop_layer=1))
     assert np.array_equal(told.roi_map, untold.roi_map)
     assert not np.allclose(told.roi_map, other.ask(images[0], "yellow").roi_map)
 
 
 def test_window_sums() -> None:
     ratio = np.arange(16.0).reshape(4, 4)
-    assert window_sums(ratio, 1).tolist() == ratio.tolist()
-    assert window_sums(ratio, 4).tolist() == [[120.0]]
-    assert window_sums(ratio, 3).tolist() == [[45.0, 54.0], [81.0, 90.0]]
+    assert window_sums(ratio, 1, 1).tolist() == ratio.tolist()
+    assert window_sums(ratio, 4, 4).tolist() == [[120.0]]
+    assert window_sums(ratio, 3, 3).tolist() == [[45.0, 54.0], [81.0, 90.0]]
+    # Rows 0 to 1 and 2 to 3 of columns 0 to 2 and 1 to 3, and so on.
+    assert window_sums(ratio, 2, 3).tolist() == [[18.0, 24.0], [42.0, 48.0], [66.0, 72.0]]
 
 
 def test_contrast_is_the_best_window_less_its_neighbours() -> None:
     sums = np.array([[1.0, 2.0, 3.0], [4.0, 9.0, 5.0], [0.0, 6.0, 0.0]])
-    assert contrast(sums, 2) == ((9 - (2 + 6 + 4 + 5) / 4) / 4, (1, 1))
+    assert contrast(sums, 4) == ((9 - (2 + 6 + 4 + 5) / 4) / 4, (1, 1))
     corner = np.array([[9.0, 2.0], [4.0, 8.0]])
     assert contrast(corner, 1) == (9 - (2 + 4) / 2, (0, 0))
     assert contrast(np.array([[7.0]]), 1) == (7.0, (0, 0))
@@ -241,12 +244,12 @@ def peak(grid: int, *cells: tuple[int, int]) -> np.ndarray:
     return ratio
 
 
-def reference_window(ratio: np.ndarray, view: View) -> tuple[float, int, int, int]:
-    """METHOD section 8 by loops: (side in source pixels, cells, row, column) of the winner."""
+def reference_window(ratio: np.ndarray, view: ImageGrid) -> tuple[float, int, int, int]:
+    """ViCrop by loops: (side in source pixels, cells, row, column) of the winner."""
     grid, best = len(ratio), None
     for multiple in (1, 1.2, 1.4, 1.6, 1.8, 2):
-        side = min(view.side * multiple, *view.size)
-        cells = min(max(round(side * view.ratio * grid / view.side), 1), grid)
+        side = min(336 * multiple, *view.size)
+        cells = min(max(round(side / max(view.size) * grid), 1), grid)
         places = range(grid - cells + 1)
         sums = {(r, c): ratio[r : r + cells, c : c + cells].sum() for r in places for c in places}
         r, c = max(sums, key=lambda place: sums[place])
@@ -266,7 +269,7 @@ def reference_window(ratio: np.ndarray, view: View) -> tuple[float, int, int, in
 @pytest.mark.parametrize("seed", range(4))
 def test_window_search_against_loops(size: tuple[int, int], seed: int) -> None:
     ratio = np.random.default_rng(seed).random((24, 24)) ** 4
-    view = View(size, 24, 336)
+    view = square_grid(size, 24, 336)
     region = propose_window(ratio, view)
     side, cells, row, column = reference_window(ratio, view)
     assert region.grid_boxes == (GridBox(column, row, column + cells, row + cells),)
@@ -296,7 +299,7 @@ def test_each_side_wins_on_a_square_of_its_size(cells: int, box: tuple[int, ...]
     """1344 px on 24 cells of 56 px: a level square at (row 5, column 7) in an empty map."""
     ratio = np.zeros((24, 24))
     ratio[5 : 5 + cells, 7 : 7 + cells] = 1.0
-    region = propose_window(ratio, View((1344, 1344), 24, 336))
+    region = propose_window(ratio, square_grid((1344, 1344), 24, 336))
     assert region.grid_boxes == ((7, 5, 7 + cells, 5 + cells),)
     assert region.boxes == (box,)
 
@@ -305,7 +308,7 @@ def test_the_widest_window_wins_on_four_points_at_its_corners() -> None:
     """Twice 336 px are 12 cells: only that window holds all four, and each neighbour holds two."""
     ratio = np.zeros((24, 24))
     ratio[[5, 5, 16, 16], [7, 18, 7, 18]] = 1.0
-    region = propose_window(ratio, View((1344, 1344), 24, 336))
+    region = propose_window(ratio, square_grid((1344, 1344), 24, 336))
     assert region.grid_boxes == ((7, 5, 19, 17),)
     assert region.boxes == ((392, 280, 1064, 952),)
 
@@ -316,7 +319,7 @@ def test_the_neutral_prompt_is_vicrops_own() -> None:
 
 def test_window_around_a_peak() -> None:
     """1344 px on 24 cells: the window of 336 px is 6 cells wide and begins where the sum does."""
-    region = propose_window(peak(24, (10, 13)), View((1344, 1344), 24, 336))
+    region = propose_window(peak(24, (10, 13)), square_grid((1344, 1344), 24, 336))
     (box,) = region.boxes
     assert (box.x1 - box.x0, box.y1 - box.y0) == (336, 336)
     middle = (13.5 * 56, 10.5 * 56)
@@ -326,22 +329,22 @@ def test_window_around_a_peak() -> None:
 
 def test_windows_at_the_border_stay_inside() -> None:
     for row, column in ((0, 0), (23, 23), (0, 23)):
-        (box,) = propose_window(peak(24, (row, column)), View((1344, 1344), 24, 336)).boxes
+        (box,) = propose_window(peak(24, (row, column)), square_grid((1344, 1344), 24, 336)).boxes
         assert (box.x0 == 0) if column == 0 else (box.x1 == 1344)
         assert (box.y0 == 0) if row == 0 else (box.y1 == 1344)
 
 
 def test_windows_of_small_images_are_the_whole_side() -> None:
     """No window is larger than the image: a small one is cropped to its square."""
-    (box,) = propose_window(peak(8, (3, 3)), View((100, 100), 8, 112)).boxes
+    (box,) = propose_window(peak(8, (3, 3)), square_grid((100, 100), 8, 112)).boxes
     assert box == PixelBox(0, 0, 100, 100)
-    (box,) = propose_window(peak(8, (3, 7)), View((1, 1), 8, 112)).boxes
+    (box,) = propose_window(peak(8, (3, 7)), square_grid((1, 1), 8, 112)).boxes
     assert box == PixelBox(0, 0, 1, 1)
 
 
 def test_windows_of_wide_images() -> None:
     """The side is capped at the short side, in whose band of cells the picture lies."""
-    view = View((1600, 100), 24, 336)
+    view = square_grid((1600, 100), 24, 336)
     (box,) = propose_window(peak(24, (12, 20)), view).boxes
     assert (box.y0, box.y1) == (0, 100)
     assert box.x1 - box.x0 == 100
@@ -354,11 +357,11 @@ def test_broken_ratio_maps_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"^the attention ratio map holds values that are not finite"
     ):
-        propose_window(ratio, View((100, 100), 8, 112))
+        propose_window(ratio, square_grid((100, 100), 8, 112))
 
 
-def test_vicrop_crops_stay_inside_odd_images(llava: Llava) -> None:
-    zoom = ZoomLlava(llava, proposer="vicrop")
+def test_vicrop_crops_stay_inside_odd_images(llava: Llava15) -> None:
+    zoom = ZoomModel(llava, proposer="vicrop")
     for size in ((5, 3), (400, 9), (9, 400), (500, 400)):
         image = make_image(*size, seed=6)
         (box,) = zoom.ask(image, "yellow", max_new_tokens=1).regions

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.utils import is_flash_attn_2_available
 
 from sdrpn.config import ZoomConfig
-from sdrpn.engine import Answer, Question, ZoomLlava
+from sdrpn.engine import Answer, Question, ZoomModel
 
 
 def answers(
@@ -22,7 +22,7 @@ def answers(
     llava.model.to(device=device, dtype=dtype)
     llava.model.set_attn_implementation(backend)
     assert llava.text_config._attn_implementation == backend
-    zoom = ZoomLlava(llava, rpn, zoom=ZoomConfig(threshold=THRESHOLD, policy="mask"))
+    zoom = ZoomModel(llava, rpn, zoom=ZoomConfig(threshold=THRESHOLD, policy="mask"))
     asked = [Question(text, (images[i % 2],)) for i, text in enumerate(QUESTIONS)]
     return zoom.ask_batch(asked, {"max_new_tokens": 6})
 

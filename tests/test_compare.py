@@ -12,7 +12,7 @@ from local_benchmarks import docvqa_rows, textvqa_rows, tiny_vstar_rows, vstar_r
 from run_folders import evaluate, record_line, sample, shade, write_facts, write_record, write_run
 from typer.testing import CliRunner
 
-from sdrpn.roi.postprocess import PixelBox
+from sdrpn.boxes import PixelBox
 from sdrpn_eval.report import text
 from sdrpn_eval.report.boxes import outcome
 from sdrpn_eval.report.checks import NotComparable, established

@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from sdrpn.backbones.fingerprint import base_hash
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.cli import app
 from sdrpn.config import LABELS_7B, LABELS_13B, ZoomConfig
-from sdrpn.convert import checkpoint, published
-from sdrpn.engine import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomModel
+from sdrpn.io import checkpoint_files as checkpoint
 from sdrpn.model_registry import PUBLISHED_RPN
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn import published
+from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval import loading
 from sdrpn_eval.arguments import checked
 
@@ -39,13 +40,13 @@ CLIP = "openai/clip-vit-large-patch14-336"
 
 
 @pytest.fixture
-def tensors(llava: Llava, perturbed_rpn: RPN) -> original.Tensors:
+def tensors(llava: Llava15, perturbed_rpn: RPN) -> original.Tensors:
     """ "Filled": the whole base and the RPN, as of the 7B."""
     return original.base_tensors(llava.model) | original.rpn_tensors(perturbed_rpn)
 
 
 @pytest.fixture
-def folder(tmp_path: Path, llava: Llava, perturbed_rpn: RPN, tensors: original.Tensors) -> Path:
+def folder(tmp_path: Path, llava: Llava15, perturbed_rpn: RPN, tensors: original.Tensors) -> Path:
     path = tmp_path / "published"
     original.write_config(path, original.config_of(llava, perturbed_rpn))
     original.one_safetensors(path, tensors)
@@ -73,7 +74,7 @@ def same_weights(found: RPN, expected: RPN) -> None:
 @pytest.mark.parametrize("write", original.WRITERS)
 def test_every_layout_gives_the_rpn(
     tmp_path: Path,
-    llava: Llava,
+    llava: Llava15,
     perturbed_rpn: RPN,
     tensors: original.Tensors,
     write: Callable[[Path, original.Tensors], None],
@@ -89,11 +90,11 @@ def test_every_layout_gives_the_rpn(
 
 
 def test_its_maps_are_those_of_the_rpn(
-    folder: Path, llava: Llava, perturbed_rpn: RPN, images: list[Any]
+    folder: Path, llava: Llava15, perturbed_rpn: RPN, images: list[Any]
 ) -> None:
     def maps(rpn: RPN) -> list[Any]:
         questions = [Question(text, (images[i],)) for i, text in enumerate(QUESTIONS)]
-        return [answer.roi_map for answer in ZoomLlava(llava, rpn).ask_batch(questions)]
+        return [answer.roi_map for answer in ZoomModel(llava, rpn).ask_batch(questions)]
 
     expected = maps(perturbed_rpn)
     found = maps(RPN.from_pretrained(str(folder)))
@@ -102,7 +103,7 @@ def test_its_maps_are_those_of_the_rpn(
 
 
 def test_a_pruned_model_is_enough(
-    tmp_path: Path, llava: Llava, perturbed_rpn: RPN, tensors: original.Tensors
+    tmp_path: Path, llava: Llava15, perturbed_rpn: RPN, tensors: original.Tensors
 ) -> None:
     """As the 13B: no layer above B + R, no final norm, no head, and config.json counts so."""
     kept = {
@@ -117,13 +118,13 @@ def test_a_pruned_model_is_enough(
     original.sharded_bin(tmp_path, kept)
     loaded = RPN.from_pretrained(str(tmp_path))
     same_weights(loaded, perturbed_rpn)
-    ZoomLlava(llava, loaded)
+    ZoomModel(llava, loaded)
 
 
 @pytest.mark.parametrize("write", [original.sharded_bin, original.sharded_safetensors])
 def test_only_the_rpn_s_shards_are_fetched(
     tmp_path: Path,
-    llava: Llava,
+    llava: Llava15,
     perturbed_rpn: RPN,
     tensors: original.Tensors,
     write: Callable[[Path, original.Tensors], None],
@@ -149,7 +150,7 @@ def test_only_the_rpn_s_shards_are_fetched(
 
 
 def test_base_shards_need_not_be_there(
-    tmp_path: Path, llava: Llava, perturbed_rpn: RPN, tensors: original.Tensors
+    tmp_path: Path, llava: Llava15, perturbed_rpn: RPN, tensors: original.Tensors
 ) -> None:
     original.write_config(tmp_path, original.config_of(llava, perturbed_rpn))
     original.sharded_bin(tmp_path, tensors)
@@ -165,14 +166,14 @@ def test_a_whole_number_is_a_float_too(folder: Path) -> None:
     assert RPN.from_pretrained(str(folder)).config.rms_norm_eps == 1
 
 
-def test_half_precision_stays(folder: Path, perturbed_rpn: RPN, llava: Llava) -> None:
+def test_half_precision_stays(folder: Path, perturbed_rpn: RPN, llava: Llava15) -> None:
     stored = load_file(folder / "model.safetensors")
     original.one_safetensors(folder, {n: t.to(torch.bfloat16) for n, t in stored.items()})
     loaded = RPN.from_pretrained(str(folder))
     assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16}
     half = perturbed_rpn.q_proj.weight.to(torch.bfloat16)
     assert torch.equal(loaded.q_proj.weight, half)
-    assert ZoomLlava(llava, loaded).rpn is not None
+    assert ZoomModel(llava, loaded).rpn is not None
 
 
 def test_one_dot_product_over_the_width(folder: Path) -> None:
@@ -191,12 +192,12 @@ def test_its_padding_is_noted(folder: Path, ratio: Any, padding: str) -> None:
     assert RPN.from_pretrained(str(folder)).config.padding == padding
 
 
-def test_it_must_still_fit_its_base(folder: Path, gqa_llava: Llava, llava: Llava) -> None:
+def test_it_must_still_fit_its_base(folder: Path, gqa_llava: Llava15, llava: Llava15) -> None:
     with pytest.raises(ValueError, match=r"num_key_value_heads 4 \(the model has 2\)"):
-        ZoomLlava(gqa_llava, RPN.from_pretrained(str(folder)))
+        ZoomModel(gqa_llava, RPN.from_pretrained(str(folder)))
     edit(folder, mm_vision_tower=CLIP)
     with pytest.raises(ValueError, match=r"image_tokens 576 \(the model has 64\)"):
-        ZoomLlava(llava, RPN.from_pretrained(str(folder)))
+        ZoomModel(llava, RPN.from_pretrained(str(folder)))
 
 
 # --- what config.json says -----------------------------------------------------------------------
@@ -508,7 +509,7 @@ def test_the_plugin_s_default_is_the_published_rpn(
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        loading.ZoomLlava, "from_pretrained", lambda *names, **options: asked.append(names)
+        loading.ZoomModel, "from_pretrained", lambda *names, **options: asked.append(names)
     )
     for proposer in ("rpn", "attention", "none"):
         values = checked({"pretrained": base, "proposer": proposer})
@@ -520,18 +521,18 @@ def test_the_plugin_s_default_is_the_published_rpn(
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "sdrpn.rpn.model"]
+    return [r.getMessage() for r in caplog.records if r.name == "sdrpn.rpn.checkpoint"]
 
 
 def test_another_base_is_told_of_once(
-    llava: Llava, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    llava: Llava15, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_rpn(llava, perturbed=True).save_pretrained(tmp_path)
     other = make_llava(seed=8)
     with caplog.at_level(logging.WARNING):
-        ZoomLlava(llava, RPN.from_pretrained(str(tmp_path)))
+        ZoomModel(llava, RPN.from_pretrained(str(tmp_path)))
         assert warnings_of(caplog) == []
-        ZoomLlava(other, RPN.from_pretrained(str(tmp_path)))
+        ZoomModel(other, RPN.from_pretrained(str(tmp_path)))
     (told,) = warnings_of(caplog)
     for words in (llava.name, other.name, base_hash(llava, 2), base_hash(other, 2)):
         assert words in told
@@ -539,15 +540,15 @@ def test_another_base_is_told_of_once(
 
 
 def test_an_rpn_without_a_hash_says_nothing(
-    folder: Path, llava: Llava, caplog: pytest.LogCaptureFixture
+    folder: Path, llava: Llava15, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert RPN.from_pretrained(str(folder)).config.base_hash == ""
     with caplog.at_level(logging.WARNING):
-        ZoomLlava(llava, RPN.from_pretrained(str(folder)))
+        ZoomModel(llava, RPN.from_pretrained(str(folder)))
     assert warnings_of(caplog) == []
 
 
-def test_the_hash_does_not_depend_on_precision(tmp_path: Path, llava: Llava) -> None:
+def test_the_hash_does_not_depend_on_precision(tmp_path: Path, llava: Llava15) -> None:
     expected = base_hash(llava, 2)
     assert len(expected) == 16
     llava.model.save_pretrained(tmp_path / "float32")
@@ -559,7 +560,7 @@ def test_the_hash_does_not_depend_on_precision(tmp_path: Path, llava: Llava) -> 
     half.processor.save_pretrained(tmp_path / "float16")
     for stored in ("float32", "float16"):
         for dtype in ("float32", "float16", "bfloat16"):
-            loaded = Llava.load(str(tmp_path / stored), dtype=dtype, device="cpu")
+            loaded = Llava15.load(str(tmp_path / stored), dtype=dtype, device="cpu")
             assert loaded.dtype == getattr(torch, dtype)
             assert base_hash(loaded, 2) == expected
 

@@ -26,14 +26,14 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15, square_grid
 from sdrpn.cli import app
 from sdrpn.config import VICUNA_SYSTEM_PROMPT
 from sdrpn.convert.base import convert_base, read_base
-from sdrpn.convert.checkpoint import Source
 from sdrpn.convert.tokenizer import read_tokenizer
-from sdrpn.engine import ZoomLlava
-from sdrpn.rpn.model import RPN
+from sdrpn.engine import ZoomModel
+from sdrpn.io.checkpoint_files import Source
+from sdrpn.rpn.checkpoint import RPN
 
 runner = CliRunner()
 WORDS = " ".join([VICUNA_SYSTEM_PROMPT, "USER: ASSISTANT:", *QUESTIONS])
@@ -77,7 +77,7 @@ def write_tower(folder: Path, vision: Any, weights: Any = None) -> None:
 
 
 @pytest.fixture(scope="module")
-def random(tmp_path_factory: pytest.TempPathFactory) -> Llava:
+def random(tmp_path_factory: pytest.TempPathFactory) -> Llava15:
     """What the checkpoint holds, as a model that no converter has touched.
 
     As in LLaVA's own layout its vocabulary ends where the tokenizer's does.
@@ -89,12 +89,12 @@ def random(tmp_path_factory: pytest.TempPathFactory) -> Llava:
 
 
 @pytest.fixture
-def tensors(random: Llava) -> original.Tensors:
+def tensors(random: Llava15) -> original.Tensors:
     return original.base_tensors(random.model)
 
 
 @pytest.fixture
-def folder(tmp_path: Path, random: Llava, tensors: original.Tensors) -> Path:
+def folder(tmp_path: Path, random: Llava15, tensors: original.Tensors) -> Path:
     path = tmp_path / "original"
     original.write_config(path, original.config_of(random, mm_vision_tower=TOWER))
     original.one_safetensors(path, tensors)
@@ -103,9 +103,9 @@ def folder(tmp_path: Path, random: Llava, tensors: original.Tensors) -> Path:
     return path
 
 
-def embeds(random: Llava, before: list[int], image: Any, after: list[int]) -> Tensor:
+def embeds(random: Llava15, before: list[int], image: Any, after: list[int]) -> Tensor:
     """A prompt put together by hand: words, the image's tokens, words. [1, tokens, C]"""
-    image_tokens = random.encode(random.pixels([image]))
+    image_tokens = torch.stack(random.encode(random.preprocess([image])))
     return torch.cat([random.embed([before]), image_tokens, random.embed([after])], dim=1)
 
 
@@ -120,7 +120,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("write", original.WRITERS)
 def test_every_layout_gives_the_model(
-    folder: Path, random: Llava, tensors: original.Tensors, write: Callable[..., None]
+    folder: Path, random: Llava15, tensors: original.Tensors, write: Callable[..., None]
 ) -> None:
     (folder / "model.safetensors").unlink()
     write(folder, tensors)
@@ -130,11 +130,11 @@ def test_every_layout_gives_the_model(
 
 
 def test_what_is_written_loads_and_answers(
-    folder: Path, random: Llava, tmp_path: Path, images: list[Any]
+    folder: Path, random: Llava15, tmp_path: Path, images: list[Any]
 ) -> None:
     out = tmp_path / "converted"
     convert_base(str(folder), out)
-    llava = Llava.load(str(out), dtype="float32", device="cpu")
+    llava = Llava15.load(str(out), dtype="float32", device="cpu")
     before = random.text_config.vocab_size
     assert (llava.side, llava.image_tokens) == (112, 64)
     assert llava.model.config.vision_feature_layer == -2
@@ -152,10 +152,10 @@ def test_what_is_written_loads_and_answers(
 
 
 def test_its_answers_are_those_of_the_source(
-    folder: Path, random: Llava, tmp_path: Path, images: list[Any]
+    folder: Path, random: Llava15, tmp_path: Path, images: list[Any]
 ) -> None:
     convert_base(str(folder), tmp_path / "converted")
-    llava = Llava.load(str(tmp_path / "converted"), dtype="float32", device="cpu")
+    llava = Llava15.load(str(tmp_path / "converted"), dtype="float32", device="cpu")
     answers = []
     for question in QUESTIONS:
         before, after = llava.prompt_ids(question)
@@ -164,7 +164,7 @@ def test_its_answers_are_those_of_the_source(
             inputs_embeds=prompt, max_new_tokens=6, do_sample=False, eos_token_id=2
         )[0]
         expected = llava.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        answer = ZoomLlava(llava, proposer="none").ask(images[1], question, max_new_tokens=6)
+        answer = ZoomModel(llava, proposer="none").ask(images[1], question, max_new_tokens=6)
         assert answer.text == expected
         answers.append(answer.text)
     assert len(set(answers)) > 1
@@ -173,7 +173,7 @@ def test_its_answers_are_those_of_the_source(
 def test_the_tokenizer_gains_two_tokens(folder: Path, tmp_path: Path) -> None:
     plain = PreTrainedTokenizerFast.from_pretrained(folder)
     convert_base(str(folder), tmp_path / "converted")
-    llava = Llava.load(str(tmp_path / "converted"), device="cpu")
+    llava = Llava15.load(str(tmp_path / "converted"), device="cpu")
     assert llava.tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [
         len(plain),
         len(plain) + 1,
@@ -182,7 +182,7 @@ def test_the_tokenizer_gains_two_tokens(folder: Path, tmp_path: Path) -> None:
     assert llava.tokenizer.pad_token_id == llava.text_config.pad_token_id == len(plain) + 1
     assert llava.model.generation_config.pad_token_id == len(plain) + 1
     assert (llava.tokenizer.bos_token_id, llava.eos_token_id) == (1, 2)
-    head, rest = llava.prompt_ids(QUESTIONS[0])
+    head, rest = map(list, llava.prompt_ids(QUESTIONS[0]))
     assert head == plain(f"{VICUNA_SYSTEM_PROMPT} USER:")["input_ids"]
     assert rest == plain(f"{QUESTIONS[0]} ASSISTANT:")["input_ids"][1:]
 
@@ -202,18 +202,18 @@ def test_precision_stays(folder: Path, tensors: original.Tensors, tmp_path: Path
 
 
 def test_big_models_are_written_in_shards(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random: Llava
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random: Llava15
 ) -> None:
     monkeypatch.setattr("sdrpn.convert.base.SHARD", "1MB")
     convert_base(str(folder), tmp_path / "converted")
     assert len(list((tmp_path / "converted").glob("model-*.safetensors"))) > 3
-    loaded = Llava.load(str(tmp_path / "converted"), dtype="float32", device="cpu")
+    loaded = Llava15.load(str(tmp_path / "converted"), dtype="float32", device="cpu")
     name = "model.language_model.layers.5.mlp.up_proj.weight"
     assert torch.equal(loaded.model.state_dict()[name], random.model.state_dict()[name])
 
 
 def test_the_tower_comes_from_its_clip(
-    folder: Path, tensors: original.Tensors, random: Llava, tmp_path: Path
+    folder: Path, tensors: original.Tensors, random: Llava15, tmp_path: Path
 ) -> None:
     weights = random.model.model.vision_tower.state_dict()
     own = {name: t for name, t in tensors.items() if "vision_tower" not in name}
@@ -228,7 +228,7 @@ def test_the_tower_comes_from_its_clip(
 
 
 def test_another_tower_s_folder_is_taken_from_the_command_line(
-    folder: Path, tensors: original.Tensors, random: Llava, tmp_path: Path, images: list[Any]
+    folder: Path, tensors: original.Tensors, random: Llava15, tmp_path: Path, images: list[Any]
 ) -> None:
     """And what is written beside the weights counts image tokens as transformers does."""
     own = {name: t for name, t in tensors.items() if "vision_tower" not in name}
@@ -248,12 +248,12 @@ def test_another_tower_s_folder_is_taken_from_the_command_line(
     inputs = processor(images=images[0], text="<image>", return_tensors="pt")
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 64
     name = "model.vision_tower.pre_layrnorm.weight"
-    found = Llava.load(str(out), dtype="float32", device="cpu").model.state_dict()[name]
+    found = Llava15.load(str(out), dtype="float32", device="cpu").model.state_dict()[name]
     assert torch.equal(found, random.model.state_dict()[name])
 
 
 def test_an_rpn_inside_is_left_out(
-    folder: Path, tensors: original.Tensors, perturbed_rpn: RPN, random: Llava
+    folder: Path, tensors: original.Tensors, perturbed_rpn: RPN, random: Llava15
 ) -> None:
     constants = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(6)}
     tower = "model.vision_tower.vision_tower.vision_model.embeddings.position_ids"
@@ -313,7 +313,7 @@ def test_query_heads_may_share_keys(tmp_path: Path) -> None:
 )
 def test_the_aspect_ratio_of_training_is_noted_and_followed(
     folder: Path,
-    random: Llava,
+    random: Llava15,
     tmp_path: Path,
     images: list[Any],
     ratio: str | None,
@@ -326,14 +326,15 @@ def test_the_aspect_ratio_of_training_is_noted_and_followed(
     convert_base(str(folder), out)
     config = json.loads((out / "config.json").read_text())
     assert config["image_aspect_ratio"] == noted
-    llava = Llava.load(str(out), dtype="float32", device="cpu")
+    llava = Llava15.load(str(out), dtype="float32", device="cpu")
     assert llava.padding == padding
-    assert llava.view(images[1]).padding == padding
-    expected = Llava(random.model, random.processor, padding=padding).pixels(images[1:2])
+    expected_grid = square_grid(images[1].size, llava.grid, llava.side, padding)
+    assert llava.image_grid(images[1]) == expected_grid
+    expected = Llava15(random.model, random.processor, padding=padding).pixels(images[1:2])
     assert torch.equal(llava.pixels(images[1:2]), expected)
     # What is asked for goes before the note.
     for asked in ("pad", "crop"):
-        assert Llava.load(str(out), device="cpu", padding=asked).padding == asked
+        assert Llava15.load(str(out), device="cpu", padding=asked).padding == asked
 
 
 @pytest.mark.parametrize("value", ["keep", "Pad", 1, ["pad"]])
@@ -406,7 +407,7 @@ TARGETS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 RANK, ALPHA = 4, 10
 
 
-def lora_weights(random: Llava) -> original.Tensors:
+def lora_weights(random: Llava15) -> original.Tensors:
     """A and B for some matrices of every layer, under PEFT's names over LLaVA's."""
     weights = {}
     for i, layer in random.layers:
@@ -418,7 +419,7 @@ def lora_weights(random: Llava) -> original.Tensors:
     return weights
 
 
-def write_lora(folder: Path, random: Llava, binary: bool = False, **settings: Any) -> None:
+def write_lora(folder: Path, random: Llava15, binary: bool = False, **settings: Any) -> None:
     torch.manual_seed(3)
     original.write_config(folder, original.config_of(random, mm_vision_tower=TOWER))
     write_tower(folder / TOWER, random.model.config.vision_config)
@@ -445,7 +446,7 @@ def load_lora(folder: Path) -> original.Tensors:
 @pytest.mark.parametrize("binary", [False, True])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_lora_fine_tune_is_merged(
-    folder: Path, tmp_path: Path, random: Llava, binary: bool, rslora: bool
+    folder: Path, tmp_path: Path, random: Llava15, binary: bool, rslora: bool
 ) -> None:
     tuned = tmp_path / "tuned"
     write_lora(tuned, random, binary, use_rslora=rslora)
@@ -466,7 +467,7 @@ def test_a_lora_fine_tune_is_merged(
 
 
 def test_a_lora_fine_tune_of_vicuna(
-    folder: Path, tmp_path: Path, random: Llava, tensors: original.Tensors
+    folder: Path, tmp_path: Path, random: Llava15, tensors: original.Tensors
 ) -> None:
     """A base without projector or tower: those are the fine-tune's and the CLIP's."""
     vicuna, tuned = tmp_path / "vicuna", tmp_path / "tuned"
@@ -487,7 +488,7 @@ def test_a_lora_fine_tune_of_vicuna(
         app, ["convert", "base", str(tuned), "--base", str(vicuna), "--out", str(out)]
     )
     assert done.exit_code == 0, done.output
-    found = Llava.load(str(out), dtype="float32", device="cpu").model.state_dict()
+    found = Llava15.load(str(out), dtype="float32", device="cpu").model.state_dict()
     name = "model.multi_modal_projector.linear_2.bias"
     assert torch.equal(found[name], random.model.state_dict()[name] + 3)
     name = "model.vision_tower.pre_layrnorm.weight"
@@ -509,7 +510,7 @@ def test_a_lora_fine_tune_of_vicuna(
     ],
 )
 def test_other_adapters_are_refused(
-    folder: Path, tmp_path: Path, random: Llava, change: dict[str, Any], message: str
+    folder: Path, tmp_path: Path, random: Llava15, change: dict[str, Any], message: str
 ) -> None:
     write_lora(tmp_path / "tuned", random, **change)
     with pytest.raises(ValueError, match=message):
@@ -531,7 +532,7 @@ def test_other_adapters_are_refused(
     ],
 )
 def test_adapters_that_do_not_fit(
-    folder: Path, tmp_path: Path, random: Llava, name: str, tensor: Tensor | None, message: str
+    folder: Path, tmp_path: Path, random: Llava15, name: str, tensor: Tensor | None, message: str
 ) -> None:
     tuned = tmp_path / "tuned"
     write_lora(tuned, random)
@@ -544,7 +545,7 @@ def test_adapters_that_do_not_fit(
         read_base(str(tuned), base=str(folder))
 
 
-def test_a_base_is_for_lora_only(folder: Path, tmp_path: Path, random: Llava) -> None:
+def test_a_base_is_for_lora_only(folder: Path, tmp_path: Path, random: Llava15) -> None:
     write_lora(tmp_path / "tuned", random)
     with pytest.raises(ValueError, match=r"is a LoRA fine-tune .* say with --base what it was"):
         read_base(str(tmp_path / "tuned"))
@@ -552,7 +553,7 @@ def test_a_base_is_for_lora_only(folder: Path, tmp_path: Path, random: Llava) ->
         read_base(str(folder), base=str(folder))
 
 
-def test_a_lora_fine_tune_names_its_base(folder: Path, tmp_path: Path, random: Llava) -> None:
+def test_a_lora_fine_tune_names_its_base(folder: Path, tmp_path: Path, random: Llava15) -> None:
     """Before anything else that it lacks, such as a tokenizer."""
     tuned, out = tmp_path / "tuned", str(tmp_path / "out")
     write_lora(tuned, random)
@@ -569,7 +570,7 @@ def test_a_lora_fine_tune_names_its_base(folder: Path, tmp_path: Path, random: L
 
 
 @pytest.mark.parametrize("named", ["", 3, None])
-def test_a_base_without_a_name_is_not_named(tmp_path: Path, random: Llava, named: Any) -> None:
+def test_a_base_without_a_name_is_not_named(tmp_path: Path, random: Llava15, named: Any) -> None:
     write_lora(tmp_path / "tuned", random, base_model_name_or_path=named)
     with pytest.raises(ValueError, match=r"trained on, such as liuhaotian/llava-v1\.5-7b$"):
         read_base(str(tmp_path / "tuned"))
@@ -577,7 +578,7 @@ def test_a_base_without_a_name_is_not_named(tmp_path: Path, random: Llava, named
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_lora_of_rank_one_is_merged_at_its_full_alpha(
-    folder: Path, tmp_path: Path, random: Llava, rslora: bool
+    folder: Path, tmp_path: Path, random: Llava15, rslora: bool
 ) -> None:
     tuned = tmp_path / "tuned"
     write_lora(tuned, random, r=1, use_rslora=rslora)
@@ -591,7 +592,7 @@ def test_a_lora_of_rank_one_is_merged_at_its_full_alpha(
 
 
 def test_a_lora_without_a_config_has_its_base_s(
-    folder: Path, tmp_path: Path, random: Llava
+    folder: Path, tmp_path: Path, random: Llava15
 ) -> None:
     """As a training run's own checkpoints, which hold the adapter alone."""
     tuned = tmp_path / "tuned"
@@ -602,7 +603,7 @@ def test_a_lora_without_a_config_has_its_base_s(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_base_in_the_other_layout_is_told(folder: Path, tmp_path: Path, random: Llava) -> None:
+def test_a_base_in_the_other_layout_is_told(folder: Path, tmp_path: Path, random: Llava15) -> None:
     tuned, base = tmp_path / "tuned", tmp_path / "hugging-face"
     write_lora(tuned, random)
     random.model.save_pretrained(base)
@@ -625,7 +626,7 @@ def test_a_base_in_the_other_layout_is_told(folder: Path, tmp_path: Path, random
     "target", ["language_model.layers.0.self_attn.q_proj", "multi_modal_projector.linear_1"]
 )
 def test_an_adapter_of_the_other_layout_is_told(
-    folder: Path, tmp_path: Path, random: Llava, target: str
+    folder: Path, tmp_path: Path, random: Llava15, target: str
 ) -> None:
     tuned = tmp_path / "tuned"
     write_lora(tuned, random)
@@ -643,7 +644,7 @@ def test_an_adapter_of_the_other_layout_is_told(
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_lora_on_the_tower_is_merged(
-    folder: Path, tmp_path: Path, random: Llava, tensors: original.Tensors, inside: bool
+    folder: Path, tmp_path: Path, random: Llava15, tensors: original.Tensors, inside: bool
 ) -> None:
     """Whether the base holds a vision tower, or the CLIP that config.json names does."""
     tuned = tmp_path / "tuned"
@@ -667,7 +668,7 @@ def test_a_lora_on_the_tower_is_merged(
 
 
 def test_a_tower_trained_as_it_is_needs_no_clip(
-    folder: Path, tmp_path: Path, random: Llava, tensors: original.Tensors
+    folder: Path, tmp_path: Path, random: Llava15, tensors: original.Tensors
 ) -> None:
     tuned = tmp_path / "tuned"
     write_lora(tuned, random)
@@ -680,7 +681,7 @@ def test_a_tower_trained_as_it_is_needs_no_clip(
     assert torch.equal(found[name], random.model.state_dict()[name] + 1)
 
 
-def write_projector(folder: Path, random: Llava, tensors: original.Tensors) -> None:
+def write_projector(folder: Path, random: Llava15, tensors: original.Tensors) -> None:
     original.write_config(folder, original.config_of(random, mm_vision_tower=TOWER))
     tower = random.model.model.vision_tower.state_dict()
     write_tower(folder / TOWER, random.model.config.vision_config, tower)
@@ -689,7 +690,7 @@ def write_projector(folder: Path, random: Llava, tensors: original.Tensors) -> N
 
 
 def test_a_projector_alone_needs_its_language_model(
-    tmp_path: Path, random: Llava, tensors: original.Tensors
+    tmp_path: Path, random: Llava15, tensors: original.Tensors
 ) -> None:
     alone, vicuna = tmp_path / "alone", tmp_path / "vicuna"
     write_projector(alone, random, tensors)
@@ -707,11 +708,11 @@ def test_a_projector_alone_needs_its_language_model(
     expected = random.model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     convert_base(str(alone), tmp_path / "converted", base=str(vicuna))
-    assert Llava.load(str(tmp_path / "converted"), device="cpu").padding == "pad"
+    assert Llava15.load(str(tmp_path / "converted"), device="cpu").padding == "pad"
 
 
 def test_a_whole_model_beside_its_projector_is_whole(
-    folder: Path, random: Llava, tensors: original.Tensors
+    folder: Path, random: Llava15, tensors: original.Tensors
 ) -> None:
     torch.save({}, folder / "mm_projector.bin")
     found = read_base(str(folder)).state_dict()
@@ -784,7 +785,7 @@ def test_a_llava_1_6_is_told(
     )
     assert sentence in said(str(folder), "--out", str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"LLaVA-1\.6") as error:
-        Llava.load(str(folder), device="cpu")
+        Llava15.load(str(folder), device="cpu")
     assert str(error.value) == sentence
 
 
@@ -794,14 +795,14 @@ def test_a_llava_1_6_in_the_other_layout_is_told(folder: Path, tmp_path: Path) -
     assert f"{folder} is not a LLaVA-1.5 model but llava_next; sdrpn needs a LLaMA" in told
 
 
-def test_a_flat_merge_type_is_llava_1_5_s(folder: Path, random: Llava) -> None:
+def test_a_flat_merge_type_is_llava_1_5_s(folder: Path, random: Llava15) -> None:
     edit(folder, mm_patch_merge_type="flat")
     assert set(read_base(str(folder)).state_dict()) == set(random.model.state_dict())
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_a_byte_order_mark_is_read_over(
-    folder: Path, tmp_path: Path, random: Llava, file: str
+    folder: Path, tmp_path: Path, random: Llava15, file: str
 ) -> None:
     """As editors on Windows write it."""
     for path in folder.glob("token*"):
@@ -822,7 +823,7 @@ def test_a_file_is_no_folder(folder: Path, tmp_path: Path) -> None:
 
 def test_loading_it_as_it_is_names_the_command(folder: Path) -> None:
     with pytest.raises(ValueError, match=f"`sdrpn convert base {folder} --out FOLDER`"):
-        Llava.load(str(folder), device="cpu")
+        Llava15.load(str(folder), device="cpu")
 
 
 def test_tensors_that_do_not_fit(folder: Path, tensors: original.Tensors, tmp_path: Path) -> None:

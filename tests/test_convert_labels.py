@@ -103,8 +103,10 @@ def test_number_types(tmp_path: Path, kind: str) -> None:
     file = pickled(tmp_path, records(lambda a: a.astype(kind)))
     convert_labels(file, tmp_path / "out")
     for row, record in zip(load_labels(tmp_path / "out"), records(), strict=True):
-        maps = [record[n].astype(kind) for n in ("grounding_attn_o2i", "sink_attn")]
-        assert (np.array(row["labels"]) == pseudo_labels(*maps, LABELS_7B)).all()
+        keys = "grounding_attn_o2i", "sink_attn"
+        maps = [record[n].astype(kind).reshape(24, 24) for n in keys]
+        expected = pseudo_labels(*maps, LABELS_7B)
+        assert (np.array(row["labels"]) == expected.ravel()).all()
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from test_prompt import write_hub_files
 from transformers import AutoTokenizer
 
 from sdrpn.backbones.plain_text import PlainText
-from sdrpn.convert.checkpoint import Source
 from sdrpn.convert.tokenizer import read_tokenizer
+from sdrpn.io.checkpoint_files import Source
 
 SIZE = 520
 

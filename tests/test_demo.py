@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from datasets import load_dataset
 
-from sdrpn import Question, ZoomLlava
+from sdrpn import Question, ZoomModel
 from sdrpn_eval.demo import BENCHMARK, HERE, embedded_model, run, score, tiny_path
 
 README = Path(__file__).parent.parent / "README.md"
@@ -58,8 +58,8 @@ def test_the_published_claims_hold(published: dict) -> None:
 
 def test_headline_number_is_recomputed_on_a_subset(rows: list, published: dict) -> None:
     folder, rpn = embedded_model()
-    loaded = ZoomLlava.from_pretrained(folder, rpn, dtype="float32")
-    stock = ZoomLlava(loaded.llava, proposer="none")
+    loaded = ZoomModel.from_pretrained(folder, rpn, dtype="float32")
+    stock = ZoomModel(loaded.backbone, proposer="none")
     name = next(n for n in published["correct"] if n != "stock")
     for engine, key in ((stock, "stock"), (loaded, name)):
         asked = [Question(r["question"], (r["image"].convert("RGB"),)) for r in rows[:SUBSET]]

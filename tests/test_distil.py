@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sdrpn import RPN, LabelConfig, Question, ZoomLlava
-from sdrpn.backbones.llava15 import Llava
+from sdrpn import RPN, LabelConfig, Question, ZoomModel
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import LayerHeads
 from sdrpn.distill.label import label
 from sdrpn.distill.pseudo_labels import IGNORED, pseudo_labels
 from sdrpn.distill.trainer import RPNForTraining, RPNSamples, collate, train, training_arguments
-from sdrpn.inference.generation import Suffix, generate
+from sdrpn.inference.generation import generate
 from sdrpn.roi.proposers import Look, Models, roi_logits
 
 LABELS = LabelConfig(
@@ -48,8 +48,8 @@ def rows(side: int = 8, count: int = 6) -> list[dict]:
     ]
 
 
-def test_labels_are_those_of_the_maps_and_do_not_depend_on_the_batch(llava: Llava) -> None:
-    zoom = ZoomLlava(llava, proposer="none", labels=LABELS)
+def test_labels_are_those_of_the_maps_and_do_not_depend_on_the_batch(llava: Llava15) -> None:
+    zoom = ZoomModel(llava, proposer="none", labels=LABELS)
     alone = list(label(zoom, questions(), batch_size=1))
     together = list(label(zoom, questions(), batch_size=5))
     assert len(alone) == len(together) == 7
@@ -57,16 +57,18 @@ def test_labels_are_those_of_the_maps_and_do_not_depend_on_the_batch(llava: Llav
         assert one.response == other.response
         np.testing.assert_allclose(one.grounding, other.grounding, atol=1e-3)
         np.testing.assert_array_equal(one.labels, other.labels)
-        assert one.grounding.shape == one.labels.shape == (64,)
+        assert one.grounding.shape == one.labels.shape == (8, 8)
 
 
-def test_maps_are_the_attention_of_the_answer_given(llava: Llava) -> None:
+def test_maps_are_the_attention_of_the_answer_given(llava: Llava15) -> None:
     """Recomputed from the eager attention of one full forward."""
-    zoom = ZoomLlava(llava, proposer="none", labels=LABELS)
+    zoom = ZoomModel(llava, proposer="none", labels=LABELS)
     question = questions()[0]
     (labelled,) = label(zoom, [question])
-    words = tuple(llava.question_ids(question.text))
-    (said,) = generate(llava, zoom.read(question.images), [Suffix(words)], {"max_new_tokens": 3})
+    words = tuple(llava.prompt_ids(question.text).after)
+    (prefix,) = zoom.prefill(question.images)
+    suffix = llava.suffix_segment(prefix.next_position, words)
+    (said,) = generate(llava, [prefix], [suffix], {"max_new_tokens": 3})
     assert said
     ids = [*llava.head_ids, *[llava.image_token_id] * 64, *words, *said]
     llava.model.set_attn_implementation("eager")
@@ -80,29 +82,26 @@ def test_maps_are_the_attention_of_the_answer_given(llava: Llava) -> None:
         llava.model.set_attn_implementation("sdpa")
     start = len(llava.head_ids)
     rows = output.attentions[3][0, [0, 2], -len(said) :, start : start + 64]
-    np.testing.assert_allclose(labelled.grounding, rows.mean((0, 1)).detach(), atol=1e-3)
-    expected = pseudo_labels(
-        rows.mean((0, 1)).detach().numpy(),
-        output.attentions[1][0, :, -len(said) :, start : start + 64].mean((0, 1)).detach().numpy(),
-        LABELS,
-    )
+    sinks = output.attentions[1][0, :, -len(said) :, start : start + 64]
+    grounding, sink = (one.mean((0, 1)).detach().reshape(8, 8).numpy() for one in (rows, sinks))
+    np.testing.assert_allclose(labelled.grounding, grounding, atol=1e-3)
+    expected = pseudo_labels(grounding, sink, LABELS)
     np.testing.assert_array_equal(labelled.labels, expected)
-    sinks = output.attentions[1][0, :, -len(said) :, start : start + 64].mean((0, 1)).detach()
-    np.testing.assert_allclose(labelled.sink, sinks, atol=1e-3)
+    np.testing.assert_allclose(labelled.sink, sink, atol=1e-3)
     # A sink at the peak is taken out, and what is left makes the labels.
-    peak = int(labelled.grounding.argmax())
+    peak = np.unravel_index(labelled.grounding.argmax(), (8, 8))
     sharp = replace(LABELS, foreground=0.75, background=0.5, max_box_fraction=2.0)
     sharper = replace(sharp, sink_threshold=float(labelled.sink[peak]))
-    (other,) = label(ZoomLlava(llava, proposer="none", labels=sharper), [question])
+    (other,) = label(ZoomModel(llava, proposer="none", labels=sharper), [question])
     assert other.labels[peak] != 1
     assert (other.labels == 1).any()
     clean = np.where(labelled.sink >= labelled.sink[peak], 0, labelled.grounding)
-    expected = pseudo_labels(clean.astype(np.float32), np.zeros(64), sharp)
+    expected = pseudo_labels(clean.astype(np.float32), np.zeros((8, 8)), sharp)
     np.testing.assert_array_equal(other.labels, expected)
     np.testing.assert_array_equal(other.sink, labelled.sink)
 
 
-def test_training_learns_and_leaves_the_backbone_alone(llava: Llava, tmp_path: Path) -> None:
+def test_training_learns_and_leaves_the_backbone_alone(llava: Llava15, tmp_path: Path) -> None:
     before = {name: p.clone() for name, p in llava.model.named_parameters()}
     rpn = RPN.from_backbone(llava, 3, 3)
     samples = RPNSamples(rows(), llava)
@@ -139,7 +138,7 @@ def test_training_learns_and_leaves_the_backbone_alone(llava: Llava, tmp_path: P
     assert len(moved) == len(list(rpn.parameters()))
 
 
-def test_training_and_looking_compute_the_same_map(llava: Llava) -> None:
+def test_training_and_looking_compute_the_same_map(llava: Llava15) -> None:
     """What was trained on whole sequences is what is asked over a cached prefix."""
     rpn = RPN.from_backbone(llava, 3, 3)
     samples = rows(count=2)
@@ -148,21 +147,21 @@ def test_training_and_looking_compute_the_same_map(llava: Llava) -> None:
     trained = RPNForTraining(llava, rpn)
     with torch.no_grad():
         logits = trained(**collate([made[0], made[1]]))["logits"]
-    zoom = ZoomLlava(llava, rpn)
+    zoom = ZoomModel(llava, rpn)
     looks = [
         Look(
-            zoom.read([row["image"]])[0],
-            llava.view(row["image"]),
-            tuple(llava.question_ids(row["question"])),
+            zoom.prefill([row["image"]])[0],
+            llava.image_grid(row["image"]),
+            tuple(llava.prompt_ids(row["question"]).after),
             zoom.zoom,
         )
         for row in samples
     ]
-    asked = roi_logits(Models(llava, zoom.rpn, None), looks).reshape(2, -1)
+    asked = np.stack(roi_logits(Models(llava, zoom.rpn, None), looks)).reshape(2, -1)
     np.testing.assert_allclose(asked, logits.numpy(), atol=1e-4)
 
 
-def test_a_batch_without_labels_has_no_loss(llava: Llava) -> None:
+def test_a_batch_without_labels_has_no_loss(llava: Llava15) -> None:
     rpn = RPN.from_backbone(llava, 3, 3)
     row = rows(count=1)[0] | {"labels": np.full(64, IGNORED, np.int8)}
     loss = RPNForTraining(llava, rpn)(**collate([RPNSamples([row], llava)[0]]))["loss"]
@@ -177,6 +176,6 @@ def test_published_hyper_parameters_can_be_overridden(tmp_path: Path) -> None:
     assert (changed.learning_rate, changed.num_train_epochs) == (1e-3, 2)
 
 
-def test_labelling_without_known_heads_says_what_to_pass(llava: Llava) -> None:
+def test_labelling_without_known_heads_says_what_to_pass(llava: Llava15) -> None:
     with pytest.raises(ValueError, match="labels=LabelConfig"):
-        list(label(ZoomLlava(llava, proposer="none"), questions()[:1]))
+        list(label(ZoomModel(llava, proposer="none"), questions()[:1]))

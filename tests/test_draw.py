@@ -8,33 +8,34 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdrpn.draw import Card, heat, sheet
-from sdrpn.roi.postprocess import PixelBox, View
+from sdrpn.backbones.llava15 import square_grid
+from sdrpn.boxes import PixelBox
+from sdrpn.draw import Card, sheet
 
 
 @pytest.mark.parametrize(
     ("size", "padding", "extent"),
     [
-        ((448, 448), "pad", (0, 448, 448, 0)),
-        ((400, 200), "pad", (0, 400, 300, -100)),
-        ((200, 400), "pad", (-100, 300, 400, 0)),
-        ((400, 200), "crop", (100, 300, 200, 0)),
+        ((448, 448), "pad", (0, 0, 448, 448)),
+        ((400, 200), "pad", (0, -100, 400, 300)),
+        ((200, 400), "pad", (-100, 0, 300, 400)),
+        ((400, 200), "crop", (100, 0, 300, 200)),
     ],
 )
 def test_the_map_lies_where_the_model_saw_it(
     size: tuple[int, int], padding: str, extent: tuple[float, ...]
 ) -> None:
-    assert heat(np.zeros((8, 8)), View(size, 8, 112, padding))[1] == pytest.approx(extent)
+    assert square_grid(size, 8, 112, padding).extent == pytest.approx(extent)
 
 
 def test_a_sheet_shows_box_and_crop(tmp_path: Path) -> None:
     image = Image.new("RGB", (200, 200), "white")
     image.paste((0, 0, 255), (100, 100, 150, 150))
-    view = View(image.size, 8, 112)
+    extent = (0, 0, 200, 200)
     box = PixelBox(100, 100, 150, 150)
     cards = [
-        Card(image, "where?", {"stock": "no", "second look": "yes"}, [box], view, np.eye(8)),
-        Card(image, "nowhere? " * 20, {"stock": "no"}, [], view, truth=box, note="no zoom"),
+        Card(image, "where?", {"stock": "no", "second look": "yes"}, [box], extent, np.eye(8)),
+        Card(image, "nowhere? " * 20, {"stock": "no"}, [], extent, truth=box, note="no zoom"),
     ]
     pixels = np.asarray(Image.open(sheet(cards, tmp_path / "sheet.png")).convert("RGB"))
     blue = (pixels[..., 2] > 200) & (pixels[..., 0] < 60) & (pixels[..., 1] < 60)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from test_labelling import LABELS
 from typer.testing import CliRunner
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.distill.label_dataset import (
     SETTINGS_FILE,
     label_row,
@@ -363,20 +363,20 @@ def test_a_damaged_base_model_is_named(tmp_path: Path, kind: str, harm: str) -> 
     path = folder / "model.safetensors"
     if kind == "sharded":
         path.unlink()
-        Llava.load(str(tiny_path())).model.save_pretrained(folder, max_shard_size="2MB")
+        Llava15.load(str(tiny_path())).model.save_pretrained(folder, max_shard_size="2MB")
         path = sorted(folder.glob("model-0000*.safetensors"))[1]
     elif kind == "bin":
         path.unlink()
         path = folder / "pytorch_model.bin"
         torch.save(weights, path)
-        assert Llava.load(str(folder)).num_layers == 6
+        assert Llava15.load(str(folder)).num_layers == 6
     content = path.read_bytes()
     path.unlink() if harm == "gone" else path.write_bytes(
         b"" if harm == "empty" else content[: len(content) // 2]
     )
     told = r"cannot|no file named|is not a file of tensors|lacks"
     with pytest.raises((OSError, ValueError), match=told) as error:
-        Llava.load(str(folder))
+        Llava15.load(str(folder))
     assert str(folder) in str(error.value)
     if harm != "gone":
         assert path.name in str(error.value)

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from sdrpn.backbones.llava15 import pick_dtype
 from sdrpn.io.atomic import allow_as_umask, whole, write_json
-from sdrpn.plurals import counted
-from sdrpn.rpn.model import RPN
+from sdrpn.io.plurals import counted
+from sdrpn.rpn.checkpoint import RPN
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])

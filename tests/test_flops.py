@@ -14,11 +14,11 @@ from flops import FORMULAS, STATIONS, Load, Sizes, counted, floor, least, span, 
 from measuring import Job
 from systems import System, all_systems, middle_box
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import RPNConfig
 from sdrpn.engine import Question
 from sdrpn.roi.vicrop import NEUTRAL_QUESTION
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 
 NEW = 3
 CELLS = 3
@@ -49,7 +49,7 @@ def sizes(**changes: int) -> Sizes:
     return Sizes(**(plain | changes))
 
 
-def system_of(llava: Llava, rpn: RPN, name: str, preset: str | None) -> System:
+def system_of(llava: Llava15, rpn: RPN, name: str, preset: str | None) -> System:
     systems = all_systems(llava, rpn, middle_box(llava.grid, CELLS), NEW, vicrop_batched=True)
     return next(s for s in systems if (s.name, s.preset) == (name, preset))
 
@@ -60,10 +60,10 @@ def questions(count: int) -> list[Question]:
     return [Question(TEXTS[i], (image,)) for i in range(count)]
 
 
-def load_of(llava: Llava, asked: list[Question], crop: int) -> Load:
-    lengths = {len(llava.question_ids(q.text)) for q in asked}
+def load_of(llava: Llava15, asked: list[Question], crop: int) -> Load:
+    lengths = {len(llava.prompt_ids(q.text).after) for q in asked}
     assert len(lengths) == 1
-    neutral = len(llava.question_ids(NEUTRAL_QUESTION))
+    neutral = len(llava.prompt_ids(NEUTRAL_QUESTION).after)
     layer = round(llava.num_layers * 14 / 32)
     return Load(len(asked), lengths.pop(), crop, NEW, neutral, layer, len(asked))
 
@@ -74,7 +74,7 @@ def _answered(stations: dict[str, float]) -> dict[str, float]:
     return rest | {"answer": stations["prefill"] + stations["decode"]}
 
 
-def compare(llava: Llava, rpn: RPN, name: str, preset: str | None, asked: list[Question]) -> None:
+def compare(llava: Llava15, rpn: RPN, name: str, preset: str | None, asked: list[Question]) -> None:
     """Count a system on questions about one image, and compare with its formula and its floor."""
     system = system_of(llava, rpn, name, preset)
     batch = 1 if name == "two_pass" else len(asked)
@@ -95,18 +95,18 @@ def compare(llava: Llava, rpn: RPN, name: str, preset: str | None, asked: list[Q
 @pytest.mark.parametrize(("name", "preset"), CASES)
 @pytest.mark.parametrize("count", [1, 3])
 def test_counter_agrees_with_the_formula(
-    llava: Llava, perturbed_rpn: RPN, name: str, preset: str | None, count: int
+    llava: Llava15, perturbed_rpn: RPN, name: str, preset: str | None, count: int
 ) -> None:
     compare(llava, perturbed_rpn, name, preset, questions(count))
 
 
-def test_counter_agrees_with_grouped_keys(gqa_llava: Llava) -> None:
+def test_counter_agrees_with_grouped_keys(gqa_llava: Llava15) -> None:
     rpn = make_rpn(gqa_llava, perturbed=False)
     for name, preset in CASES:
         compare(gqa_llava, rpn, name, preset, questions(2))
 
 
-def test_a_repeat_starts_with_no_image_read(llava: Llava, perturbed_rpn: RPN) -> None:
+def test_a_repeat_starts_with_no_image_read(llava: Llava15, perturbed_rpn: RPN) -> None:
     job = Job(system_of(llava, perturbed_rpn, "sdrpn", "paper"), 1)
     first, second = (counted(lambda: job.run(questions(2))) for _ in range(2))
     assert first == second
@@ -154,7 +154,7 @@ def test_floors() -> None:
     assert shared == first | {"read": first["read"] / 8}
 
 
-def test_sizes_are_the_models(llava: Llava, perturbed_rpn: RPN) -> None:
+def test_sizes_are_the_models(llava: Llava15, perturbed_rpn: RPN) -> None:
     config: RPNConfig = perturbed_rpn.config
     found = Sizes.of(llava, config)
     assert (found.layers, found.hidden, found.image_tokens) == (6, 128, 64)

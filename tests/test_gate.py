@@ -842,12 +842,12 @@ def _date_back(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_worse_rpn_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded model, and the same with noise in its RPN's weights."""
-    from sdrpn import ZoomLlava
+    from sdrpn import ZoomModel
     from sdrpn_eval.demo import embedded_model
 
     monkeypatch.delenv("SDRPN_DATA", raising=False)
     folder, rpn = embedded_model()
-    engine = ZoomLlava.from_pretrained(folder, rpn, dtype="float32")
+    engine = ZoomModel.from_pretrained(folder, rpn, dtype="float32")
     engine.zoom = replace(engine.zoom, policy="strongest")
     base = tmp_path / "b.json"
     evaluate(tmp_path / "good", engine, ["tiny_vstar"], limit=60)

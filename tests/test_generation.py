@@ -22,12 +22,12 @@ from transformers import (
     TextStreamer,
 )
 
-from sdrpn import generation as core
-from sdrpn.backbones.llava15 import Llava
-from sdrpn.engine import Question, ZoomLlava
-from sdrpn.generation import SUPPORTED, check_generation
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.boxes import PixelBox
+from sdrpn.engine import Question, ZoomModel
+from sdrpn.inference import generation_arguments as core
 from sdrpn.inference.generation import generation_arguments
-from sdrpn.roi.postprocess import PixelBox
+from sdrpn.inference.generation_arguments import SUPPORTED, check_generation
 from sdrpn_eval import generation as plugin
 from sdrpn_eval.generation import translate
 
@@ -43,8 +43,8 @@ def _nothing_said_yet() -> None:
 
 
 @pytest.fixture(scope="module")
-def stock_engine(llava: Llava) -> ZoomLlava:
-    return ZoomLlava(llava, proposer="none")
+def stock_engine(llava: Llava15) -> ZoomModel:
+    return ZoomModel(llava, proposer="none")
 
 
 class Forbidding:
@@ -82,7 +82,7 @@ WORKING: dict[str, Any] = {
 READ_BY_BEAMS = {"early_stopping", "length_penalty"}
 
 
-def by_transformers(llava: Llava, question: Question, crop: Any, **generation: Any) -> str:
+def by_transformers(llava: Llava15, question: Question, crop: Any, **generation: Any) -> str:
     """A whole prompt, embedded by hand and given to generate() with no cache before it."""
     (image,) = question.images
     embeds, where = by_hand.sequence(llava, image, question.text, crop)
@@ -111,10 +111,10 @@ def test_every_supported_argument_is_tested() -> None:
 @pytest.mark.parametrize("zoomed", [False, True], ids=["stock", "zoomed"])
 @pytest.mark.parametrize("name", WORKING)
 def test_supported_arguments_do_what_generate_does_without_a_cache(
-    stock_engine: ZoomLlava, images: list[Image.Image], name: str, zoomed: bool
+    stock_engine: ZoomModel, images: list[Image.Image], name: str, zoomed: bool
 ) -> None:
     """The same words as over the whole prompt, in a batch of questions of different lengths."""
-    llava = stock_engine.llava
+    llava = stock_engine.backbone
     more: dict[str, Any] = {name: WORKING[name]}
     if name in READ_BY_BEAMS:
         more["num_beams"] = 3
@@ -147,7 +147,7 @@ CHANGE_NOTHING_HERE = {
 
 @pytest.mark.parametrize("name", sorted(set(WORKING) - CHANGE_NOTHING_HERE))
 def test_the_values_above_change_answers(
-    stock_engine: ZoomLlava, images: list[Image.Image], name: str
+    stock_engine: ZoomModel, images: list[Image.Image], name: str
 ) -> None:
     """Else the comparison would prove nothing."""
     more: dict[str, Any] = {"max_new_tokens": NEW_TOKENS}
@@ -227,7 +227,7 @@ class Untouched:
 @pytest.mark.parametrize("count", [0, 1, 2], ids=["no image", "one", "several"])
 @pytest.mark.parametrize(("name", "value", "message"), REFUSED)
 def test_what_cannot_be_used_is_refused_by_name_before_the_model_runs(
-    stock_engine: ZoomLlava,
+    stock_engine: ZoomModel,
     images: list[Image.Image],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -236,7 +236,7 @@ def test_what_cannot_be_used_is_refused_by_name_before_the_model_runs(
     count: int,
 ) -> None:
     """On the zoomed path and on the plain one alike."""
-    monkeypatch.setattr(stock_engine.llava, "model", Untouched())
+    monkeypatch.setattr(stock_engine.backbone, "model", Untouched())
     with pytest.raises(ValueError, match=message):
         stock_engine.ask_batch([Question("yellow", tuple(images[:count]))], {name: value})
 
@@ -252,7 +252,7 @@ def test_all_that_is_wrong_is_named_at_once() -> None:
         check_generation({"dola_layers": "low", "beams": 2, "num_beams": -1, "top_p": 0.5})
 
 
-def test_values_that_ask_for_nothing_pass(llava: Llava) -> None:
+def test_values_that_ask_for_nothing_pass(llava: Llava15) -> None:
     """What configurations write out though it is the default."""
     asked = {
         "use_cache": True,
@@ -272,9 +272,9 @@ def test_values_that_ask_for_nothing_pass(llava: Llava) -> None:
 
 
 def test_a_streamer_takes_one_question(
-    stock_engine: ZoomLlava, images: list[Image.Image], capsys: pytest.CaptureFixture[str]
+    stock_engine: ZoomModel, images: list[Image.Image], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer = stock_engine.llava.tokenizer
+    tokenizer = stock_engine.backbone.tokenizer
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     answer = stock_engine.ask(images[0], QUESTIONS[0], streamer=streamer, max_new_tokens=4)
     assert answer.text
@@ -288,7 +288,7 @@ def test_a_streamer_takes_one_question(
 
 
 def test_one_stop_string_is_not_its_letters(
-    stock_engine: ZoomLlava, images: list[Image.Image]
+    stock_engine: ZoomModel, images: list[Image.Image]
 ) -> None:
     whole = stock_engine.ask(images[0], QUESTIONS[0], max_new_tokens=NEW_TOKENS).text
     stop = whole.split()[2]
@@ -297,7 +297,7 @@ def test_one_stop_string_is_not_its_letters(
 
 
 def test_a_checkpoints_own_settings_cannot_break_generation(
-    stock_engine: ZoomLlava, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    stock_engine: ZoomModel, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fine-tunes are saved with such a generation_config.json."""
     asked = [Question(QUESTIONS[0], (images[0],)), Question(QUESTIONS[1], tuple(images[:2]))]
@@ -312,15 +312,15 @@ def test_a_checkpoints_own_settings_cannot_break_generation(
         "min_length": 2000,
     }
     for name, value in own.items():
-        monkeypatch.setattr(stock_engine.llava.model.generation_config, name, value)
+        monkeypatch.setattr(stock_engine.backbone.model.generation_config, name, value)
     found = [a.text for a in stock_engine.ask_batch(asked, {"max_new_tokens": NEW_TOKENS})]
     assert found == expected
 
 
 def test_every_end_token_of_a_checkpoint_ends_an_answer(
-    stock_engine: ZoomLlava, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    stock_engine: ZoomModel, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llava = stock_engine.llava
+    llava = stock_engine.backbone
     question = Question(QUESTIONS[0], (images[0],))
     whole = stock_engine.ask_batch([question], {"max_new_tokens": NEW_TOKENS})[0]
     first, second, *_ = whole.text.split()
@@ -355,7 +355,7 @@ SILENT: Sequence[dict[str, Any]] = [
 
 @pytest.mark.parametrize(("settings", "message"), IDLE)
 def test_sampling_settings_without_effect_are_said_once(
-    llava: Llava, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], message: str
+    llava: Llava15, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], message: str
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="sdrpn"):
         found = [generation_arguments(llava, settings) for _ in range(2)]
@@ -367,7 +367,7 @@ def test_sampling_settings_without_effect_are_said_once(
 
 @pytest.mark.parametrize("settings", SILENT)
 def test_greedy_settings_as_tasks_ship_them_are_silent(
-    llava: Llava, caplog: pytest.LogCaptureFixture, settings: dict[str, Any]
+    llava: Llava15, caplog: pytest.LogCaptureFixture, settings: dict[str, Any]
 ) -> None:
     with caplog.at_level(logging.WARNING), logged() as log:
         generation_arguments(llava, settings)

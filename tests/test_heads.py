@@ -14,8 +14,9 @@ from datasets import load_dataset
 from PIL import Image
 from typer.testing import CliRunner
 
-from sdrpn import LabelConfig, Question, ZoomLlava
-from sdrpn.backbones.llava15 import Llava
+from sdrpn import LabelConfig, Question, ZoomModel
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.boxes import PixelBox
 from sdrpn.cli import app
 from sdrpn.config import LABELS_13B, LayerHeads
 from sdrpn.distill import probes
@@ -133,14 +134,20 @@ def test_a_seed_always_draws_the_same_and_a_side_scales_all() -> None:
 
 def test_covers_by_hand() -> None:
     """A picture of 16 px on 4 x 4 cells of 4 px."""
-    assert box_cover((0, 0, 8, 4), 16, 4).tolist() == [[1, 1, 0, 0], *[[0] * 4] * 3]
+    assert box_cover(PixelBox(0, 0, 8, 4), (0, 0, 16, 16), 4, 4).tolist() == [
+        [1, 1, 0, 0],
+        *[[0] * 4] * 3,
+    ]
     quarter = [[0.25, 0.25, 0, 0]] * 2
-    assert box_cover((2, 2, 6, 6), 16, 4).tolist() == [*quarter, *[[0] * 4] * 2]
+    assert box_cover(PixelBox(2, 2, 6, 6), (0, 0, 16, 16), 4, 4).tolist() == [
+        *quarter,
+        *[[0] * 4] * 2,
+    ]
     disc = Disc("red", "level", (10.0, 6.0), 2.0, 4.0)
-    cover = disc_cover(disc, (0, 0, 16, 16), 4)
+    cover = disc_cover(disc, (0, 0, 16, 16), 4, 4)
     assert np.argwhere(cover).tolist() == [[1, 2]]
     assert cover[1, 2] == pytest.approx(np.pi * 4 / 16, abs=0.1)
-    assert np.argwhere(disc_cover(disc, (8, 4, 12, 8), 2)).tolist() == [
+    assert np.argwhere(disc_cover(disc, (8, 4, 12, 8), 2, 2)).tolist() == [
         [0, 0], [0, 1], [1, 0], [1, 1],
     ]  # fmt: skip
 
@@ -175,7 +182,7 @@ def looks(**shares: float) -> np.ndarray:
     return found
 
 
-AT_5 = Targets(cells(5), cells(5).astype(float), cells(5, 10), 0)
+AT_5 = Targets(cells(5), cells(5).astype(float), cells(5, 10), 0, (4, 4))
 
 
 def test_scores_tell_the_head_that_points() -> None:
@@ -220,7 +227,7 @@ def test_ranking_is_by_iou_then_by_mass() -> None:
 
 def test_heads_join_while_they_help() -> None:
     """The object fills cells 5 and 6; two heads see one cell each, the third looks elsewhere."""
-    target = Targets(cells(5, 6), cells(5, 6).astype(float), cells(5, 6), 0)
+    target = Targets(cells(5, 6), cells(5, 6).astype(float), cells(5, 6), 0, (4, 4))
     maps = np.stack([looks(t5=0.5), looks(t12=0.5), looks(t6=0.5), looks(t5=0.5)])[None]
     sinks = np.zeros((1, 16))
     assert join_heads(maps, sinks, [target], CONFIG) == [(0, 0.5), (2, 1.0)]
@@ -231,7 +238,7 @@ def test_heads_join_while_they_help() -> None:
 
 def test_a_head_joins_once() -> None:
     """Twice the second head would lift cell 7 over a fifth of the maximum."""
-    target = Targets(cells(5, 6, 7), cells(5, 6, 7).astype(float), cells(5, 6, 7), 0)
+    target = Targets(cells(5, 6, 7), cells(5, 6, 7).astype(float), cells(5, 6, 7), 0, (4, 4))
     maps = np.stack([looks(t5=0.9), looks(t6=0.5, t7=0.17)])[None]
     found = join_heads(maps, np.zeros((1, 16)), [target], CONFIG)
     assert found == [(0, pytest.approx(1 / 3)), (1, pytest.approx(2 / 3))]
@@ -240,7 +247,9 @@ def test_a_head_joins_once() -> None:
 def test_seven_heads_are_joined_at_most() -> None:
     """Nine heads, each of which sees one of nine cells."""
     nine = [row * 6 + column for row in range(3) for column in range(3)]
-    target = Targets(cells(*nine, side=6), cells(*nine, side=6).astype(float), cells(side=6), 0)
+    target = Targets(
+        cells(*nine, side=6), cells(*nine, side=6).astype(float), cells(side=6), 0, (6, 6)
+    )
     maps = np.stack([np.eye(36)[token] for token in nine])[None]
     found = join_heads(maps, np.zeros((1, 36)), [target], CONFIG)
     assert sorted(head for head, _ in found) == [0, 1, 2, 3, 4, 5, 6]
@@ -252,7 +261,7 @@ def test_seven_heads_are_joined_at_most() -> None:
 )
 def test_a_gain_must_be_twice_its_standard_error(questions: int, helped: int, joins: bool) -> None:
     """A gain of 0.5 on k of n questions: k/n >= 2 sqrt(k/n (1 - k/n) / n), so k >= 4 (1 - k/n)."""
-    target = Targets(cells(5, 6), cells(5, 6).astype(float), cells(5, 6), 0)
+    target = Targets(cells(5, 6), cells(5, 6).astype(float), cells(5, 6), 0, (4, 4))
     second = [looks(t6=0.5) if i < helped else looks(t5=0.5) for i in range(questions)]
     maps = np.stack([np.stack([looks(t5=0.5), one]) for one in second])
     found = join_heads(maps, np.zeros((questions, 16)), [target] * questions, CONFIG)
@@ -265,7 +274,7 @@ def test_a_gain_must_be_half_a_percent(share: float, joins: bool) -> None:
 
     A gain of 0.00508 or 0.00488.
     """
-    target = Targets(cells(5), looks(t5=1.0, t6=share), cells(5), 0)
+    target = Targets(cells(5), looks(t5=1.0, t6=share), cells(5), 0, (4, 4))
     maps = np.stack([looks(t5=0.5), looks(t6=0.5)])[None]
     found = join_heads(maps, np.zeros((1, 16)), [target], CONFIG)
     assert len(found) == (2 if joins else 1)
@@ -280,7 +289,7 @@ OBJECTS = (5, 10, 18)
 def questions(images: int = 4) -> list[Targets]:
     objects = cells(*OBJECTS, side=6)
     return [
-        Targets(cells(token, side=6), cells(token, side=6).astype(float), objects, image)
+        Targets(cells(token, side=6), cells(token, side=6).astype(float), objects, image, (6, 6))
         for image in range(images)
         for token in OBJECTS
     ]
@@ -407,12 +416,12 @@ def test_branch_layer_is_just_past_the_best_head() -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> ZoomLlava:
-    return ZoomLlava.from_pretrained(str(tiny_path()), proposer="none", dtype="float32")
+def tiny() -> ZoomModel:
+    return ZoomModel.from_pretrained(str(tiny_path()), proposer="none", dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def found(tiny: ZoomLlava) -> Findings:
+def found(tiny: ZoomModel) -> Findings:
     return find_heads(tiny, scenes=16, batch_size=16)
 
 
@@ -429,14 +438,14 @@ def test_the_tiny_models_heads_are_found(found: Findings) -> None:
     assert found.held_out[ELSEWHERE]["iou"] < 0.05 < found.held_out[CHOSEN]["iou"]
 
 
-def test_the_choice_does_not_depend_on_the_batch(tiny: ZoomLlava, found: Findings) -> None:
+def test_the_choice_does_not_depend_on_the_batch(tiny: ZoomModel, found: Findings) -> None:
     again = find_heads(tiny, scenes=16, batch_size=7)
     assert again.labels == found.labels
     for name, values in found.scores.items():
         assert np.abs(again.scores[name] - values).max() < 0.02, name
 
 
-def test_where_a_probe_should_be_looked_at(tiny: ZoomLlava) -> None:
+def test_where_a_probe_should_be_looked_at(tiny: ZoomModel) -> None:
     """160 px on 8 x 8 cells of 20 px: a cell counts where two of its 16 points are in the disc."""
     red = Disc("red", "level", (30.0, 30.0), 12.8, 16.0)
     blue = Disc("blue", "level", (130.0, 130.0), 10.0, 16.0)
@@ -458,28 +467,28 @@ def test_where_a_probe_should_be_looked_at(tiny: ZoomLlava) -> None:
     assert asked[0].target.box.sum() == pytest.approx(shares.sum())
 
 
-def test_what_was_said_leaves_special_tokens_out(tiny: ZoomLlava) -> None:
-    tokenizer = tiny.llava.tokenizer
+def test_what_was_said_leaves_special_tokens_out(tiny: ZoomModel) -> None:
+    tokenizer = tiny.backbone.tokenizer
     ids = (tokenizer.eos_token_id, *tokenizer("red", add_special_tokens=False)["input_ids"])
     one = Listener(tiny, 1).questions([draw_probes(0, 1)[0]])[0]
     assert Listener(tiny, 1).text(replace(one, response=ids)) == "red"
 
 
 def test_probes_that_do_not_fit_the_context_are_left_out(
-    tiny: ZoomLlava, monkeypatch: pytest.MonkeyPatch
+    tiny: ZoomModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tiny model answers a colour and a pattern: two tokens, for which there must be room."""
     listener = Listener(tiny, 8)
     asked = listener.questions(draw_probes(0, 2))
-    prompt = len(tiny.llava.whole_ids(asked[0].question)) - 1 + 64
+    prompt = len(tiny.backbone.plain_ids(asked[0].question)) - 1 + 64
     (length,) = {len(one.response) for one in listener.answer(asked, 128)}
-    monkeypatch.setattr(tiny.llava, "context_length", prompt + length)
+    monkeypatch.setattr(tiny.backbone, "context_length", prompt + length)
     assert len(listener.answer(asked, 128)) == len(asked)
-    monkeypatch.setattr(tiny.llava, "context_length", prompt + length - 1)
+    monkeypatch.setattr(tiny.backbone, "context_length", prompt + length - 1)
     assert listener.answer(asked, 128) == []
     with pytest.raises(ValueError, match="answered no probe question with a word, or with none"):
         find_heads(tiny, scenes=4)
-    monkeypatch.setattr(tiny.llava, "context_length", prompt)
+    monkeypatch.setattr(tiny.backbone, "context_length", prompt)
     with pytest.raises(ValueError, match=rf"of {prompt} tokens leaves no room for an answer in"):
         find_heads(tiny, scenes=4)
 
@@ -494,7 +503,7 @@ def overlap(labels: np.ndarray, disc: Disc) -> float:
 
 
 def test_labels_from_the_chosen_heads_are_better_than_from_the_whole_layer(
-    tiny: ZoomLlava, found: Findings
+    tiny: ZoomModel, found: Findings
 ) -> None:
     """On scenes that chose nothing; a question that gives no labels counts 0."""
     asked = [(probe.image, disc) for probe in draw_probes(5, 30) for disc in probe.discs]
@@ -504,7 +513,7 @@ def test_labels_from_the_chosen_heads_are_better_than_from_the_whole_layer(
     means = {}
     for name, heads in (("chosen", found.labels.grounding), ("all", (LayerHeads(layer),))):
         labels = replace(found.labels, grounding=heads)
-        zoom = ZoomLlava(tiny.llava, proposer="none", labels=labels)
+        zoom = ZoomModel(tiny.backbone, proposer="none", labels=labels)
         made = label(zoom, questions)
         each = [overlap(one.labels, disc) for one, (_, disc) in zip(made, asked, strict=True)]
         means[name] = np.mean(each)
@@ -520,11 +529,11 @@ def planted(self: Listener, asked: list[Asked], layers: list[int], title: str):
         found[:, :, :, sink] = 0.3
         for (layer, head), first in (((2, 1), 0), ((4, 0), 1)):
             found[layer, 0, head, np.flatnonzero(one.target.inside)[first::2]] = 0.1
-        yield [one], Rows({layer: found[layer] for layer in layers})
+        yield [one], Rows({layer: list(found[layer]) for layer in layers})
 
 
 def test_planted_heads_and_sinks_are_found(
-    tiny: ZoomLlava, monkeypatch: pytest.MonkeyPatch
+    tiny: ZoomModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Listener, "listen", planted)
     found = find_heads(tiny, scenes=8)
@@ -541,8 +550,8 @@ def test_planted_heads_and_sinks_are_found(
     assert found.follows_question
 
 
-def test_a_random_model_is_not_trusted(llava: Llava) -> None:
-    zoom = ZoomLlava(llava, proposer="none")
+def test_a_random_model_is_not_trusted(llava: Llava15) -> None:
+    zoom = ZoomModel(llava, proposer="none")
     found = find_heads(zoom, scenes=12, batch_size=32, max_new_tokens=6)
     assert not found.follows_question
     assert found.held_out[CHOSEN]["iou"] < 0.05

@@ -28,7 +28,7 @@ from test_convert import Hostile
 from test_train import arguments, samples
 from typer.testing import CliRunner
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.cli import app
 from sdrpn.config import LABELS_13B, LabelConfig, ZoomConfig
 from sdrpn.convert import safe_pickle
@@ -45,12 +45,12 @@ from sdrpn.distill.label_dataset import (
 from sdrpn.distill.pseudo_labels import IGNORED, NOT_FINITE, judge
 from sdrpn.distill.questions import fingerprint, read_items
 from sdrpn.distill.trainer import train
-from sdrpn.engine import ZoomLlava
+from sdrpn.engine import ZoomModel
 from sdrpn.io.atomic import MAX_SETTINGS, parse_json, read_object
 from sdrpn.io.images import BadImage, inside
 from sdrpn.io.resume_guard import claim
 from sdrpn.roi.proposers import known_labels
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.demo import embedded_model, tiny_path
 from sdrpn_eval.report.comparison import compare
 from sdrpn_eval.report.page import write_page
@@ -122,7 +122,7 @@ def test_code_in_a_base_model_s_bin_is_not_run(base: Path, tmp_path: Path) -> No
     (base / "model.safetensors").unlink()
     torch.save({**weights, "more": Hostile(tmp_path / "run")}, base / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is not a file of tensors"):
-        Llava.load(str(base))
+        Llava15.load(str(base))
     assert not (tmp_path / "run").exists()
 
 
@@ -137,13 +137,13 @@ def test_code_beside_a_base_model_is_not_run(base: Path, tmp_path: Path) -> None
         values |= {"processor_class": "Evil", "tokenizer_class": "Evil"} if "t" in name[:1] else {}
         (base / name).write_text(json.dumps(values))
     with suppress(OSError, ValueError):  # it may do without them, or refuse
-        Llava.load(str(base))
+        Llava15.load(str(base))
     assert not made.exists()
 
 
 def test_code_in_a_training_checkpoint_is_not_run(base: Path, tmp_path: Path) -> None:
     """A begun --out from somebody else: the optimiser's state is a pickle."""
-    llava = Llava.load(str(base), dtype="float32")
+    llava = Llava15.load(str(base), dtype="float32")
     out = tmp_path / "out"
     train(llava, RPN.from_backbone(llava, 2, 3), samples(4), arguments(out, max_steps=2))
     step = out / "checkpoint-2"
@@ -291,7 +291,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "rpn": ("config.json", lambda p: RPN.from_pretrained(p.parent)),
     "index": ("model.safetensors.index.json", lambda p: with_config(p.parent)),
     "object": ("a.json", read_object),
-    "base": ("config.json", lambda p: Llava.load(str(p.parent))),
+    "base": ("config.json", lambda p: Llava15.load(str(p.parent))),
 }
 
 
@@ -448,7 +448,7 @@ def test_a_base_model_s_settings_that_its_weights_belie(
     values[part] |= change
     (base / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message) as error:
-        Llava.load(str(base))
+        Llava15.load(str(base))
     assert str(base) in str(error.value)
 
 
@@ -474,7 +474,7 @@ def test_a_header_that_lies_about_its_length(
     with pytest.raises(ValueError, match=rf"rpn\.safetensors .*{message}|{message}"):
         RPN.from_pretrained(tmp_path / "rpn")
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as safetensors"):
-        Llava.load(str(base))
+        Llava15.load(str(base))
 
 
 def test_a_tensor_that_claims_more_than_there_is(tmp_path: Path) -> None:
@@ -506,7 +506,7 @@ def test_a_tensor_that_claims_more_than_there_is(tmp_path: Path) -> None:
         ({"shards": 0}, "shards must be 1 to 99999"),
         ({"shards": "1"}, "shards must be int, got '1'"),
         ({"shards": True}, "shards must be int, got True"),
-        ({"image_tokens": None}, "image_tokens must be int, got None"),
+        ({"image_tokens": "16"}, "image_tokens must be int or null, got '16'"),
         ({"image_tokens": -16}, "image_tokens 1 or more"),
         ({"labels": []}, "labels must be dict"),
         ({"images": 5}, "images must be a folder or null"),
@@ -556,9 +556,9 @@ def test_rows_that_no_labelling_writes(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_maps_that_are_not_finite_make_no_labels(value: float) -> None:
-    good = np.full(16, 0.1)
+    good = np.full((4, 4), 0.1)
     bad = good.copy()
-    bad[3] = value
+    bad[0, 3] = value
     for pair in ((good, bad), (bad, good)):
         labels, reason = judge(*pair, LABELS_13B)
         assert reason == NOT_FINITE
@@ -577,10 +577,10 @@ def test_nan_in_a_base_model_is_named(base: Path) -> None:
         save_file(broken, base / "model.safetensors", metadata={"format": "pt"})
         said = r"base: model\.language_model\.layers\.2\.mlp\.up_proj\.weight holds values that are"
         with pytest.raises(ValueError, match=said):
-            Llava.load(str(base))
+            Llava15.load(str(base))
 
 
-def test_nan_in_an_rpn_is_named_and_none_is_saved(tmp_path: Path, llava: Llava) -> None:
+def test_nan_in_an_rpn_is_named_and_none_is_saved(tmp_path: Path, llava: Llava15) -> None:
     rpn = RPN.from_backbone(llava, 2, 3)
     rpn.save_pretrained(tmp_path / "rpn")
     before = (tmp_path / "rpn" / "rpn.safetensors").read_bytes()
@@ -594,8 +594,8 @@ def test_nan_in_an_rpn_is_named_and_none_is_saved(tmp_path: Path, llava: Llava) 
         RPN.from_pretrained(tmp_path / "rpn")
 
 
-def test_heads_of_another_model_are_refused(llava: Llava) -> None:
-    zoom = ZoomLlava(llava, proposer="none", labels=LABELS_13B)
+def test_heads_of_another_model_are_refused(llava: Llava15) -> None:
+    zoom = ZoomModel(llava, proposer="none", labels=LABELS_13B)
     with pytest.raises(ValueError, match="these heads were found for another model"):
         known_labels(zoom.models)
 

@@ -19,7 +19,7 @@ import pytest
 from hub_server import GATED, PROXY_PAGE, TOKEN, Answer, Hub, commit, serving
 from local_benchmarks import docvqa_rows, infovqa_rows, textvqa_rows, vstar_true_rows
 
-from sdrpn import hub as sdrpn_hub
+from sdrpn.io import hub as sdrpn_hub
 from sdrpn.model_registry import LLAVA_7B, PUBLISHED_RPN
 from sdrpn_eval.demo import embedded_model
 
@@ -31,9 +31,9 @@ LMMS_EVAL = [sys.executable, "-m", "lmms_eval", "--model", "llava_sdrpn"]
 LOAD = """
 import json, sys
 from concurrent.futures import ThreadPoolExecutor
-from sdrpn.backbones.llava15 import Llava
-from sdrpn.rpn.model import RPN
-from sdrpn.engine import ZoomLlava
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.rpn.checkpoint import RPN
+from sdrpn.engine import ZoomModel
 
 def load(case):
     kind, name, options = case
@@ -41,9 +41,9 @@ def load(case):
         if kind == "rpn":
             RPN.from_pretrained(name, **options)
         elif kind == "base":
-            Llava.load(name, dtype="float32", device="cpu", **options)
+            Llava15.load(name, dtype="float32", device="cpu", **options)
         else:
-            ZoomLlava.from_pretrained(*name, dtype="float32", device="cpu", **options)
+            ZoomModel.from_pretrained(*name, dtype="float32", device="cpu", **options)
     except Exception as error:
         return [type(error).__name__, str(error)]
     return ["loaded", ""]

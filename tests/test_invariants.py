@@ -20,13 +20,15 @@ from conftest import QUESTIONS, THRESHOLD, make_llava, make_rpn
 from PIL import Image
 from transformers import LogitsProcessorList
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.base import Segment
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.boxes import PixelBox
 from sdrpn.config import ZoomConfig
-from sdrpn.engine import Answer, Question, ZoomLlava
-from sdrpn.inference.prefix import Prefix, PrefixCache, pad_between
-from sdrpn.roi.postprocess import PixelBox, blur
+from sdrpn.engine import Answer, Question, ZoomModel
+from sdrpn.inference.prefix import Prefix, PrefixCache, batch_rows, stack
+from sdrpn.roi.postprocess import blur
 from sdrpn.roi.proposers import Look, roi_logits
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 
 NEW_TOKENS = 6
 TOLERANCE = 1e-4
@@ -46,7 +48,7 @@ class Recorder:
 
 
 def ask(
-    zoom: ZoomLlava, questions: Sequence[Question], **generation: Any
+    zoom: ZoomModel, questions: Sequence[Question], **generation: Any
 ) -> list[tuple[Answer, torch.Tensor]]:
     """Answer questions on one image each in one batch: (answer, logits [its own steps, V])."""
     recorder = Recorder()
@@ -60,7 +62,7 @@ def ask(
     ]
 
 
-def stock(llava: Llava, image: Image.Image, text: str, **generation: Any) -> tuple[str, Any]:
+def stock(llava: Llava15, image: Image.Image, text: str, **generation: Any) -> tuple[str, Any]:
     """What plain transformers says: its processor on the padded image, its generate()."""
     edge = max(image.size)
     square = Image.new("RGB", (edge, edge), (122, 116, 104))
@@ -83,12 +85,12 @@ def all_questions(images: Sequence[Image.Image], zoom: ZoomConfig | None = None)
 
 
 @pytest.fixture(scope="module")
-def engine(llava: Llava, perturbed_rpn: RPN) -> ZoomLlava:
-    return ZoomLlava(llava, perturbed_rpn, zoom=MASK, prefix_cache=0)
+def engine(llava: Llava15, perturbed_rpn: RPN) -> ZoomModel:
+    return ZoomModel(llava, perturbed_rpn, zoom=MASK, prefix_cache=0)
 
 
 @pytest.fixture(scope="module")
-def alone(engine: ZoomLlava, images: list[Image.Image]) -> list[tuple[Answer, torch.Tensor]]:
+def alone(engine: ZoomModel, images: list[Image.Image]) -> list[tuple[Answer, torch.Tensor]]:
     """Every question asked alone, without any cache."""
     return [ask(engine, [question])[0] for question in all_questions(images)]
 
@@ -118,11 +120,11 @@ def test_the_fixture_is_worth_testing(alone: list[tuple[Answer, torch.Tensor]]) 
 @pytest.mark.parametrize("text", QUESTIONS)
 @pytest.mark.parametrize("proposer", ["none", "rpn"])
 def test_no_region_is_stock(
-    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image], proposer: str, text: str
+    llava: Llava15, perturbed_rpn: RPN, images: list[Image.Image], proposer: str, text: str
 ) -> None:
     """The same tokens, and logits within 1e-4, whether nobody looked or nothing was found."""
     nothing = ZoomConfig(threshold=1 - 1e-9)
-    zoom = ZoomLlava(llava, perturbed_rpn, proposer=proposer, zoom=nothing)
+    zoom = ZoomModel(llava, perturbed_rpn, proposer=proposer, zoom=nothing)
     found = ask(zoom, [Question(text, (image,)) for image in images])
     for image, (answer, logits) in zip(images, found, strict=True):
         expected, reference = stock(llava, image, text)
@@ -139,10 +141,10 @@ def test_no_region_is_stock(
     ids=str,
 )
 def test_no_region_is_stock_under_other_settings(
-    llava: Llava, images: list[Image.Image], generation: dict[str, Any]
+    llava: Llava15, images: list[Image.Image], generation: dict[str, Any]
 ) -> None:
     """Beams and penalties read the whole prompt, which a cache could hide from them."""
-    zoom = ZoomLlava(llava, proposer="none")
+    zoom = ZoomModel(llava, proposer="none")
     questions = all_questions(images[:3])
     generation = {"max_new_tokens": NEW_TOKENS} | generation
     texts = [answer.text for answer in zoom.ask_batch(questions, generation)]
@@ -151,9 +153,9 @@ def test_no_region_is_stock_under_other_settings(
     assert texts != greedy
 
 
-def test_penalties_count_each_rows_own_words(llava: Llava, images: list[Image.Image]) -> None:
+def test_penalties_count_each_rows_own_words(llava: Llava15, images: list[Image.Image]) -> None:
     """In a batch of different lengths, padding between prefix and question is no word said."""
-    zoom = ZoomLlava(llava, proposer="none")
+    zoom = ZoomModel(llava, proposer="none")
     questions = [Question(text, (images[0],)) for text in QUESTIONS]
     penalised = ask(zoom, questions, repetition_penalty=1.7)
     plain = ask(zoom, questions)
@@ -170,7 +172,7 @@ def test_penalties_count_each_rows_own_words(llava: Llava, images: list[Image.Im
 # --- with a region: reuse of the prefix is one full forward -----------------------------------
 
 
-def recompute(llava: Llava, answer: Answer, question: Question, zoom: ZoomConfig) -> Any:
+def recompute(llava: Llava15, answer: Answer, question: Question, zoom: ZoomConfig) -> Any:
     """Ids and logits by full forwards over [text][image][crops][question], crops made by hand."""
     image = question.images[0]
     keep = None
@@ -183,7 +185,7 @@ def recompute(llava: Llava, answer: Answer, question: Question, zoom: ZoomConfig
     return by_hand.greedy(llava, embeds, NEW_TOKENS)
 
 
-def check_full_forward(llava: Llava, found: Any, question: Question, zoom: ZoomConfig) -> None:
+def check_full_forward(llava: Llava15, found: Any, question: Question, zoom: ZoomConfig) -> None:
     answer, logits = found
     ids, reference = recompute(llava, answer, question, zoom)
     assert answer.text == llava.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -191,8 +193,8 @@ def check_full_forward(llava: Llava, found: Any, question: Question, zoom: ZoomC
     assert (logits - torch.stack(reference)).abs().max() < TOLERANCE
 
 
-def test_given_box_is_one_full_forward(llava: Llava, images: list[Image.Image]) -> None:
-    zoom = ZoomLlava(llava, proposer="none")
+def test_given_box_is_one_full_forward(llava: Llava15, images: list[Image.Image]) -> None:
+    zoom = ZoomModel(llava, proposer="none")
     for image in images:
         box = PixelBox(3, 5, image.width // 2, image.height)
         question = Question(QUESTIONS[0], (image,), box)
@@ -210,7 +212,7 @@ def test_given_box_is_one_full_forward(llava: Llava, images: list[Image.Image]) 
     ids=["one crop", "masked crop", "two crops"],
 )
 def test_zoom_is_one_full_forward(
-    llava: Llava, engine: ZoomLlava, images: list[Image.Image], zoom: ZoomConfig, kind: str
+    llava: Llava15, engine: ZoomModel, images: list[Image.Image], zoom: ZoomConfig, kind: str
 ) -> None:
     questions = all_questions(images, zoom)
     found = ask(engine, questions)
@@ -230,13 +232,13 @@ def test_zoom_is_one_full_forward(
 
 @pytest.mark.parametrize(("budget", "rows", "columns"), [(1.5, 3, 6), (0.1, 1, 1), (9, 8, 8)])
 def test_token_budget_is_one_full_forward(
-    llava: Llava, images: list[Image.Image], budget: float, rows: int, columns: int
+    llava: Llava15, images: list[Image.Image], budget: float, rows: int, columns: int
 ) -> None:
     """The crop's grid is resized to cells of the box x budget: here the box has 2 x 4 cells."""
     image = images[0]
     box = PixelBox(14, 28, 14 * 5, 14 * 4)
     config = ZoomConfig(token_budget=budget)
-    zoom = ZoomLlava(llava, proposer="none", zoom=config)
+    zoom = ZoomModel(llava, proposer="none", zoom=config)
     ((answer, logits),) = ask(zoom, [Question(QUESTIONS[2], (image,), box)])
     assert answer.crop_tokens == rows * columns
     tokens = by_hand.crop_of(llava, image, box).unflatten(0, (llava.grid, llava.grid))
@@ -255,7 +257,7 @@ def test_token_budget_is_one_full_forward(
 @pytest.mark.parametrize("size", [2, 3, 7, 20])
 @pytest.mark.parametrize("order", ["given", "shuffled"])
 def test_batches_do_not_show(
-    engine: ZoomLlava, images: list[Image.Image], alone: Any, size: int, order: str
+    engine: ZoomModel, images: list[Image.Image], alone: Any, size: int, order: str
 ) -> None:
     """Any batch size, order and neighbours give what each question gives alone."""
     questions = all_questions(images)
@@ -267,20 +269,20 @@ def test_batches_do_not_show(
         agree(ask(engine, [questions[i] for i in batch]), [alone[i] for i in batch])
 
 
-def test_one_question_many_times(engine: ZoomLlava, images: list[Image.Image], alone: Any) -> None:
+def test_one_question_many_times(engine: ZoomModel, images: list[Image.Image], alone: Any) -> None:
     """Rows of one image and one question in a batch: a prefix may stand in many rows."""
     question = all_questions(images)[2]
     agree(ask(engine, [question] * 3), [alone[2]] * 3)
 
 
 def test_caches_do_not_show(
-    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image], alone: Any
+    llava: Llava15, perturbed_rpn: RPN, images: list[Image.Image], alone: Any
 ) -> None:
     """Cold, warm and too small a prefix cache give what no cache gives."""
     questions = all_questions(images)
-    one = ZoomLlava(llava, perturbed_rpn, zoom=MASK).read(images[:1])[0].nbytes
+    one = ZoomModel(llava, perturbed_rpn, zoom=MASK).prefill(images[:1])[0].nbytes
     for limit in (10 * one, 2 * one, one // 2):
-        zoom = ZoomLlava(llava, perturbed_rpn, zoom=MASK, prefix_cache=limit)
+        zoom = ZoomModel(llava, perturbed_rpn, zoom=MASK, prefix_cache=limit)
         for _ in ("cold", "warm"):
             for start in range(0, len(questions), 7):
                 rows = slice(start, start + 7)
@@ -290,26 +292,26 @@ def test_caches_do_not_show(
 
 
 def test_answers_leave_the_cached_prefix_alone(
-    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image]
+    llava: Llava15, perturbed_rpn: RPN, images: list[Image.Image]
 ) -> None:
     """Nothing that is asked writes to what was read."""
-    zoom = ZoomLlava(llava, perturbed_rpn, zoom=MASK)
-    (prefix,) = zoom.read(images[1:2])
+    zoom = ZoomModel(llava, perturbed_rpn, zoom=MASK)
+    (prefix,) = zoom.prefill(images[1:2])
     tensors = [t for pair in (*prefix.kv, *prefix.rpn_kv) for t in pair] + [prefix.rpn_keys]
     before = [t.clone() for t in tensors]
     questions = [Question(text, (images[1],)) for text in QUESTIONS]
     zoom.ask_batch(questions, {"max_new_tokens": 3, "num_beams": 2})
     zoom.ask_batch(questions[:1], {"max_new_tokens": 3})
-    assert zoom.read(images[1:2])[0] is prefix
+    assert zoom.prefill(images[1:2])[0] is prefix
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
 def test_prefixes_hold_no_more_memory_than_they_count(
-    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image]
+    llava: Llava15, perturbed_rpn: RPN, images: list[Image.Image]
 ) -> None:
     """A view would keep the tensors of its whole batch alive, and the cache's bound untrue."""
     for count in (1, 3, 5):
-        for prefix in ZoomLlava(llava, perturbed_rpn, prefix_cache=0).read(images[:count]):
+        for prefix in ZoomModel(llava, perturbed_rpn, prefix_cache=0).prefill(images[:count]):
             tensors = [t for pair in (*prefix.kv, *prefix.rpn_kv) for t in pair]
             assert len(tensors) == 2 * (6 + 2)
             tensors.append(prefix.rpn_keys)
@@ -319,22 +321,22 @@ def test_prefixes_hold_no_more_memory_than_they_count(
             assert prefix.nbytes == 4 * 128 * (16 * prefix.length + 64)
 
 
-def test_prefix_cache_drops_the_least_recently_used(llava: Llava, images: Any) -> None:
-    one = ZoomLlava(llava, proposer="none").read(images[:1])[0].nbytes
-    zoom = ZoomLlava(llava, proposer="none", prefix_cache=2 * one)
-    first, second = zoom.read(images[:2])
-    assert zoom.read(images[:1])[0] is first
-    zoom.read(images[2:3])
-    assert zoom.read(images[:1])[0] is first
-    assert zoom.read(images[1:2])[0] is not second
+def test_prefix_cache_drops_the_least_recently_used(llava: Llava15, images: Any) -> None:
+    one = ZoomModel(llava, proposer="none").prefill(images[:1])[0].nbytes
+    zoom = ZoomModel(llava, proposer="none", prefix_cache=2 * one)
+    first, second = zoom.prefill(images[:2])
+    assert zoom.prefill(images[:1])[0] is first
+    zoom.prefill(images[2:3])
+    assert zoom.prefill(images[:1])[0] is first
+    assert zoom.prefill(images[1:2])[0] is not second
     with pytest.raises(ValueError, match="-1"):
-        ZoomLlava(llava, proposer="none", prefix_cache=-1)
+        ZoomModel(llava, proposer="none", prefix_cache=-1)
 
 
 def plain_prefix(tokens: int) -> Prefix:
     """Of one layer, with 8 bytes a token: keys and values of one channel."""
     kv = ((torch.zeros(1, 1, tokens, 1), torch.zeros(1, 1, tokens, 1)),)
-    return Prefix(kv, (), None, tuple(range(tokens)), 0)
+    return Prefix(kv, (), None, tuple(range(tokens)), slice(0, tokens), tokens)
 
 
 def test_the_prefix_cache_counts_what_it_holds() -> None:
@@ -364,65 +366,80 @@ def test_the_prefix_cache_counts_what_it_holds() -> None:
 
 
 def test_a_limit_of_crop_tokens_shrinks_their_grid(
-    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image]
+    llava: Llava15, perturbed_rpn: RPN, images: list[Image.Image]
 ) -> None:
     box = PixelBox(10, 10, 150, 90)
     for limit, tokens in ((None, 64), (64, 64), (36, 36), (40, 36), (1, 1)):
         zoom = ZoomConfig(max_crop_tokens=limit)
-        engine = ZoomLlava(llava, perturbed_rpn, zoom=zoom)
+        engine = ZoomModel(llava, perturbed_rpn, zoom=zoom)
         assert engine.ask(images[1], QUESTIONS[0], box=box).crop_tokens == tokens
     with pytest.raises(ValueError, match="max_crop_tokens must be 1 or more, got 0"):
         ZoomConfig(max_crop_tokens=0)
 
 
 def test_suffixes_are_padded_between_prefix_and_suffix() -> None:
-    suffixes = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0, 6.0]])]
-    embeds, mask = pad_between(3, suffixes)
-    assert embeds.tolist() == [[[1, 2], [3, 4]], [[0, 0], [5, 6]]]
-    assert mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 1]]
-    assert mask.dtype == torch.long
+    two = Segment((7, 8), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[3, 4]]), 5)
+    one = Segment((9,), torch.tensor([[5.0, 6.0]]), torch.tensor([[3]]), 4)
+    batch = batch_rows([two, one], [3, 3])
+    assert batch.embeds.tolist() == [[[1, 2], [3, 4]], [[0, 0], [5, 6]]]
+    assert batch.mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 1]]
+    assert batch.mask.dtype == torch.long
+    assert batch.positions.tolist() == [[[3, 4], [0, 3]]]
+    assert batch.prefix_length == 3
+
+
+def test_shorter_prefixes_are_padded_on_their_left() -> None:
+    one = Segment((9,), torch.tensor([[5.0, 6.0]]), torch.tensor([[1]]), 2)
+    two = Segment((7, 8), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[3, 4]]), 5)
+    batch = batch_rows([one, two], [1, 3])
+    assert batch.mask.tolist() == [[0, 0, 1, 0, 1], [1, 1, 1, 1, 1]]
+    assert batch.positions.tolist() == [[[0, 1], [3, 4]]]
+    keys = [torch.full((1, 1, length, 2), float(length)) for length in (1, 3)]
+    cache: Any = stack([((key, -key),) for key in keys])
+    assert cache.layers[0].keys[:, 0, :, 0].tolist() == [[0, 0, 1], [3, 3, 3]]
+    assert cache.layers[0].values[:, 0, :, 0].tolist() == [[0, 0, -1], [-3, -3, -3]]
 
 
 def test_images_made_ready_ahead_do_not_show(
-    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image], alone: Any
+    llava: Llava15, perturbed_rpn: RPN, images: list[Image.Image], alone: Any
 ) -> None:
     """Pixels prepared beforehand are what would have been made, and are made once."""
     questions = all_questions(images)
-    zoom = ZoomLlava(llava, perturbed_rpn, zoom=MASK)
+    zoom = ZoomModel(llava, perturbed_rpn, zoom=MASK)
     zoom.prepare(questions)
-    prepared = {key: pixels.clone() for key, pixels in zoom._pixels.items()}
+    prepared = {key: ready.pixels.clone() for key, ready in zoom._ready.items()}
     assert len(prepared) == len(images)
     for image, pixels in zip(images, prepared.values(), strict=True):
-        torch.testing.assert_close(pixels, llava.pixels([image]), rtol=0, atol=0)
+        torch.testing.assert_close(pixels, llava.pixels([image])[0], rtol=0, atol=0)
     agree(ask(zoom, questions), alone)
-    assert not zoom._pixels  # what was used is let go
+    assert not zoom._ready  # what was used is let go
     zoom.prepare(questions)
-    assert not zoom._pixels  # and what is read already needs no pixels
+    assert not zoom._ready  # and what is read already needs no pixels
 
 
 def test_the_prefix_cache_is_a_share_of_free_memory(
-    llava: Llava, monkeypatch: pytest.MonkeyPatch
+    llava: Llava15, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sdrpn.engine.free_memory", lambda device: 1000)
-    assert ZoomLlava(llava, proposer="none").prefixes.max_bytes == 250
-    assert ZoomLlava(llava, proposer="none", prefix_cache=7).prefixes.max_bytes == 7
+    assert ZoomModel(llava, proposer="none").prefixes.max_bytes == 250
+    assert ZoomModel(llava, proposer="none", prefix_cache=7).prefixes.max_bytes == 7
 
 
-def test_images_are_known_by_their_pixels_and_size(llava: Llava) -> None:
+def test_images_are_known_by_their_pixels_and_size(llava: Llava15) -> None:
     """Equal pixels share a prefix; the same bytes in another shape, or one pixel more, do not."""
-    zoom = ZoomLlava(llava, proposer="none")
+    zoom = ZoomModel(llava, proposer="none")
     values = np.arange(96, dtype=np.uint8)
     first = Image.fromarray(values.reshape(4, 8, 3))
     turned = Image.fromarray(values.reshape(8, 4, 3))
     brighter = first.copy()
     brighter.putpixel((7, 3), (255, 255, 255))
-    prefixes = zoom.read([first, turned, brighter, first.copy()])
+    prefixes = zoom.prefill([first, turned, brighter, first.copy()])
     assert prefixes[0] is prefixes[3]
     assert len({id(prefix) for prefix in prefixes}) == 3
     assert len(zoom.prefixes) == 3
 
 
-def count_tower(llava: Llava) -> tuple[list[int], Any]:
+def count_tower(llava: Llava15) -> tuple[list[int], Any]:
     """Images shown to the vision tower, call by call, and the handle that ends the counting."""
     calls: list[int] = []
 
@@ -434,9 +451,9 @@ def count_tower(llava: Llava) -> tuple[list[int], Any]:
     return calls, handle
 
 
-def test_questions_on_one_image_share_its_prefix(llava: Llava, images: Any) -> None:
+def test_questions_on_one_image_share_its_prefix(llava: Llava15, images: Any) -> None:
     """The tower sees an image once in a batch, once more for all crops, and never when warm."""
-    zoom = ZoomLlava(llava, proposer="none")
+    zoom = ZoomModel(llava, proposer="none")
     same = images[0].copy()
     questions = [Question(text, (image,)) for text in QUESTIONS for image in (images[0], same)]
     crops = [replace(question, box=PixelBox(0, 0, 50, 50)) for question in questions[:3]]
@@ -452,7 +469,7 @@ def test_questions_on_one_image_share_its_prefix(llava: Llava, images: Any) -> N
         handle.remove()
 
 
-def test_image_modes_do_not_show(engine: ZoomLlava) -> None:
+def test_image_modes_do_not_show(engine: ZoomModel) -> None:
     """Grey, palette and transparent images are answered like their RGB pixels."""
     grey = Image.fromarray(np.arange(100, dtype=np.uint8).reshape(10, 10) * 2)
     for mode in ("L", "P", "RGBA", "LA"):
@@ -466,15 +483,15 @@ def test_image_modes_do_not_show(engine: ZoomLlava) -> None:
 # --- the RPN's map ----------------------------------------------------------------------------
 
 
-def cached_maps(llava: Llava, rpn: RPN, images: Sequence[Image.Image]) -> np.ndarray:
+def cached_maps(llava: Llava15, rpn: RPN, images: Sequence[Image.Image]) -> np.ndarray:
     """RoI logits of every question, all in one batch over cached prefixes."""
-    zoom = ZoomLlava(llava, rpn)
+    zoom = ZoomModel(llava, rpn)
     looks = []
-    for prefix, image in zip(zoom.read(images), images, strict=True):
+    for prefix, image in zip(zoom.prefill(images), images, strict=True):
         for text in QUESTIONS:
-            words = tuple(llava.question_ids(text))
-            looks.append(Look(prefix, llava.view(image), words, zoom.zoom))
-    return roi_logits(zoom.models, looks)
+            words = tuple(llava.prompt_ids(text).after)
+            looks.append(Look(prefix, llava.image_grid(image), words, zoom.zoom))
+    return np.stack(roi_logits(zoom.models, looks))
 
 
 @pytest.mark.parametrize("multi_head", [True, False])
@@ -483,7 +500,7 @@ def cached_maps(llava: Llava, rpn: RPN, images: Sequence[Image.Image]) -> np.nda
 def test_map_is_the_methods(
     images: list[Image.Image], perturbed: bool, multi_head: bool, key_value_heads: int
 ) -> None:
-    """METHOD section 2 by plain matrix products, uncached, whole sequence, against the engine."""
+    """The RPN's map by plain matrix products, uncached, whole sequence, against the engine."""
     llava = make_llava(key_value_heads=key_value_heads)
     rpn = make_rpn(llava, perturbed=perturbed, multi_head=multi_head)
     found = cached_maps(llava, rpn, images)
@@ -498,7 +515,7 @@ def test_map_is_the_methods(
     )
 
 
-def test_every_weight_of_the_rpn_counts(llava: Llava, images: list[Image.Image]) -> None:
+def test_every_weight_of_the_rpn_counts(llava: Llava15, images: list[Image.Image]) -> None:
     """Perturbation reaches every weight, and every weight moves the map."""
     fresh, perturbed = (make_rpn(llava, perturbed=one) for one in (False, True))
     changed = perturbed.state_dict()
@@ -511,7 +528,7 @@ def test_every_weight_of_the_rpn_counts(llava: Llava, images: list[Image.Image])
 
 
 def test_answers_carry_the_blurred_map(
-    llava: Llava, engine: ZoomLlava, perturbed_rpn: RPN, images: list[Image.Image], alone: Any
+    llava: Llava15, engine: ZoomModel, perturbed_rpn: RPN, images: list[Image.Image], alone: Any
 ) -> None:
     for question, (answer, _) in zip(all_questions(images)[:6], alone, strict=False):
         logits = by_hand.roi_logits(llava, perturbed_rpn, question.images[0], question.text)
@@ -522,7 +539,7 @@ def test_answers_carry_the_blurred_map(
 
 
 def test_save_and_load_give_the_same_map(
-    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image], tmp_path: Any
+    llava: Llava15, perturbed_rpn: RPN, images: list[Image.Image], tmp_path: Any
 ) -> None:
     perturbed_rpn.save_pretrained(tmp_path / "rpn")
     loaded = RPN.from_pretrained(str(tmp_path / "rpn"))
@@ -535,7 +552,7 @@ def test_save_and_load_give_the_same_map(
 # --- generation -------------------------------------------------------------------------------
 
 
-def test_beams_over_a_zoom(engine: ZoomLlava, images: list[Image.Image]) -> None:
+def test_beams_over_a_zoom(engine: ZoomModel, images: list[Image.Image]) -> None:
     """Beams in a batch, with and without regions, are each row's own beams."""
     questions = all_questions(images)[:8]
     beams = {"max_new_tokens": NEW_TOKENS, "num_beams": 3}
@@ -546,7 +563,7 @@ def test_beams_over_a_zoom(engine: ZoomLlava, images: list[Image.Image]) -> None
     assert [a.text for a in together] != [a.text for a in greedy]
 
 
-def test_sampling_follows_the_seed(engine: ZoomLlava, images: list[Image.Image]) -> None:
+def test_sampling_follows_the_seed(engine: ZoomModel, images: list[Image.Image]) -> None:
     questions = all_questions(images)[:4]
     generation = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "max_new_tokens": NEW_TOKENS}
 
@@ -558,7 +575,7 @@ def test_sampling_follows_the_seed(engine: ZoomLlava, images: list[Image.Image])
     assert sample(0) != sample(1)
 
 
-def test_temperature_zero_is_greedy(engine: ZoomLlava, images: list[Image.Image]) -> None:
+def test_temperature_zero_is_greedy(engine: ZoomModel, images: list[Image.Image]) -> None:
     questions = all_questions(images)[:4]
     generation = {"do_sample": True, "temperature": 0, "max_new_tokens": NEW_TOKENS}
     expected = [a.text for a in engine.ask_batch(questions, {"max_new_tokens": NEW_TOKENS})]
@@ -566,7 +583,7 @@ def test_temperature_zero_is_greedy(engine: ZoomLlava, images: list[Image.Image]
 
 
 def test_stop_strings_end_each_row(
-    engine: ZoomLlava, images: list[Image.Image], alone: Any
+    engine: ZoomModel, images: list[Image.Image], alone: Any
 ) -> None:
     """A row ends before its stop string; rows without one go on."""
     questions = all_questions(images)
@@ -578,7 +595,7 @@ def test_stop_strings_end_each_row(
     assert any(stop not in text for text in whole)
 
 
-def test_settings_are_not_changed(engine: ZoomLlava, images: list[Image.Image]) -> None:
+def test_settings_are_not_changed(engine: ZoomModel, images: list[Image.Image]) -> None:
     """lmms-eval reads the settings again after generation: nothing may be popped from them."""
     generation = {"max_new_tokens": 2, "stop": ["\n\n"], "temperature": 0, "do_sample": False}
     before = {**generation, "stop": ["\n\n"]}
@@ -586,7 +603,7 @@ def test_settings_are_not_changed(engine: ZoomLlava, images: list[Image.Image]) 
     assert generation == before
 
 
-def test_several_returned_sequences_are_refused(engine: ZoomLlava, images: Any) -> None:
+def test_several_returned_sequences_are_refused(engine: ZoomModel, images: Any) -> None:
     with pytest.raises(ValueError, match="num_return_sequences must be 1"):
         engine.ask(images[0], "yellow", num_return_sequences=2, do_sample=True)
 
@@ -594,7 +611,7 @@ def test_several_returned_sequences_are_refused(engine: ZoomLlava, images: Any) 
 # --- prompts with no image or several ---------------------------------------------------------
 
 
-def plain_stock(llava: Llava, question: Question) -> str:
+def plain_stock(llava: Llava15, question: Question) -> str:
     """Plain transformers on any number of images of the model's own size."""
     missing = 0 if "<image>" in question.text else len(question.images)
     holders = " ".join(["<image>"] * missing)
@@ -625,7 +642,7 @@ def mixture(squares: list[Image.Image]) -> list[Question]:
 
 
 def test_no_or_several_images_are_stock(
-    engine: ZoomLlava, llava: Llava, squares: list[Image.Image]
+    engine: ZoomModel, llava: Llava15, squares: list[Image.Image]
 ) -> None:
     asked = [question for question in mixture(squares) if len(question.images) != 1]
     answers = engine.ask_batch(asked, {"max_new_tokens": NEW_TOKENS})
@@ -641,9 +658,9 @@ def test_no_or_several_images_are_stock(
 
 
 def test_one_warning_a_run(
-    llava: Llava, perturbed_rpn: RPN, squares: Any, caplog: pytest.LogCaptureFixture
+    llava: Llava15, perturbed_rpn: RPN, squares: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    zoom = ZoomLlava(llava, perturbed_rpn)
+    zoom = ZoomModel(llava, perturbed_rpn)
     with caplog.at_level(logging.WARNING, logger="sdrpn"):
         zoom.ask(squares[0], "yellow", max_new_tokens=1)
         assert caplog.records == []
@@ -656,7 +673,7 @@ def test_one_warning_a_run(
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 3, 1, 4, 2, 0], [1, 3], [2, 0]])
 def test_mixtures_keep_their_order(
-    engine: ZoomLlava, squares: list[Image.Image], order: list[int]
+    engine: ZoomModel, squares: list[Image.Image], order: list[int]
 ) -> None:
     questions = mixture(squares)
     settings = {"max_new_tokens": NEW_TOKENS}
@@ -667,9 +684,9 @@ def test_mixtures_keep_their_order(
     assert [answer.regions for answer in together] == [each[i].regions for i in order]
 
 
-def test_placeholders_in_a_question(llava: Llava, squares: list[Image.Image]) -> None:
+def test_placeholders_in_a_question(llava: Llava15, squares: list[Image.Image]) -> None:
     """One image goes in front, as in LLaVA-1.5's training; several stay; others are text."""
-    zoom = ZoomLlava(llava, proposer="none")
+    zoom = ZoomModel(llava, proposer="none")
     squares = squares[2:]  # on these the place of a placeholder changes the answer
 
     def say(text: str, count: int) -> str:
@@ -687,7 +704,7 @@ def test_placeholders_in_a_question(llava: Llava, squares: list[Image.Image]) ->
         assert say("<image> red <image> ?", count) == say(letters, count)
 
 
-def test_no_questions_no_answers(engine: ZoomLlava) -> None:
+def test_no_questions_no_answers(engine: ZoomModel) -> None:
     assert engine.ask_batch([]) == []
 
 
@@ -695,7 +712,7 @@ def test_no_questions_no_answers(engine: ZoomLlava) -> None:
 
 
 def test_losses_are_one_full_forward(
-    engine: ZoomLlava, llava: Llava, squares: list[Image.Image], images: list[Image.Image]
+    engine: ZoomModel, llava: Llava15, squares: list[Image.Image], images: list[Image.Image]
 ) -> None:
     """Mean loss of a continuation and whether greedy gives it, zoomed, stock and without images."""
     box = PixelBox(4, 4, 60, 60)
@@ -725,7 +742,7 @@ def test_losses_are_one_full_forward(
     assert results[1][0] == pytest.approx(float(expected), abs=TOLERANCE)
 
 
-def test_an_empty_continuation_is_refused(engine: ZoomLlava, images: Any) -> None:
+def test_an_empty_continuation_is_refused(engine: ZoomModel, images: Any) -> None:
     with pytest.raises(ValueError, match="continuation to score is empty"):
         engine.loss_batch([Question("yellow", (images[0],))], [" "])
 
@@ -733,11 +750,11 @@ def test_an_empty_continuation_is_refused(engine: ZoomLlava, images: Any) -> Non
 # --- construction -----------------------------------------------------------------------------
 
 
-def test_proposers_are_checked(llava: Llava) -> None:
+def test_proposers_are_checked(llava: Llava15) -> None:
     with pytest.raises(ValueError, match="got 'magic'"):
-        ZoomLlava(llava, proposer="magic")
+        ZoomModel(llava, proposer="magic")
     with pytest.raises(ValueError, match="needs an RPN"):
-        ZoomLlava(llava)
+        ZoomModel(llava)
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -747,15 +764,15 @@ def test_a_box_needs_one_image(squares: list[Image.Image], count: int) -> None:
 
 
 def test_only_the_rpn_proposer_pays_for_an_rpn(
-    llava: Llava, perturbed_rpn: RPN, images: list[Image.Image]
+    llava: Llava15, perturbed_rpn: RPN, images: list[Image.Image]
 ) -> None:
-    stock = ZoomLlava(llava, perturbed_rpn, proposer="none", zoom=MASK)
-    assert stock.read(images[:1])[0].rpn_kv == ()
+    stock = ZoomModel(llava, perturbed_rpn, proposer="none", zoom=MASK)
+    assert stock.prefill(images[:1])[0].rpn_kv == ()
 
 
-def test_an_rpn_in_training_is_left_alone(llava: Llava) -> None:
+def test_an_rpn_in_training_is_left_alone(llava: Llava15) -> None:
     rpn = make_rpn(llava, perturbed=True).train().requires_grad_(True)
-    zoom = ZoomLlava(llava, rpn)
+    zoom = ZoomModel(llava, rpn)
     assert rpn.training
     assert all(p.requires_grad for p in rpn.parameters())
     assert zoom.rpn is not rpn

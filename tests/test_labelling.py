@@ -25,7 +25,7 @@ from PIL import Image as PIL
 from PIL import ImageFile
 from typer.testing import CliRunner
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15, square_grid
 from sdrpn.cli import app
 from sdrpn.config import LabelConfig, LayerHeads
 from sdrpn.distill.label import Labelled, label_batch
@@ -41,8 +41,8 @@ from sdrpn.distill.label_dataset import (
 from sdrpn.distill.label_job import LabelJob, preview, relabel, report
 from sdrpn.distill.pseudo_labels import IGNORED, pseudo_labels
 from sdrpn.distill.questions import Item, fingerprint, read_items
-from sdrpn.engine import Question, ZoomLlava
-from sdrpn.inference.generation import Suffix, generate
+from sdrpn.engine import Question, ZoomModel
+from sdrpn.inference.generation import generate
 from sdrpn.io.images import BadImage, inside, load_image
 from sdrpn_eval.demo import tiny_path
 
@@ -83,8 +83,8 @@ def data(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "mix.json", images
 
 
-def job(llava: Llava, data: tuple[Path, Path], out: Path, **options: Any) -> LabelJob:
-    zoom = ZoomLlava(llava, proposer="none", labels=LABELS)
+def job(llava: Llava15, data: tuple[Path, Path], out: Path, **options: Any) -> LabelJob:
+    zoom = ZoomModel(llava, proposer="none", labels=LABELS)
     return LabelJob(zoom, read_items(str(data[0])), out, images=data[1], **options)
 
 
@@ -415,7 +415,7 @@ def test_skipped_entries_are_told_and_the_good_ones_labelled(scenes: Path, tmp_p
 
 
 def test_rows_are_the_labels_of_their_maps(
-    llava: Llava, data: tuple[Path, Path], tmp_path: Path
+    llava: Llava15, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
     job(llava, data, tmp_path / "out", batch_size=3, shard_size=5).run()
     rows = load_labels(tmp_path / "out")
@@ -425,8 +425,8 @@ def test_rows_are_the_labels_of_their_maps(
     kept = [row for row in rows if row["reason"] is None]
     assert kept
     for row in kept:
-        maps = (np.array(row[name], np.float32) for name in ("grounding", "sink"))
-        labels = pseudo_labels(*maps, LABELS)
+        maps = (np.array(row[n], np.float32).reshape(8, 8) for n in ("grounding", "sink"))
+        labels = pseudo_labels(*maps, LABELS).ravel()
         np.testing.assert_array_equal(row["labels"], labels)
         assert row["foreground"] == (labels == 1).sum() > 0
         assert row["background"] == (labels == 0).sum()
@@ -456,7 +456,7 @@ def test_a_summary_does_not_hang_on_where_the_kept_rows_are() -> None:
 
 
 def test_any_batch_and_shard_size_gives_the_same_labels(
-    llava: Llava, data: tuple[Path, Path], tmp_path: Path
+    llava: Llava15, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
     job(llava, data, tmp_path / "a", batch_size=1, shard_size=14).run()
     job(llava, data, tmp_path / "b", batch_size=4, shard_size=3).run()
@@ -467,7 +467,7 @@ def test_any_batch_and_shard_size_gives_the_same_labels(
 
 
 def test_a_second_run_does_only_what_is_missing(
-    llava: Llava, data: tuple[Path, Path], tmp_path: Path
+    llava: Llava15, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
     job(llava, data, tmp_path, shard_size=5).run()
     paths = [shard_path(tmp_path, k, 3) for k in range(3)]
@@ -484,14 +484,14 @@ def test_a_second_run_does_only_what_is_missing(
 
 
 def test_other_settings_need_another_folder(
-    llava: Llava, data: tuple[Path, Path], tmp_path: Path
+    llava: Llava15, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
     job(llava, data, tmp_path, shard_size=5, about={"dtype": "float32"}).run()
     with pytest.raises(ValueError, match="dtype: float32 there, float16 now"):
         job(llava, data, tmp_path, shard_size=5, about={"dtype": "float16"}).run()
 
 
-def test_a_broken_shard_is_named(llava: Llava, data: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_broken_shard_is_named(llava: Llava15, data: tuple[Path, Path], tmp_path: Path) -> None:
     job(llava, data, tmp_path, shard_size=5).run()
     path = shard_path(tmp_path, 2, 3)
     path.write_bytes(path.read_bytes()[:-50])
@@ -499,13 +499,13 @@ def test_a_broken_shard_is_named(llava: Llava, data: tuple[Path, Path], tmp_path
         load_labels(tmp_path)
 
 
-def test_images_inside_a_data_set_are_kept_for_training(llava: Llava, tmp_path: Path) -> None:
+def test_images_inside_a_data_set_are_kept_for_training(llava: Llava15, tmp_path: Path) -> None:
     for i in range(2):
         make_image(50, 40 + i, i).save(tmp_path / f"{i}.png")
     rows = [{"image": str(tmp_path / f"{i % 2}.png"), "question": QUESTIONS[i]} for i in range(3)]
     features = Features({"image": Image(), "question": Value("string")})
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "d.parquet")
-    zoom = ZoomLlava(llava, proposer="none", labels=LABELS)
+    zoom = ZoomModel(llava, proposer="none", labels=LABELS)
     LabelJob(zoom, read_items(str(tmp_path / "d.parquet")), tmp_path / "out", images=None).run()
     root = image_root(tmp_path / "out")
     labelled = load_labels(tmp_path / "out")
@@ -515,7 +515,7 @@ def test_images_inside_a_data_set_are_kept_for_training(llava: Llava, tmp_path: 
 
 
 def test_relabelling_is_labelling_with_other_thresholds(
-    llava: Llava, data: tuple[Path, Path], tmp_path: Path
+    llava: Llava15, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
     job(llava, data, tmp_path / "a", shard_size=5).run()
     given = ["--foreground", "0.9", "--background", "0.3", "--max-components", "1"]
@@ -529,8 +529,8 @@ def test_relabelling_is_labelling_with_other_thresholds(
     assert strict.grounding == LABELS.grounding
     assert before["labels"] != after["labels"]
     for one, other in zip(before, after, strict=True):
-        maps = (np.array(one[name], np.float32) for name in ("grounding", "sink"))
-        np.testing.assert_array_equal(other["labels"], pseudo_labels(*maps, strict))
+        maps = (np.array(one[n], np.float32).reshape(8, 8) for n in ("grounding", "sink"))
+        np.testing.assert_array_equal(other["labels"], pseudo_labels(*maps, strict).ravel())
         assert one["response"] == other["response"]
     with pytest.raises(ValueError, match="another folder"):
         relabel(tmp_path / "a", tmp_path / "a", strict)
@@ -539,24 +539,24 @@ def test_relabelling_is_labelling_with_other_thresholds(
 # Samples that do not fit the model's context
 
 
-def prompt_length(llava: Llava, question: str) -> int:
+def prompt_length(llava: Llava15, question: str) -> int:
     """Tokens in front of the answer: the image's placeholder stands for 64."""
-    return len(llava.whole_ids(question)) - 1 + 64
+    return len(llava.plain_ids(question)) - 1 + 64
 
 
 @pytest.fixture
-def short(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], ZoomLlava]:
+def short(llava: Llava15, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], ZoomModel]:
     """The random model with a context of so many tokens."""
 
-    def make(context: int) -> ZoomLlava:
+    def make(context: int) -> ZoomModel:
         monkeypatch.setattr(llava, "context_length", context)
-        return ZoomLlava(llava, proposer="none", labels=LABELS)
+        return ZoomModel(llava, proposer="none", labels=LABELS)
 
     return make
 
 
 def test_a_sample_fits_if_its_answer_does(
-    llava: Llava, short: Callable[[int], ZoomLlava], images: list[PIL.Image]
+    llava: Llava15, short: Callable[[int], ZoomModel], images: list[PIL.Image]
 ) -> None:
     """To the token, for answers that end and for those that are cut at 3 tokens."""
     lengths = set()
@@ -565,8 +565,9 @@ def test_a_sample_fits_if_its_answer_does(
             question, prompt = Question(text, (image,)), prompt_length(llava, text)
             zoom = short(1024)
             (free,) = label_batch(zoom, [question])
-            words = Suffix(tuple(llava.question_ids(text)))
-            (ids,) = generate(llava, zoom.read([image]), [words], {"max_new_tokens": 3})
+            (prefix,) = zoom.prefill([image])
+            suffix = llava.suffix_segment(prefix.next_position, llava.prompt_ids(text).after)
+            (ids,) = generate(llava, [prefix], [suffix], {"max_new_tokens": 3})
             said = len(ids)
             assert (free.reason == "empty response") == (said == 0)
             if free.reason == "empty response":
@@ -583,13 +584,13 @@ def test_a_sample_fits_if_its_answer_does(
                 assert none.response == ""
                 assert not none.grounding.any()
                 assert not none.sink.any()
-                assert none.labels.tolist() == [-100] * 64
+                assert none.labels.ravel().tolist() == [-100] * 64
             lengths.add(said)
     assert {0, 3} < lengths  # and some that end in between
 
 
 def test_samples_beside_one_that_does_not_fit_are_labelled_as_alone(
-    llava: Llava, short: Callable[[int], ZoomLlava], images: list[PIL.Image]
+    llava: Llava15, short: Callable[[int], ZoomModel], images: list[PIL.Image]
 ) -> None:
     """Too long, no room for the answer, one token of room, enough."""
     texts = ["red " * 60, QUESTIONS[2], QUESTIONS[0], QUESTIONS[3], QUESTIONS[1]]
@@ -628,21 +629,21 @@ def test_a_sample_past_the_context_is_counted(scenes: Path, tmp_path: Path) -> N
 
 
 def test_nothing_is_generated_past_the_context_or_twice(
-    llava: Llava,
-    short: Callable[[int], ZoomLlava],
+    llava: Llava15,
+    short: Callable[[int], ZoomModel],
     images: list[PIL.Image],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At 3 tokens at most: one more than there is room for, to see whether the answer ends."""
     calls: list[tuple[int, list[tuple[int, ...]]]] = []
 
-    def noted(llava: Llava, prefixes: Any, suffixes: Any, generation: Any) -> Any:
-        calls.append((generation["max_new_tokens"], [suffix.question for suffix in suffixes]))
+    def noted(llava: Llava15, prefixes: Any, suffixes: Any, generation: Any) -> Any:
+        calls.append((generation["max_new_tokens"], [suffix.ids for suffix in suffixes]))
         return generate(llava, prefixes, suffixes, generation)
 
     monkeypatch.setattr("sdrpn.distill.label.generate", noted)
     texts = ["red " * count + "disc ?" for count in (5, 6, 7, 8, 9, 9)]
-    words = [tuple(llava.question_ids(text)) for text in texts]
+    words = [tuple(llava.prompt_ids(text).after) for text in texts]
     zoom = short(prompt_length(llava, texts[3]))
     label_batch(zoom, [Question(text, (images[0],)) for text in texts])
     assert calls == [(2, [words[2]]), (3, [words[0], words[1]])]
@@ -665,7 +666,7 @@ class Rank:
     ("questions", "shards"), [(14, 7), (14, 5), (13, 3), (3, 3), (2, 1), (9, 9)]
 )
 def test_every_question_is_labelled_exactly_once(
-    llava: Llava,
+    llava: Llava15,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     world: int,
@@ -677,13 +678,13 @@ def test_every_question_is_labelled_exactly_once(
 
     def counted(zoom: Any, batch: list[Question]) -> list[Labelled]:
         asked.extend(question.text for question in batch)
-        cells = np.zeros(64)
-        return [Labelled("red", cells, cells, np.ones(64), None) for _ in batch]
+        cells, grid = np.zeros((8, 8)), square_grid((64, 64), 8, 112)
+        return [Labelled("red", cells, cells, np.ones((8, 8)), grid) for _ in batch]
 
     monkeypatch.setattr("sdrpn.distill.label_job.label_batch", counted)
     make_image(60, 60, 0).save(tmp_path / "a.png")
     items = [Item(str(i), "a.png", f"question {i} ?") for i in range(questions)]
-    zoom = ZoomLlava(llava, proposer="none", labels=LABELS)
+    zoom = ZoomModel(llava, proposer="none", labels=LABELS)
 
     def run_all() -> None:
         jobs = []
@@ -718,7 +719,7 @@ def test_every_question_is_labelled_exactly_once(
 
 
 def test_bad_images_are_counted_by_reason_and_skipped(
-    llava: Llava, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llava: Llava15, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = data[1]
     (images / "gqa/1.png").unlink()

@@ -31,16 +31,17 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from sdrpn.backbones.llava15 import Llava, WeightsUnavailable, check_is_llava15
+from sdrpn.backbones.llava15 import Llava15, WeightsUnavailable, check_is_llava15
+from sdrpn.boxes import PixelBox
 from sdrpn.config import VICUNA_SYSTEM_PROMPT, LabelConfig, LayerHeads, ZoomConfig
-from sdrpn.engine import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomModel
 from sdrpn.roi.crops import crop_tokens
-from sdrpn.roi.postprocess import PixelBox, propose
-from sdrpn.rpn.model import RPN
+from sdrpn.roi.postprocess import propose
+from sdrpn.rpn.checkpoint import RPN
 
 
 @pytest.fixture(scope="module")
-def folder(llava: Llava, tmp_path_factory: pytest.TempPathFactory) -> str:
+def folder(llava: Llava15, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny model as a folder in the Hugging Face layout."""
     path = tmp_path_factory.mktemp("tiny")
     llava.model.save_pretrained(path)
@@ -55,15 +56,15 @@ def folder(llava: Llava, tmp_path_factory: pytest.TempPathFactory) -> str:
     "how", [{}, {"device": "cpu"}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}]
 )
 def test_load_gives_the_same_model(
-    llava: Llava, folder: str, images: list[Image.Image], how: dict[str, Any]
+    llava: Llava15, folder: str, images: list[Image.Image], how: dict[str, Any]
 ) -> None:
-    loaded = Llava.load(folder, dtype="float32", **how)
+    loaded = Llava15.load(folder, dtype="float32", **how)
     assert loaded.name == folder
     assert (loaded.side, loaded.grid, loaded.image_tokens) == (112, 8, 64)
     assert (loaded.num_layers, loaded.context_length) == (6, 1024)
     assert not any(weight.requires_grad for weight in loaded.model.parameters())
-    expected = ZoomLlava(llava, proposer="none").ask(images[1], QUESTIONS[0], max_new_tokens=4)
-    found = ZoomLlava(loaded, proposer="none").ask(images[1], QUESTIONS[0], max_new_tokens=4)
+    expected = ZoomModel(llava, proposer="none").ask(images[1], QUESTIONS[0], max_new_tokens=4)
+    found = ZoomModel(loaded, proposer="none").ask(images[1], QUESTIONS[0], max_new_tokens=4)
     assert found.text == expected.text
 
 
@@ -71,11 +72,11 @@ def test_load_gives_the_same_model(
 def test_load_in_any_precision(folder: str, images: list[Image.Image], dtype: Any) -> None:
     """The whole way runs in each: reading, the RPN's map, a crop, an answer."""
     wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
-    loaded = Llava.load(folder, dtype=dtype, device="cpu")
+    loaded = Llava15.load(folder, dtype=dtype, device="cpu")
     assert {weight.dtype for weight in loaded.model.parameters()} == {wanted}
     rpn = make_rpn(loaded, perturbed=True)
     assert {weight.dtype for weight in rpn.parameters()} == {wanted}
-    zoom = ZoomLlava(loaded, rpn, zoom=ZoomConfig(threshold=THRESHOLD))
+    zoom = ZoomModel(loaded, rpn, zoom=ZoomConfig(threshold=THRESHOLD))
     questions = [Question(text, (images[1],)) for text in QUESTIONS]
     answers = zoom.ask_batch(questions, {"max_new_tokens": 3})
     assert any(answer.regions for answer in answers)
@@ -84,13 +85,13 @@ def test_load_in_any_precision(folder: str, images: list[Image.Image], dtype: An
 
 
 def test_auto_precision_is_float32_on_the_cpu(folder: str) -> None:
-    assert Llava.load(folder, device="cpu").dtype == torch.float32
-    assert Llava.load(folder, device_map="cpu").dtype == torch.float32
+    assert Llava15.load(folder, device="cpu").dtype == torch.float32
+    assert Llava15.load(folder, device_map="cpu").dtype == torch.float32
 
 
 def test_unknown_precision_is_refused(folder: str) -> None:
     with pytest.raises(ValueError, match=r"dtype must be auto, float32, .*, got 'int8'"):
-        Llava.load(folder, dtype="int8")
+        Llava15.load(folder, dtype="int8")
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -99,31 +100,31 @@ def test_attention_backends_agree(
     images: list[Image.Image],
     backend: str,
     perturbed_rpn: RPN,
-    llava: Llava,
+    llava: Llava15,
     tmp_path: Path,
 ) -> None:
     """The backend asked for reaches the backbone and a loaded RPN, and does not change the map."""
     perturbed_rpn.save_pretrained(tmp_path)
-    loaded = ZoomLlava.from_pretrained(
+    loaded = ZoomModel.from_pretrained(
         folder, str(tmp_path), dtype="float32", attn_implementation=backend
     )
-    assert loaded.llava.text_config._attn_implementation == backend
+    assert loaded.backbone.text_config._attn_implementation == backend
     assert loaded.rpn is not None
     used = {layer.self_attn.config._attn_implementation for layer in loaded.rpn.layers}
     assert used == {backend}
     found = loaded.ask(images[1], QUESTIONS[0], max_new_tokens=1).roi_map
-    expected = ZoomLlava(llava, perturbed_rpn).ask(images[1], QUESTIONS[0], max_new_tokens=1)
+    expected = ZoomModel(llava, perturbed_rpn).ask(images[1], QUESTIONS[0], max_new_tokens=1)
     assert np.abs(found - expected.roi_map).max() < 1e-5
 
 
 def test_from_pretrained_takes_both_folders(
-    folder: str, perturbed_rpn: RPN, images: list[Image.Image], tmp_path: Path, llava: Llava
+    folder: str, perturbed_rpn: RPN, images: list[Image.Image], tmp_path: Path, llava: Llava15
 ) -> None:
     perturbed_rpn.save_pretrained(tmp_path)
     settings = ZoomConfig(threshold=THRESHOLD)
-    loaded = ZoomLlava.from_pretrained(folder, str(tmp_path), zoom=settings, dtype="float32")
+    loaded = ZoomModel.from_pretrained(folder, str(tmp_path), zoom=settings, dtype="float32")
     found = loaded.ask(images[1], QUESTIONS[0], max_new_tokens=4)
-    expected = ZoomLlava(llava, perturbed_rpn, zoom=settings).ask(
+    expected = ZoomModel(llava, perturbed_rpn, zoom=settings).ask(
         images[1], QUESTIONS[0], max_new_tokens=4
     )
     assert (found.text, found.regions) == (expected.text, expected.regions)
@@ -201,7 +202,7 @@ def test_other_models_are_refused_by_name(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config()))
     with pytest.raises(ValueError, match=what) as error:
-        Llava.load(str(tmp_path))
+        Llava15.load(str(tmp_path))
     assert str(tmp_path) in str(error.value)
     assert "llava-hf/llava-1.5-7b-hf" in str(error.value)
 
@@ -228,25 +229,25 @@ def test_missing_models_are_told_apart_from_wrong_ones(tmp_path: Path, folder: s
     empty.mkdir()
     for missing in (tmp_path / "nowhere", empty, part, "llava-hf/llava-1.5-7b-hf"):
         with pytest.raises(WeightsUnavailable, match="cannot load") as error:
-            Llava.load(str(missing))
+            Llava15.load(str(missing))
         assert str(missing) in str(error.value)
 
 
 # --- prompts -----------------------------------------------------------------------------------
 
 
-def test_the_head_is_derived_from_tokenizer_and_prompt(llava: Llava) -> None:
+def test_the_head_is_derived_from_tokenizer_and_prompt(llava: Llava15) -> None:
     """Tokens before the image: beginning of text, the system sentence, `USER:`."""
     words = llava.tokenizer.convert_ids_to_tokens(llava.head_ids)
     assert words[0] == "<s>"
     assert words[1:5] == ["A", "chat", "between", "a"]
     assert words[-3:] == [".", "USER", ":"]
-    other = Llava(llava.model, llava.processor, system_prompt="Be polite .")
+    other = Llava15(llava.model, llava.processor, system_prompt="Be polite .")
     short = other.tokenizer.convert_ids_to_tokens(other.head_ids)
     assert short == ["<s>", "<unk>", "polite", ".", "USER", ":"]
     for one in (llava, other):
         ids = one.tokenizer(one.prompt("red ?"))["input_ids"]
-        assert [*one.head_ids, one.image_token_id, *one.question_ids("red ?")] == ids
+        assert [*one.head_ids, one.image_token_id, *one.prompt_ids("red ?").after] == ids
 
 
 def test_the_prompt_is_vicunas() -> None:
@@ -266,38 +267,38 @@ ODD_SIZES = [(112, 112), (200, 150), (201, 150), (150, 201), (33, 47), (34, 47),
 
 
 @pytest.mark.parametrize("size", ODD_SIZES, ids=str)
-def test_padding_is_a_square_pad_done_in_pil(llava: Llava, size: tuple[int, int]) -> None:
+def test_padding_is_a_square_pad_done_in_pil(llava: Llava15, size: tuple[int, int]) -> None:
     image = make_image(*size, seed=3)
     assert (llava.pixels([image])[0] - by_hand.padded(image, llava.side)).abs().max() < 1e-5
 
 
-def test_images_of_a_batch_do_not_mix(llava: Llava, images: list[Image.Image]) -> None:
+def test_images_of_a_batch_do_not_mix(llava: Llava15, images: list[Image.Image]) -> None:
     together = llava.pixels(images)
     assert together.shape == (5, 3, 112, 112)
     for image, pixels in zip(images, together, strict=True):
         assert torch.equal(llava.pixels([image])[0], pixels)
 
 
-def test_the_checkpoints_mean_and_deviation_are_used(llava: Llava) -> None:
+def test_the_checkpoints_mean_and_deviation_are_used(llava: Llava15) -> None:
     """They normalise whole images and crops, and the mean is the colour of the padding."""
     processor = copy.deepcopy(llava.processor)
     processor.image_processor.image_mean = [0.2, 0.4, 0.6]
     processor.image_processor.image_std = [0.5, 0.5, 0.5]
-    other = Llava(llava.model, processor)
+    other = Llava15(llava.model, processor)
     grey = Image.new("RGB", (112, 56), (102, 102, 102))
     whole = other.pixels([grey])[0]
     expected = torch.tensor([0.4, 0.0, -0.4])[:, None, None]
     assert (whole[:, 28:84] - expected).abs().max() < 1e-5
     assert whole[:, [0, -1]].abs().max() < 1e-5
-    cut = other.crop_pixels([(grey, PixelBox(0, 0, 50, 50))])[0]
+    cut = other.crop_input(grey, PixelBox(0, 0, 50, 50)).pixels
     assert (cut - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("size", ODD_SIZES[:5], ids=str)
-def test_crops_are_the_stretched_boxes(llava: Llava, size: tuple[int, int]) -> None:
+def test_crops_are_the_stretched_boxes(llava: Llava15, size: tuple[int, int]) -> None:
     image = make_image(*size, seed=4)
     box = PixelBox(1, 2, size[0] - 1, size[1] // 2 + 1)
-    pixels = llava.crop_pixels([(image, box)])[0]
+    pixels = llava.crop_input(image, box).pixels
     assert (pixels - by_hand.stretched(image, box, llava.side)).abs().max() < 1e-5
 
 
@@ -311,12 +312,12 @@ def test_the_padding_that_config_json_notes_is_the_default(
     config = json.loads((tmp_path / "config.json").read_text())
     note = {} if noted == {} else {"image_aspect_ratio": noted}
     (tmp_path / "config.json").write_text(json.dumps(config | note))
-    loaded = Llava.load(str(tmp_path), device="cpu")
+    loaded = Llava15.load(str(tmp_path), device="cpu")
     assert loaded.padding == padding
-    assert Llava(loaded.model, loaded.processor).padding == padding
-    assert Llava.load(str(tmp_path), device="cpu", num_layers=2).padding == padding
+    assert Llava15(loaded.model, loaded.processor).padding == padding
+    assert Llava15.load(str(tmp_path), device="cpu", num_layers=2).padding == padding
     for asked in ("pad", "crop"):
-        assert Llava.load(str(tmp_path), device="cpu", padding=asked).padding == asked
+        assert Llava15.load(str(tmp_path), device="cpu", padding=asked).padding == asked
 
 
 def test_another_note_is_refused_by_name(folder: str, tmp_path: Path) -> None:
@@ -324,17 +325,17 @@ def test_another_note_is_refused_by_name(folder: str, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"image_aspect_ratio": "keep"}))
     with pytest.raises(ValueError, match="image_aspect_ratio") as error:
-        Llava.load(str(tmp_path), device="cpu")
+        Llava15.load(str(tmp_path), device="cpu")
     assert str(error.value) == (
         f"{tmp_path}: image_aspect_ratio in config.json must be pad or square, got 'keep'; correct "
         "it to how the model was trained"
     )
-    assert Llava.load(str(tmp_path), device="cpu", padding="crop").padding == "crop"
+    assert Llava15.load(str(tmp_path), device="cpu", padding="crop").padding == "crop"
 
 
 @pytest.mark.parametrize("size", [(9000, 40), (40, 8400)])
 def test_crops_of_very_large_images_are_cut_from_the_original(
-    llava: Llava, size: tuple[int, int]
+    llava: Llava15, size: tuple[int, int]
 ) -> None:
     """The first look gets a copy of 8,192 pixels a side; a crop keeps every pixel it holds."""
     long = max(size)
@@ -345,22 +346,22 @@ def test_crops_of_very_large_images_are_cut_from_the_original(
     else:
         stripes[long - 112 :: 2, :] = 255
     box = (long - 112, 0, long, 40) if wide else (0, long - 112, 40, long)
-    pixels = llava.crop_pixels([(Image.fromarray(stripes), PixelBox(*box))])[0, 0]
+    pixels = llava.crop_input(Image.fromarray(stripes), PixelBox(*box)).pixels[0]
     line = pixels[50] if wide else pixels[:, 50]
     # White is (1 - mean) / deviation, black -mean / deviation, of CLIP's red.
     assert line[0::2].tolist() == pytest.approx([1.930336] * 56, abs=1e-4)
     assert line[1::2].tolist() == pytest.approx([-1.792262] * 56, abs=1e-4)
 
 
-def test_unknown_padding_is_refused(llava: Llava) -> None:
+def test_unknown_padding_is_refused(llava: Llava15) -> None:
     with pytest.raises(ValueError, match="padding must be one of pad, crop, got 'stretch'"):
-        Llava(llava.model, llava.processor, padding="stretch")
+        Llava15(llava.model, llava.processor, padding="stretch")
     with pytest.raises(ValueError, match="padding must be one of pad, crop, got 'stretch'"):
-        Llava.load("/no/folder", padding="stretch")
+        Llava15.load("/no/folder", padding="stretch")
 
 
 @pytest.fixture(scope="module")
-def hub_folder(llava: Llava, folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def hub_folder(llava: Llava15, folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny model with an image processor configured like the one on the hub."""
     path = tmp_path_factory.mktemp("hub")
     llava.model.save_pretrained(path)
@@ -384,8 +385,8 @@ def test_crop_without_a_system_prompt_is_plain_transformers(
     """`padding=crop` and an empty `system_prompt` give what processor and template give."""
     processor = AutoProcessor.from_pretrained(hub_folder)
     model = LlavaForConditionalGeneration.from_pretrained(hub_folder, dtype=torch.float32)
-    loaded = Llava.load(hub_folder, dtype="float32", padding="crop", system_prompt="")
-    zoom = ZoomLlava(loaded, proposer="none")
+    loaded = Llava15.load(hub_folder, dtype="float32", padding="crop", system_prompt="")
+    zoom = ZoomModel(loaded, proposer="none")
     texts = []
     for image in images:
         for question in QUESTIONS:
@@ -398,7 +399,7 @@ def test_crop_without_a_system_prompt_is_plain_transformers(
             texts.append(processor.tokenizer.decode(new, skip_special_tokens=True).strip())
     questions = [Question(text, (image,)) for image in images for text in QUESTIONS]
     assert [a.text for a in zoom.ask_batch(questions, {"max_new_tokens": 6})] == texts
-    other = ZoomLlava(Llava.load(hub_folder, dtype="float32"), proposer="none")
+    other = ZoomModel(Llava15.load(hub_folder, dtype="float32"), proposer="none")
     assert [a.text for a in other.ask_batch(questions, {"max_new_tokens": 6})] != texts
 
 
@@ -409,13 +410,13 @@ def test_crop_shows_the_central_square(
 ) -> None:
     """Whatever the checkpoint's processor would do by itself: boxes are computed for a square."""
     path = request.getfixturevalue(which)
-    loaded = Llava.load(path, dtype="float32", padding="crop")
+    loaded = Llava15.load(path, dtype="float32", padding="crop")
     image = make_image(*size, seed=5)
     left, top = (size[0] - 112) // 2, (size[1] - 112) // 2
     square = image.crop((left, top, left + 112, top + 112))
     assert (loaded.pixels([image])[0] - by_hand.normalised(square)).abs().max() < 1e-5
-    view = loaded.view(image)
-    corner = view.to_pixels(view.to_grid(PixelBox(left, top, left + 1, top + 1)))
+    view = loaded.image_grid(image)
+    corner = view.to_pixels(view.to_cells(PixelBox(left, top, left + 1, top + 1)))
     assert (corner.x0, corner.y0) == (left, top)
 
 
@@ -423,10 +424,10 @@ def test_crop_shows_the_central_square(
 
 
 @pytest.fixture(scope="module")
-def short_llava() -> Llava:
+def short_llava() -> Llava15:
     """A model whose context holds head, image, the question `yellow`, one answer token and 20."""
     llava = make_llava()
-    question = len(llava.question_ids("yellow"))
+    question = len(llava.prompt_ids("yellow").after)
     llava.context_length = len(llava.head_ids) + llava.image_tokens + question + 1 + 20
     return llava
 
@@ -437,12 +438,12 @@ def test_the_context_comes_from_the_model(folder: str, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = 77
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert Llava.load(str(tmp_path)).context_length == 77
+    assert Llava15.load(str(tmp_path)).context_length == 77
 
 
-def test_crop_tokens_are_cut_first(short_llava: Llava, images: list[Image.Image]) -> None:
+def test_crop_tokens_are_cut_first(short_llava: Llava15, images: list[Image.Image]) -> None:
     """64 crop tokens do not fit into a room of 20: the crop's grid shrinks until they do."""
-    zoom = ZoomLlava(short_llava, proposer="none")
+    zoom = ZoomModel(short_llava, proposer="none")
     image, box = images[0], PixelBox(0, 0, 60, 60)
     answer = zoom.ask(image, "yellow", box=box, max_new_tokens=1)
     assert answer.regions == (box,)
@@ -456,10 +457,10 @@ def test_crop_tokens_are_cut_first(short_llava: Llava, images: list[Image.Image]
     assert answer.text == short_llava.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_crops_that_cannot_fit_are_left_out(short_llava: Llava, images: Any) -> None:
+def test_crops_that_cannot_fit_are_left_out(short_llava: Llava15, images: Any) -> None:
     """A question that just fits is answered from the whole image, and says why."""
     text = " ".join(["red"] * 21)
-    zoom = ZoomLlava(short_llava, proposer="none")
+    zoom = ZoomModel(short_llava, proposer="none")
     answer = zoom.ask(images[0], text, box=PixelBox(0, 0, 60, 60), max_new_tokens=1)
     assert (answer.regions, answer.crop_tokens) == ((), 0)
     assert "no room in the context" in str(answer.reason)
@@ -468,31 +469,30 @@ def test_crops_that_cannot_fit_are_left_out(short_llava: Llava, images: Any) -> 
 
 @pytest.mark.parametrize("more", [1, 7])
 def test_prompts_that_cannot_fit_are_refused_with_the_number(
-    short_llava: Llava, images: list[Image.Image], more: int
+    short_llava: Llava15, images: list[Image.Image], more: int
 ) -> None:
     text = " ".join(["red"] * (21 + more))
-    zoom = ZoomLlava(short_llava, proposer="none")
+    zoom = ZoomModel(short_llava, proposer="none")
     with pytest.raises(ValueError, match=f" {more} too many for a context of "):
         zoom.ask(images[0], text, max_new_tokens=1)
     with pytest.raises(ValueError, match=r"[0-9]+ too many for a context of "):
         zoom.ask_batch([Question("yellow", tuple(images[:2]))], {"max_new_tokens": 1})
 
 
-def test_crops_without_a_kept_token_are_left_out(llava: Llava, images: Any) -> None:
+def test_crops_without_a_kept_token_are_left_out(llava: Llava15, images: Any) -> None:
     """Two thin components at the ends of a box whose tokens, shrunk, see mostly nothing."""
     over = np.zeros((8, 8), dtype=np.float32)
     over[0, :2] = over[7, 6:] = 0.9
     zoom = ZoomConfig(threshold=0.5, policy="mask", token_budget=0.3)
-    region = propose(over, llava.view(images[0]), zoom)
+    region = propose(over, llava.image_grid(images[0]), zoom)
     assert region.keep is not None
-    assert crop_tokens(llava, images[:1], [region], [zoom], [100]) == [None]
-    (whole,) = crop_tokens(llava, images[:1], [region], [replace(zoom, token_budget=1)], [100])
-    assert whole is not None
-    assert len(whole) == 4
+    assert crop_tokens(llava, images[:1], [region], [zoom], [100]) == [[]]
+    ((whole,),) = crop_tokens(llava, images[:1], [region], [replace(zoom, token_budget=1)], [100])
+    assert len(whole.tokens) == 4
 
 
-def test_rooms_are_each_rows_own(short_llava: Llava, images: list[Image.Image]) -> None:
-    zoom = ZoomLlava(short_llava, proposer="none")
+def test_rooms_are_each_rows_own(short_llava: Llava15, images: list[Image.Image]) -> None:
+    zoom = ZoomModel(short_llava, proposer="none")
     box = PixelBox(0, 0, 60, 60)
     texts = ("yellow", " ".join(["red"] * 12), " ".join(["red"] * 21))
     questions = [Question(text, (images[0],), box) for text in texts]
@@ -517,7 +517,7 @@ def edit(path: Path, **changes: Any) -> None:
     (path / "config.json").write_text(json.dumps(values | changes))
 
 
-def test_a_checkpoint_is_weights_config_and_card(llava: Llava, checkpoint: Path) -> None:
+def test_a_checkpoint_is_weights_config_and_card(llava: Llava15, checkpoint: Path) -> None:
     assert {file.name for file in checkpoint.iterdir()} == {
         "rpn.safetensors",
         "config.json",
@@ -530,7 +530,7 @@ def test_a_checkpoint_is_weights_config_and_card(llava: Llava, checkpoint: Path)
     assert not any("v_proj" in name and "layers" not in name for name in tensors)
 
 
-def test_settings_and_facts_travel_with_the_checkpoint(llava: Llava, tmp_path: Path) -> None:
+def test_settings_and_facts_travel_with_the_checkpoint(llava: Llava15, tmp_path: Path) -> None:
     rpn = make_rpn(llava, perturbed=False)
     labels = LabelConfig((LayerHeads(1, (0, 2)), LayerHeads(2)), (LayerHeads(0),), 3)
     rpn.config = replace(rpn.config, zoom=ZoomConfig(0.33, "strongest", 1.5), labels=labels)
@@ -539,11 +539,11 @@ def test_settings_and_facts_travel_with_the_checkpoint(llava: Llava, tmp_path: P
     loaded = RPN.from_pretrained(str(tmp_path))
     assert loaded.config == rpn.config
     assert loaded.facts == rpn.facts
-    assert ZoomLlava(llava, loaded).zoom == ZoomConfig(0.33, "strongest", 1.5)
-    assert ZoomLlava(llava, loaded).models.labels == labels
+    assert ZoomModel(llava, loaded).zoom == ZoomConfig(0.33, "strongest", 1.5)
+    assert ZoomModel(llava, loaded).models.labels == labels
 
 
-def test_the_card_tells_the_facts(llava: Llava, tmp_path: Path) -> None:
+def test_the_card_tells_the_facts(llava: Llava15, tmp_path: Path) -> None:
     rpn = make_rpn(llava, perturbed=False)
     rpn.save_pretrained(tmp_path)
     assert "Not trained: a copy of the backbone's layers." in (tmp_path / "README.md").read_text()
@@ -559,20 +559,20 @@ def test_the_card_tells_the_facts(llava: Llava, tmp_path: Path) -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused(
-    llava: Llava, gqa_llava: Llava, checkpoint: Path
+    llava: Llava15, gqa_llava: Llava15, checkpoint: Path
 ) -> None:
     loaded = RPN.from_pretrained(str(checkpoint))
     wrong = r"num_key_value_heads 4 \(the model has 2\)"
     with pytest.raises(ValueError, match=wrong) as error:
-        ZoomLlava(gqa_llava, loaded)
+        ZoomModel(gqa_llava, loaded)
     assert llava.name in str(error.value)
     assert gqa_llava.name in str(error.value)
     edit(checkpoint, branch_layer=4)
     with pytest.raises(ValueError, match=r"4 \+ 3 layers \(the model has 6\)"):
-        ZoomLlava(llava, RPN.from_pretrained(str(checkpoint)))
+        ZoomModel(llava, RPN.from_pretrained(str(checkpoint)))
     edit(checkpoint, branch_layer=2, image_tokens=576)
     with pytest.raises(ValueError, match=r"image_tokens 576 \(the model has 64\)"):
-        ZoomLlava(llava, RPN.from_pretrained(str(checkpoint)))
+        ZoomModel(llava, RPN.from_pretrained(str(checkpoint)))
 
 
 @pytest.mark.parametrize(
@@ -616,17 +616,17 @@ def test_missing_files_are_named(checkpoint: Path, file: str) -> None:
         RPN.from_pretrained(str(checkpoint))
 
 
-def test_a_fresh_rpn_needs_enough_layers(llava: Llava) -> None:
+def test_a_fresh_rpn_needs_enough_layers(llava: Llava15) -> None:
     assert RPN.from_backbone(llava, 3, 3).config.depth == 3
     with pytest.raises(ValueError, match=r"branch_layer 4 \+ depth 3 .* the backbone has 6"):
         RPN.from_backbone(llava, 4, 3)
 
 
 def test_a_half_precision_checkpoint_runs_in_the_models_precision(
-    llava: Llava, tmp_path: Path
+    llava: Llava15, tmp_path: Path
 ) -> None:
     make_rpn(llava, perturbed=True).to(torch.bfloat16).save_pretrained(tmp_path)
     loaded = RPN.from_pretrained(str(tmp_path))
     assert loaded.q_proj.weight.dtype == torch.bfloat16
-    ZoomLlava(llava, loaded)
+    ZoomModel(llava, loaded)
     assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}

@@ -13,9 +13,9 @@ from lmms_eval.api.instance import Instance
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import VICUNA_SYSTEM_PROMPT
-from sdrpn.engine import ZoomLlava
+from sdrpn.engine import ZoomModel
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 
 HUB_TEMPLATE = (
@@ -28,7 +28,7 @@ QUESTIONS = ("what pattern is on the red disc ?", "the blue disc ?", "what is on
 
 
 @pytest.fixture(scope="module")
-def checkpoint(llava: Llava, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(llava: Llava15, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random model as the hub lays LLaVA-1.5 out: an image processor that crops the centre."""
     folder = tmp_path_factory.mktemp("hub")
     llava.model.save_pretrained(folder)
@@ -86,7 +86,7 @@ def test_cropping_and_its_prompt_give_the_answers_of_llava_hf(
 ) -> None:
     docs = documents(images)
     theirs = llava_hf_answers(checkpoint, docs, monkeypatch, template)
-    engine = ZoomLlava.from_pretrained(
+    engine = ZoomModel.from_pretrained(
         str(checkpoint),
         proposer="none",
         padding="crop",
@@ -104,8 +104,8 @@ def test_padding_shows_the_model_another_picture(
     checkpoint: Path, images: list[Image.Image]
 ) -> None:
     """So that the test above cannot pass by chance: on a wide image the two views differ."""
-    padded = Llava.load(str(checkpoint), dtype="float32")
-    cropped = Llava.load(str(checkpoint), dtype="float32", padding="crop")
+    padded = Llava15.load(str(checkpoint), dtype="float32")
+    cropped = Llava15.load(str(checkpoint), dtype="float32", padding="crop")
     wide = [image for image in images if image.width != image.height]
     for image in wide:
         a, b = padded.pixels([image]), cropped.pixels([image])

@@ -194,15 +194,15 @@ def test_use_cache_is_refused_before_anything_is_loaded(
 
 @pytest.fixture(scope="module")
 def random_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sdrpn.backbones.llava15 import Llava
-    from sdrpn.rpn.model import RPN
+    from sdrpn.backbones.llava15 import Llava15
+    from sdrpn.rpn.checkpoint import RPN
 
     folder = tmp_path_factory.mktemp("random_llava")
     torch.manual_seed(0)
     processor = TINY_MODULE.build_processor()
     TINY_MODULE.build_model(processor.tokenizer).save_pretrained(folder)
     processor.save_pretrained(folder)
-    RPN.from_backbone(Llava.load(str(folder), device="cpu"), 3, 3).save_pretrained(folder / "rpn")
+    RPN.from_backbone(Llava15.load(str(folder), device="cpu"), 3, 3).save_pretrained(folder / "rpn")
     return folder
 
 

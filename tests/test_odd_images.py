@@ -20,9 +20,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.boxes import PixelBox
 from sdrpn.config import ZoomConfig
-from sdrpn.engine import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomModel
 from sdrpn.io.images import (
     LONGEST,
     WIDEST,
@@ -33,8 +34,7 @@ from sdrpn.io.images import (
     inside,
     load_image,
 )
-from sdrpn.roi.postprocess import PixelBox
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 from sdrpn_eval.record import read_records
 
@@ -366,18 +366,18 @@ def test_what_is_padded_is_bounded(size: tuple[int, int]) -> None:
 
 @pytest.mark.usefixtures("small_squares")
 @pytest.mark.parametrize("padding", ["pad", "crop"])
-def test_huge_squares_are_not_made(llava: Llava, padding: str) -> None:
+def test_huge_squares_are_not_made(llava: Llava15, padding: str) -> None:
     """A million pixels high, padded to a square they would be a million million; and resized to
     the model's side a third of a thousand million."""
     image = Image.new("RGB", (1, 1_000_000), (200, 30, 30))
-    one = Llava(llava.model, llava.processor, padding=padding)
+    one = Llava15(llava.model, llava.processor, padding=padding)
     assert one.pixels([image]).shape == (1, 3, 112, 112)
-    assert one.view(image).size == (1, 1_000_000)
+    assert one.image_grid(image).size == (1, 1_000_000)
     box = PixelBox(0, 0, 1, 1_000_000)
-    assert one.crop_pixels([(image, box)]).shape == (1, 3, 112, 112)
+    assert one.crop_input(image, box).pixels.shape == (3, 112, 112)
 
 
-def test_a_shrunk_image_is_seen_the_same(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shrunk_image_is_seen_the_same(llava: Llava15, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shrunk first, then padded and resized: the model's pixels hardly move."""
     image = make_image(900, 400, 1)
     plain = llava.pixels([image])
@@ -387,8 +387,8 @@ def test_a_shrunk_image_is_seen_the_same(llava: Llava, monkeypatch: pytest.Monke
     assert (plain - shrunk).abs().mean() < 0.03
 
 
-def test_a_cropped_view_shows_the_middle(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
-    crop = Llava(llava.model, llava.processor, padding="crop")
+def test_a_cropped_view_shows_the_middle(llava: Llava15, monkeypatch: pytest.MonkeyPatch) -> None:
+    crop = Llava15(llava.model, llava.processor, padding="crop")
     image = make_image(1000, 100, 1)
     plain = crop.pixels([image])
     monkeypatch.setattr("sdrpn.io.images.WIDEST", 3)
@@ -406,8 +406,8 @@ def small_squares(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def engine(llava: Llava, perturbed_rpn: RPN) -> ZoomLlava:
-    return ZoomLlava(llava, perturbed_rpn, zoom=ZOOM)
+def engine(llava: Llava15, perturbed_rpn: RPN) -> ZoomModel:
+    return ZoomModel(llava, perturbed_rpn, zoom=ZOOM)
 
 
 def from_file(content: bytes) -> Image.Image:
@@ -436,10 +436,10 @@ ODD: dict[str, Callable[[], Image.Image]] = {
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("proposer", ["rpn", "vicrop"])
 def test_odd_images_are_answered_as_they_are_shown(
-    engine: ZoomLlava, llava: Llava, name: str, proposer: str
+    engine: ZoomModel, llava: Llava15, name: str, proposer: str
 ) -> None:
     """As their RGB picture is; regions inside it, and where there is one, crop tokens."""
-    zoom = engine if proposer == "rpn" else ZoomLlava(llava, proposer="vicrop")
+    zoom = engine if proposer == "rpn" else ZoomModel(llava, proposer="vicrop")
     image = ODD[name]()
     plain = as_shown(ODD[name]())
     # Through an array: nothing but pixels is left.
@@ -449,7 +449,7 @@ def test_odd_images_are_answered_as_they_are_shown(
     )
     assert (first.text, first.regions) == (second.text, second.regions)
     assert image_key(image) == image_key(bare)
-    assert zoom.llava.view(image) == zoom.llava.view(bare)
+    assert zoom.backbone.image_grid(image) == zoom.backbone.image_grid(bare)
     assert bool(first.regions) == (first.reason is None) == (first.crop_tokens > 0)
     for x0, y0, x1, y1 in first.regions:
         assert 0 <= x0 < x1 <= plain.width
@@ -459,7 +459,7 @@ def test_odd_images_are_answered_as_they_are_shown(
     assert (boxed.regions, boxed.crop_tokens) == ((whole,), llava.image_tokens)
 
 
-def test_a_box_counts_pixels_of_the_picture_as_shown(engine: ZoomLlava) -> None:
+def test_a_box_counts_pixels_of_the_picture_as_shown(engine: ZoomModel) -> None:
     """A picture of 40 x 20 that is stored on its side: x goes up to 40."""
     picture = make_image(40, 20, 0)
     stored = picture.transpose(Image.Transpose.ROTATE_90)
@@ -473,11 +473,11 @@ def test_a_box_counts_pixels_of_the_picture_as_shown(engine: ZoomLlava) -> None:
         engine.ask(stored, "yellow", box=PixelBox(0, 25, 20, 40))
 
 
-def test_deep_images_that_differ_are_not_taken_for_one_another(llava: Llava) -> None:
+def test_deep_images_that_differ_are_not_taken_for_one_another(llava: Llava15) -> None:
     """Cut off at 255, both would be white all over."""
     images = [Image.fromarray(ramp(np.uint16, 65535)[:, ::step] | 256) for step in (1, -1)]
-    zoom = ZoomLlava(llava, proposer="none")
-    first, second = zoom.read(images)
+    zoom = ZoomModel(llava, proposer="none")
+    first, second = zoom.prefill(images)
     assert image_key(images[0]) != image_key(images[1])
     assert not first.kv[-1][0].equal(second.kv[-1][0])
 

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.backbones.plain_text import PlainText
+from sdrpn.boxes import PixelBox
 from sdrpn.config import VICUNA_SYSTEM_PROMPT
-from sdrpn.convert.checkpoint import Source
 from sdrpn.convert.tokenizer import read_tokenizer
-from sdrpn.engine import Question, ZoomLlava
-from sdrpn.roi.postprocess import PixelBox
-from sdrpn.rpn.model import RPN
+from sdrpn.engine import Question, ZoomModel
+from sdrpn.io.checkpoint_files import Source
+from sdrpn.rpn.checkpoint import RPN
 
 HEAD = f"{VICUNA_SYSTEM_PROMPT} USER: "
 SPECIAL = ("<s>", "</s>", "<unk>", "<pad>", "<image>")
@@ -80,7 +80,7 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(params=["word-level", "converted", "loaded", "legacy=False"])
-def tokenizer(request: pytest.FixtureRequest, llava: Llava) -> Any:
+def tokenizer(request: pytest.FixtureRequest, llava: Llava15) -> Any:
     """The embedded model's; LLaMA's as our converter makes it, as it loads again, and as newer
     checkpoints have it, where transformers puts no space before what follows an image."""
     if request.param == "word-level":
@@ -108,7 +108,7 @@ def special(tokenizer: Any) -> set[int]:
 
 @pytest.mark.parametrize("question", ORDINARY)
 def test_ordinary_text_has_the_ids_of_its_parts(
-    request: pytest.FixtureRequest, tokenizer: Any, llava: Llava, question: str
+    request: pytest.FixtureRequest, tokenizer: Any, llava: Llava15, question: str
 ) -> None:
     """Before and behind an image, several of them, and none: each part encoded on its own."""
     if tokenizer is llava.tokenizer:
@@ -133,11 +133,11 @@ def test_ordinary_text_has_the_ids_of_its_parts(
 
 
 @given(question=st.text(st.characters(exclude_categories=["Cs"])))
-def test_any_text_has_the_tokenizers_own_ids(llava: Llava, question: str) -> None:
+def test_any_text_has_the_tokenizers_own_ids(llava: Llava15, question: str) -> None:
     if any(token in question for token in SPECIAL):
         return
     expected = llava.tokenizer(f"{HEAD}<image>\n{question} ASSISTANT:")["input_ids"]
-    assert llava.whole_ids(question) == expected
+    assert llava.plain_ids(question) == expected
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_the_tokenizer_itself_is_left_alone(tokenizer: Any) -> None:
     assert PlainText(tokenizer, image_id(tokenizer)).mark != plain.mark
 
 
-def test_a_tokenizer_without_the_image_token_is_refused(llava: Llava) -> None:
+def test_a_tokenizer_without_the_image_token_is_refused(llava: Llava15) -> None:
     with pytest.raises(ValueError, match="token 31 is an image, which the tokenizer does not know"):
         PlainText(llava.tokenizer, 31)
 
@@ -193,23 +193,23 @@ def test_a_tokenizer_without_the_image_token_is_refused(llava: Llava) -> None:
 
 
 @pytest.fixture(scope="module")
-def engine(llava: Llava, perturbed_rpn: RPN) -> ZoomLlava:
-    return ZoomLlava(llava, perturbed_rpn)
+def engine(llava: Llava15, perturbed_rpn: RPN) -> ZoomModel:
+    return ZoomModel(llava, perturbed_rpn)
 
 
-def say(zoom: ZoomLlava, text: str, *images: Image.Image) -> str:
+def say(zoom: ZoomModel, text: str, *images: Image.Image) -> str:
     return zoom.ask_batch([Question(text, images)], {"max_new_tokens": 4})[0].text
 
 
 @pytest.mark.parametrize("question", [*ORDINARY[4:-1], *SPECIAL[:-1], "red </s> <s> ?"])
 def test_odd_questions_are_answered_as_their_ids_are(
-    llava: Llava, engine: ZoomLlava, images: list[Image.Image], question: str
+    llava: Llava15, engine: ZoomModel, images: list[Image.Image], question: str
 ) -> None:
     """Against one plain forward a token, over the ids that the question has as text."""
     box = PixelBox(0, 0, *images[1].size)
     answer = engine.ask(images[1], question, box=box, max_new_tokens=4)
     table = llava.model.get_input_embeddings().weight
-    before, behind = llava.prompt_ids(question)
+    before, behind = map(list, llava.prompt_ids(question))
     assert special_ids(llava.tokenizer, behind) == []
     seen = by_hand.image_tokens(llava, by_hand.padded(images[1], llava.side))
     crop = by_hand.crop_of(llava, images[1], box)
@@ -218,11 +218,13 @@ def test_odd_questions_are_answered_as_their_ids_are(
     assert answer.question_tokens == len(behind)
 
 
-def test_placeholders_that_match_stand_for_images(llava: Llava, images: list[Image.Image]) -> None:
-    zoom, pair = ZoomLlava(llava, proposer="none"), images[:2]
+def test_placeholders_that_match_stand_for_images(
+    llava: Llava15, images: list[Image.Image]
+) -> None:
+    zoom, pair = ZoomModel(llava, proposer="none"), images[:2]
     assert say(zoom, "<image>\nred ?", pair[0]) == say(zoom, "red ?", pair[0])
     assert (
-        llava.whole_ids("<image> red ? <image>", 2)
+        llava.plain_ids("<image> red ? <image>", 2)
         == llava.tokenizer(f"{HEAD}<image> red ? <image> ASSISTANT:")["input_ids"]
     )
 
@@ -231,21 +233,21 @@ def test_placeholders_that_match_stand_for_images(llava: Llava, images: list[Ima
     ("named", "count"), [(1, 0), (2, 0), (2, 1), (3, 1), (1, 2), (3, 2), (1, 3)]
 )
 def test_any_other_placeholder_is_text(
-    llava: Llava, images: list[Image.Image], named: int, count: int
+    llava: Llava15, images: list[Image.Image], named: int, count: int
 ) -> None:
     """One token for each image, in front; the question keeps its letters, and is answered."""
     question = "what is <image> ?" + " and <image> ?" * (named - 1)
-    ids = llava.whole_ids(question, count)
+    ids = llava.plain_ids(question, count)
     assert ids.count(llava.image_token_id) == count
     assert special_ids(llava.tokenizer, ids) == ["<s>", *["<image>"] * count]
     letters = llava.tokenizer(question.replace("<image>", "< image >"))["input_ids"][1:]
     assert ids[-len(letters) - 2 : -2] == letters
-    assert isinstance(say(ZoomLlava(llava, proposer="none"), question, *images[:count]), str)
+    assert isinstance(say(ZoomModel(llava, proposer="none"), question, *images[:count]), str)
 
 
-def test_continuations_are_text_too(llava: Llava, images: list[Image.Image]) -> None:
+def test_continuations_are_text_too(llava: Llava15, images: list[Image.Image]) -> None:
     """To the embedded tokenizer `</s>` is an unknown word, an s and an unknown word."""
-    zoom = ZoomLlava(llava, proposer="none")
+    zoom = ZoomModel(llava, proposer="none")
     for seen in (images[:1], images[:2]):
         questions = [Question("red ?", tuple(seen))] * 2
         (end, _, _), (letters, _, _) = zoom.loss_batch(questions, ["</s>", "¿ s ¿"])
@@ -254,10 +256,10 @@ def test_continuations_are_text_too(llava: Llava, images: list[Image.Image]) -> 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_what_does_not_fit_is_told_with_its_tokens(
-    llava: Llava, images: list[Image.Image], count: int
+    llava: Llava15, images: list[Image.Image], count: int
 ) -> None:
-    zoom = ZoomLlava(llava, proposer="none")
-    tokens = len(llava.whole_ids("red " * 10_000, count)) + count * (llava.image_tokens - 1)
+    zoom = ZoomModel(llava, proposer="none")
+    tokens = len(llava.plain_ids("red " * 10_000, count)) + count * (llava.image_tokens - 1)
     with pytest.raises(ValueError, match="shorten the question") as error:
         say(zoom, "red " * 10_000, *images[:count])
     assert (
@@ -266,15 +268,15 @@ def test_what_does_not_fit_is_told_with_its_tokens(
     )
 
 
-def test_half_a_character_is_told(llava: Llava, images: list[Image.Image]) -> None:
+def test_half_a_character_is_told(llava: Llava15, images: list[Image.Image]) -> None:
     with pytest.raises(ValueError, match=r"a question holds '\\ud800' at character \d+ of its"):
-        say(ZoomLlava(llava, proposer="none"), "what \ud800 ?", images[0])
+        say(ZoomModel(llava, proposer="none"), "what \ud800 ?", images[0])
 
 
-def test_a_checkpoint_answers_odd_questions_after_loading(tmp_path: Path, llava: Llava) -> None:
+def test_a_checkpoint_answers_odd_questions_after_loading(tmp_path: Path, llava: Llava15) -> None:
     """Saved and loaded, the processor brings the same tokens."""
     llava.model.save_pretrained(tmp_path)
     llava.processor.save_pretrained(tmp_path)
-    again = Llava.load(str(tmp_path), dtype="float32", device="cpu")
+    again = Llava15.load(str(tmp_path), dtype="float32", device="cpu")
     for question in (*SPECIAL, "<image> </s> <image>", "red ?"):
-        assert again.whole_ids(question) == llava.whole_ids(question)
+        assert again.plain_ids(question) == llava.plain_ids(question)

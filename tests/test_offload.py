@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdrpn.backbones.fingerprint import base_hash, weights_hash
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.boxes import PixelBox
 from sdrpn.config import LabelConfig, LayerHeads, ZoomConfig
-from sdrpn.engine import Question, ZoomLlava
-from sdrpn.roi.postprocess import PixelBox
-from sdrpn.rpn.model import RPN
+from sdrpn.engine import Question, ZoomModel
+from sdrpn.rpn.checkpoint import RPN
 
 LABELS = LabelConfig((LayerHeads(3, (0, 2)),), (LayerHeads(1),), 3, sink_threshold=0.5)
 PARTS = [
@@ -45,7 +45,7 @@ def device_map(on_disk: list[str]) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def folder(llava: Llava, tmp_path_factory: pytest.TempPathFactory) -> str:
+def folder(llava: Llava15, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("offload")
     llava.model.save_pretrained(path)
     llava.processor.save_pretrained(path)
@@ -53,8 +53,8 @@ def folder(llava: Llava, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module", params=MAPS)
-def offloaded(folder: str, request: pytest.FixtureRequest) -> Llava:
-    loaded = Llava.load(folder, dtype="float32", device_map=device_map(MAPS[request.param]))
+def offloaded(folder: str, request: pytest.FixtureRequest) -> Llava15:
+    loaded = Llava15.load(folder, dtype="float32", device_map=device_map(MAPS[request.param]))
     meta = [name for name, weight in loaded.model.named_parameters() if weight.is_meta]
     assert meta, "nothing is offloaded"
     assert all(any(name.startswith(part) for part in MAPS[request.param]) for name in meta)
@@ -63,8 +63,8 @@ def offloaded(folder: str, request: pytest.FixtureRequest) -> Llava:
 
 @pytest.mark.parametrize("proposer", ["rpn", "attention", "vicrop", "none"])
 def test_answers_are_those_of_a_model_in_memory(
-    llava: Llava,
-    offloaded: Llava,
+    llava: Llava15,
+    offloaded: Llava15,
     perturbed_rpn: RPN,
     images: list[Image.Image],
     tmp_path: Path,
@@ -74,7 +74,7 @@ def test_answers_are_those_of_a_model_in_memory(
     perturbed_rpn.save_pretrained(tmp_path)
     zoom = ZoomConfig(0.1, "strongest", min_cells=1, max_cells_fraction=1)
     engines = [
-        ZoomLlava(one, RPN.from_pretrained(tmp_path), proposer=proposer, zoom=zoom, labels=LABELS)
+        ZoomModel(one, RPN.from_pretrained(tmp_path), proposer=proposer, zoom=zoom, labels=LABELS)
         for one in (llava, offloaded)
     ]
     asked = [Question(text, (image,)) for image in images[:3] for text in QUESTIONS[:2]]
@@ -92,13 +92,13 @@ def test_answers_are_those_of_a_model_in_memory(
         assert greedy == as_greedy
 
 
-def test_devices_are_those_that_compute(offloaded: Llava) -> None:
+def test_devices_are_those_that_compute(offloaded: Llava15) -> None:
     assert offloaded.device == torch.device("cpu")
     assert offloaded.embed([1, 2]).device == torch.device("cpu")
     assert offloaded.dtype == torch.float32
 
 
-def test_an_rpn_is_copied_from_weights_on_disk(llava: Llava, offloaded: Llava) -> None:
+def test_an_rpn_is_copied_from_weights_on_disk(llava: Llava15, offloaded: Llava15) -> None:
     found = RPN.from_backbone(offloaded, BRANCH_LAYER, DEPTH)
     expected = RPN.from_backbone(llava, BRANCH_LAYER, DEPTH)
     assert found.config.base_hash == expected.config.base_hash != ""
@@ -106,7 +106,7 @@ def test_an_rpn_is_copied_from_weights_on_disk(llava: Llava, offloaded: Llava) -
     assert all(torch.equal(weights[name], w) for name, w in expected.named_parameters())
 
 
-def test_hashes_are_those_of_a_model_in_memory(llava: Llava, offloaded: Llava) -> None:
+def test_hashes_are_those_of_a_model_in_memory(llava: Llava15, offloaded: Llava15) -> None:
     assert base_hash(offloaded, 6) == base_hash(llava, 6) != ""
     assert weights_hash([offloaded.model]) == weights_hash([llava.model]) != ""
 
@@ -119,10 +119,10 @@ def test_an_rpn_of_another_base_is_noticed_from_disk(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     changed = {name: -t if "layers.0.mlp" in name else t for name, t in tensors.items()}
     save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded = Llava.load(str(tmp_path), dtype="float32", device_map=device_map(PARTS))
-    ZoomLlava(loaded, make_rpn(loaded, perturbed=False))
+    loaded = Llava15.load(str(tmp_path), dtype="float32", device_map=device_map(PARTS))
+    ZoomModel(loaded, make_rpn(loaded, perturbed=False))
     assert "was trained on" not in caplog.text
-    ZoomLlava(loaded, perturbed_rpn)
+    ZoomModel(loaded, perturbed_rpn)
     assert "was trained on" in caplog.text
 
 
@@ -137,11 +137,11 @@ def test_broken_weights_on_disk_are_found(folder: str, tmp_path: Path, name: str
         (tmp_path / file.name).write_bytes(file.read_bytes())
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="holds values that are not finite"):
-        Llava.load(str(tmp_path), dtype="float32", device_map=device_map(PARTS))
+        Llava15.load(str(tmp_path), dtype="float32", device_map=device_map(PARTS))
 
 
 def test_pickled_weights_are_offloaded_to_a_folder(
-    llava: Llava, folder: str, images: list[Image.Image], tmp_path: Path
+    llava: Llava15, folder: str, images: list[Image.Image], tmp_path: Path
 ) -> None:
     source = tmp_path / "pickled"
     source.mkdir()
@@ -149,7 +149,7 @@ def test_pickled_weights_are_offloaded_to_a_folder(
         if file.suffix != ".safetensors":
             (source / file.name).write_bytes(file.read_bytes())
     torch.save(load_file(Path(folder) / "model.safetensors"), source / "pytorch_model.bin")
-    loaded = ZoomLlava.from_pretrained(
+    loaded = ZoomModel.from_pretrained(
         str(source),
         proposer="none",
         dtype="float32",
@@ -158,7 +158,7 @@ def test_pickled_weights_are_offloaded_to_a_folder(
     )
     assert any((tmp_path / "offload").iterdir())
     found = loaded.ask(images[1], QUESTIONS[0], max_new_tokens=4)
-    expected = ZoomLlava(llava, proposer="none").ask(images[1], QUESTIONS[0], max_new_tokens=4)
+    expected = ZoomModel(llava, proposer="none").ask(images[1], QUESTIONS[0], max_new_tokens=4)
     assert found.text == expected.text
 
 
@@ -167,14 +167,14 @@ def test_half_precision_is_chosen_by_the_device_that_computes(
 ) -> None:
     """A map of `cpu` and `disk` alone computes on the CPU, also where there is a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert Llava.load(folder, device_map=device_map(PARTS[:1])).dtype == torch.float32
+    assert Llava15.load(folder, device_map=device_map(PARTS[:1])).dtype == torch.float32
 
 
 def test_maps_match_exactly(
-    llava: Llava, offloaded: Llava, perturbed_rpn: RPN, images: list[Image.Image]
+    llava: Llava15, offloaded: Llava15, perturbed_rpn: RPN, images: list[Image.Image]
 ) -> None:
     found, expected = (
-        ZoomLlava(one, perturbed_rpn).ask(images[1], QUESTIONS[0], max_new_tokens=1).roi_map
+        ZoomModel(one, perturbed_rpn).ask(images[1], QUESTIONS[0], max_new_tokens=1).roi_map
         for one in (offloaded, llava)
     )
     assert found is not None

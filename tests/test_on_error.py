@@ -296,8 +296,8 @@ def test_stock_answers_where_the_second_look_fails(
     by_rpn = proposers.BY_NAME["rpn"]
 
     def fails_on_the_third(models: Any, looks: Any) -> Any:
-        third = models.llava.question_ids("what pattern is on the c disc ?")
-        if any(list(look.question) == third for look in looks):
+        third = models.backbone.prompt_ids("what pattern is on the c disc ?").after
+        if any(look.question == third for look in looks):
             raise ValueError("no region")
         return by_rpn(models, looks)
 
@@ -404,13 +404,13 @@ class Guarded(dict):
 
 
 @pytest.fixture
-def short_engine() -> zoom.ZoomLlava:
+def short_engine() -> zoom.ZoomModel:
     """A model whose context holds a question of a few words and no more."""
     llava = make_llava()
     before = len(llava.head_ids) + llava.image_tokens
-    llava.context_length = before + len(llava.question_ids("red")) + 4
-    engine = zoom.ZoomLlava(llava, proposer="none", prefix_cache=0)
-    engine._pixels = Guarded(engine._pixels_lock)
+    llava.context_length = before + len(llava.prompt_ids("red").after) + 4
+    engine = zoom.ZoomModel(llava, proposer="none", prefix_cache=0)
+    engine._ready = Guarded(engine._ready_lock)
     return engine
 
 
@@ -418,7 +418,7 @@ def short_engine() -> zoom.ZoomLlava:
 @pytest.mark.parametrize("on_error", ["raise", "stock", "empty"])
 @pytest.mark.parametrize("kind", ["generate_until", "loglikelihood"])
 def test_no_pixels_of_a_question_that_is_too_long_are_left(
-    tmp_path: Path, short_engine: zoom.ZoomLlava, kind: str, on_error: str, batch_size: int
+    tmp_path: Path, short_engine: zoom.ZoomModel, kind: str, on_error: str, batch_size: int
 ) -> None:
     """Two of six are too long; under `raise` the next batch is being prepared when the run ends."""
     docs = [{"image": image(40 * i).resize((30, 20))} for i in range(6)]
@@ -433,13 +433,13 @@ def test_no_pixels_of_a_question_that_is_too_long_are_left(
         assert len(getattr(lm, kind)(asked)) == 6
         failed = [line["doc_id"] for line in read_records(tmp_path / "r") if "error" in line]
         assert sorted(failed) == [1, 4]
-        assert short_engine._pixels.filled == 6  # type: ignore[attr-defined]
-    assert dict(short_engine._pixels) == {}
+        assert short_engine._ready.filled == 6  # type: ignore[attr-defined]
+    assert dict(short_engine._ready) == {}
     if on_error == "stock":
-        assert lm._stock._pixels == {}
+        assert lm._stock._ready == {}
 
 
-def test_pixels_of_a_batch_that_is_refused_are_let_go(short_engine: zoom.ZoomLlava) -> None:
+def test_pixels_of_a_batch_that_is_refused_are_let_go(short_engine: zoom.ZoomModel) -> None:
     questions = [zoom.Question("red", (image(i).resize((30, 20)),)) for i in range(2)]
     for refused in (
         lambda: short_engine.loss_batch(questions, ["red", " "]),
@@ -447,10 +447,10 @@ def test_pixels_of_a_batch_that_is_refused_are_let_go(short_engine: zoom.ZoomLla
         lambda: short_engine.ask_batch(questions, {"use_cache": False}),
     ):
         short_engine.prepare(questions)
-        assert len(short_engine._pixels) == 2
+        assert len(short_engine._ready) == 2
         with pytest.raises(ValueError, match=r"empty|too many|use_cache"):
             refused()
-        assert len(short_engine._pixels) == 0
+        assert len(short_engine._ready) == 0
     short_engine.prepare(questions)
     short_engine.forget_prepared()
-    assert len(short_engine._pixels) == 0
+    assert len(short_engine._ready) == 0

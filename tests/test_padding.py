@@ -13,11 +13,11 @@ import pytest
 from conftest import make_image
 from typer.testing import CliRunner
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.cli import app
 from sdrpn.config import RPNConfig
-from sdrpn.engine import ZoomLlava
-from sdrpn.rpn.model import RPN
+from sdrpn.engine import ZoomModel
+from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.demo import tiny_path
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 
@@ -70,14 +70,14 @@ def run(*words: str) -> tuple[int, str]:
 def test_commands_show_images_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, given: list[str], used: str
 ) -> None:
-    loaded: list[Llava] = []
-    load = Llava.load.__func__
+    loaded: list[Llava15] = []
+    load = Llava15.load.__func__
 
-    def spied(cls: type[Llava], *args: Any, **options: Any) -> Llava:
+    def spied(cls: type[Llava15], *args: Any, **options: Any) -> Llava15:
         loaded.append(load(cls, *args, **options))
         raise ValueError("that is enough")
 
-    monkeypatch.setattr(Llava, "load", classmethod(spied))
+    monkeypatch.setattr(Llava15, "load", classmethod(spied))
     code, told = run(*words(command, folder, *given))
     assert (code, "that is enough" in told) == (2, True)
     assert [one.padding for one in loaded] == [used]
@@ -115,10 +115,10 @@ def test_from_labels_to_an_rpn(folder: Path) -> None:
 
 
 def test_an_rpn_of_another_padding_is_told(
-    llava: Llava, perturbed_rpn: RPN, caplog: pytest.LogCaptureFixture
+    llava: Llava15, perturbed_rpn: RPN, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert RPN.from_backbone(llava, 2, 3).config.padding == "pad"
-    cropping = Llava(llava.model, llava.processor, padding="crop", name="my/llava")
+    cropping = Llava15(llava.model, llava.processor, padding="crop", name="my/llava")
     assert RPN.from_backbone(cropping, 2, 3).config.padding == "crop"
     rpn = RPN(replace(perturbed_rpn.config, padding="pad"))
     told = (
@@ -158,13 +158,13 @@ def test_the_plugin_follows_the_note_and_records_what_it_does(
     square: Path, given: dict[str, Any], used: str
 ) -> None:
     model = LlavaSdrpn(pretrained=str(square), rpn=str(square / "rpn"), device="cpu", **given)
-    assert model.engine.llava.padding == used
+    assert model.engine.backbone.padding == used
     assert model.arguments["padding"] == used
 
 
-def test_without_a_note_the_plugin_pads(llava: Llava) -> None:
+def test_without_a_note_the_plugin_pads(llava: Llava15) -> None:
     model = LlavaSdrpn(pretrained="tiny", device="cpu")
-    assert (model.engine.llava.padding, model.arguments["padding"]) == ("pad", "pad")
-    cropping = Llava(llava.model, llava.processor, padding="crop")
-    model = LlavaSdrpn(pretrained=ZoomLlava(cropping, proposer="none"), proposer="none")
+    assert (model.engine.backbone.padding, model.arguments["padding"]) == ("pad", "pad")
+    cropping = Llava15(llava.model, llava.processor, padding="crop")
+    model = LlavaSdrpn(pretrained=ZoomModel(cropping, proposer="none"), proposer="none")
     assert model.arguments["padding"] == "crop"

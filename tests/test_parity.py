@@ -22,16 +22,18 @@ import torch
 from parity import POLICIES, Case
 from transformers import LogitsProcessorList
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.base import CropTokens
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.boxes import GridBox
 from sdrpn.config import LABELS_7B, ZoomConfig
 from sdrpn.convert.labels import convert_labels
 from sdrpn.distill.label_dataset import load_labels
 from sdrpn.distill.pseudo_labels import pseudo_labels
 from sdrpn.distill.trainer import RPNForTraining
-from sdrpn.engine import ZoomLlava
-from sdrpn.inference.generation import Suffix, generate
+from sdrpn.engine import ZoomModel
+from sdrpn.inference.generation import generate
 from sdrpn.roi.crops import crop_tokens
-from sdrpn.roi.postprocess import GridBox, components
+from sdrpn.roi.postprocess import components
 from sdrpn.roi.proposers import Look, roi_logits
 
 TOLERANCE = 1e-4
@@ -41,13 +43,13 @@ AT_THRESHOLDS = [(key, k) for key in KEYS for k in range(len(RECORD.thresholds(k
 
 
 @pytest.fixture(scope="module")
-def llava() -> Llava:
+def llava() -> Llava15:
     return RECORD.load_llava()
 
 
 @pytest.fixture(scope="module")
-def engine(llava: Llava) -> ZoomLlava:
-    return ZoomLlava(llava, RECORD.load_rpn())
+def engine(llava: Llava15) -> ZoomModel:
+    return ZoomModel(llava, RECORD.load_rpn())
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +58,12 @@ def record() -> Any:
 
 
 @pytest.fixture(scope="module")
-def looked(engine: ZoomLlava) -> dict[str, Case]:
+def looked(engine: ZoomModel) -> dict[str, Case]:
     """Every case read and looked at once."""
     return RECORD.look(engine)
 
 
-def first_logits(llava: Llava, case: Case, crop: torch.Tensor | None) -> np.ndarray:
+def first_logits(llava: Llava15, case: Case, crop: torch.Tensor | None) -> np.ndarray:
     """Logits of the first answer token, as generate() meets them."""
     seen: list[torch.Tensor] = []
 
@@ -70,17 +72,19 @@ def first_logits(llava: Llava, case: Case, crop: torch.Tensor | None) -> np.ndar
         return scores
 
     settings = {"max_new_tokens": 1, "logits_processor": LogitsProcessorList([keep])}
-    generate(llava, [case.prefix], [Suffix(case.words, crop)], settings)
+    crops = [] if crop is None else [CropTokens(crop, 1, len(crop))]
+    suffix = llava.suffix_segment(case.prefix.next_position, case.words, crops)
+    generate(llava, [case.prefix], [suffix], settings)
     return seen[0][0].numpy()
 
 
-def own_crop(llava: Llava, case: Case, policy: str) -> torch.Tensor | None:
+def own_crop(llava: Llava15, case: Case, policy: str) -> torch.Tensor | None:
     region = case.proposals[policy].region
-    (crop,) = crop_tokens(llava, [case.image], [region], [case.zoom(policy)], [10_000])
-    return crop
+    (crops,) = crop_tokens(llava, [case.image], [region], [case.zoom(policy)], [10_000])
+    return torch.cat([crop.tokens for crop in crops]) if crops else None
 
 
-def recorded_crop(llava: Llava, record: Any, key: str, policy: str) -> torch.Tensor | None:
+def recorded_crop(llava: Llava15, record: Any, key: str, policy: str) -> torch.Tensor | None:
     """The crop tokens that the authors' code inserted, behind the projector."""
     tokens = record[f"{key}/{policy}/crop_tokens"]
     with torch.no_grad():
@@ -101,10 +105,10 @@ def agree(found: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("key", KEYS)
 def test_roi_logits(
-    engine: ZoomLlava, llava: Llava, looked: dict[str, Case], record: Any, key: str
+    engine: ZoomModel, llava: Llava15, looked: dict[str, Case], record: Any, key: str
 ) -> None:
     case = looked[key]
-    look = Look(case.prefix, llava.view(case.image), case.words, engine.zoom)
+    look = Look(case.prefix, llava.image_grid(case.image), case.words, engine.zoom)
     (found,) = roi_logits(engine.models, [look])
     assert np.abs(found - record[f"{key}/pred_roi"]).max() < TOLERANCE
 
@@ -138,10 +142,10 @@ def test_boxes_in_cells(looked: dict[str, Case], record: Any, key: str, threshol
 
 @pytest.mark.parametrize(("key", "threshold"), AT_THRESHOLDS)
 def test_boxes_in_pixels(
-    llava: Llava, looked: dict[str, Case], record: Any, key: str, threshold: int
+    llava: Llava15, looked: dict[str, Case], record: Any, key: str, threshold: int
 ) -> None:
     """From the recorded cells: every one exactly, however it was grown."""
-    view = llava.view(looked[key].image)
+    view = llava.image_grid(looked[key].image)
     in_cells = record[f"{key}/boxes_grid/{threshold}"].reshape(-1, 4).tolist()
     in_pixels = record[f"{key}/boxes_src/{threshold}"].reshape(-1, 4).tolist()
     assert [list(view.to_pixels(GridBox(*box))) for box in in_cells] == in_pixels
@@ -153,7 +157,7 @@ def test_boxes_in_pixels(
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("key", KEYS)
 def test_crop_tokens(
-    llava: Llava, looked: dict[str, Case], record: Any, key: str, policy: str
+    llava: Llava15, looked: dict[str, Case], record: Any, key: str, policy: str
 ) -> None:
     """What is inserted, token by token; of grown boxes only that each gives a whole grid."""
     case = looked[key]
@@ -174,7 +178,7 @@ def test_crop_tokens(
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("key", KEYS)
 def test_first_logits(
-    llava: Llava, looked: dict[str, Case], record: Any, key: str, policy: str
+    llava: Llava15, looked: dict[str, Case], record: Any, key: str, policy: str
 ) -> None:
     case = looked[key]
     if case.has_grown_box(policy):
@@ -186,7 +190,7 @@ def test_first_logits(
 
 @pytest.mark.parametrize("key", KEYS)
 def test_first_logits_without_a_zoom(
-    llava: Llava, looked: dict[str, Case], record: Any, key: str
+    llava: Llava15, looked: dict[str, Case], record: Any, key: str
 ) -> None:
     expected = record[f"{key}/none/first_logits"]
     agree(first_logits(llava, looked[key], None), expected)
@@ -199,8 +203,9 @@ def test_first_logits_without_a_zoom(
 def test_pseudo_labels(case: str) -> None:
     """Foreground, background and ignored cells, exactly."""
     maps = RECORD.pseudo_labels
-    found = pseudo_labels(maps[f"{case}/attention"], maps[f"{case}/sink"], LABELS_7B)
-    assert np.array_equal(found, maps[f"{case}/labels"])
+    attention, sink = (maps[f"{case}/{name}"].reshape(24, 24) for name in ("attention", "sink"))
+    found = pseudo_labels(attention, sink, LABELS_7B)
+    assert np.array_equal(found.ravel(), maps[f"{case}/labels"])
 
 
 def test_converted_pseudo_labels(tmp_path: Path) -> None:
@@ -250,7 +255,7 @@ def ours(name: str) -> str:
     return name if name.startswith("norm.") else f"layers.{name}"
 
 
-def test_training_step(llava: Llava) -> None:
+def test_training_step(llava: Llava15) -> None:
     """The loss of a batch and the gradient norm of every weight of the RPN."""
     step = json.loads((RECORD.folder / "training.json").read_text())
     labels = np.stack([RECORD.pseudo_labels[f"{case}/labels"] for case in step["targets"]])
@@ -258,8 +263,8 @@ def test_training_step(llava: Llava) -> None:
     training = RPNForTraining(llava, rpn)
     training.train()
     ids, mask = padded(step["question_ids"])
-    pixels = llava.pixels([RECORD.image(name) for name in step["images"]])
-    loss = training(pixels, ids, mask, torch.tensor(labels, dtype=torch.long))["loss"]
+    images = llava.preprocess([RECORD.image(name) for name in step["images"]])
+    loss = training(images, ids, mask, torch.tensor(labels, dtype=torch.long))["loss"]
     assert loss.item() == pytest.approx(step["loss"], abs=TOLERANCE)
     loss.backward()
     norms = {name: weight.grad.norm().item() for name, weight in rpn.named_parameters()}

@@ -20,10 +20,10 @@ import torch
 from conftest import QUESTIONS, make_image
 from local_benchmarks import manager
 
-from sdrpn.backbones.llava15 import Llava
-from sdrpn.engine import ZoomLlava
-from sdrpn.inference.decoder import cache_argument, cache_of
-from sdrpn.inference.generation import Suffix, generate
+from sdrpn.backbones.cache import cache_argument, cache_of
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.engine import ZoomModel
+from sdrpn.inference.generation import generate
 
 ROOT = Path(__file__).parents[1]
 CODE = ("sdrpn", "sdrpn_eval", "tasks", "benchmarks")
@@ -33,13 +33,13 @@ CODE = ("sdrpn", "sdrpn_eval", "tasks", "benchmarks")
 class Touched:
     """A name, the files that touch it, what breaks without it, and whether it is as we take it.
 
-    check: is given a tiny Llava and a task of lmms-eval with its requests.
+    check: is given a tiny Llava15 and a task of lmms-eval with its requests.
     """
 
     name: str
     files: tuple[str, ...]
     breaks: str
-    check: Callable[[Llava, Any], Any]
+    check: Callable[[Llava15, Any], Any]
 
 
 def of(module: str, name: str) -> Any:
@@ -59,7 +59,7 @@ def has(thing: Any, *names: str) -> bool:
 # --- transformers ------------------------------------------------------------------------------
 
 
-def attention_backend(llava: Llava, _: Any) -> bool:
+def attention_backend(llava: Llava15, _: Any) -> bool:
     """Set on a shared config and read by layers when they run, as RPN.attach relies on."""
     config = of("transformers", "LlamaConfig")(
         hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1
@@ -78,7 +78,7 @@ def offload_hook(*_: Any) -> bool:
     return layer.weight.is_meta and torch.device("cpu") in devices
 
 
-def decoder_layer(llava: Llava, _: Any) -> bool:
+def decoder_layer(llava: Llava15, _: Any) -> bool:
     layer: Any = llava.layers[0][1]
     wanted = {"hidden_states", "attention_mask", "position_ids", "use_cache"}
     assert wanted | {"position_embeddings"} <= parameters(type(layer).forward)
@@ -105,35 +105,36 @@ def cache_layers(*_: Any) -> bool:
     return layer.keys.shape[0] == 2
 
 
-def behind_the_cache(llava: Llava, _: Any) -> bool:
+def behind_the_cache(llava: Llava15, _: Any) -> bool:
     """generate() embeds nothing itself and runs only what the cache does not hold."""
-    zoom = ZoomLlava(llava, proposer="none", prefix_cache=0)
-    (prefix,) = zoom.read([make_image(112, 112, 0)])
-    words = tuple(llava.question_ids(QUESTIONS[0]))
+    zoom = ZoomModel(llava, proposer="none", prefix_cache=0)
+    (prefix,) = zoom.prefill([make_image(112, 112, 0)])
+    words = tuple(llava.prompt_ids(QUESTIONS[0]).after)
     widths: list[int] = []
     first: Any = llava.layers[0][1]
     hook = first.input_layernorm.register_forward_hook(
         lambda _, inputs, __: widths.append(inputs[0].shape[1])
     )
     try:
-        generate(llava, [prefix], [Suffix(words)], {"max_new_tokens": 2, "min_new_tokens": 2})
+        suffix = llava.suffix_segment(prefix.next_position, words)
+        generate(llava, [prefix], [suffix], {"max_new_tokens": 2, "min_new_tokens": 2})
     finally:
         hook.remove()
     return widths == [len(words), 1]
 
 
-def submodules(llava: Llava, _: Any) -> bool:
+def submodules(llava: Llava15, _: Any) -> bool:
     has(llava.model, "lm_head", "get_image_features")
     has(llava.model.model, "vision_tower", "multi_modal_projector", "language_model")
     return has(llava.model.model.language_model, "layers", "norm", "rotary_emb", "embed_tokens")
 
 
-def image_features(llava: Llava, _: Any) -> bool:
+def image_features(llava: Llava15, _: Any) -> bool:
     pixels = torch.zeros(2, 3, llava.side, llava.side)
     return has(llava.model.get_image_features(pixel_values=pixels), "pooler_output")
 
 
-def checkpointing(llava: Llava, _: Any) -> bool:
+def checkpointing(llava: Llava15, _: Any) -> bool:
     layer: Any = llava.layers[0][1]
     assert "_gradient_checkpointing_func" in inspect.getsource(
         of("transformers.modeling_layers", "GradientCheckpointingLayer")
@@ -152,7 +153,7 @@ def trainer_files(*_: Any) -> bool:
 # --- lmms-eval ---------------------------------------------------------------------------------
 
 
-def index_entries(_: Llava, asked: Any) -> bool:
+def index_entries(_: Llava15, asked: Any) -> bool:
     entry = asked.index["textvqa_val"]
     assert asked.index["textvqa"]["type"] in ("group", "tag")
     assert entry["type"] == "task"
@@ -160,7 +161,7 @@ def index_entries(_: Llava, asked: Any) -> bool:
     return bool(config["task"] == "textvqa_val" and config["metric_list"])
 
 
-def request_tuple(_: Llava, asked: Any) -> bool:
+def request_tuple(_: Llava15, asked: Any) -> bool:
     prompt, settings, visual, doc_id, task, split = asked.requests[0].args
     assert isinstance(prompt, str)
     assert isinstance(settings, dict)
@@ -168,7 +169,7 @@ def request_tuple(_: Llava, asked: Any) -> bool:
     return visual.__self__ is asked.task
 
 
-def padding(_: Llava, asked: Any) -> bool:
+def padding(_: Llava15, asked: Any) -> bool:
     clone = of("lmms_eval.evaluator", "_clone_padding_request")(asked.requests[0])
     return clone.metadata["__padding_only__"] is True
 
@@ -188,7 +189,7 @@ def base_model(*_: Any) -> bool:
     return all(name in source for name in ("self._rank", "self._world_size", "self.task_dict"))
 
 
-def task_parts(_: Llava, asked: Any) -> bool:
+def task_parts(_: Llava15, asked: Any) -> bool:
     has(asked.task, "_metric_fn_list", "aggregation", "eval_docs_no_media", "config", "dataset")
     return has(
         asked.task.config, "process_results", "doc_to_target", "doc_to_choice", "metric_list"
@@ -211,7 +212,8 @@ def dataset_of_table(*_: Any) -> bool:
     return list(dataset(table)["a"]) == [1, 2]
 
 
-LAYERS, LLAVA = "sdrpn/inference/decoder.py", "sdrpn/backbones/llava15.py"
+BASE, CACHE = "sdrpn/backbones/base.py", "sdrpn/backbones/cache.py"
+LLAVA = "sdrpn/backbones/llava15.py"
 LLAMA = "transformers.models.llama.modeling_llama"
 PLUGIN, MODEL = "sdrpn_eval/plugin.py", "sdrpn_eval/llava_sdrpn.py"
 
@@ -224,7 +226,7 @@ TOUCHED = (
     ),
     Touched(
         "_attn_implementation",
-        ("sdrpn/rpn/model.py", "benchmarks/workload.py"),
+        ("sdrpn/rpn/checkpoint.py", "benchmarks/workload.py"),
         "the RPN would run on another attention backend than its backbone",
         attention_backend,
     ),
@@ -236,26 +238,26 @@ TOUCHED = (
     ),
     Touched(
         "LlamaDecoderLayer",
-        (LAYERS, "sdrpn/rpn/model.py"),
+        (CACHE, LLAVA),
         "layers cannot be run one by one: no prefix, no RPN",
         decoder_layer,
     ),
     Touched(
         "apply_rotary_pos_emb",
-        (LAYERS, "sdrpn/inference/attention_rows.py"),
+        (BASE,),
         "cached keys and attention rows would lack their positions",
         lambda *_: {"q", "k", "cos", "sin"} <= parameters(of(LLAMA, "apply_rotary_pos_emb")),
     ),
-    Touched("create_causal_mask", (LLAVA,), "no attention mask over a prefix", causal_mask),
+    Touched("create_causal_mask", (BASE,), "no attention mask over a prefix", causal_mask),
     Touched(
         "DynamicLayer",
-        (LAYERS,),
+        (CACHE,),
         "a prefix cannot be used again without copying it, or answers would write into it",
         cache_layers,
     ),
     Touched(
         "inputs_embeds",
-        ("sdrpn/inference/generation.py",),
+        (LLAVA,),
         "generate() would read the whole prompt again, or the wrong part of it",
         behind_the_cache,
     ),
@@ -281,13 +283,13 @@ TOUCHED = (
     ),
     Touched(
         "_save_pretrained",
-        ("sdrpn/rpn/model.py",),
+        ("sdrpn/rpn/checkpoint.py",),
         "save_pretrained would write no weights",
         lambda *_: has(of("huggingface_hub", "ModelHubMixin"), "_save_pretrained"),
     ),
     Touched(
         "generate_model_card",
-        ("sdrpn/rpn/model.py",),
+        ("sdrpn/rpn/checkpoint.py",),
         "a saved RPN would have a card that says nothing",
         lambda *_: has(of("huggingface_hub", "ModelHubMixin"), "generate_model_card"),
     ),
@@ -411,7 +413,7 @@ def asked() -> Any:
 
 
 @pytest.mark.parametrize("touched", TOUCHED, ids=lambda t: t.name)
-def test_it_is_as_we_take_it(touched: Touched, llava: Llava, asked: Any) -> None:
+def test_it_is_as_we_take_it(touched: Touched, llava: Llava15, asked: Any) -> None:
     try:
         problem = "" if touched.check(llava, asked) else "it is not as we take it"
     except Exception as error:

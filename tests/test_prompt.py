@@ -14,10 +14,10 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.backbones.plain_text import PlainText, encode_as_sentencepiece
-from sdrpn.convert.checkpoint import Source
 from sdrpn.convert.tokenizer import read_tokenizer
+from sdrpn.io.checkpoint_files import Source
 
 PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 FIRST = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
@@ -120,9 +120,9 @@ def test_a_loaded_model_has_them(tmp_path: Path) -> None:
     write_hub_files(tmp_path / "hub")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tmp_path / "hub" / name, tmp_path / name)
-    loaded = Llava.load(str(tmp_path), device="cpu", system_prompt="")
-    assert loaded.question_ids("the")[:4] == [29871, 13, 29873, 354]
-    ids = loaded.whole_ids("ro <image> a<image>", 2)
+    loaded = Llava15.load(str(tmp_path), device="cpu", system_prompt="")
+    assert list(loaded.prompt_ids("the").after[:4]) == [29871, 13, 29873, 354]
+    ids = loaded.plain_ids("ro <image> a<image>", 2)
     first = ids.index(32000)
     assert ids[first - 1 : first + 4] == [29871, 32000, 259, 29874, 32000]
 

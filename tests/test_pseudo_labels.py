@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from sdrpn.config import LABELS_7B, LABELS_13B, LabelConfig, LayerHeads, published_labels
-from sdrpn.distill.pseudo_labels import IGNORED, judge, pseudo_labels, remove_sinks
+from sdrpn.distill.pseudo_labels import IGNORED, judge, pseudo_labels
+from sdrpn.roi.sinks import remove_sinks
 
 CONFIG = LABELS_7B
 SCALE = 0.01
@@ -25,10 +26,12 @@ def label(*rows: str, config: LabelConfig = CONFIG, scale: float = SCALE) -> lis
     values = {"#": 1.0, "*": 5.0, ".": 0.0} | {str(n): n / 10 for n in range(10)}
     grounding = np.array([values[cell] for row in rows for cell in row], dtype=np.float32) * scale
     sink = np.array([0.5 if cell == "*" else 1e-4 for row in rows for cell in row])
-    found = pseudo_labels(grounding, sink, config)
+    shape = len(rows), len(rows[0])
+    found = pseudo_labels(grounding.reshape(shape), sink.reshape(shape), config)
     assert found.dtype == np.int8
+    assert found.shape == shape
     names = {1: "1", 0: "0", IGNORED: "."}
-    drawn = "".join(names[int(value)] for value in found)
+    drawn = "".join(names[int(value)] for value in found.ravel())
     width = len(rows[0])
     return [drawn[start : start + width] for start in range(0, len(drawn), width)]
 
@@ -128,7 +131,7 @@ def test_lines_are_drawn_by_over_and_under() -> None:
     grounding = np.zeros(16)
     grounding[[0, 3, 12, 15]] = 1.0, 0.25, 0.125, 0.1249
     config = replace(CONFIG, foreground=0.25, background=0.125)
-    found = pseudo_labels(grounding, np.zeros(16), config)
+    found = pseudo_labels(grounding.reshape(4, 4), np.zeros((4, 4)), config).ravel()
     assert found[[0, 3, 12, 15]].tolist() == [1, IGNORED, IGNORED, 0]
 
 
@@ -153,18 +156,19 @@ def test_why_there_are_no_labels() -> None:
         (apart, CONFIG, None),
         (apart, one, "foreground at several places"),
     ):
-        labels, told = judge(grounding, sink, config)
+        labels, told = judge(grounding.reshape(4, 4), sink.reshape(4, 4), config)
         assert told == reason
         assert (labels == IGNORED).all() == (reason is not None)
 
 
 def test_odd_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="10 image tokens do not make a square grid"):
-        pseudo_labels(np.zeros(10), np.zeros(10), CONFIG)
-    with pytest.raises(ValueError, match="one length"):
-        pseudo_labels(np.zeros(9), np.zeros(16), CONFIG)
-    with pytest.raises(ValueError, match="one length"):
-        pseudo_labels(np.zeros((3, 3)), np.zeros((3, 3)), CONFIG)
+    for one, other in (((10,), (10,)), ((3, 3), (4, 4)), ((2, 8), (8, 2)), ((0, 3), (0, 3))):
+        with pytest.raises(ValueError, match="two grids"):
+            pseudo_labels(np.zeros(one), np.zeros(other), CONFIG)
+
+
+def test_grids_need_not_be_square() -> None:
+    assert label("....#", ".....", "2....") == ["0000" + "1", "00000", ".0000"]
 
 
 def test_published_heads() -> None:

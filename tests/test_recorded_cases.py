@@ -12,7 +12,7 @@ from parity import POLICIES, SHIPPED, Case, Record
 
 from sdrpn.config import ZoomConfig
 from sdrpn.distill.pseudo_labels import IGNORED
-from sdrpn.engine import ZoomLlava
+from sdrpn.engine import ZoomModel
 from sdrpn.roi.postprocess import components
 
 RECORD = Record(SHIPPED)
@@ -20,7 +20,7 @@ RECORD = Record(SHIPPED)
 
 @pytest.fixture(scope="module")
 def looked() -> dict[str, Case]:
-    return RECORD.look(ZoomLlava(RECORD.load_llava(), RECORD.load_rpn()))
+    return RECORD.look(ZoomModel(RECORD.load_llava(), RECORD.load_rpn()))
 
 
 def test_boxes_of_both_kinds(looked: dict[str, Case]) -> None:

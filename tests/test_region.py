@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,21 +15,13 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from scipy import ndimage
 
+from sdrpn.backbones.base import Backbone, ImageInput
+from sdrpn.backbones.llava15 import square_grid, stretched
+from sdrpn.boxes import GridBox, ImageGrid, PixelBox
 from sdrpn.config import ZoomConfig
 from sdrpn.roi import postprocess as region
 from sdrpn.roi.crops import crop_tokens, kept, resize
-from sdrpn.roi.postprocess import (
-    GridBox,
-    PixelBox,
-    Region,
-    View,
-    blur,
-    budget,
-    components,
-    crop,
-    grow,
-    propose,
-)
+from sdrpn.roi.postprocess import Region, blur, budget, components, grow, propose
 from sdrpn.roi.vicrop import propose_window
 
 HIGH, LOW = 0.9, 0.01
@@ -41,9 +34,9 @@ def drawn(*rows: str) -> np.ndarray:
     return np.array([[values[cell] for cell in row] for row in rows], dtype=np.float32)
 
 
-def square_view(grid: int, cell: int = 10) -> View:
+def square_view(grid: int, cell: int = 10) -> ImageGrid:
     """A square image of `cell` pixels a cell, which the model sees at its own size."""
-    return View((grid * cell, grid * cell), grid, grid * cell)
+    return square_grid((grid * cell, grid * cell), grid, grid * cell)
 
 
 def boxes(found: Region) -> list[tuple[int, ...]]:
@@ -203,7 +196,7 @@ def test_components_carry_their_own_cells() -> None:
     ],
 )
 def test_grow(small: tuple[int, ...], grown: tuple[int, ...]) -> None:
-    assert tuple(grow(GridBox(*small), 8)) == grown
+    assert tuple(grow(GridBox(*small), 8, 8)) == grown
 
 
 def test_only_components_under_four_cells_are_grown() -> None:
@@ -218,7 +211,7 @@ def test_grown_boxes_hold_the_component_and_stay_inside(grid: int, data: st.Data
     width, height = data.draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]))
     x = data.draw(st.integers(0, grid - width))
     y = data.draw(st.integers(0, grid - height))
-    grown = grow(GridBox(x, y, x + width, y + height), grid)
+    grown = grow(GridBox(x, y, x + width, y + height), grid, grid)
     assert 0 <= grown.x0 <= x < x + width <= grown.x1 <= grid
     assert 0 <= grown.y0 <= y < y + height <= grown.y1 <= grid
     assert (grown.x1 - grown.x0, grown.y1 - grown.y0) == (3, 3)
@@ -264,7 +257,7 @@ def test_mask_boxes_all_cells_of_several_components() -> None:
 
 
 def test_mask_boxes_dropped_cells_too() -> None:
-    """METHOD: *all* cells over the threshold, those of components that were dropped as well."""
+    """*All* cells over the threshold, those of components that were dropped as well."""
     lonely = ("#" + TWO[0][1:], *TWO[1:])
     found = look(*lonely, policy="mask")
     assert boxes(found) == [(0, 0, 8, 7)]
@@ -315,11 +308,13 @@ def test_strongest_passes_over_peaks_in_the_padding() -> None:
         "8.......",
         "8.......",
     )
-    wide = View((448, 112), 8, 112)  # a cell has 14 model pixels and 56 source pixels
+    wide = square_grid((448, 112), 8, 112)  # a cell has 14 model pixels and 56 source pixels
     found = propose(drawn(*rows), wide, replace(ANY_SIZE, policy="strongest"))
     assert boxes(found) == [(4, 2, 6, 6)]
     assert [tuple(box) for box in found.boxes] == [(224, 0, 336, 112)]
-    square = propose(drawn(*rows), View((448, 448), 8, 112), replace(ANY_SIZE, policy="strongest"))
+    square = propose(
+        drawn(*rows), square_grid((448, 448), 8, 112), replace(ANY_SIZE, policy="strongest")
+    )
     assert boxes(square) == [(0, 0, 2, 2)]
     only = [row.replace("5", ".").replace("6", ".") for row in rows]
     nothing = propose(drawn(*only), wide, replace(ANY_SIZE, policy="strongest"))
@@ -351,7 +346,7 @@ def test_strongest_passes_over_peaks_in_the_padding() -> None:
 def test_to_pixels(
     size: tuple[int, int], padding: str, box: tuple[int, ...], pixels: tuple[int, ...]
 ) -> None:
-    assert tuple(View(size, 4, 112, padding).to_pixels(GridBox(*box))) == pixels
+    assert tuple(square_grid(size, 4, 112, padding).to_pixels(GridBox(*box))) == pixels
 
 
 @pytest.mark.parametrize(
@@ -376,7 +371,7 @@ def test_to_pixels(
 def test_edges_follow_the_published_rounding(
     size: tuple[int, int], box: tuple[int, ...], pixels: tuple[int, ...]
 ) -> None:
-    assert tuple(View(size, 24, 336).to_pixels(GridBox(*box))) == pixels
+    assert tuple(square_grid(size, 24, 336).to_pixels(GridBox(*box))) == pixels
 
 
 @settings(max_examples=500)
@@ -391,20 +386,20 @@ def test_edges_are_those_of_float32_tensors(size: tuple[int, int], edges: tuple[
     pad = torch.tensor([(336 - int(width * ratio)) / 2, (336 - int(height * ratio)) / 2] * 2)
     found = (torch.tensor(edges, dtype=torch.float32) * 14 - pad) / ratio
     expected = torch.minimum(found.clamp(min=0), torch.tensor([width, height] * 2)).int()
-    assert list(View(size, 24, 336).to_pixels(GridBox(*edges))) == expected.tolist()
+    assert list(square_grid(size, 24, 336).to_pixels(GridBox(*edges))) == expected.tolist()
 
 
 def test_cropped_squares_keep_their_exact_offset() -> None:
     """On 333 x 100, `crop` resizes to 1118.88 columns and takes the middle 336."""
-    view = View((333, 100), 24, 336, "crop")
-    assert view.pad == view.offset == pytest.approx((-391.44, 0.0))
+    view = square_grid((333, 100), 24, 336, "crop")
+    assert view.offset == pytest.approx((-391.44, 0.0))
     assert tuple(view.to_pixels(GridBox(0, 0, 24, 12))) == (116, 0, 216, 50)
-    assert tuple(view.to_grid(PixelBox(117, 0, 216, 50))) == (0, 0, 24, 12)
+    assert tuple(view.to_cells(PixelBox(117, 0, 216, 50))) == (0, 0, 24, 12)
 
 
 def test_regions_in_the_padding_alone() -> None:
     """On a wide image the upper and lower cells show no picture: there is nothing to crop."""
-    view = View((448, 112), 8, 112)
+    view = square_grid((448, 112), 8, 112)
     rows = ["........"] * 8
     rows[0] = rows[1] = "..##...."
     found = propose(drawn(*rows), view, ANY_SIZE)
@@ -419,35 +414,35 @@ def test_regions_in_the_padding_alone() -> None:
 @pytest.mark.parametrize("box", [(28, 28, 56, 84), (0, 0, 112, 112), (0, 28, 28, 56)])
 def test_to_grid_undoes_to_pixels(box: tuple[int, ...]) -> None:
     for size in ((112, 112), (336, 336)):
-        view = View(size, 4, 112)
+        view = square_grid(size, 4, 112)
         scaled = PixelBox(*(edge * size[0] // 112 for edge in box))
-        assert view.to_pixels(view.to_grid(scaled)) == scaled
+        assert view.to_pixels(view.to_cells(scaled)) == scaled
 
 
 def test_to_grid_takes_every_cell_a_box_touches() -> None:
-    view = View((112, 112), 4, 112)
-    assert tuple(view.to_grid(PixelBox(27, 28, 57, 29))) == (0, 1, 3, 2)
-    assert tuple(view.to_grid(PixelBox(111, 0, 112, 1))) == (3, 0, 4, 1)
-    wide = View((224, 112), 4, 112)
-    assert tuple(wide.to_grid(PixelBox(0, 0, 1, 1))) == (0, 1, 1, 2)
+    view = square_grid((112, 112), 4, 112)
+    assert tuple(view.to_cells(PixelBox(27, 28, 57, 29))) == (0, 1, 3, 2)
+    assert tuple(view.to_cells(PixelBox(111, 0, 112, 1))) == (3, 0, 4, 1)
+    wide = square_grid((224, 112), 4, 112)
+    assert tuple(wide.to_cells(PixelBox(0, 0, 1, 1))) == (0, 1, 1, 2)
 
 
 def test_to_grid_ends_where_a_cell_ends() -> None:
     """On 500 x 500 a cell of 14 model pixels has 20.83 source pixels: 6 of them make 125."""
-    view = View((500, 500), 24, 336)
-    assert tuple(view.to_grid(PixelBox(125, 250, 375, 500))) == (6, 12, 18, 24)
-    assert tuple(view.to_grid(PixelBox(124, 249, 376, 500))) == (5, 11, 19, 24)
+    view = square_grid((500, 500), 24, 336)
+    assert tuple(view.to_cells(PixelBox(125, 250, 375, 500))) == (6, 12, 18, 24)
+    assert tuple(view.to_cells(PixelBox(124, 249, 376, 500))) == (5, 11, 19, 24)
     # 88.5 model pixels of padding: cell 6 holds the first rows, cell 17 the last.
-    wide = View((700, 333), 24, 336)
-    assert tuple(wide.to_grid(PixelBox(0, 0, 700, 333))) == (0, 6, 24, 18)
-    assert tuple(wide.to_grid(PixelBox(175, 20, 350, 78))) == (6, 7, 12, 9)
+    wide = square_grid((700, 333), 24, 336)
+    assert tuple(wide.to_cells(PixelBox(0, 0, 700, 333))) == (0, 6, 24, 18)
+    assert tuple(wide.to_cells(PixelBox(175, 20, 350, 78))) == (6, 7, 12, 9)
 
 
 def test_cropped_away_boxes_still_have_cells() -> None:
     """A given box may lie where `crop` shows nothing; its token grid needs a size all the same."""
-    view = View((300, 100), 4, 112, "crop")
+    view = square_grid((300, 100), 4, 112, "crop")
     for box in (PixelBox(0, 0, 10, 10), PixelBox(290, 90, 300, 100)):
-        cells = view.to_grid(box)
+        cells = view.to_cells(box)
         assert 0 <= cells.x0 < cells.x1 <= 4
         assert 0 <= cells.y0 < cells.y1 <= 4
 
@@ -484,7 +479,7 @@ def test_any_map_gives_sound_boxes(
     """Boxes lie inside the image and hold pixels; in cells, each holds a whole component."""
     zoom = ZoomConfig(threshold, policy, None, min_cells, fraction)
     values = data.draw(arrays(np.float32, (grid, grid), elements=CELLS))
-    view = View(size, grid, 14 * grid, padding)
+    view = square_grid(size, grid, 14 * grid, padding)
     found = propose(values, view, zoom)
     assert bool(found.boxes) == (found.reason is None)
     assert len(found.boxes) == len(found.grid_boxes) <= (2 if policy == "bbox" else 1)
@@ -508,10 +503,10 @@ def test_any_map_gives_sound_boxes(
 @given(size=st.tuples(SIDES, SIDES), grid=GRIDS, data=st.data())
 def test_a_box_lies_inside_its_cells(size: tuple[int, int], grid: int, data: st.DataObject) -> None:
     """Into cells and back, a box only widens, but for the truncation of one pixel a side."""
-    view = View(size, grid, 14 * grid)
+    view = square_grid(size, grid, 14 * grid)
     x0, y0 = (data.draw(st.integers(0, edge - 1)) for edge in size)
     x1, y1 = data.draw(st.integers(x0 + 1, size[0])), data.draw(st.integers(y0 + 1, size[1]))
-    around = view.to_pixels(view.to_grid(PixelBox(x0, y0, x1, y1)))
+    around = view.to_pixels(view.to_cells(PixelBox(x0, y0, x1, y1)))
     assert around.x0 <= x0
     assert around.y0 <= y0
     assert around.x1 >= x1 - 1
@@ -530,7 +525,7 @@ def test_any_ratio_gives_a_sound_window(
 ) -> None:
     """ViCrop's window: a square of at least one pixel, inside the image and the grid."""
     ratio = data.draw(arrays(np.float32, (grid, grid), elements=st.floats(0, 1e6, width=32)))
-    found = propose_window(ratio, View(size, grid, 14 * grid, padding))
+    found = propose_window(ratio, square_grid(size, grid, 14 * grid, padding))
     ((box,), (cells,)) = found.boxes, found.grid_boxes
     assert 0 <= box.x0 < box.x1 <= size[0]
     assert 0 <= box.y0 < box.y1 <= size[1]
@@ -544,7 +539,7 @@ def test_a_region_of_less_than_a_pixel_is_none(size: tuple[int, int]) -> None:
     """On an image smaller than the grid a box may lie inside it and hold no pixel."""
     rows = ["........"] * 8
     rows[0] = "##......"
-    found = propose(drawn(*rows), View(size, 8, 112), replace(ANY_SIZE, min_cells=1))
+    found = propose(drawn(*rows), square_grid(size, 8, 112), replace(ANY_SIZE, min_cells=1))
     assert found.boxes == ()
     assert found.reason == "the region holds no whole pixel of the image, only padding"
 
@@ -553,11 +548,13 @@ def test_a_region_of_less_than_a_pixel_is_none(size: tuple[int, int]) -> None:
 
 
 def test_a_given_box_is_taken_as_it_is() -> None:
-    found = region.given(PixelBox(5, 30, 112, 84), View((112, 112), 4, 112))
+    found = region.given(PixelBox(5, 30, 112, 84), square_grid((112, 112), 4, 112))
     assert found.boxes == (PixelBox(5, 30, 112, 84),)
     assert found.grid_boxes == (GridBox(0, 1, 4, 3),)
     assert found.reason is None
-    assert region.given((0, 0, 112, 112), View((112, 112), 4, 112)).boxes == ((0, 0, 112, 112),)
+    assert region.given(PixelBox(0, 0, 112, 112), square_grid((112, 112), 4, 112)).boxes == (
+        (0, 0, 112, 112),
+    )
 
 
 @pytest.mark.parametrize(
@@ -566,7 +563,7 @@ def test_a_given_box_is_taken_as_it_is() -> None:
 )
 def test_a_given_box_must_lie_inside_the_image(box: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="does not lie inside the 40 x 30 image") as error:
-        region.given(PixelBox(*box), View((40, 30), 4, 112))
+        region.given(PixelBox(*box), square_grid((40, 30), 4, 112))
     assert str(box) in str(error.value)
 
 
@@ -618,10 +615,12 @@ def noise_image(width: int, height: int) -> Image.Image:
 
 def test_crops_are_cut_from_the_original_and_stretched() -> None:
     image = noise_image(50, 40)
-    found = crop(image, PixelBox(10, 5, 42, 37), 32)
+    found = stretched(image, PixelBox(10, 5, 42, 37), 32)
     assert np.array_equal(np.asarray(found), np.asarray(image)[5:37, 10:42])
-    assert crop(image, PixelBox(0, 0, 50, 3), 32).size == (32, 32)
-    assert crop(image, PixelBox(7, 7, 8, 8), 32).getcolors() == [(1024, image.getpixel((7, 7)))]
+    assert stretched(image, PixelBox(0, 0, 50, 3), 32).size == (32, 32)
+    assert stretched(image, PixelBox(7, 7, 8, 8), 32).getcolors() == [
+        (1024, image.getpixel((7, 7)))
+    ]
 
 
 @settings(max_examples=60)
@@ -634,7 +633,7 @@ def test_any_box_gives_a_crop_of_its_own_pixels(data: st.DataObject, size: tuple
     )
     image = noise_image(*size)
     cut = np.asarray(image)[box.y0 : box.y1, box.x0 : box.x1]
-    found = np.asarray(crop(image, box, 28))
+    found = np.asarray(stretched(image, box, 28))
     assert found.shape == (28, 28, 3)
     assert (found >= cut.min((0, 1))).all()
     assert (found <= cut.max((0, 1))).all()
@@ -643,7 +642,7 @@ def test_any_box_gives_a_crop_of_its_own_pixels(data: st.DataObject, size: tuple
 def test_crops_that_are_very_high_resize_rows_first() -> None:
     """Columns first would take side x height pixels of a crop one pixel wide."""
     high, bilinear = noise_image(5, 9_000), Image.Resampling.BILINEAR
-    found = np.asarray(crop(high, PixelBox(0, 0, 5, 9_000), 112))
+    found = np.asarray(stretched(high, PixelBox(0, 0, 5, 9_000), 112))
     rows = high.resize((5, 112), bilinear).resize((112, 112), bilinear)
     columns = high.resize((112, 9_000), bilinear).resize((112, 112), bilinear)
     assert np.array_equal(found, rows)
@@ -654,7 +653,7 @@ def test_crops_that_are_very_high_resize_rows_first() -> None:
 def test_crops_resize_columns_first(size: tuple[int, int]) -> None:
     """The order of the two passes decides the rounding, so it is not left to Pillow's version."""
     image = noise_image(*size)
-    found = np.asarray(crop(image, PixelBox(0, 0, *size), 112), dtype=int)
+    found = np.asarray(stretched(image, PixelBox(0, 0, *size), 112), dtype=int)
     columns = image.resize((112, size[1]), Image.Resampling.BILINEAR)
     assert np.array_equal(found, columns.resize((112, 112), Image.Resampling.BILINEAR))
     rows = image.resize((size[0], 112), Image.Resampling.BILINEAR)
@@ -677,7 +676,7 @@ def test_budget_is_cells_of_the_box_times_the_ratio(
     ratio: float | None, expected: tuple[int, int]
 ) -> None:
     """(rows, columns) for a box of 5 x 2 cells, at most the grid."""
-    assert budget(GridBox(3, 4, 8, 6), 24, ZoomConfig(token_budget=ratio)) == expected
+    assert budget(GridBox(3, 4, 8, 6), 24, 24, ZoomConfig(token_budget=ratio)) == expected
 
 
 def test_kept_tokens_follow_the_cut_map() -> None:
@@ -710,17 +709,14 @@ def test_resize_is_bilinear_and_leaves_whole_grids_alone() -> None:
     assert small[0, 0].tolist() == feature[0:2, 1:3].mean((0, 1)).tolist()
 
 
-class Encoder:
-    """A stand-in for a Llava: crop tokens of one channel, told apart by their number."""
-
-    def __init__(self, grid: int) -> None:
-        self.grid = grid
-
-    def crop_pixels(self, crops: list[Any]) -> torch.Tensor:
-        return torch.zeros(len(crops))
-
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.arange(1.0, self.grid**2 + 1)[None, :, None].expand(len(pixels), -1, -1)
+def encoding(grid: int) -> dict[str, Any]:
+    """What a backbone is asked for: crop tokens of one channel, told apart by their number."""
+    ready = ImageInput(torch.zeros(0), square_grid((1, 1), grid, 14))
+    tokens = torch.arange(1.0, grid**2 + 1)[:, None]
+    return {
+        "crop_input.return_value": ready,
+        "encode.side_effect": lambda inputs: [tokens for _ in inputs],
+    }
 
 
 @settings(max_examples=200)
@@ -743,19 +739,20 @@ def test_crop_tokens_are_some_and_fit_or_there_are_none(
     """Whatever region a map gives: never an empty crop, never more tokens than there is room."""
     zoom = ZoomConfig(0.5, policy, token_budget, 1, 1.0)
     values = data.draw(arrays(np.float32, (grid, grid), elements=CELLS))
-    found = propose(values, View(size, grid, 14 * grid), zoom)
-    image: Any = None
-    encoder: Any = Encoder(grid)
-    (tokens,) = crop_tokens(encoder, [image], [found], [zoom], [room])
+    found = propose(values, square_grid(size, grid, 14 * grid), zoom)
+    image = Image.new("RGB", (1, 1))
+    encoder = Mock(Backbone, **encoding(grid))
+    (crops,) = crop_tokens(encoder, [image], [found], [zoom], [room])
     if not found.boxes:
-        assert tokens is None
+        assert crops == []
         return
     whole = sum(
-        rows * columns for rows, columns in (budget(b, grid, zoom) for b in found.grid_boxes)
+        rows * columns for rows, columns in (budget(b, grid, grid, zoom) for b in found.grid_boxes)
     )
-    if tokens is None:
+    if not crops:
         assert room < len(found.boxes) or found.keep is not None
         return
+    tokens = torch.cat([crop.tokens for crop in crops])
     assert 1 <= len(tokens) <= min(room, whole)
     assert tokens.isfinite().all()
     if whole <= room and found.keep is None:

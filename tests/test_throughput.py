@@ -19,10 +19,10 @@ from shapes import SHAPES, Shape
 from systems import System, all_systems, generation_of, middle_box, preset_zoom, zooming_engine
 from workload import MIXES, Cell
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.boxes import GridBox
 from sdrpn.engine import Question
-from sdrpn.roi.postprocess import GridBox
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 
 TOY = Shape(4, 32, 64, 2, 128, 2, 32, 64, 2)
 ROW_KEYS = {
@@ -48,7 +48,7 @@ def fast_tokens() -> int:
 
 
 @pytest.fixture(scope="module")
-def systems(llava: Llava, perturbed_rpn: RPN) -> dict[tuple[str, str | None], System]:
+def systems(llava: Llava15, perturbed_rpn: RPN) -> dict[tuple[str, str | None], System]:
     box = middle_box(llava.grid, 3)
     made = all_systems(llava, perturbed_rpn, box, 4, vicrop_batched=True)
     return {(s.name, s.preset): s for s in made}
@@ -115,7 +115,7 @@ def test_every_question_has_its_crop(
 
 
 def test_the_proposer_runs_before_its_box_is_set(
-    llava: Llava, perturbed_rpn: RPN, asked: list[Question]
+    llava: Llava15, perturbed_rpn: RPN, asked: list[Question]
 ) -> None:
     engine = zooming_engine(llava, perturbed_rpn, middle_box(llava.grid, 3), "paper")
     answers = engine.ask_batch(asked, generation_of(1))

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback
 from typer.testing import CliRunner
 
 import sdrpn.distill
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.cli import app
 from sdrpn.cli.train import training_arguments
 from sdrpn.config import LayerHeads, RPNConfig, ZoomConfig
@@ -41,7 +41,7 @@ from sdrpn.distill.pseudo_labels import IGNORED
 from sdrpn.distill.split import split_by_image
 from sdrpn.distill.trainer import RPNForTraining, RPNSamples, collate, last_checkpoint, train
 from sdrpn.io.atomic import write_json
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.demo import tiny_path
 
 runner = CliRunner()
@@ -92,7 +92,7 @@ class KillAt(TrainerCallback):
 
 
 def test_interrupted_and_uninterrupted_runs_end_equal(
-    llava: Llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llava: Llava15, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(out: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
         rpn = RPN.from_backbone(llava, 2, 3)
@@ -171,7 +171,7 @@ def holds(rpn: RPN, weights: dict[str, torch.Tensor]) -> bool:
 
 
 def test_the_smallest_loss_is_the_best(
-    llava: Llava, tmp_path: Path, planned: Callable[..., None]
+    llava: Llava15, tmp_path: Path, planned: Callable[..., None]
 ) -> None:
     """Of 0.5, 0.3, 0.2, 0.4, 0.9 the third; by the settings of the command."""
     planned(0.5, 0.3, 0.2, 0.4, 0.9)
@@ -188,7 +188,7 @@ def test_the_smallest_loss_is_the_best(
 
 @pytest.mark.parametrize("moved", [False, True], ids=["same place", "moved"])
 def test_a_finished_training_gives_the_best_weights_again(
-    llava: Llava, tmp_path: Path, planned: Callable[..., None], moved: bool
+    llava: Llava15, tmp_path: Path, planned: Callable[..., None], moved: bool
 ) -> None:
     planned(0.5, 0.2, 0.3, 0.4, 0.9)
     first = RPN.from_backbone(llava, 2, 3)
@@ -214,7 +214,7 @@ def test_a_finished_training_gives_the_best_weights_again(
 
 @pytest.mark.parametrize("deleted", [False, True], ids=["moved", "deleted"])
 def test_a_resumed_training_ends_with_the_best_weights_of_the_first_part(
-    llava: Llava, tmp_path: Path, planned: Callable[..., None], deleted: bool
+    llava: Llava15, tmp_path: Path, planned: Callable[..., None], deleted: bool
 ) -> None:
     """The best was before the interruption, and the folder was moved; or it is gone."""
     planned(0.5, 0.2, 0.3, 0.4, 0.9)
@@ -273,7 +273,7 @@ QUIET = ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"]
 
 
 def test_a_run_uses_the_published_optimizer_and_schedule(
-    llava: Llava, tmp_path: Path, watch: Watch
+    llava: Llava15, tmp_path: Path, watch: Watch
 ) -> None:
     """100 steps: 3 of warm-up from 0 to 5e-5, then half a cosine down to 0."""
     more = ["--max_steps", "100", "--per_device_train_batch_size", "1", "--save_strategy", "no"]
@@ -291,7 +291,7 @@ def test_a_run_uses_the_published_optimizer_and_schedule(
 
 
 def test_a_run_is_one_epoch_of_512_questions_a_step(
-    llava: Llava, tmp_path: Path, watch: Watch
+    llava: Llava15, tmp_path: Path, watch: Watch
 ) -> None:
     """513 questions: a step of 512 and a step of one."""
     given = training_arguments(QUIET, tmp_path, 512, measured=False)
@@ -303,7 +303,7 @@ def test_a_run_is_one_epoch_of_512_questions_a_step(
 
 
 def test_on_a_gpu_it_is_bfloat16_with_checkpointing(
-    llava: Llava, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+    llava: Llava15, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     values = module.defaults(measured=False)
@@ -334,16 +334,16 @@ def test_on_a_gpu_it_is_bfloat16_with_checkpointing(
 # Questions that do not fit the context
 
 
-def test_a_question_past_the_context_is_refused_by_name(llava: Llava) -> None:
+def test_a_question_past_the_context_is_refused_by_name(llava: Llava15) -> None:
     rows = [samples(1)[0] | {"question": "red " * 1400}]
     with pytest.raises(ValueError, match="too many for a context of 1024 with one token to answ"):
         RPNSamples(rows, llava)[0]
 
 
-def test_a_question_fits_to_the_token(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_fits_to_the_token(llava: Llava15, monkeypatch: pytest.MonkeyPatch) -> None:
     """The question needs a token behind it, which answers it."""
     row = samples(1)[0]
-    prompt = len(llava.whole_ids(row["question"])) - 1 + 64
+    prompt = len(llava.plain_ids(row["question"])) - 1 + 64
     monkeypatch.setattr(llava, "context_length", prompt + 1)
     assert RPNSamples([row], llava)[0]["labels"].shape == (64,)
     monkeypatch.setattr(llava, "context_length", prompt)
@@ -411,7 +411,7 @@ def test_map_scores_by_hand() -> None:
     assert map_scores(np.zeros(2), np.array([1, IGNORED])) is None
 
 
-def test_held_out_measures_are_those_of_the_saved_rpn(llava: Llava, tmp_path: Path) -> None:
+def test_held_out_measures_are_those_of_the_saved_rpn(llava: Llava15, tmp_path: Path) -> None:
     rpn = RPN.from_backbone(llava, 2, 3)
     back = samples(5)
     best = {
@@ -440,7 +440,7 @@ def test_held_out_measures_are_those_of_the_saved_rpn(llava: Llava, tmp_path: Pa
 # How it is computed
 
 
-def test_checkpointing_gives_the_same_gradients(llava: Llava) -> None:
+def test_checkpointing_gives_the_same_gradients(llava: Llava15) -> None:
     made = RPNSamples(samples(3), llava)
     batch = collate([made[i] for i in range(3)])
     gradients = []
@@ -455,8 +455,8 @@ def test_checkpointing_gives_the_same_gradients(llava: Llava) -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0, msg=name)
 
 
-def test_weights_stay_float32_over_a_half_backbone(llava: Llava) -> None:
-    half = Llava.load(str(tiny_path()), dtype="bfloat16")
+def test_weights_stay_float32_over_a_half_backbone(llava: Llava15) -> None:
+    half = Llava15.load(str(tiny_path()), dtype="bfloat16")
     model = RPNForTraining(half, RPN.from_backbone(half, 2, 3))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     made = RPNSamples(samples(2), half)
@@ -468,8 +468,8 @@ def test_weights_stay_float32_over_a_half_backbone(llava: Llava) -> None:
 
 
 def test_only_the_layers_that_are_needed_are_loaded() -> None:
-    whole = Llava.load(str(tiny_path()), dtype="float32")
-    part = Llava.load(str(tiny_path()), dtype="float32", num_layers=4)
+    whole = Llava15.load(str(tiny_path()), dtype="float32")
+    part = Llava15.load(str(tiny_path()), dtype="float32", num_layers=4)
     assert (whole.num_layers, part.num_layers) == (6, 4)
     a, b = whole.model.state_dict(), part.model.state_dict()
     assert set(a) - set(b) == {name for name in a if ".layers.4." in name or ".layers.5." in name
@@ -477,14 +477,14 @@ def test_only_the_layers_that_are_needed_are_loaded() -> None:
     for name, weight in b.items():
         torch.testing.assert_close(weight, a[name], rtol=0, atol=0)
     with pytest.raises(ValueError, match="has 6 decoder layers, 7 are needed"):
-        Llava.load(str(tiny_path()), num_layers=7)
+        Llava15.load(str(tiny_path()), num_layers=7)
 
 
 @pytest.mark.parametrize(
     ("hidden", "inner", "heads", "millions"), [(4096, 11008, 32, 438), (5120, 13824, 40, 687)]
 )
 def test_size_of_the_real_rpns(hidden: int, inner: int, heads: int, millions: int) -> None:
-    """METHOD section 2: about 438 M for 7B; for 13B by the same shape (2 layers, q, k, norms)."""
+    """docs/method.md: about 438 M for 7B; for 13B by the same shape (2 layers, q, k, norms)."""
     config = RPNConfig(hidden, inner, heads, heads, 1e-5, 576)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in RPN(config).parameters())
@@ -539,16 +539,16 @@ def test_no_image_is_on_both_sides(labels: Path) -> None:
     for share in (1, 1.5, -0.1, float("nan")):
         with pytest.raises(ValueError, match=r"held_out must be a share in \[0, 1\), got"):
             split_by_image(rows, share, None, seed=0)
-    rows.drop(lambda question: True)
+    rows.drop(lambda question, cells: True)
     with pytest.raises(ValueError, match="no sample has a label"):
         split_by_image(rows, 0, None, seed=0)
 
 
 def test_rows_are_dropped_by_their_question(labels: Path) -> None:
     rows = LabelledImages(load_labels(labels), labels.parent / "images")
-    assert rows.drop(lambda question: False) == []
+    assert rows.drop(lambda question, cells: False) == []
     assert len(rows) == 24
-    dropped = rows.drop(lambda question: "red" in question)
+    dropped = rows.drop(lambda question, cells: "red" in question and cells == 64)
     assert dropped == [str(i) for i in range(0, 24, 2)]
     assert rows.rows["id"] == [str(i) for i in range(1, 24, 2)]
     rows = LabelledImages(load_labels(labels), labels.parent / "images")
@@ -611,7 +611,7 @@ def test_two_processes_train_as_one(labels: Path, tmp_path: Path) -> None:
     assert facts[0]["batch size"] == facts[1]["batch size"] == 8
     assert facts[0]["final loss"] == pytest.approx(facts[1]["final loss"], abs=2e-3)
     one, two = (RPN.from_pretrained(str(tmp_path / n)).state_dict() for n in launches)
-    start = RPN.from_backbone(Llava.load(str(tiny_path()), dtype="float32"), 3, 3).state_dict()
+    start = RPN.from_backbone(Llava15.load(str(tiny_path()), dtype="float32"), 3, 3).state_dict()
     for name, weight in one.items():
         moved = (weight - start[name]).abs().max()
         assert moved > 0

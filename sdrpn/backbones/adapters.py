@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from sdrpn import hub
-from sdrpn.convert.checkpoint import reason
+from sdrpn.io import hub
+from sdrpn.io.checkpoint_files import reason
 
 KEPT_WHOLE = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 """Modules that 4-bit loading leaves as they are: small, and what the maps are made from."""

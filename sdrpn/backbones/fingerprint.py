@@ -8,22 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.base import Backbone
 from sdrpn.io.checkpoints import named_weights
 
 ROWS = 64
 """Rows looked at of each matrix: a few MB in all, and fine-tuning moves every row."""
 
 
-def base_hash(llava: Llava, branch_layer: int) -> str:
+def base_hash(backbone: Backbone, branch_layer: int) -> str:
     """A hash of what an RPN behind layer `branch_layer` - 1 reads: those layers and the projector.
 
     Made of the weights' signs, which no rounding between float32, float16 and bfloat16 changes;
     training flips those of small weights, and there are many. Empty where the weights cannot be
     read as numbers (4-bit), which compares with nothing.
     """
-    modules = [llava.model.model.multi_modal_projector]
-    modules += [layer for _, layer in llava.layers[:branch_layer]]
+    modules = [backbone.projector, *(layer for _, layer in backbone.layers[:branch_layer])]
     return weights_hash(modules)
 
 

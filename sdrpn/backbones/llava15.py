@@ -1,37 +1,46 @@
-"""The one seam to transformers: load a LLaVA-1.5, write its prompt, show it images, run its layers.
-
-Shapes: B rows, N new tokens, P cached tokens, C hidden size, T image tokens (576).
-"""
+"""LLaVA-1.5: a LLaMA behind a CLIP tower, which sees every image as one square of 336 pixels."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoProcessor,
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
-    LlavaProcessor,
     PreTrainedConfig,
 )
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 from transformers.utils import logging
 
-from sdrpn import hub
 from sdrpn.backbones.adapters import four_bits, with_adapter
-from sdrpn.backbones.plain_text import IMAGE_TOKEN, PlainText
-from sdrpn.config import ASPECT_RATIO, NOTED_PADDINGS, PADDINGS, VICUNA_SYSTEM_PROMPT
-from sdrpn.convert.checkpoint import CONFIG_FILE, Source, reason
-from sdrpn.inference.decoder import Span, cache_argument, positions_of
+from sdrpn.backbones.base import Backbone, CropTokens, ImageInput, PromptIds, Segment
+from sdrpn.backbones.cache import cache_argument
+from sdrpn.backbones.plain_text import PlainText
+from sdrpn.boxes import ImageGrid, PixelBox
+from sdrpn.config import (
+    ASPECT_RATIO,
+    IMAGE_TOKEN,
+    NOTED_PADDINGS,
+    PADDINGS,
+    VICUNA_SYSTEM_PROMPT,
+    LabelConfig,
+    RPNConfig,
+    published_labels,
+)
+from sdrpn.io import hub
+from sdrpn.io.checkpoint_files import CONFIG_FILE, Source, reason
 from sdrpn.io.checkpoints import (
     broken_files_named,
     check_complete,
@@ -41,30 +50,15 @@ from sdrpn.io.checkpoints import (
     execution_device,
     named_weights,
 )
-from sdrpn.io.images import as_shown, bounded
-from sdrpn.plurals import agree, counted
-from sdrpn.roi.postprocess import PixelBox, View, crop
+from sdrpn.io.images import LONGEST, as_shown, bounded
+from sdrpn.io.plurals import agree, counted
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ADAPTER_FILE = "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class WeightsUnavailable(OSError):
     """The weights of a model could not be found: no such folder, or no hub within reach."""
-
-
-def check_reachable(pretrained: str, revision: str | None = None, peft: str | None = None) -> None:
-    """Fetch the small file of a base model and of its adapter, by which a refusal shows.
-
-    Raises WeightsUnavailable, with the cause and its remedy.
-    """
-    for name, of, file in ((pretrained, revision, CONFIG_FILE), (peft, None, ADAPTER_FILE)):
-        if name and not os.path.isdir(name):
-            try:
-                Source(name, revision=of).fetch(file, "a model or an adapter")
-            except OSError as error:
-                raise WeightsUnavailable(f"cannot load {name!r}: {error}") from error
 
 
 def check_is_llava15(config: dict[str, Any], name: str) -> None:
@@ -198,26 +192,49 @@ def _first_layers(
         logging.set_verbosity(level)
 
 
-class Llava:
+def square_grid(size: tuple[int, int], cells: int, side: int, padding: str = "pad") -> ImageGrid:
+    """How a square of image tokens lies on an image.
+
+    Args:
+        size: (width, height) of the image, in pixels.
+        cells: Image tokens per side.
+        side: Side of the square that the encoder sees, in pixels.
+        padding: `pad` centres the whole image on the square, `crop` takes its central square.
+    """
+    fitted = max(size) if padding == "pad" else min(size)
+    ratio = side / fitted
+    # A padded image is resized to whole pixels, so its size is truncated before it is centred, as
+    # in SD-RPN's published code. `crop` has no published rule and keeps the exact offset.
+    width, height = (int(n * ratio) if padding == "pad" else n * ratio for n in size)
+    offset = (side - width) / 2, (side - height) / 2
+    exact = Fraction(side, fitted)
+    return ImageGrid(cells, cells, size, Fraction(side, cells), (exact, exact), offset)
+
+
+class Llava15(Backbone):
     """A frozen LLaVA-1.5 with its processor and its prompt.
 
+    processor: a LlavaProcessor, or what has its `tokenizer` and `image_processor`.
     padding: `pad` shows the whole image on a square, as LLaVA-1.5 was trained and scored; `crop`
     uses the checkpoint's own image processor without padding, which cuts the sides off. Default:
     what its config.json notes as `image_aspect_ratio` (`pad`, or `square` for crop), else `pad`.
     """
 
+    model_type = "llava"
+
     def __init__(
         self,
         model: LlavaForConditionalGeneration,
-        processor: LlavaProcessor,
+        processor: Any,
         *,
         padding: str | None = None,
         system_prompt: str = VICUNA_SYSTEM_PROMPT,
         name: str = "",
     ) -> None:
         check_padding(padding)
-        self.model: Any = model.eval().requires_grad_(False)
-        self.processor: Any = processor
+        self.model = model.eval().requires_grad_(False)
+        self.processor = processor
+        self.tokenizer = self.processor.tokenizer
         self.system_prompt = system_prompt
         self.name = name or model.config._name_or_path
         noted = {ASPECT_RATIO: getattr(model.config, ASPECT_RATIO, None)}
@@ -226,8 +243,8 @@ class Llava:
         self.side: int = vision.image_size
         self.grid: int = vision.image_size // vision.patch_size
         self.image_tokens = self.grid**2
-        self.text_config: Any = model.config.text_config
-        self.context_length: int = self.text_config.max_position_embeddings
+        self.text_config = model.config.text_config
+        self.context_length = self.text_config.max_position_embeddings
         self.image_token_id: int = model.config.image_token_id
         own = self.processor.image_processor
         square = {"height": self.side, "width": self.side}
@@ -239,7 +256,7 @@ class Llava:
             image_std=own.image_std,
         )
         self.plain_text = PlainText(self.tokenizer, self.image_token_id, self.name)
-        self.head_ids, _ = self.prompt_ids("")
+        self.head_ids = self.prompt_ids("").before
 
     @classmethod
     def load(
@@ -257,7 +274,7 @@ class Llava:
         load_in_4bit: bool = False,
         padding: str | None = None,
         system_prompt: str = VICUNA_SYSTEM_PROMPT,
-    ) -> Self:
+    ) -> Llava15:
         """Load a LLaVA-1.5 and its processor from a folder or a hub id.
 
         device: one device (default: the GPU where there is one). device_map: accelerate's, instead
@@ -318,18 +335,10 @@ class Llava:
             model, processor, padding=padding, system_prompt=system_prompt, name=str(pretrained)
         )
 
-    # --- words -------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.processor.tokenizer
-
-    @property
-    def eos_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
+    # --- prompt ------------------------------------------------------------------------------
 
     def prompt(self, question: str, images: int = 1, mark: str = IMAGE_TOKEN) -> str:
-        """The vicuna_v1 prompt of METHOD section 1, with a mark for each image before the question.
+        """Vicuna's prompt, with a mark for each image before the question.
 
         A question that holds as many `<image>` as it has images means them by it: several stay
         where they are, a single one goes in front. Any other number is plain text.
@@ -345,101 +354,164 @@ class Llava:
         system = f"{self.system_prompt} " if self.system_prompt else ""
         return f"{system}USER: {question} ASSISTANT:"
 
-    def whole_ids(self, question: str, images: int = 1, answer: str = "") -> list[int]:
-        """Token ids of a whole prompt, one for each image; special tokens in a question are text.
-
-        answer: words that stand behind the prompt.
-        """
+    def plain_ids(self, question: str, images: int = 1, answer: str = "") -> list[int]:
         prompt = self.prompt(question, images, self.plain_text.mark)
         return self.plain_text.ids(prompt + answer)
 
-    def prompt_ids(self, question: str) -> tuple[list[int], list[int]]:
-        """Token ids before the image and behind it, each part encoded on its own."""
-        ids = self.whole_ids(question)
+    def prompt_ids(self, question: str) -> PromptIds:
+        ids = self.plain_ids(question)
         where = ids.index(self.image_token_id)
-        return ids[:where], ids[where + 1 :]
-
-    def question_ids(self, question: str) -> list[int]:
-        """Token ids behind the image: the question and the turn's end, ASSISTANT: included."""
-        return self.prompt_ids(question)[1]
-
-    def room(self, question_ids: Sequence[int]) -> int:
-        """Tokens the context holds behind one image and these question ids; 0 or less: none.
-
-        Args:
-            question_ids: token ids behind the image, as `question_ids` gives them.
-        """
-        return self.context_length - len(self.head_ids) - self.image_tokens - len(question_ids)
-
-    def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
-        """Word embeddings: ids [...] -> [..., C]."""
-        table = self.model.get_input_embeddings()
-        return table(torch.as_tensor(ids, device=self.device))
+        return PromptIds(tuple(ids[:where]), tuple(ids[where + 1 :]))
 
     # --- images ------------------------------------------------------------------------------
 
-    def view(self, image: Image.Image) -> View:
-        """How the model's square lies on this image."""
-        return View(as_shown(image).size, self.grid, self.side, self.padding)
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        return {"side": self.side, "padding": self.padding}
 
-    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """Whole images as the model sees them: [n, 3, side, side], normalised."""
+    def image_grid(self, image: Image.Image) -> ImageGrid:
+        return square_grid(as_shown(image).size, self.grid, self.side, self.padding)
+
+    def preprocess(self, images: Sequence[Image.Image]) -> list[ImageInput]:
+        grids = [self.image_grid(image) for image in images]
+        return [ImageInput(*pair) for pair in zip(self.pixels(images), grids, strict=True)]
+
+    def pixels(self, images: Sequence[Image.Image]) -> Float[Tensor, "images 3 side side"]:
+        """Whole images as the encoder sees them: [n, 3, side, side], normalised."""
         own = self.processor.image_processor
         processor = self._padder if self.padding == "pad" else own
-        images = [bounded(as_shown(image), self.padding) for image in images]
-        ready = processor(images=images, do_pad=self.padding == "pad", return_tensors="pt")
+        fitting = [bounded(as_shown(image), self.padding) for image in images]
+        ready = processor(images=fitting, do_pad=self.padding == "pad", return_tensors="pt")
         return ready["pixel_values"]
 
-    def crop_pixels(self, crops: Sequence[tuple[Image.Image, PixelBox]]) -> Tensor:
-        """Boxes cut from original images and stretched to a square: [n, 3, side, side]."""
-        cut = [crop(as_shown(image), box, self.side) for image, box in crops]
-        ready = self._padder(images=cut, do_pad=False, do_resize=False, return_tensors="pt")
-        return ready["pixel_values"]
+    def crop_input(self, image: Image.Image, box: PixelBox) -> ImageInput:
+        cut = stretched(as_shown(image), box, self.side)
+        ready = self._padder(images=[cut], do_pad=False, do_resize=False, return_tensors="pt")
+        size = box.x1 - box.x0, box.y1 - box.y0
+        scale = self.side / size[0], self.side / size[1]
+        grid = ImageGrid(self.grid, self.grid, size, self.side / self.grid, scale)
+        return ImageInput(ready["pixel_values"][0], grid)
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Vision tower and projector: [n, 3, side, side] -> [n, T, C] image tokens."""
+    def encode(self, inputs: Sequence[ImageInput]) -> list[Float[Tensor, "cells width"]]:
         tower = execution_device(self.model.model.vision_tower)
+        pixels = torch.stack([one.pixels for one in inputs])
         pixels = pixels.to(device=tower, dtype=self.dtype)
         features = self.model.get_image_features(pixel_values=pixels).pooler_output
-        return torch.stack(list(features)).to(self.device)
+        return [one.to(self.device) for one in features]
 
-    # --- layers ------------------------------------------------------------------------------
+    # --- sequence ----------------------------------------------------------------------------
+
+    def prefix_length(self, image_tokens: int) -> int:
+        return len(self.head_ids) + image_tokens
+
+    def prefix_segment(self, image: ImageInput, features: Float[Tensor, "cells width"]) -> Segment:
+        start, tokens = len(self.head_ids), len(features)
+        ids = (*self.head_ids, *[self.image_token_id] * tokens)
+        embeds = torch.cat([self.embed(self.head_ids), features])
+        positions = torch.arange(len(ids), device=embeds.device)[None]
+        return Segment(ids, embeds, positions, len(ids), slice(start, start + tokens))
+
+    def suffix_segment(
+        self, start: int, after: Sequence[int], crops: Sequence[CropTokens] = ()
+    ) -> Segment:
+        tokens = [crop.tokens for crop in crops]
+        embeds = torch.cat([*tokens, self.embed(after)]) if tokens else self.embed(after)
+        ids = (*[self.image_token_id] * (len(embeds) - len(after)), *after)
+        end = start + len(ids)
+        positions = torch.arange(start, end, device=embeds.device)[None]
+        return Segment(ids, embeds, positions, end)
+
+    # --- layers and answers ------------------------------------------------------------------
 
     @property
-    def device(self) -> torch.device:
-        """Where words are embedded, and so where sequences begin."""
-        return execution_device(self.model.get_input_embeddings())
+    def decoder(self) -> Any:
+        return self.model.model.language_model
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
+    def projector(self) -> nn.Module:
+        return self.model.model.multi_modal_projector
 
-    @property
-    def num_layers(self) -> int:
-        return self.text_config.num_hidden_layers
-
-    @property
-    def layers(self) -> list[tuple[int, nn.Module]]:
-        """The decoder layers with their indices."""
-        return list(enumerate(self.model.model.language_model.layers))
-
-    def span(self, embeds: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Span:
-        """Mask and positions for new tokens. embeds: [B, N, C]; attention_mask: [B, P + N]."""
-        positions = positions_of(attention_mask)[:, -embeds.shape[1] :]
-        mask = create_causal_mask(
-            config=self.text_config,
+    def generate(
+        self,
+        ids: Int[Tensor, "batch all"],
+        embeds: Float[Tensor, "batch all width"],
+        mask: Int[Tensor, "batch all"],
+        positions: Int[Tensor, "axes batch new"],
+        cache: Cache,
+        arguments: Mapping[str, Any],
+    ) -> Int[Tensor, "batch longer"]:
+        # generate() counts the positions over the mask, which is what `positions` holds.
+        return self.model.generate(
+            input_ids=ids,
             inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=positions,
+            attention_mask=mask,
             **cache_argument(cache),
+            **arguments,
         )
-        if isinstance(mask, Tensor) and mask.dtype == torch.bool:
-            # Once, and not in every layer, which torch's fused attention would do.
-            shut = torch.finfo(embeds.dtype).min
-            mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill_(~mask, shut)
-        rotary = self.model.model.language_model.rotary_emb(embeds, position_ids=positions)
-        return Span(attention_mask, mask, positions, rotary)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and language-model head: [..., C] -> [..., vocabulary]."""
-        return self.model.lm_head(self.model.model.language_model.norm(hidden))
+    def plain_inputs(
+        self, rows: Sequence[Sequence[int]], images: Sequence[Image.Image]
+    ) -> dict[str, Tensor]:
+        spread = [
+            [t for i in ids for t in [i] * (self.image_tokens if i == self.image_token_id else 1)]
+            for ids in rows
+        ]
+        longest = max(map(len, spread))
+        ids = torch.full((len(rows), longest), self.pad_token_id, device=self.device)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(spread):
+            ids[row, longest - len(tokens) :] = torch.tensor(tokens)
+            mask[row, longest - len(tokens) :] = 1
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if images:
+            inputs["pixel_values"] = self.pixels(images).to(self.device, self.dtype)
+        return inputs
+
+    # --- the region proposal network ---------------------------------------------------------
+
+    def rpn_shape(self) -> dict[str, Any]:
+        text = self.text_config
+        names = (
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "rms_norm_eps",
+        )
+        return {
+            "backbone": self.model_type,
+            **{name: getattr(text, name) for name in names},
+            "image_tokens": self.image_tokens,
+        }
+
+    @classmethod
+    def new_decoder_layer(cls, config: RPNConfig, index: int, attention: str) -> nn.Module:
+        shape = LlamaConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            rms_norm_eps=float(config.rms_norm_eps),  # JSON may write a whole number
+            num_hidden_layers=config.depth - 1,
+        )
+        shape._attn_implementation = attention
+        return LlamaDecoderLayer(shape, index)
+
+    @classmethod
+    def new_norm(cls, config: RPNConfig) -> nn.Module:
+        return LlamaRMSNorm(config.hidden_size, float(config.rms_norm_eps))
+
+    def published_labels(self) -> LabelConfig | None:
+        return published_labels(self.text_config.num_hidden_layers, self.text_config.hidden_size)
+
+
+def stretched(image: Image.Image, box: PixelBox, side: int) -> Image.Image:
+    """Cut a box out of an image and stretch it to side x side, bilinear (SD-RPN, section 3.3)."""
+    # Columns first, then rows, as every Pillow did that published numbers were made with: newer
+    # ones start with the cheaper direction, which moves the rounding of tall crops.
+    bilinear = Image.Resampling.BILINEAR
+    cut = image.crop((box.x0, box.y0, box.x1, box.y1))
+    if cut.height > LONGEST:
+        # But here they would take gigabytes of a crop that is high and narrow.
+        cut = cut.resize((cut.width, side), bilinear)
+    return cut.resize((side, cut.height), bilinear).resize((side, side), bilinear)

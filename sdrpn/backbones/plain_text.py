@@ -16,8 +16,6 @@ from tokenizers import normalizers, pre_tokenizers
 
 SPACE = "▁"
 """What sentencepiece writes for a space, and puts before every text it encodes."""
-IMAGE_TOKEN = "<image>"
-"""Stands for an image in a prompt, in LLaVA's data, and in the tokenizer."""
 
 
 class PlainText:

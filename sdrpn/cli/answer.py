@@ -23,7 +23,7 @@ from sdrpn.cli.shared import (
     say,
     weights_hint,
 )
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 
 SOME_FAILED = 1
 """Exit code where --on-error empty passed over questions."""

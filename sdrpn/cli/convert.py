@@ -36,7 +36,7 @@ def convert_rpn(
     with errors_as_sentences():
         new_folder(out)
         # Imported here, so that --help and a wrong path answer at once.
-        from sdrpn.rpn.model import RPN
+        from sdrpn.rpn.checkpoint import RPN
 
         rpn = RPN.from_pretrained(source, revision=revision)
         rpn.save_pretrained(out)

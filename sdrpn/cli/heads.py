@@ -9,7 +9,7 @@ import typer
 
 from sdrpn import model_registry as names
 from sdrpn.cli.shared import MODEL_HELP, PaddingOption, errors_as_sentences, say, weights_hint
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 
 if TYPE_CHECKING:
     from sdrpn.distill.head_search import Findings
@@ -40,12 +40,12 @@ def heads(
     with errors_as_sentences(weights_hint(model)):
         # Imported here, so that --help answers at once.
         from sdrpn.distill.head_search import find_heads, save_findings
-        from sdrpn.engine import ZoomLlava
+        from sdrpn.engine import ZoomModel
 
         out.mkdir(parents=True, exist_ok=True)  # before the work, so that it is not in vain
         folder, _ = names.resolve(model, None)
-        zoom = ZoomLlava.from_pretrained(folder, proposer="none", dtype=dtype, padding=padding)
-        zoom.llava.name = model
+        zoom = ZoomModel.from_pretrained(folder, proposer="none", dtype=dtype, padding=padding)
+        zoom.backbone.name = model
         found = find_heads(
             zoom,
             scenes=scenes,

@@ -88,8 +88,8 @@ def label(
             shard_size=shard_size,
             about={
                 "model": model,
-                "model_hash": base_hash(zoom.llava, zoom.llava.num_layers),
-                "dtype": str(zoom.llava.dtype).removeprefix("torch."),
+                "model_hash": base_hash(zoom.backbone, zoom.backbone.num_layers),
+                "dtype": str(zoom.backbone.dtype).removeprefix("torch."),
                 "data": data,
                 "data_hash": fingerprint(items),
             },
@@ -101,17 +101,17 @@ def label(
 
 def _engine(model: str, heads: Path | None, dtype: str, padding: str | None, device: Any) -> Any:
     from sdrpn.distill.head_search import load_label_config
-    from sdrpn.engine import ZoomLlava
-    from sdrpn.rpn.model import RPN
+    from sdrpn.engine import ZoomModel
+    from sdrpn.rpn.checkpoint import RPN
 
     folder, rpn = names.resolve(model, None)
     labels = load_label_config(heads) if heads else None
     if labels is None and rpn:
         labels = RPN.from_pretrained(rpn).config.labels
-    zoom = ZoomLlava.from_pretrained(
+    zoom = ZoomModel.from_pretrained(
         folder, proposer="none", labels=labels, dtype=dtype, device=device, padding=padding
     )
-    zoom.llava.name = model
+    zoom.backbone.name = model
     if zoom.models.labels is None:
         raise ValueError(
             f"which attention heads of {model} point at the answer is not known: find them with "

@@ -26,7 +26,7 @@ from sdrpn.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from sdrpn.engine import ZoomLlava
+    from sdrpn.engine import ZoomModel
 
 
 def look(
@@ -54,20 +54,20 @@ def look(
     say(f"picture: {path}")
 
 
-def _look(zoom: ZoomLlava, picture: Image.Image, question: str, out: Path) -> tuple[str, Path]:
+def _look(zoom: ZoomModel, picture: Image.Image, question: str, out: Path) -> tuple[str, Path]:
     # Imported here, so that --help and a wrong path answer at once.
     from sdrpn.draw import Card, sheet
-    from sdrpn.engine import ZoomLlava
+    from sdrpn.engine import ZoomModel
 
     answer = zoom.ask(picture, question)
-    stock = ZoomLlava(zoom.llava, proposer="none").ask(picture, question)
+    stock = ZoomModel(zoom.backbone, proposer="none").ask(picture, question)
     answers = {"stock": stock.text, "second look": answer.text}
     card = Card(
         picture,
         question,
         answers,
         answer.regions,
-        zoom.llava.view(picture),
+        zoom.backbone.image_grid(picture).extent,
         answer.roi_map,
         note=answer.reason or "",
     )

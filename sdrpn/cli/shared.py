@@ -15,10 +15,10 @@ from rich.text import Text
 
 from sdrpn import model_registry as names
 from sdrpn.config import POLICIES, PROPOSERS, ZoomConfig
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 
 if TYPE_CHECKING:
-    from sdrpn.engine import ZoomLlava
+    from sdrpn.engine import ZoomModel
 
 MODEL_HELP = "LLaVA-1.5: a folder, a hub id, or `tiny`, the embedded toy."
 
@@ -78,20 +78,20 @@ def load_zoom(
     dtype: str,
     padding: str | None = None,
     rpn_revision: str | None = None,
-) -> ZoomLlava:
+) -> ZoomModel:
     """The engine that the options of these names ask for."""
     given = {"threshold": threshold, "policy": policy}
     chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     ZoomConfig(**chosen)  # wrong ones are told before the weights are loaded
     # Imported here, so that --help and a wrong path answer at once.
     from sdrpn.backbones.llava15 import check_padding
-    from sdrpn.engine import ZoomLlava
+    from sdrpn.engine import ZoomModel
 
     check_padding(padding)
     if proposer == "rpn":
         rpn = rpn or names.PUBLISHED_RPN.get(model)
     folder, network = names.resolve(model, rpn)
-    zoom = ZoomLlava.from_pretrained(
+    zoom = ZoomModel.from_pretrained(
         folder,
         network,
         proposer=proposer,
@@ -100,7 +100,7 @@ def load_zoom(
         rpn_revision=rpn_revision,
     )
     zoom.zoom = replace(zoom.zoom, **chosen)
-    zoom.llava.name = model
+    zoom.backbone.name = model
     return zoom
 
 

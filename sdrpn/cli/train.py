@@ -76,10 +76,10 @@ def train(
         arguments = training_arguments(
             context.args, out / CHECKPOINTS, global_batch, measured=held_out > 0
         )
-        from sdrpn.backbones.llava15 import Llava, check_padding
+        from sdrpn.backbones.llava15 import Llava15, check_padding
         from sdrpn.distill.split import split_by_image
         from sdrpn.distill.trainer import train as run
-        from sdrpn.rpn.model import RPN
+        from sdrpn.rpn.checkpoint import RPN
 
         # Before the weights are loaded, for what is wrong with the numbers.
         trained, kept_back = split_by_image(rows, held_out, samples, arguments.seed)
@@ -87,12 +87,14 @@ def train(
         labelled = check_same_padding(padding, settings, labels)
         folder, _ = names.resolve(model, None)
         layers = branch_layer + depth
-        llava = Llava.load(
+        llava = Llava15.load(
             folder, dtype=dtype, device=arguments.device, num_layers=layers, padding=labelled
         )
         llava.name = model
         check_same_grid(llava, settings, labels)
-        skipped = rows.drop(lambda question: llava.room(llava.question_ids(question)) < 1)
+        skipped = rows.drop(
+            lambda question, cells: llava.room(cells, llava.prompt_ids(question).after) < 1
+        )
         if skipped:
             trained, kept_back = split_by_image(rows, held_out, samples, arguments.seed)
             if arguments.process_index == 0:
@@ -163,13 +165,13 @@ def training_arguments(more: list[str], out: Path, global_batch: int, measured: 
     return arguments
 
 
-def check_same_grid(llava: Any, settings: dict[str, Any], labels: Path) -> None:
+def check_same_grid(backbone: Any, settings: dict[str, Any], labels: Path) -> None:
     """Refuse labels of another grid of image tokens than the model's."""
-    cells = settings.get("image_tokens")
-    if cells != llava.image_tokens:
+    cells, own = settings.get("image_tokens"), backbone.rpn_shape()["image_tokens"]
+    if cells != own:
         raise ValueError(
-            f"{labels} labels {cells} image tokens, {llava.name} has {llava.image_tokens}: label "
-            "with this model"
+            f"{labels} labels {cells} image tokens, {backbone.name} has {own}: label with this "
+            "model"
         )
 
 

@@ -20,11 +20,13 @@ from transformers import (
     LlavaProcessor,
 )
 
-from sdrpn import hub
-from sdrpn.backbones.llava15 import IMAGE_TOKEN, check_is_llava15, check_not_llava16, noted_padding
-from sdrpn.config import ASPECT_RATIO
+from sdrpn.backbones.llava15 import check_is_llava15, check_not_llava16, noted_padding
+from sdrpn.config import ASPECT_RATIO, IMAGE_TOKEN
 from sdrpn.convert import lora
-from sdrpn.convert.checkpoint import (
+from sdrpn.convert.tokenizer import read_tokenizer
+from sdrpn.io import hub
+from sdrpn.io.atomic import allow_as_umask, read_object
+from sdrpn.io.checkpoint_files import (
     CONFIG_FILE,
     INDEXES,
     SINGLE_FILES,
@@ -33,11 +35,9 @@ from sdrpn.convert.checkpoint import (
     read_all,
     reason,
 )
-from sdrpn.convert.published import LLAVA_TYPES, tower_of
-from sdrpn.convert.tokenizer import read_tokenizer
-from sdrpn.convert.weight_maps import Names, base_names, rename, require
-from sdrpn.io.atomic import allow_as_umask, read_object
 from sdrpn.io.checkpoints import MAX_LAYERS, broken_files_named, check_finite
+from sdrpn.io.weight_maps import Names, base_names, rename, require
+from sdrpn.rpn.published import LLAVA_TYPES, tower_of
 
 SHARD = "5GB"
 VOCABULARY_MULTIPLE = 64
@@ -81,7 +81,7 @@ PROJECTOR = "mm_projector.bin"
 def convert_base(
     source: str, out: Path, *, base: str | None = None, vision_tower: str | None = None
 ) -> None:
-    """Write a folder that transformers and `Llava.load` read: model, tokenizer, image processor.
+    """Write a folder that transformers and `Llava15.load` read: model, tokenizer, image processor.
 
     source: folder or hub id. base: for a LoRA fine-tune, what it was trained on. vision_tower: the
     CLIP's folder or hub id, where config.json names one that is not to be had. Raises ValueError
@@ -238,7 +238,7 @@ def _model_config(own: Mapping[str, Any], vision: Any) -> LlavaConfig:
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         # Until the vocabulary has one: behind its end, where no text has a token.
         image_token_index=text["vocab_size"],
-        # Under the original's name, so that `Llava` shows images as they were shown in training.
+        # Under the original's name, so that `Llava15` shows images as they were shown in training.
         **{ASPECT_RATIO: own[ASPECT_RATIO]},
     )
 

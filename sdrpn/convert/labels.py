@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sdrpn.backbones.llava15 import IMAGE_TOKEN
-from sdrpn.config import LABELS_7B, LabelConfig
+from sdrpn.config import IMAGE_TOKEN, LABELS_7B, LabelConfig
 from sdrpn.convert import safe_pickle
 from sdrpn.distill.label_dataset import (
     SUMMARY_FILE,
@@ -28,7 +27,7 @@ from sdrpn.distill.pseudo_labels import judge
 from sdrpn.io.atomic import write_json
 
 KEYS = ("question_id", "prompt", "text", "image", "sink_attn", "grounding_attn_o2i")
-"""What a record must have (METHOD section 7); more is let be."""
+"""What a record must have of published labels; other keys are ignored."""
 
 SHARD_SIZE = 4096
 PATCH = 14
@@ -100,6 +99,10 @@ def _row(
             f"{where} has maps of {len(sink)} and {len(grounding)} image tokens, but record 0 of "
             f"{tokens}"
         )
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise ValueError(f"{where}: {tokens} image tokens do not make a square grid")
+    grounding, sink = (one.reshape(side, side) for one in (grounding, sink))
     try:
         labels, reason = judge(grounding, sink, config)
     except ValueError as error:

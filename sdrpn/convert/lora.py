@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sdrpn.convert.checkpoint import Source, Weights, read_all
 from sdrpn.io.atomic import read_object
+from sdrpn.io.checkpoint_files import Source, Weights, read_all
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

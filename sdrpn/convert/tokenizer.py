@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers import AddedToken, AutoTokenizer, LlamaConfig, LlamaTokenizer
 
-from sdrpn.backbones.llava15 import IMAGE_TOKEN
 from sdrpn.backbones.plain_text import SPACE, encode_as_sentencepiece
-from sdrpn.convert.checkpoint import Source
+from sdrpn.config import IMAGE_TOKEN
 from sdrpn.io.atomic import read_object
+from sdrpn.io.checkpoint_files import Source
 from sdrpn.io.checkpoints import broken_files_named
 
 PAD_TOKEN = "<pad>"

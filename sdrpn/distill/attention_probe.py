@@ -13,7 +13,7 @@ from tqdm import tqdm
 from sdrpn.distill.label import respond
 from sdrpn.distill.probes import Probe, box_cover, disc_cover
 from sdrpn.distill.scores import Targets
-from sdrpn.engine import ZoomLlava
+from sdrpn.engine import ZoomModel
 from sdrpn.inference.attention_rows import Rows, read_rows
 
 COVERED = 0.1
@@ -34,23 +34,23 @@ class Asked:
 class Listener:
     """Puts questions to a model in batches. Memory does not grow with their number."""
 
-    def __init__(self, zoom: ZoomLlava, batch_size: int) -> None:
+    def __init__(self, zoom: ZoomModel, batch_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-        self.zoom, self.llava, self.batch_size = zoom, zoom.llava, batch_size
+        self.zoom, self.backbone, self.batch_size = zoom, zoom.backbone, batch_size
 
     def questions(self, probes: Sequence[Probe]) -> list[Asked]:
         """One question a disc, unanswered, picture by picture."""
-        grid, asked = self.llava.grid, []
+        asked = []
         for number, probe in enumerate(probes):
-            side = probe.image.width
-            # The picture is square, so the model's view is the whole of it.
-            covers = [disc_cover(d, (0, 0, side, side), grid).ravel() for d in probe.discs]
+            grid = self.backbone.image_grid(probe.image)
+            shape = grid.rows, grid.columns
+            covers = [disc_cover(disc, grid.extent, *shape).ravel() for disc in probe.discs]
             objects = np.any([cover > COVERED for cover in covers], axis=0)
             for disc, cover in zip(probe.discs, covers, strict=True):
-                box = box_cover(disc.box, side, grid).ravel()
-                target = Targets(cover > COVERED, box, objects, number)
-                words = tuple(self.llava.question_ids(disc.question))
+                box = box_cover(disc.box, grid.extent, *shape).ravel()
+                target = Targets(cover > COVERED, box, objects, number, shape)
+                words = self.backbone.prompt_ids(disc.question).after
                 asked.append(Asked(probe.image, disc.question, words, target))
         return asked
 
@@ -61,8 +61,8 @@ class Listener:
         """
         answered = []
         for some in self._batches(asked, "Answering probes"):
-            prefixes = self.zoom.read([one.image for one in some])
-            said = respond(self.llava, prefixes, [one.words for one in some], max_new_tokens)
+            prefixes = self.zoom.prefill([one.image for one in some])
+            said = respond(self.backbone, prefixes, [one.words for one in some], max_new_tokens)
             answered += [
                 replace(one, response=tuple(r)) for one, r in zip(some, said, strict=True) if r
             ]
@@ -73,14 +73,14 @@ class Listener:
     ) -> Iterator[tuple[Sequence[Asked], Rows]]:
         """Attention of the responses to the image, mean over their tokens, batch by batch."""
         for some in self._batches(asked, title):
-            prefixes = self.zoom.read([one.image for one in some])
+            prefixes = self.zoom.prefill([one.image for one in some])
             suffixes = [(*one.words, *one.response) for one in some]
             counts = [len(one.response) for one in some]
-            yield some, read_rows(self.llava, prefixes, suffixes, counts, layers)
+            yield some, read_rows(self.backbone, prefixes, suffixes, counts, layers)
 
     def text(self, one: Asked) -> str:
         """What the model said."""
-        return self.llava.tokenizer.decode(one.response, skip_special_tokens=True).strip()
+        return self.backbone.tokenizer.decode(one.response, skip_special_tokens=True).strip()
 
     def _batches(self, asked: Sequence[Asked], title: str) -> Iterator[Sequence[Asked]]:
         with tqdm(total=len(asked), desc=title) as progress:
@@ -90,6 +90,7 @@ class Listener:
                 progress.update(len(some))
 
 
-def stacked(rows: Rows, layers: Sequence[int]) -> np.ndarray:
-    """Rows of a batch as one array: float32 [B, L, H, T]."""
-    return torch.stack([rows.by_layer[layer] for layer in layers], dim=1).cpu().numpy()
+def stacked(rows: Rows, layers: Sequence[int]) -> list[np.ndarray]:
+    """Each row of a batch as one array: float32 [L, H, T]."""
+    by_row = zip(*(rows.by_layer[layer] for layer in layers), strict=True)
+    return [torch.stack(list(one)).cpu().numpy() for one in by_row]

@@ -1,4 +1,4 @@
-"""Which heads point, for any LLaVA-1.5-like model, without annotation: METHOD section 4's lists.
+"""Which heads point, for any backbone, without annotation (docs/heads.md).
 
 The model answers questions about pictures drawn here (probes.py), so it is known where it should
 look; the attention of its own answers (listening.py) is scored against that (scores.py). Half of
@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from torch import Tensor
 
 from sdrpn import __version__
-from sdrpn.backbones.llava15 import Llava
-from sdrpn.config import LabelConfig, LayerHeads, published_labels
+from sdrpn.backbones.base import Backbone
+from sdrpn.config import LabelConfig, LayerHeads
 from sdrpn.distill.attention_probe import Asked, Listener, stacked
 from sdrpn.distill.probes import SIDE, draw_probes
 from sdrpn.distill.scores import (
@@ -32,7 +33,8 @@ from sdrpn.distill.scores import (
     ranked,
     score_maps,
 )
-from sdrpn.engine import ZoomLlava
+from sdrpn.engine import ZoomModel
+from sdrpn.inference.attention_rows import Rows
 from sdrpn.io.atomic import read_object, write_json
 
 CANDIDATES = 16
@@ -87,7 +89,7 @@ class Findings:
 
 
 def find_heads(
-    zoom: ZoomLlava,
+    zoom: ZoomModel,
     *,
     scenes: int = 60,
     seed: int = 0,
@@ -104,17 +106,17 @@ def find_heads(
     """
     if scenes < 4 or max_heads < 1:
         raise ValueError(f"scenes must be 4, max_heads 1 or more, got {scenes}, {max_heads}")
-    layers = zoom.llava.num_layers
+    layers = zoom.backbone.num_layers
     branch_layer(0, layers, depth)  # a depth that does not fit is refused before the work
     listener = Listener(zoom, batch_size)
     questions = listener.questions(draw_probes(seed, scenes, side))
-    _check_room(zoom.llava, questions)
+    _check_room(zoom.backbone, questions)
     asked = listener.answer(questions, max_new_tokens)
     choosing, held_out = ([a for a in asked if a.target.image % 2 == half] for half in (0, 1))
     if not choosing or not held_out:
         raise ValueError(
-            f"{zoom.llava.name} answered no probe question with a word, or with none that its "
-            f"context of {zoom.llava.context_length} tokens holds: check the model"
+            f"{zoom.backbone.name} answered no probe question with a word, or with none that its "
+            f"context of {zoom.backbone.context_length} tokens holds: check the model"
         )
 
     sinks = _sinks(listener, choosing)
@@ -125,7 +127,7 @@ def find_heads(
     labels = _with_heads(config, [head for head, _ in joined], sinks)
     measured = _compare(listener, held_out, labels, best)
     facts = {
-        "model": zoom.llava.name,
+        "model": zoom.backbone.name,
         "sdrpn_version": __version__,
         "probes": {"seed": seed, "scenes": scenes, "side": side},
         "questions": {
@@ -139,22 +141,22 @@ def find_heads(
     return Findings(labels, sinks, joined, branch, why, scores, measured, facts)
 
 
-def _check_room(llava: Llava, asked: Sequence[Asked]) -> None:
+def _check_room(backbone: Backbone, asked: Sequence[Asked]) -> None:
     """Raise ValueError unless every probe question leaves room for an answer."""
-    longest = max(asked, key=lambda one: len(one.words))
-    if llava.room(longest.words) < 1:
-        tokens = llava.context_length - llava.room(longest.words)
+    room = min(backbone.room(len(one.target.inside), one.words) for one in asked)
+    if room < 1:
+        tokens = backbone.context_length - room
         raise ValueError(
             f"a probe question of {tokens} tokens leaves no room for an answer in "
-            f"{llava.name}'s context of {llava.context_length}: max_position_embeddings in its "
-            "config.json must be larger"
+            f"{backbone.name}'s context of {backbone.context_length}: max_position_embeddings in "
+            "its config.json must be larger"
         )
 
 
 def _sinks(listener: Listener, asked: Sequence[Asked]) -> Sinks:
-    layers = range(listener.llava.num_layers)
+    layers = range(listener.backbone.num_layers)
     heard = listener.listen(asked, layers, "Looking for sinks")
-    means = np.concatenate([stacked(rows, layers).mean(2) for _, rows in heard])
+    means = [row.mean(1) for _, rows in heard for row in stacked(rows, layers)]
     return find_sinks(means, [one.target for one in asked])
 
 
@@ -186,9 +188,9 @@ def _score_all(
     listener: Listener, asked: Sequence[Asked], config: LabelConfig
 ) -> dict[str, np.ndarray]:
     """Mean score of every head alone: {measure: [L, H]}."""
-    layers, found = range(listener.llava.num_layers), []
+    layers, found = range(listener.backbone.num_layers), []
     for some, rows in listener.listen(asked, layers, "Scoring heads"):
-        maps, sinks = stacked(rows, layers), rows.mean(config.sink).cpu().numpy()
+        maps, sinks = stacked(rows, layers), _arrays(rows.mean(config.sink))
         for one, own, sink in zip(some, maps, sinks, strict=True):
             found.append(score_maps(own.reshape(-1, own.shape[-1]), sink, one.target, config))
     means = np.mean(found, axis=0).reshape(len(layers), -1, len(MEASURES))
@@ -205,17 +207,18 @@ def _join(
     """The heads that point best together, each with the joint IoU once it has joined."""
     if not scores["iou"].max() > 0:
         raise ValueError(
-            f"no attention head of {listener.llava.name} points at what is asked: on {len(asked)} "
-            "probe questions no head's pseudo-labels touch the true box"
+            f"no attention head of {listener.backbone.name} points at what is asked: on "
+            f"{len(asked)} probe questions no head's pseudo-labels touch the true box"
         )
     candidates = ranked(scores["iou"], scores["mass"], CANDIDATES)
     layers = sorted({layer for layer, _ in candidates} | {one.layer for one in config.sink})
     maps, sinks = [], []
     for _, rows in listener.listen(asked, layers, "Joining heads"):
-        maps.append(np.stack([rows.by_layer[la][:, h].cpu().numpy() for la, h in candidates], 1))
-        sinks.append(rows.mean(config.sink).cpu().numpy())
+        by_head = zip(*(_heads_of(rows, layer, head) for layer, head in candidates), strict=True)
+        maps += [np.stack(one) for one in by_head]
+        sinks += _arrays(rows.mean(config.sink))
     targets = [one.target for one in asked]
-    trail = join_heads(np.concatenate(maps), np.concatenate(sinks), targets, config, most=most)
+    trail = join_heads(maps, sinks, targets, config, most=most)
     return [(candidates[index], value) for index, value in trail]
 
 
@@ -223,8 +226,7 @@ def _compare(
     listener: Listener, asked: Sequence[Asked], labels: LabelConfig, layer: int
 ) -> dict[str, dict[str, float]]:
     """Mean scores of the chosen heads, of their layer's average, and of the published list."""
-    text = listener.llava.text_config
-    published = published_labels(text.num_hidden_layers, text.hidden_size)
+    published = listener.backbone.published_labels()
     everything = replace(labels, grounding=(LayerHeads(layer),))
     own = [one.target for one in asked]
     rivals = {
@@ -237,7 +239,7 @@ def _compare(
     read: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in rivals}
     for _, rows in listener.listen(asked, layers, "Held-out scenes"):
         for name, (one, _) in rivals.items():
-            batch = (rows.mean(heads).cpu().numpy() for heads in (one.grounding, one.sink))
+            batch = (_arrays(rows.mean(heads)) for heads in (one.grounding, one.sink))
             read[name] += zip(*batch, strict=True)
     measured = {}
     for name, (one, targets) in rivals.items():
@@ -246,6 +248,15 @@ def _compare(
         means = np.round(np.mean(each, axis=0), 4).tolist()
         measured[name] = dict(zip(MEASURES, means, strict=True))
     return measured
+
+
+def _heads_of(rows: Rows, layer: int, head: int) -> list[np.ndarray]:
+    """One head's attention to the image, [T] for each row."""
+    return _arrays([row[head] for row in rows.by_layer[layer]])
+
+
+def _arrays(values: Sequence[Tensor]) -> list[np.ndarray]:
+    return [one.cpu().numpy() for one in values]
 
 
 def _neighbours(targets: Sequence[Targets]) -> list[Targets]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.base import Backbone
+from sdrpn.boxes import ImageGrid
 from sdrpn.distill.pseudo_labels import IGNORED, judge
-from sdrpn.engine import Question, ZoomLlava
-from sdrpn.inference.generation import Suffix, generate
+from sdrpn.engine import Question, ZoomModel
+from sdrpn.inference.generation import generate
 from sdrpn.inference.prefix import Prefix
 from sdrpn.roi.proposers import Look, known_labels, response_attention
 
@@ -23,20 +24,22 @@ NO_MAP = (EMPTY_RESPONSE, NOT_FITTING)
 
 @dataclass(frozen=True)
 class Labelled:
-    """One question's pseudo-labels and the maps they were made from (METHOD section 4).
+    """One question's pseudo-labels and the maps they were made from (docs/method.md).
 
-    grounding, sink: float16 [T]. labels: int8 [T] of 1, 0, -100. reason: why a sample gave none.
+    grounding, sink: float16 [rows, columns]. labels: int8 [rows, columns] of 1, 0, -100.
+    grid: how these cells lie on the image. reason: why a sample gave none.
     """
 
     response: str
     grounding: np.ndarray
     sink: np.ndarray
     labels: np.ndarray
+    grid: ImageGrid
     reason: str | None = None
 
 
 def label(
-    zoom: ZoomLlava, questions: Sequence[Question], *, batch_size: int = 16
+    zoom: ZoomModel, questions: Sequence[Question], *, batch_size: int = 16
 ) -> Iterator[Labelled]:
     """Label questions on one image each, in their order, with a progress bar.
 
@@ -49,40 +52,45 @@ def label(
             progress.update(len(batch))
 
 
-def label_batch(zoom: ZoomLlava, questions: Sequence[Question]) -> list[Labelled]:
+def label_batch(zoom: ZoomModel, questions: Sequence[Question]) -> list[Labelled]:
     """Label one batch: answer greedily, then read the chosen attention rows of the answers."""
-    llava, config = zoom.llava, known_labels(zoom.models)
-    prefixes = zoom.read([q.images[0] for q in questions])
+    backbone, config = zoom.backbone, known_labels(zoom.models)
+    prefixes = zoom.prefill([q.images[0] for q in questions])
     looks = [
-        Look(prefix, llava.view(q.images[0]), tuple(llava.question_ids(q.text)), zoom.zoom)
+        Look(
+            prefix,
+            backbone.image_grid(q.images[0]),
+            backbone.prompt_ids(q.text).after,
+            zoom.zoom,
+        )
         for prefix, q in zip(prefixes, questions, strict=True)
     ]
     words = [look.question for look in looks]
-    responses = respond(llava, prefixes, words, config.max_new_tokens)
+    responses = respond(backbone, prefixes, words, config.max_new_tokens)
     spoken = {i: response for i, response in enumerate(responses) if response}
     maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     if spoken:
         asked = [looks[i] for i in spoken]
-        grounding, sink = response_attention(zoom.models, asked, list(spoken.values()))
-        maps = {i: (grounding[n], sink[n]) for n, i in enumerate(spoken)}
+        read = response_attention(zoom.models, asked, list(spoken.values()))
+        maps = dict(zip(spoken, read, strict=True))
     results = []
-    for i, response in enumerate(responses):
-        text = llava.tokenizer.decode(response or [], skip_special_tokens=True).strip()
+    for i, (look, response) in enumerate(zip(looks, responses, strict=True)):
+        text = backbone.tokenizer.decode(response or [], skip_special_tokens=True).strip()
         if i not in maps:
-            nothing = np.zeros(llava.image_tokens, np.float16)
-            ignored = np.full(llava.image_tokens, IGNORED, np.int8)
+            shape = look.grid.rows, look.grid.columns
+            nothing, ignored = np.zeros(shape, np.float16), np.full(shape, IGNORED, np.int8)
             reason = NOT_FITTING if response is None else EMPTY_RESPONSE
-            results.append(Labelled(text, nothing, nothing, ignored, reason))
+            results.append(Labelled(text, nothing, nothing, ignored, look.grid, reason))
             continue
         # From the maps as they are kept, so that relabelling gives the same again.
-        half = [one.astype(np.float16) for one in maps[i]]
+        half = [look.shaped(one.astype(np.float16)) for one in maps[i]]
         labels, reason = judge(half[0].astype(np.float32), half[1].astype(np.float32), config)
-        results.append(Labelled(text, half[0], half[1], labels, reason))
+        results.append(Labelled(text, half[0], half[1], labels, look.grid, reason))
     return results
 
 
 def respond(
-    llava: Llava,
+    backbone: Backbone,
     prefixes: Sequence[Prefix],
     words: Sequence[tuple[int, ...]],
     max_new_tokens: int,
@@ -102,15 +110,18 @@ def respond(
         The answers' token ids without their end token, [] for an empty answer; None for a sample
         that does not fit.
     """
-    rooms = [llava.room(ids) for ids in words]
+    rooms = [
+        backbone.context_length - prefix.length - len(ids)
+        for prefix, ids in zip(prefixes, words, strict=True)
+    ]
     # One token more than there is room for, to see whether an answer of this very length ends.
     limits = [min(max_new_tokens, room + 1) if room > 0 else 0 for room in rooms]
     responses: list[list[int] | None] = [None] * len(words)
     for limit in sorted(set(limits) - {0}):
         group = [i for i, own in enumerate(limits) if own == limit]
-        suffixes = [Suffix(words[i]) for i in group]
         asked = [prefixes[i] for i in group]
-        said = generate(llava, asked, suffixes, {"max_new_tokens": limit})
+        suffixes = [backbone.suffix_segment(prefixes[i].next_position, words[i]) for i in group]
+        said = generate(backbone, asked, suffixes, {"max_new_tokens": limit})
         for i, response in zip(group, said, strict=True):
             responses[i] = response if len(response) <= rooms[i] else None
     return responses

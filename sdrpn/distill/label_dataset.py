@@ -17,8 +17,8 @@ from sdrpn.config import LabelConfig
 from sdrpn.distill.pseudo_labels import BACKGROUND, FOREGROUND, IGNORED
 from sdrpn.io.atomic import read_object, whole, write_json
 from sdrpn.io.images import inside, load_image
+from sdrpn.io.plurals import agree, counted
 from sdrpn.io.resume_guard import ANEW
-from sdrpn.plurals import agree, counted
 
 FEATURES = Features(
     {
@@ -29,17 +29,25 @@ FEATURES = Features(
         "grounding": Sequence(Value("float16")),
         "sink": Sequence(Value("float16")),
         "labels": Sequence(Value("int8")),
+        "rows": Value("int32"),
+        "columns": Value("int32"),
+        "extent": Sequence(Value("float32")),
         "foreground": Value("int32"),
         "background": Value("int32"),
         "reason": Value("string"),
     }
 )
-"""One question a row (METHOD section 4). image: path below the image folder. grounding, sink: the
-maps [T], kept so that labels can be made anew. labels: [T] of 1, 0, -100. foreground, background:
-how many of each. reason: why a sample gave no label, null where it gave one."""
+"""One question a row. image: path below the image folder. grounding, sink: the maps, row-major,
+[rows * columns], kept so that labels can be made anew. labels: the same of 1, 0, -100. rows,
+columns: the grid; 0 where there are no maps. extent: where it lies on the image, (x0, y0, x1, y1)
+in pixels. foreground, background: how many of each label. reason: why a sample gave no label, null
+where it gave one."""
+
+GRID_COLUMNS = ("rows", "columns", "extent")
+"""Columns that version 0.1 did not write."""
 
 SETTINGS_FILE = "settings.json"
-NEEDED = {"shards": int, "image_tokens": int, "labels": dict}
+NEEDED = {"shards": int, "labels": dict}
 """What every folder's settings say, and its kind."""
 
 MAX_SHARDS = 99_999
@@ -70,12 +78,17 @@ def label_row(
     grounding: np.ndarray | None = None,
     sink: np.ndarray | None = None,
     labels: np.ndarray | None = None,
+    extent: tuple[float, ...] = (),
     reason: str | None = None,
 ) -> dict[str, Any]:
-    """A row of FEATURES; its counts are those of `labels`."""
+    """A row of FEATURES; its counts are those of `labels`.
+
+    The maps and labels are [rows, columns], or flat for a square grid.
+    """
+    rows, columns = (0, 0) if labels is None else _shape(labels)
 
     def cells(values: np.ndarray | None, kind: type) -> list[Any]:
-        return [] if values is None else values.astype(kind).tolist()
+        return [] if values is None else values.astype(kind).ravel().tolist()
 
     return {
         "id": id,
@@ -85,10 +98,18 @@ def label_row(
         "grounding": cells(grounding, np.float16),
         "sink": cells(sink, np.float16),
         "labels": cells(labels, np.int8),
+        "rows": rows,
+        "columns": columns,
+        "extent": [float(edge) for edge in extent],
         "foreground": 0 if labels is None else int((labels == 1).sum()),
         "background": 0 if labels is None else int((labels == 0).sum()),
         "reason": reason,
     }
+
+
+def _shape(labels: np.ndarray) -> tuple[int, int]:
+    side = round(labels.size**0.5)
+    return (labels.shape[0], labels.shape[1]) if labels.ndim == 2 else (side, side)
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -107,10 +128,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: {name} must be {kind.__name__}, got {settings.get(name)!r:.80}"
             )
-    if not 1 <= settings["shards"] <= MAX_SHARDS or settings["image_tokens"] < 1:
+    tokens = settings.setdefault("image_tokens", None)
+    if tokens is not None and type(tokens) is not int:
+        raise ValueError(f"{path}: image_tokens must be int or null, got {tokens!r:.80}")
+    if not 1 <= settings["shards"] <= MAX_SHARDS or (tokens is not None and tokens < 1):
         raise ValueError(
             f"{path}: shards must be 1 to {MAX_SHARDS} and image_tokens 1 or more, got "
-            f"{settings['shards']!r:.80} and {settings['image_tokens']!r:.80}"
+            f"{settings['shards']!r:.80} and {tokens!r:.80}"
         )
     if not isinstance(settings.get("images"), str | None):
         raise ValueError(f"{path}: images must be a folder or null")
@@ -149,14 +173,16 @@ def load_labels(folder: Path | str) -> Dataset:
     return concatenate_datasets([read_shard(path, tokens) for path in shards_of(Path(folder))])
 
 
-def read_shard(path: Path, tokens: int) -> Dataset:
-    """The rows of one shard, checked: its checksums, its columns, maps and labels of `tokens`.
+def read_shard(path: Path, tokens: int | None) -> Dataset:
+    """The rows of one shard, checked: its checksums, its columns, the lengths of maps and labels.
+
+    tokens: the cells of every grid; None where grids differ.
 
     Raises ValueError that names it where it is broken.
     """
     try:
         table = parquet.read_table(path, page_checksum_verification=True)
-        table = table.cast(FEATURES.arrow_schema)
+        table = _with_grids(table).cast(FEATURES.arrow_schema)
         _check_rows(table, tokens)
     except (OSError, ValueError, ArrowException) as error:
         raise ValueError(
@@ -165,17 +191,36 @@ def read_shard(path: Path, tokens: int) -> Dataset:
     return Dataset(table)
 
 
-def _check_rows(table: Table, tokens: int) -> None:
+def _with_grids(table: Table) -> Table:
+    """A shard of version 0.1, which knew only square grids, with the columns that it lacks."""
+    if table.column_names != [name for name in FEATURES if name not in GRID_COLUMNS]:
+        return table
+    lengths: Any = compute.list_value_length(table["labels"])  # type: ignore[attr-defined]
+    sides = [round(n**0.5) for n in lengths.to_pylist()]
+    for name in ("rows", "columns"):
+        table = table.append_column(name, [sides])
+    return table.append_column("extent", [[[] for _ in sides]]).select(list(FEATURES))
+
+
+def _check_rows(table: Table, tokens: int | None) -> None:
     """Raise ValueError for what no labelling writes, and training would fail on half-way."""
     of: Any = compute
     for name in table.column_names:
         if name != "reason" and table[name].null_count:
             raise ValueError(f"{name} has rows without a value")
+    cells = of.multiply(table["rows"], table["columns"])
     for name in ("grounding", "sink", "labels"):
-        lengths = set(of.unique(of.list_value_length(table[name])).to_pylist())
-        if not lengths <= {0, tokens}:
+        lengths = of.list_value_length(table[name])
+        other = set(of.unique(lengths).to_pylist()) - {0, tokens}
+        if tokens is not None and other:
+            raise ValueError(f"{name} has rows of {max(other)} values, not {tokens}")
+        wrong = of.and_(of.not_equal(lengths, cells), of.not_equal(lengths, 0))
+        if of.any(wrong).as_py():
+            at = wrong.to_pylist().index(True)
             raise ValueError(
-                f"{name} has rows of {max(lengths - {0, tokens})} values, not {tokens}"
+                f"{name} has a row of {lengths[at].as_py()} values, its grid of "
+                f"{table['rows'][at].as_py()} x {table['columns'][at].as_py()} cells has "
+                f"{cells[at].as_py()}"
             )
     bare = of.equal(of.list_value_length(table["labels"]), 0)
     if of.any(of.and_(of.is_null(table["reason"]), bare)).as_py():
@@ -217,12 +262,16 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def drop(self, misfit: Callable[[str], bool]) -> list[str]:
-        """Leave out the rows whose question is a misfit; returns their ids."""
+    def drop(self, misfit: Callable[[str, int], bool]) -> list[str]:
+        """Leave out the rows whose question and number of image tokens are a misfit.
+
+        Returns:
+            Their ids.
+        """
         keep, dropped = [], []
-        named = zip(self.rows["id"], self.rows["question"], strict=True)
-        for i, (name, question) in enumerate(named):
-            if misfit(question):
+        columns = (self.rows[name] for name in ("id", "question", "rows", "columns"))
+        for i, (name, question, height, width) in enumerate(zip(*columns, strict=True)):
+            if misfit(question, height * width):
                 dropped.append(name)
             else:
                 keep.append(i)
@@ -233,7 +282,8 @@ class LabelledImages:
     def __getitem__(self, index: int) -> dict[str, Any]:
         row: dict[str, Any] = self.rows[index]
         image: Image.Image = load_image(inside(self.root, row["image"]))
-        return {"image": image, "question": row["question"], "labels": np.array(row["labels"])}
+        labels = np.array(row["labels"]).reshape(row["rows"], row["columns"])
+        return {"image": image, "question": row["question"], "labels": labels}
 
 
 def summarise(rows: Dataset) -> dict[str, Any]:
@@ -241,8 +291,9 @@ def summarise(rows: Dataset) -> dict[str, Any]:
     reasons = Counter(rows["reason"])
     kept, share = reasons.pop(None, 0), 0.0
     if kept:
-        one: Any = rows[list(rows["reason"]).index(None)]
-        share = sum(rows["foreground"]) / (kept * len(one["labels"]))
+        labelled = np.array([reason is None for reason in rows["reason"]])
+        count, height, width = (np.array(rows[n]) for n in ("foreground", "rows", "columns"))
+        share = float((count[labelled] / (height * width)[labelled]).mean())
     return {
         "questions": len(rows),
         "kept": kept,

@@ -35,15 +35,14 @@ from sdrpn.distill.label_dataset import (
     summarise,
     write_shard,
 )
-from sdrpn.distill.pseudo_labels import judge
+from sdrpn.distill.pseudo_labels import FOREGROUND, judge
 from sdrpn.distill.questions import Item
 from sdrpn.draw import Card, sheet
-from sdrpn.engine import Question, ZoomLlava
+from sdrpn.engine import Question, ZoomModel
 from sdrpn.io.atomic import remove_parts, whole
 from sdrpn.io.images import BadImage, image_key, inside, load_image
 from sdrpn.io.prefetch import ahead
 from sdrpn.io.resume_guard import claim
-from sdrpn.roi.postprocess import View
 from sdrpn.roi.proposers import known_labels
 
 logger = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ class LabelJob:
 
     def __init__(
         self,
-        zoom: ZoomLlava,
+        zoom: ZoomModel,
         items: Sequence[Item],
         out: Path,
         *,
@@ -86,9 +85,9 @@ class LabelJob:
             "questions": len(items),
             "shards": self.shards,
             "shard_size": shard_size,
-            "image_tokens": zoom.llava.image_tokens,
-            "side": zoom.llava.side,
-            "padding": zoom.llava.padding,
+            "backbone": zoom.backbone.model_type,
+            "image_tokens": zoom.backbone.rpn_shape()["image_tokens"],
+            **zoom.backbone.preprocessing,
             "labels": asdict(known_labels(zoom.models)),
             **(about or {}),
         }
@@ -189,6 +188,7 @@ class LabelJob:
                     grounding=made.grounding,
                     sink=made.sink,
                     labels=made.labels,
+                    extent=made.grid.extent,
                     reason=made.reason,
                 )
             )
@@ -219,10 +219,18 @@ def relabel(source: Path, out: Path, config: LabelConfig) -> None:
 def _judge_anew(row: dict[str, Any], config: LabelConfig) -> dict[str, Any]:
     if not row["grounding"] or row["reason"] in NO_MAP:
         return row
-    grounding, sink = (np.array(row[n], np.float32) for n in ("grounding", "sink"))
+    shape = row["rows"], row["columns"]
+    grounding, sink = (np.array(row[n], np.float32).reshape(shape) for n in ("grounding", "sink"))
     labels, reason = judge(grounding, sink, config)
     words = (row[name] for name in ("id", "image", "question", "response"))
-    return label_row(*words, grounding=grounding, sink=sink, labels=labels, reason=reason)
+    return label_row(
+        *words,
+        grounding=grounding,
+        sink=sink,
+        labels=labels,
+        extent=tuple(row["extent"]),
+        reason=reason,
+    )
 
 
 def report(out: Path) -> dict[str, Any]:
@@ -234,27 +242,27 @@ def report(out: Path) -> dict[str, Any]:
 
 def preview(out: Path, count: int, seed: int = 0) -> Path:
     """Draw `count` kept samples: the image with its grounding map, question and response."""
-    settings, rows = read_settings(out), load_labels(out)
+    rows = load_labels(out)
     kept = [i for i, reason in enumerate(rows["reason"]) if reason is None]
     if not kept:
         raise ValueError(f"{out} holds no sample with a label, so there is nothing to draw")
     chosen = np.random.default_rng(seed).permutation(kept)[:count]
-    cards = [_card(rows[int(i)], settings, image_root(out)) for i in sorted(chosen)]
+    cards = [_card(rows[int(i)], image_root(out)) for i in sorted(chosen)]
     return sheet(cards, out / "preview.png", columns=2)
 
 
-def _card(row: dict[str, Any], settings: Mapping[str, Any], root: Path) -> Card:
+def _card(row: dict[str, Any], root: Path) -> Card:
     image = load_image(inside(root, row["image"]))
-    side = round(len(row["labels"]) ** 0.5)
-    view = View(image.size, side, settings["side"], settings["padding"])
-    grounding = np.array(row["grounding"], np.float32).reshape(side, side)
-    foreground = (np.array(row["labels"]) == 1).reshape(side, side).astype(float)
+    shape = row["rows"], row["columns"]
+    grounding = np.array(row["grounding"], np.float32).reshape(shape)
+    foreground = (np.array(row["labels"]) == FOREGROUND).reshape(shape).astype(float)
     return Card(
         image,
         row["question"],
         {"answer": row["response"]},
         [],
-        view,
+        # Labels of version 0.1 do not say where their grid lies.
+        tuple(row["extent"]) or (0, 0, *image.size),
         foreground,
         note=f"left: {row['foreground']} foreground cells; right: the attention they are made of",
         second_map=grounding / max(grounding.max(), 1e-9),

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from sdrpn.boxes import PixelBox
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 35, 35),
     "green": (35, 170, 50),
@@ -34,7 +36,6 @@ DARK = 0.35
 QUESTION = "what pattern is on the {colour} disc ?"
 STREAM = 0x5D12
 """Third number of a probe's seed, so that probes share no draw with the tiny model's scenes."""
-PixelBox = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Disc:
         """The disc's bounding box, half-open (x0, y0, x1, y1) in pixels."""
         (x, y), r = self.centre, self.radius
         low, high = math.floor, math.ceil
-        return low(x - r), low(y - r), high(x + r) + 1, high(y + r) + 1
+        return PixelBox(low(x - r), low(y - r), high(x + r) + 1, high(y + r) + 1)
 
     @property
     def question(self) -> str:
@@ -98,24 +99,29 @@ def draw(
     return canvas, tuple(discs)
 
 
-def disc_cover(disc: Disc, box: PixelBox, grid: int) -> np.ndarray:
-    """The share of each cell of the view of `box` that the disc covers: [grid, grid]."""
-    x0, y0, x1, y1 = box
-    steps = (np.arange(4 * grid) + 0.5) / (4 * grid)
-    xs, ys = x0 + steps * (x1 - x0), y0 + steps * (y1 - y0)
+Extent = tuple[float, float, float, float]
+"""Where a grid lies on a picture: (x0, y0, x1, y1) in its pixels."""
+
+
+def disc_cover(disc: Disc, extent: Extent, rows: int, columns: int) -> np.ndarray:
+    """The share of each cell of a grid that the disc covers: [rows, columns]."""
+    x0, y0, x1, y1 = extent
+    xs = x0 + (np.arange(4 * columns) + 0.5) / (4 * columns) * (x1 - x0)
+    ys = y0 + (np.arange(4 * rows) + 0.5) / (4 * rows) * (y1 - y0)
     inside = np.hypot(xs[None] - disc.centre[0], ys[:, None] - disc.centre[1]) < disc.radius
-    return inside.reshape(grid, 4, grid, 4).mean(axis=(1, 3))
+    return inside.reshape(rows, 4, columns, 4).mean(axis=(1, 3))
 
 
-def box_cover(box: PixelBox, side: int, grid: int) -> np.ndarray:
-    """The share of each cell of a picture of `side` px that `box` covers: [grid, grid]."""
-    edges = np.arange(grid + 1) * side / grid
+def box_cover(box: PixelBox, extent: Extent, rows: int, columns: int) -> np.ndarray:
+    """The share of each cell of a grid that `box` covers: [rows, columns]."""
 
-    def shares(low: int, high: int) -> np.ndarray:
+    def shares(low: float, high: float, start: float, end: float, cells: int) -> np.ndarray:
+        edges = start + np.arange(cells + 1) * (end - start) / cells
         inside = np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1])
-        return np.clip(inside, 0, None) * grid / side
+        return np.clip(inside, 0, None) * cells / (end - start)
 
-    return np.outer(shares(box[1], box[3]), shares(box[0], box[2]))
+    x0, y0, x1, y1 = extent
+    return np.outer(shares(box[1], box[3], y0, y1, rows), shares(box[0], box[2], x0, x1, columns))
 
 
 def _place(rng: np.random.Generator, count: int, side: int) -> list[tuple[float, float, float]]:

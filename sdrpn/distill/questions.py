@@ -16,7 +16,7 @@ from datasets import Image as ImageColumn
 from datasets import config as datasets_config
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from sdrpn.backbones.plain_text import IMAGE_TOKEN
+from sdrpn.config import IMAGE_TOKEN
 from sdrpn.io.images import BadImage, inside
 from sdrpn.io.questions import TURNS, Entry, first_question, one_image, read_entries
 

@@ -1,6 +1,6 @@
 """How well attention points, which heads do it best, and which tokens are sinks: arrays, no model.
 
-Shapes: n questions, L layers, H heads or maps, T image tokens of a square grid, row-major.
+Shapes: n questions, L layers, H heads or maps, T image tokens of a grid, row-major.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdrpn.config import LabelConfig
-from sdrpn.distill.pseudo_labels import pseudo_labels, remove_sinks
+from sdrpn.distill.pseudo_labels import FOREGROUND, pseudo_labels
+from sdrpn.roi.sinks import remove_sinks
 
 SINK_FACTOR = 5.0
 """A sink takes at least this many times the attention of an average image token, always."""
@@ -28,12 +29,14 @@ class Targets:
 
     inside: bool [T], cells that the asked object covers. box: [T], the share of each cell that its
     bounding box covers. objects: bool [T], cells of any object of the image. image: its number.
+    shape: (rows, columns) of the grid.
     """
 
     inside: np.ndarray
     box: np.ndarray
     objects: np.ndarray
     image: int
+    shape: tuple[int, int]
 
 
 def score_maps(
@@ -50,7 +53,9 @@ def score_maps(
     some = total > 0
     mass = np.where(some, clean[:, target.inside].sum(1) / np.where(some, total, 1), 0)
     hit = target.inside[clean.argmax(1)] & some
-    foregrounds = np.array([pseudo_labels(one, sink, config) == 1 for one in maps])
+    shape = target.shape
+    labels = [pseudo_labels(m.reshape(shape), sink.reshape(shape), config) for m in maps]
+    foregrounds = np.array([one.ravel() == FOREGROUND for one in labels])
     kept = foregrounds.any(1)
     return np.stack([mass, hit, iou(foregrounds, target.box), kept], axis=1)
 
@@ -71,8 +76,8 @@ def ranked(ious: np.ndarray, masses: np.ndarray, count: int) -> list[tuple[int, 
 
 
 def join_heads(
-    maps: np.ndarray,
-    sinks: np.ndarray,
+    maps: Sequence[np.ndarray],
+    sinks: Sequence[np.ndarray],
     targets: Sequence[Targets],
     config: LabelConfig,
     *,
@@ -80,21 +85,21 @@ def join_heads(
 ) -> list[tuple[int, float]]:
     """Greedily join maps while the mean of them points better.
 
-    maps: [n, H, T], the first the best on its own. Returns (map, IoU once it has joined) in the
-    order of joining: the first, then whichever helps most, until the gain is too small (see
-    `SMALLEST_GAIN`) or there are `most`.
+    maps: [H, T] of each of n questions, the first head the best on its own. sinks: [T] of each.
+    Returns (map, IoU once it has joined) in the order of joining: the first, then whichever helps
+    most, until the gain is too small (see `SMALLEST_GAIN`) or there are `most`.
     """
 
     def joint(chosen: list[int]) -> np.ndarray:
-        together = maps[:, chosen].mean(1, keepdims=True)
+        together = [own[chosen].mean(0, keepdims=True) for own in maps]
         rows = zip(together, sinks, targets, strict=True)
         return np.array([score_maps(*row, config)[0, 2] for row in rows])
 
     before = joint([0])
     trail = [(0, float(before.mean()))]
-    while len(trail) < min(most, maps.shape[1]):
+    while len(trail) < min(most, len(maps[0])):
         chosen = [head for head, _ in trail]
-        others = [head for head in range(maps.shape[1]) if head not in chosen]
+        others = [head for head in range(len(maps[0])) if head not in chosen]
         tried = {head: joint([*chosen, head]) for head in others}
         best = max(tried, key=lambda head: tried[head].mean())
         gains = tried[best] - before
@@ -119,19 +124,20 @@ class Sinks:
     why: str
 
 
-def find_sinks(means: np.ndarray, targets: Sequence[Targets]) -> Sinks:
+def find_sinks(means: Sequence[np.ndarray], targets: Sequence[Targets]) -> Sinks:
     """The layer whose sinks stand out most, and a threshold that tells them from what was asked.
 
-    means: [n, L, T], mean over the heads of each layer. A sink holds nothing that could be asked
-    for (no object covers it) and takes `SINK_FACTOR` times an average token's attention under
-    every question on its image. A layer counts if half of the images have sinks and if nearly all
-    of those (95 %) take `SINK_MARGIN` times what the asked objects nearly always stay below. The
-    threshold is the geometric mean of these two limits.
+    means: [L, T] of each of n questions, mean over the heads of each layer. A sink holds nothing
+    that could be asked for (no object covers it) and takes `SINK_FACTOR` times an average token's
+    attention under every question on its image. A layer counts if half of the images have sinks and
+    if nearly all of those (95 %) take `SINK_MARGIN` times what the asked objects nearly always stay
+    below. The threshold is the geometric mean of these two limits.
     """
     best, found = 0.0, Sinks(None, 1.0, 0.0, "no layer has tokens that all questions look at")
-    for layer in range(means.shape[1]):
-        low, per_image = _sink_level(means[:, layer], targets)
-        asked = [row[t.inside].max() for row, t in zip(means[:, layer], targets, strict=True)]
+    for layer in range(len(means[0])):
+        rows = [own[layer] for own in means]
+        low, per_image = _sink_level(rows, targets)
+        asked = [row[t.inside].max() for row, t in zip(rows, targets, strict=True)]
         high = float(np.quantile(asked, 0.95))
         if low > max(best, SINK_MARGIN) * high:
             best, threshold = low / high, float(f"{(low * high) ** 0.5:.2g}")
@@ -143,18 +149,23 @@ def find_sinks(means: np.ndarray, targets: Sequence[Targets]) -> Sinks:
     return found
 
 
-def _sink_level(rows: np.ndarray, targets: Sequence[Targets]) -> tuple[float, float]:
-    """What nearly all sinks of a layer take, [n, T] -> (5 % quantile, sinks an image); or zeros."""
-    image_of = np.array([target.image for target in targets])
+def _sink_level(rows: Sequence[np.ndarray], targets: Sequence[Targets]) -> tuple[float, float]:
+    """What nearly all sinks of a layer take: (5 % quantile, sinks per image), or zeros.
+
+    rows: [T] of each question.
+    """
+    of_image: dict[int, list[np.ndarray]] = {}
+    for row, target in zip(rows, targets, strict=True):
+        of_image.setdefault(target.image, []).append(row)
     objects = {target.image: target.objects for target in targets}
     taken, images, counts = [], 0, []
-    for image in np.unique(image_of):
-        some = rows[image_of == image]
+    for image in sorted(of_image):
+        some = np.stack(of_image[image])
         if len(some) < 2:  # one question cannot tell what all of them look at
             continue
         average = some.mean(1, keepdims=True)
         always = (some >= SINK_FACTOR * average).all(0) & (average > 0).all()
-        sink = always & ~objects[int(image)]
+        sink = always & ~objects[image]
         images += 1
         counts.append(sink.sum())
         taken.append(some[:, sink].ravel())

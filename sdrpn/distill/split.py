@@ -6,7 +6,7 @@ import numpy as np
 from torch.utils.data import Subset
 
 from sdrpn.distill.label_dataset import LabelledImages
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 
 
 def split_by_image(

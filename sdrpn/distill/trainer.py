@@ -13,7 +13,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -22,13 +21,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sdrpn.backbones.llava15 import Llava
-from sdrpn.convert.checkpoint import read_all, reason, tensor_names
+from sdrpn.backbones.base import Backbone, ImageInput
+from sdrpn.backbones.cache import KV
 from sdrpn.distill.metrics import MapMetrics
 from sdrpn.distill.pseudo_labels import IGNORED
 from sdrpn.inference.decoder import run_layers
+from sdrpn.inference.prefix import Batch, batch_rows
+from sdrpn.io.checkpoint_files import read_all, reason, tensor_names
 from sdrpn.io.checkpoints import check_finite
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 
 _CHECKPOINTING = next(
     f.name
@@ -46,7 +47,7 @@ PUBLISHED: Mapping[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.03,  # below 1: a share of all steps
 }
-"""Hyper-parameters of METHOD section 5 that hold on any machine."""
+"""Published hyper-parameters that hold on any machine (docs/method.md)."""
 
 STATE_FILE = "trainer_state.json"
 """Written last into a checkpoint, so one without it was cut off."""
@@ -101,24 +102,31 @@ class RPNForTraining(nn.Module):
     computes in bfloat16.
     """
 
-    def __init__(self, llava: Llava, rpn: RPN) -> None:
+    def __init__(self, backbone: Backbone, rpn: RPN) -> None:
         super().__init__()
-        self.llava = llava
-        self.rpn = rpn.attach(llava, torch.float32).requires_grad_(True)
+        self.backbone = backbone
+        self.rpn = rpn.attach(backbone, torch.float32).requires_grad_(True)
 
     def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+        self,
+        images: Sequence[ImageInput],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
     ) -> dict[str, Tensor]:
-        """Loss and RoI logits of a batch (METHOD section 5).
+        """Loss and RoI logits of a batch.
 
-        pixel_values: [B, 3, side, side]. input_ids, attention_mask: [B, N] question tokens,
-        left-padded. labels: [B, T] of 1, 0, -100. Returns loss (mean over all labelled tokens of
-        the batch; 0 where there is none) and logits [B, T].
+        Args:
+            images: The B whole images, preprocessed.
+            input_ids: [B, N] token ids after the image, left-padded.
+            attention_mask: [B, N], 1 where there is a token.
+            labels: [B, T] of 1, 0, -100; T is the most image tokens of a row, -100 behind others.
+
+        Returns:
+            `loss`, the mean over all labelled tokens of the batch (0 where there is none), and
+            `logits`, [B, T], 0 behind the tokens of a row.
         """
-        start = len(self.llava.head_ids)
-        states = self._states(pixel_values, input_ids, attention_mask)
-        image = states[:, start : start + self.llava.image_tokens]
-        logits = self.rpn.roi_logits(states[:, -1], self.rpn.image_keys(image))
+        logits = self._logits(images, input_ids, attention_mask)
         labels = labels.to(logits.device)
         labelled = labels != IGNORED
         targets = labels.clamp(min=0).to(logits.dtype)
@@ -140,58 +148,86 @@ class RPNForTraining(nn.Module):
     gradient_checkpointing_enable = activation_checkpointing_enable
     """Its name in older versions of transformers."""
 
-    def _states(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What the map head reads, over [text before the image][image][padding][question]."""
-        llava = self.llava
+    def _logits(
+        self, images: Sequence[ImageInput], input_ids: Tensor, attention_mask: Tensor
+    ) -> Tensor:
+        """RoI logits over [padding][text before][image][padding][text after], [B, T]."""
+        backbone = self.backbone
         with torch.no_grad():
-            features = llava.encode(pixel_values)
-            head = llava.embed(llava.head_ids).expand(len(features), -1, -1)
-            embeds = torch.cat([head, features, llava.embed(input_ids)], dim=1)
-            before = attention_mask.new_ones(len(features), embeds.shape[1] - input_ids.shape[1])
-            span = llava.span(embeds, torch.cat([before, attention_mask], dim=1))
-            branch = run_layers(llava.layers[: self.rpn.config.branch_layer], embeds, span)
-        return self.rpn(branch, span)
+            features = backbone.encode(images)
+            before = [
+                backbone.prefix_segment(one, tokens)
+                for one, tokens in zip(images, features, strict=True)
+            ]
+            after = [
+                backbone.suffix_segment(first.next_position, ids[mask.bool()].tolist())
+                for first, ids, mask in zip(before, input_ids, attention_mask, strict=True)
+            ]
+            lengths = [one.length for one in before]
+            first, then = batch_rows(before, [0] * len(before)), batch_rows(after, lengths)
+            batch = Batch(
+                torch.cat([first.embeds, then.embeds], dim=1),
+                then.mask,
+                torch.cat([first.positions, then.positions], dim=-1),
+                prefix_length=0,
+            )
+            inputs = batch.attention(backbone)
+            branch = run_layers(backbone.layers[: self.rpn.branch_layer], batch.embeds, inputs)
+        states = self.rpn(branch, inputs)
+        cos, sin = inputs.rotary
+        keys = self.rpn.image_keys(states[:, : max(lengths)], _columns(inputs.rotary, max(lengths)))
+        own = [keys[row, max(lengths) - one.length :][one.image] for row, one in enumerate(before)]
+        last = cos[:, -1:], sin[:, -1:]
+        return self.rpn.roi_logits(states[:, -1], last, pad_sequence(own, batch_first=True))
+
+
+def _columns(rotary: KV, count: int) -> KV:
+    cos, sin = rotary
+    return cos[:, :count], sin[:, :count]
 
 
 class RPNSamples(Dataset):
-    """Rows with `image` (a PIL image), `question` and `labels` [T], made ready for training.
+    """Rows with `image` (a PIL image), `question` and `labels` [rows, columns], preprocessed.
 
     Raises ValueError, when it is read, for a question that does not fit the context.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]] | Any, llava: Llava) -> None:
-        self.rows, self.llava = rows, llava
+    def __init__(self, rows: Sequence[Mapping[str, Any]] | Any, backbone: Backbone) -> None:
+        self.rows, self.backbone = rows, backbone
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        image: Image.Image = row["image"]
-        words = self.llava.question_ids(row["question"])
-        if (room := self.llava.room(words)) < 1:
-            limit = self.llava.context_length
+        (image,) = self.backbone.preprocess([row["image"]])
+        words = self.backbone.prompt_ids(row["question"]).after
+        if (room := self.backbone.room(image.grid.cells, words)) < 1:
+            limit = self.backbone.context_length
             raise ValueError(
                 f"sample {index} has a prompt of {limit - room} tokens, {1 - room} too many for a "
                 f"context of {limit} with one token to answer ({row['question']!r:.60}): leave it "
                 "out"
             )
+        labels = torch.tensor(row["labels"], dtype=torch.long)
         return {
-            "pixel_values": self.llava.pixels([image])[0],
+            "images": image,
             "input_ids": torch.tensor(words),
-            "labels": torch.tensor(row["labels"], dtype=torch.long),
+            "labels": labels.flatten(),
         }
 
 
-def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack samples; questions are left-padded, so that each row ends with its last token."""
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Batch samples: questions left-padded, so that each row ends with its last token; labels
+    right-padded with -100."""
     ids = [sample["input_ids"] for sample in samples]
     ones = [torch.ones_like(one) for one in ids]
+    labels = [sample["labels"] for sample in samples]
     return {
-        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+        "images": [sample["images"] for sample in samples],
         "input_ids": pad_sequence(ids, batch_first=True, padding_side="left"),
         "attention_mask": pad_sequence(ones, batch_first=True, padding_side="left"),
-        "labels": torch.stack([sample["labels"] for sample in samples]),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
     }
 
 
@@ -224,7 +260,7 @@ class SafeTrainer(Trainer):
 
 
 def train(
-    llava: Llava,
+    backbone: Backbone,
     rpn: RPN,
     rows: Sequence[Mapping[str, Any]] | Any,
     arguments: TrainingArguments,
@@ -239,10 +275,10 @@ def train(
     curve as without the interruption.
     """
     trainer = SafeTrainer(
-        model=RPNForTraining(llava, rpn),
+        model=RPNForTraining(backbone, rpn),
         args=arguments,
-        train_dataset=RPNSamples(rows, llava),
-        eval_dataset=RPNSamples(held_out, llava) if held_out is not None else None,
+        train_dataset=RPNSamples(rows, backbone),
+        eval_dataset=RPNSamples(held_out, backbone) if held_out is not None else None,
         compute_metrics=MapMetrics() if held_out is not None else None,
         data_collator=collate,
     )

@@ -12,33 +12,42 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.base import Backbone, Segment
+from sdrpn.backbones.cache import KV
 from sdrpn.config import LayerHeads
-from sdrpn.inference.decoder import KV, run_layers
-from sdrpn.inference.prefix import Prefix, pad_between, stack
+from sdrpn.inference.decoder import run_layers, split_heads
+from sdrpn.inference.prefix import Batch, Prefix, batch_rows, stack
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Attention to the image of one batch: {layer: [B, heads, T]}, averaged over tokens read."""
+    """Attention to the image of one batch, averaged over the tokens read.
 
-    by_layer: dict[int, Tensor]
+    Args:
+        by_layer: For each layer, [heads, T] of every row; T is the row's own number of image
+            tokens.
+    """
 
-    def mean(self, chosen: Sequence[LayerHeads]) -> Tensor:
-        """Mean over all chosen heads of all chosen layers: [B, T] in float32."""
-        parts = []
-        for choice in chosen:
-            rows = self.by_layer[choice.layer]
-            parts.append(rows if choice.heads is None else rows[:, list(choice.heads)])
-        return torch.cat(parts, dim=1).mean(1)
+    by_layer: dict[int, list[Float[Tensor, "heads _"]]]
+
+    def mean(self, chosen: Sequence[LayerHeads]) -> list[Float[Tensor, " _"]]:
+        """Mean over all chosen heads of all chosen layers: [T] in float32, for each row."""
+        return [
+            torch.cat([self._heads(choice, row) for choice in chosen]).mean(0)
+            for row in range(len(next(iter(self.by_layer.values()))))
+        ]
+
+    def _heads(self, choice: LayerHeads, row: int) -> Tensor:
+        values = self.by_layer[choice.layer][row]
+        return values if choice.heads is None else values[list(choice.heads)]
 
 
 @torch.no_grad()
 def read_rows(
-    llava: Llava,
+    backbone: Backbone,
     prefixes: Sequence[Prefix],
     suffixes: Sequence[Sequence[int]],
     counts: Sequence[int],
@@ -46,53 +55,69 @@ def read_rows(
 ) -> Rows:
     """Run token ids over prefixes and read where the last `counts[i]` tokens of row i look.
 
-    layers: whose attention is wanted; the backbone runs no further than the last of them.
+    Args:
+        suffixes: Token ids behind each prefix.
+        counts: How many of the last tokens of each row are read, 1 or more.
+        layers: Whose attention is wanted; the backbone runs no further than the last of them.
     """
-    prefix = prefixes[0]
-    embeds, mask = pad_between(prefix.length, [llava.embed(ids) for ids in suffixes])
+    segments: list[Segment] = [
+        backbone.suffix_segment(prefix.next_position, ids)
+        for prefix, ids in zip(prefixes, suffixes, strict=True)
+    ]
+    batch = batch_rows(segments, [p.length for p in prefixes])
     cache = stack([p.kv for p in prefixes])
-    span = llava.span(embeds, mask, cache)
-    reader = _Reader(llava, prefix, mask, counts, frozenset(layers), cache)
-    run_layers(llava.layers[: max(layers) + 1], embeds, span, cache, reader.tap)
+    inputs = batch.attention(backbone, cache)
+    reader = _Reader(backbone, prefixes, batch, counts, frozenset(layers), cache)
+    run_layers(backbone.layers[: max(layers) + 1], batch.embeds, inputs, cache, reader.hook)
     return Rows(reader.found)
 
 
 class _Reader:
-    """Collects rows while the layers run; see `run_layers` for the tap's arguments."""
+    """Collects rows while the layers run; see `run_layers` for the hook's arguments."""
 
     def __init__(
         self,
-        llava: Llava,
-        prefix: Prefix,
-        mask: Tensor,
+        backbone: Backbone,
+        prefixes: Sequence[Prefix],
+        batch: Batch,
         counts: Sequence[int],
         layers: frozenset[int],
         cache: Any,
     ) -> None:
-        self.llava, self.layers, self.cache = llava, layers, cache
-        self.image = slice(prefix.image_start, prefix.image_start + llava.image_tokens)
+        self.backbone, self.layers, self.cache = backbone, layers, cache
+        gaps = [batch.prefix_length - prefix.length for prefix in prefixes]
+        self.images = [
+            slice(gap + prefix.image.start, gap + prefix.image.stop)
+            for gap, prefix in zip(gaps, prefixes, strict=True)
+        ]
         self.longest = max(counts)
+        mask = batch.mask
         columns = torch.arange(mask.shape[1], device=mask.device)
         causal = columns <= columns[-self.longest :, None]
         self.visible = causal & mask.bool()[:, None]
         number = torch.tensor(counts, device=mask.device)[:, None]
         read = torch.arange(self.longest, 0, -1, device=mask.device) <= number
         self.weights = read / number
-        self.found: dict[int, Tensor] = {}
+        self.found: dict[int, list[Tensor]] = {}
 
-    def tap(self, layer: int, entering: Tensor, rotary: KV) -> None:
+    def hook(self, layer: int, entering: Float[Tensor, "batch new width"], rotary: KV) -> None:
         if layer not in self.layers:
             return
-        module: Any = self.llava.layers[layer][1]
+        module: Any = self.backbone.layers[layer][1]
         attention = module.self_attn
         states = module.input_layernorm(entering[:, -self.longest :])
-        query = attention.q_proj(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        query = split_heads(attention.q_proj(states), attention.head_dim)
         cos, sin = (part[:, -self.longest :] for part in rotary)
-        query, _ = apply_rotary_pos_emb(query, query, cos, sin)
+        query = self.backbone.rotate(query, (cos, sin))
         keys = self.cache.layers[layer].keys
         keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
         scores = (query @ keys.transpose(-1, -2)).float() * attention.scaling
         scores = scores.masked_fill(~self.visible[:, None].to(scores.device), float("-inf"))
-        shares = scores.softmax(-1)[..., self.image]
+        shares = scores.softmax(-1)
         weights = self.weights.to(shares.device)
-        self.found[layer] = torch.einsum("bhrt,br->bht", shares, weights).to(self.llava.device)
+        self.found[layer] = [
+            torch.einsum("hrt,r->ht", shares[row, ..., image], weights[row]).to(
+                self.backbone.device
+            )
+            for row, image in enumerate(self.images)
+        ]

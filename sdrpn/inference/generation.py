@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,32 +11,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import StoppingCriteria
 
-from sdrpn.backbones.llava15 import Llava
-from sdrpn.generation import (
+from sdrpn.backbones.base import Backbone, Segment
+from sdrpn.inference.decoder import run_layers
+from sdrpn.inference.generation_arguments import (
     SAMPLING,
     check_generation,
     greedy_note,
     switched_off,
     warn_once,
 )
-from sdrpn.inference.decoder import cache_argument, run_layers
-from sdrpn.inference.prefix import Prefix, pad_between, stack
-
-
-@dataclass(frozen=True)
-class Suffix:
-    """What stands behind a prefix: [crop tokens][question]. crop: [n, C] or None without a zoom."""
-
-    question: tuple[int, ...]
-    crop: Tensor | None = None
-
-    @property
-    def crop_tokens(self) -> int:
-        return 0 if self.crop is None else len(self.crop)
-
-    def embed(self, llava: Llava) -> Tensor:
-        words = llava.embed(self.question)
-        return words if self.crop is None else torch.cat([self.crop, words])
+from sdrpn.inference.prefix import Prefix, batch_rows, stack
 
 
 class StopAtStrings(StoppingCriteria):
@@ -60,7 +43,7 @@ class StopAtStrings(StoppingCriteria):
         return torch.tensor(done, device=input_ids.device)
 
 
-def generation_arguments(llava: Llava, generation: Mapping[str, Any]) -> dict[str, Any]:
+def generation_arguments(backbone: Backbone, generation: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a request's settings into arguments of generate(): greedy unless told to sample.
 
     generation: as `check_generation` takes it, which raises ValueError for what cannot be used.
@@ -77,16 +60,16 @@ def generation_arguments(llava: Llava, generation: Mapping[str, Any]) -> dict[st
         arguments |= dict.fromkeys(("temperature", "top_p", "top_k"))
     if stop:
         given = arguments.get("stopping_criteria") or []
-        arguments["stopping_criteria"] = [*given, StopAtStrings(llava.tokenizer, stop)]
-    arguments.setdefault("pad_token_id", _pad_id(llava))
+        arguments["stopping_criteria"] = [*given, StopAtStrings(backbone.tokenizer, stop)]
+    arguments.setdefault("pad_token_id", backbone.pad_token_id)
     return switched_off() | {"max_new_tokens": 128, "num_beams": 1} | arguments
 
 
 @torch.no_grad()
 def generate(
-    llava: Llava,
+    backbone: Backbone,
     prefixes: Sequence[Prefix],
-    suffixes: Sequence[Suffix],
+    suffixes: Sequence[Segment],
     generation: Mapping[str, Any],
 ) -> list[list[int]]:
     """Answer a batch from its prefixes; returns the new token ids of each row, end token left out.
@@ -94,51 +77,47 @@ def generate(
     generate() begins behind the prefix: its first forward is the suffix alone, which also gives the
     first new token.
     """
-    arguments = generation_arguments(llava, generation)
-    length = prefixes[0].length
-    embeds, mask = pad_between(length, [s.embed(llava) for s in suffixes])
+    arguments = generation_arguments(backbone, generation)
+    batch = batch_rows(suffixes, [p.length for p in prefixes])
+    length = batch.prefix_length
     cache = stack([p.kv for p in prefixes])
     if arguments["num_beams"] > 1:
         # generate() expands the tensors it is given, but not a cache.
         cache.batch_repeat_interleave(arguments["num_beams"])
     # generate() wants embeddings of the whole prompt, and cuts off what the cache holds unread.
-    unread = embeds.new_zeros(1, 1, 1).expand(len(embeds), length, embeds.shape[-1])
+    unread = batch.embeds.new_zeros(1, 1, 1).expand(len(suffixes), length, batch.embeds.shape[-1])
     # No id is embedded: they count for repetition penalties.
     # Padding repeats the image token, which every row holds already, so no row's penalty moves.
-    ids = torch.full_like(mask, llava.image_token_id)
+    ids = torch.full_like(batch.mask, backbone.image_token_id)
     for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
-        ids[row, :length] = torch.tensor(prefix.ids)
-        ids[row, -len(suffix.question) :] = torch.tensor(suffix.question)
-    output = llava.model.generate(
-        input_ids=ids,
-        inputs_embeds=torch.cat([unread, embeds], dim=1),
-        attention_mask=mask,
-        **cache_argument(cache),
-        **arguments,
-    )
-    return [_until_end(llava, row, arguments) for row in output[:, ids.shape[1] :].tolist()]
+        ids[row, length - prefix.length : length] = torch.tensor(prefix.ids)
+        ids[row, -suffix.length :] = torch.tensor(suffix.ids)
+    embeds = torch.cat([unread, batch.embeds], dim=1)
+    output = backbone.generate(ids, embeds, batch.mask, batch.positions, cache, arguments)
+    return [_until_end(backbone, row, arguments) for row in output[:, ids.shape[1] :].tolist()]
 
 
 @torch.no_grad()
 def losses(
-    llava: Llava,
+    backbone: Backbone,
     prefixes: Sequence[Prefix],
-    suffixes: Sequence[Suffix],
+    suffixes: Sequence[Segment],
     continuations: Sequence[Sequence[int]],
 ) -> list[tuple[float, bool]]:
     """Mean loss of each continuation (nats a token), and whether greedy decoding would give it."""
     rows = [
-        torch.cat([s.embed(llava), llava.embed(c)])
-        for s, c in zip(suffixes, continuations, strict=True)
+        suffix.followed_by(backbone.text_segment(suffix.next_position, ids))
+        for suffix, ids in zip(suffixes, continuations, strict=True)
     ]
-    embeds, mask = pad_between(prefixes[0].length, rows)
+    batch = batch_rows(rows, [p.length for p in prefixes])
     cache = stack([p.kv for p in prefixes])
-    hidden = run_layers(llava.layers, embeds, llava.span(embeds, mask, cache), cache)
-    return [_loss(llava, state, c) for state, c in zip(hidden, continuations, strict=True)]
+    inputs = batch.attention(backbone, cache)
+    hidden = run_layers(backbone.layers, batch.embeds, inputs, cache)
+    return [_loss(backbone, state, c) for state, c in zip(hidden, continuations, strict=True)]
 
 
-def _loss(llava: Llava, hidden: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
-    logits = llava.logits(hidden[-len(continuation) - 1 : -1]).float()
+def _loss(backbone: Backbone, hidden: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
+    logits = backbone.logits(hidden[-len(continuation) - 1 : -1]).float()
     target = torch.tensor(continuation, device=logits.device)
     return float(cross_entropy(logits, target)), bool((logits.argmax(-1) == target).all())
 
@@ -146,82 +125,58 @@ def _loss(llava: Llava, hidden: Tensor, continuation: Sequence[int]) -> tuple[fl
 # --- prompts without a prefix: no image, or several -----------------------------------------
 
 
-def _plain_inputs(
-    llava: Llava, rows: Sequence[Sequence[int]], images: Sequence[Image.Image]
-) -> dict[str, Tensor]:
-    spread = [
-        [t for i in ids for t in [i] * (llava.image_tokens if i == llava.image_token_id else 1)]
-        for ids in rows
-    ]
-    longest = max(map(len, spread))
-    ids = torch.full((len(rows), longest), _pad_id(llava), device=llava.device)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(spread):
-        ids[row, longest - len(tokens) :] = torch.tensor(tokens)
-        mask[row, longest - len(tokens) :] = 1
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if images:
-        inputs["pixel_values"] = llava.pixels(images).to(llava.device, llava.dtype)
-    return inputs
-
-
 @torch.no_grad()
 def generate_plain(
-    llava: Llava,
+    backbone: Backbone,
     prompts: Sequence[Sequence[int]],
     images: Sequence[Image.Image],
     generation: Mapping[str, Any],
 ) -> list[list[int]]:
     """Answer prompts as stock LLaVA does: ids with placeholders, the images in their order."""
-    arguments = generation_arguments(llava, generation)
-    inputs = _plain_inputs(llava, prompts, images)
-    output = llava.model.generate(**inputs, **arguments)
+    arguments = generation_arguments(backbone, generation)
+    inputs = backbone.plain_inputs(prompts, images)
+    output = backbone.model.generate(**inputs, **arguments)
     width = inputs["input_ids"].shape[1]
-    return [_until_end(llava, row, arguments) for row in output[:, width:].tolist()]
+    return [_until_end(backbone, row, arguments) for row in output[:, width:].tolist()]
 
 
 @torch.no_grad()
 def losses_plain(
-    llava: Llava,
+    backbone: Backbone,
     prompts: Sequence[Sequence[int]],
     images: Sequence[Image.Image],
     continuations: Sequence[Sequence[int]],
 ) -> list[tuple[float, bool]]:
     """As `losses`, for prompts without a prefix."""
     rows = [[*p, *c] for p, c in zip(prompts, continuations, strict=True)]
-    inputs = _plain_inputs(llava, rows, images)
-    hidden = llava.model.model(**inputs).last_hidden_state
+    inputs = backbone.plain_inputs(rows, images)
+    hidden = backbone.model.model(**inputs).last_hidden_state
     results = []
     for state, continuation in zip(hidden, continuations, strict=True):
-        logits = llava.model.lm_head(state[-len(continuation) - 1 : -1]).float()
+        logits = backbone.model.lm_head(state[-len(continuation) - 1 : -1]).float()
         target = torch.tensor(continuation, device=logits.device)
         greedy = bool((logits.argmax(-1) == target).all())
         results.append((float(cross_entropy(logits, target)), greedy))
     return results
 
 
-def _pad_id(llava: Llava) -> int:
-    pad = llava.tokenizer.pad_token_id
-    return llava.eos_token_id if pad is None else pad
-
-
-def _end_ids(llava: Llava, arguments: Mapping[str, Any]) -> set[int]:
+def _end_ids(backbone: Backbone, arguments: Mapping[str, Any]) -> set[int]:
     """The tokens that end an answer: those asked for, else the checkpoint's and the tokenizer's."""
     given = arguments.get("eos_token_id")
-    known = [llava.eos_token_id, llava.model.generation_config.eos_token_id]
+    known = [backbone.eos_token_id, backbone.model.generation_config.eos_token_id]
     ends: set[int] = set()
     for one in known if given is None else [given]:
         ends |= set(one) if isinstance(one, list | tuple) else {one}
     return ends - {None}
 
 
-def _until_end(llava: Llava, ids: list[int], arguments: Mapping[str, Any]) -> list[int]:
+def _until_end(backbone: Backbone, ids: list[int], arguments: Mapping[str, Any]) -> list[int]:
     """An answer's own tokens: up to its end token.
 
     A row that a stopping criterion ended has none, but padding behind it. Elsewhere padding is
     something the model said, which does not end an answer.
     """
-    ends = _end_ids(llava, arguments)
+    ends = _end_ids(backbone, arguments)
     end = next((place for place, token in enumerate(ids) if token in ends), None)
     if end is not None:
         return ids[:end]

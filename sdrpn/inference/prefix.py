@@ -1,7 +1,7 @@
-"""An image, read once: the KV of everything up to the last image token, and a cache of such reads.
+"""Prefixes: the KV of everything up to the last image token, and a cache of them.
 
-In LLaVA-1.5 nothing up to the last image token depends on the question (METHOD section 1), so any
-number of questions, looks and zooms grow from one prefix.
+Nothing up to the last image token depends on the question, so an image is prefilled once, and any
+number of questions, looks and zooms grow from its prefix.
 """
 
 from __future__ import annotations
@@ -9,89 +9,120 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import psutil
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache, DynamicCache
 
-from sdrpn.backbones.llava15 import Llava
-from sdrpn.inference.decoder import KV, cache_of, fill_cache
-from sdrpn.rpn.model import RPN
+from sdrpn.backbones.base import AttentionInputs, Backbone, ImageInput, Segment
+from sdrpn.backbones.cache import KV, cache_of
+from sdrpn.inference.decoder import fill_cache
+
+
+@runtime_checkable
+class BranchNetwork(Protocol):
+    """A network that branches off the backbone and has a cache of its own: the RPN."""
+
+    @property
+    def branch_layer(self) -> int:
+        """It reads the hidden state that enters this backbone layer."""
+        ...
+
+    def __call__(self, hidden: Tensor, inputs: AttentionInputs, cache: Cache | None) -> Tensor:
+        """Run its layers. hidden: [B, N, C]. Returns [B, N, C]."""
+        ...
+
+    def image_keys(self, states: Tensor, rotary: KV) -> Tensor:
+        """Keys of its map head: [B, N, C] -> [B, N, kv heads * d]."""
+        ...
 
 
 @dataclass(frozen=True)
 class Prefix:
     """[text before the image][image tokens], P tokens, as the backbone and the RPN remember them.
 
-    kv: keys and values of all L backbone layers, each [1, heads, P, d]. rpn_kv: of the RPN's own
-    R-1 layers. rpn_keys: its map head's image keys, [1, T, kv heads x d]; both are empty or None
-    without an RPN. image_start: tokens before the image.
+    Args:
+        kv: Keys and values of all backbone layers, each [1, heads, P, d].
+        rpn_kv: Those of the RPN's own R-1 layers; empty without an RPN.
+        rpn_keys: Image keys of the RPN's map head, [1, T, kv heads * d]; None without an RPN.
+        ids: Token ids, P of them.
+        image: Columns of the T image tokens.
+        next_position: The position of a text token right behind the prefix.
     """
 
     kv: tuple[KV, ...]
     rpn_kv: tuple[KV, ...]
-    rpn_keys: Tensor | None
+    rpn_keys: Float[Tensor, "1 cells channels"] | None
     ids: tuple[int, ...]
-    image_start: int
+    image: slice
+    next_position: int
 
     @property
     def length(self) -> int:
+        """P, the tokens of the prefix."""
         return len(self.ids)
 
     @property
+    def image_tokens(self) -> int:
+        """T, the image tokens of the prefix."""
+        return self.image.stop - self.image.start
+
+    @property
     def nbytes(self) -> int:
+        """Bytes that the prefix keeps alive."""
         tensors = [t for pair in (*self.kv, *self.rpn_kv) for t in pair]
         if self.rpn_keys is not None:
             tensors.append(self.rpn_keys)
         return sum(t.nbytes for t in tensors)
 
 
-@torch.no_grad()
-def read(llava: Llava, rpn: RPN | None, pixels: Tensor) -> list[Prefix]:
-    """Read images in one batch: each becomes a Prefix. pixels: [n, 3, side, side], normalised."""
-    features = llava.encode(pixels)
-    head = llava.embed(llava.head_ids).expand(len(pixels), -1, -1)
-    embeds = torch.cat([head, features], dim=1)
-    seen = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    cache = cache_of([])
-    span = llava.span(embeds, seen, cache)
-    branch: dict[int, Tensor] = {}
+@dataclass(frozen=True)
+class Batch:
+    """Segments of several rows, side by side and left-padded, behind their prefixes.
 
-    def keep_branch(layer: int, entering: Tensor, _: KV) -> None:
-        if rpn is not None and layer == rpn.config.branch_layer:
-            branch[layer] = entering
+    Args:
+        embeds: [B, N, C].
+        mask: [B, P + N], 1 where there is a token, 0 in both gaps.
+        positions: [A, B, N].
+        prefix_length: P, the length of the longest prefix.
+    """
 
-    fill_cache(llava.layers, embeds, span, cache, keep_branch)
-    rpn_cache, keys = cache_of([]), None
-    start = len(llava.head_ids)
-    if rpn is not None:
-        states = rpn(branch[rpn.config.branch_layer], span, rpn_cache)
-        keys = rpn.image_keys(states[:, start:])
-    ids = (*llava.head_ids, *[llava.image_token_id] * llava.image_tokens)
-    alone = len(pixels) == 1
-    return [
-        Prefix(
-            kv=_row(cache, i, alone),
-            rpn_kv=_row(rpn_cache, i, alone),
-            rpn_keys=None if keys is None else keys[i : i + 1].clone(),
-            ids=ids,
-            image_start=start,
-        )
-        for i in range(len(pixels))
-    ]
+    embeds: Float[Tensor, "batch new width"]
+    mask: Int[Tensor, "batch all"]
+    positions: Int[Tensor, "axes batch new"]
+    prefix_length: int
+
+    def attention(self, backbone: Backbone, cache: Cache | None = None) -> AttentionInputs:
+        """What the decoder layers need to know of these rows."""
+        return backbone.attention_inputs(self.embeds, self.mask, self.positions, cache)
 
 
-def _row(cache: DynamicCache, row: int, alone: bool) -> tuple[KV, ...]:
-    # A slice would keep the whole batch's tensors alive in the cache of prefixes.
-    layers: Any = cache.layers
-    pairs = [(layer.keys[row : row + 1], layer.values[row : row + 1]) for layer in layers]
-    return tuple(pairs if alone else [(k.clone(), v.clone()) for k, v in pairs])
+def batch_rows(segments: Sequence[Segment], prefix_lengths: Sequence[int]) -> Batch:
+    """Batch segments that stand behind prefixes of these lengths (0: behind nothing).
+
+    Every row ends in the same column. Where prefixes differ in length, the shorter ones are padded
+    on their left, as `stack` pads their keys and values.
+    """
+    longest, behind = max(s.length for s in segments), max(prefix_lengths)
+    first = segments[0]
+    embeds = first.embeds.new_zeros(len(segments), longest, first.embeds.shape[-1])
+    positions = first.positions.new_zeros(len(first.positions), len(segments), longest)
+    mask = torch.ones(len(segments), behind + longest, dtype=torch.long, device=embeds.device)
+    for row, (segment, own) in enumerate(zip(segments, prefix_lengths, strict=True)):
+        gap = longest - segment.length
+        embeds[row, gap:] = segment.embeds
+        positions[:, row, gap:] = segment.positions
+        mask[row, : behind - own] = 0
+        mask[row, behind : behind + gap] = 0
+    return Batch(embeds, mask, positions, behind)
 
 
 def stack(prefixes: Sequence[tuple[KV, ...]]) -> DynamicCache:
-    """One cache for a batch, a row for each prefix; a prefix may stand in many rows.
+    """One cache for a batch, a row for each prefix, left-padded; a prefix may stand in many rows.
 
     Rows of one prefix alone share its memory until the cache grows, which copies it.
     """
@@ -104,25 +135,59 @@ def stack(prefixes: Sequence[tuple[KV, ...]]) -> DynamicCache:
 def _joined(rows: Sequence[Tensor]) -> Tensor:
     if all(row is rows[0] for row in rows):
         return rows[0].expand(len(rows), -1, -1, -1)
-    return torch.cat(list(rows))
+    longest = max(row.shape[2] for row in rows)
+    return torch.cat([pad(row, (0, 0, longest - row.shape[2], 0)) for row in rows])
 
 
-def pad_between(prefix_length: int, suffixes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Batch suffixes of different length by padding between prefix and suffix.
+@torch.no_grad()
+def prefill(
+    backbone: Backbone, rpn: BranchNetwork | None, inputs: Sequence[ImageInput]
+) -> list[Prefix]:
+    """Prefill images in one batch: each becomes a Prefix."""
+    features = backbone.encode(inputs)
+    segments = [
+        backbone.prefix_segment(one, tokens) for one, tokens in zip(inputs, features, strict=True)
+    ]
+    batch = batch_rows(segments, [0] * len(segments))
+    cache = cache_of([])
+    attention = batch.attention(backbone, cache)
+    branch: dict[int, Tensor] = {}
 
-    suffixes: [n_i, C] each. Returns (embeds [B, N, C], attention mask [B, P + N]): every row ends
-    in the same column and starts with the same prefix.
-    """
-    longest = max(len(s) for s in suffixes)
-    embeds = suffixes[0].new_zeros(len(suffixes), longest, suffixes[0].shape[-1])
-    mask = torch.ones(
-        len(suffixes), prefix_length + longest, dtype=torch.long, device=embeds.device
-    )
-    for row, suffix in enumerate(suffixes):
-        pad = longest - len(suffix)
-        embeds[row, pad:] = suffix
-        mask[row, prefix_length : prefix_length + pad] = 0
-    return embeds, mask
+    def keep_branch(layer: int, entering: Tensor, _: KV) -> None:
+        if rpn is not None and layer == rpn.branch_layer:
+            branch[layer] = entering
+
+    fill_cache(backbone, backbone.layers, batch.embeds, attention, cache, keep_branch)
+    rpn_cache, keys = cache_of([]), None
+    if rpn is not None:
+        states = rpn(branch[rpn.branch_layer], attention, rpn_cache)
+        keys = rpn.image_keys(states, attention.rotary)
+    alone = len(segments) == 1
+    prefixes = []
+    for row, segment in enumerate(segments):
+        gap = batch.embeds.shape[1] - segment.length
+        image = slice(gap + segment.image.start, gap + segment.image.stop)
+        prefixes.append(
+            Prefix(
+                kv=_row(cache, row, gap, alone),
+                rpn_kv=_row(rpn_cache, row, gap, alone),
+                rpn_keys=None if keys is None else keys[row : row + 1, image].clone(),
+                ids=segment.ids,
+                image=segment.image,
+                next_position=segment.next_position,
+            )
+        )
+    return prefixes
+
+
+def _row(cache: DynamicCache, row: int, gap: int, alone: bool) -> tuple[KV, ...]:
+    # A slice would keep the whole batch's tensors alive in the cache of prefixes.
+    layers: Any = cache.layers
+    pairs = [
+        (layer.keys[row : row + 1, :, gap:], layer.values[row : row + 1, :, gap:])
+        for layer in layers
+    ]
+    return tuple(pairs if alone else [(k.clone(), v.clone()) for k, v in pairs])
 
 
 def free_memory(device: torch.device) -> int:

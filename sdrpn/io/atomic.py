@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 
 T = TypeVar("T")
 MAX_SETTINGS = 64 << 20

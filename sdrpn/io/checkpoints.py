@@ -12,10 +12,10 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from sdrpn import hub
-from sdrpn.convert.checkpoint import INDEXES, reason, tensor_names
+from sdrpn.io import hub
 from sdrpn.io.atomic import read_object
-from sdrpn.plurals import counted
+from sdrpn.io.checkpoint_files import INDEXES, reason, tensor_names
+from sdrpn.io.plurals import counted
 
 MAX_LAYERS = 1000
 """More layers than any model of this kind has; a config.json that asks for more is refused before

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdrpn.backbones.plain_text import IMAGE_TOKEN
+from sdrpn.config import IMAGE_TOKEN
 from sdrpn.io.atomic import parse_json
 from sdrpn.io.images import BadImage, inside
 

@@ -1,7 +1,7 @@
-"""Where to look again: the proposers, each from a batch of looks to a batch of regions.
+"""Where to look again: the proposers, each from a batch of looks to a batch of proposals.
 
-`rpn` asks the trained network, `attention` reads the model's own answer (training-free),
-`vicrop` is the published baseline, `none` is stock LLaVA.
+`rpn` asks the trained network, `attention` reads the model's own answer (training-free), `vicrop`
+is the published baseline, `none` is the stock model.
 """
 
 from __future__ import annotations
@@ -11,42 +11,56 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float32
+from torch.nn.utils.rnn import pad_sequence
 
-from sdrpn.backbones.llava15 import Llava
+from sdrpn.backbones.base import Backbone
+from sdrpn.boxes import ImageGrid
 from sdrpn.config import LabelConfig, ZoomConfig
-from sdrpn.distill.pseudo_labels import remove_sinks
-from sdrpn.inference.attention_rows import Rows, read_rows
+from sdrpn.inference.attention_rows import read_rows
 from sdrpn.inference.decoder import run_layers
-from sdrpn.inference.generation import Suffix, generate
-from sdrpn.inference.prefix import Prefix, pad_between, stack
-from sdrpn.roi.postprocess import Region, View, blur, propose
+from sdrpn.inference.generation import generate
+from sdrpn.inference.prefix import Prefix, batch_rows, stack
+from sdrpn.roi.postprocess import Region, blur, propose
+from sdrpn.roi.sinks import remove_sinks
 from sdrpn.roi.vicrop import NEUTRAL_QUESTION, propose_window, relative_attention
-from sdrpn.rpn.model import RPN
+from sdrpn.rpn.checkpoint import RPN
 
 
 @dataclass(frozen=True)
 class Look:
-    """One question about one image, on its way to a region."""
+    """One question about one image, on its way to a region.
+
+    Args:
+        prefix: The image, prefilled.
+        grid: How its tokens lie on the image.
+        question: Token ids after the image.
+        zoom: How a map becomes a region.
+    """
 
     prefix: Prefix
-    view: View
+    grid: ImageGrid
     question: tuple[int, ...]
     zoom: ZoomConfig
+
+    def shaped(self, values: np.ndarray) -> np.ndarray:
+        """One value per image token, [T] -> [rows, columns]."""
+        return values.reshape(self.grid.rows, self.grid.columns)
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A region and the map it came from ([grid, grid] float32 in [0, 1], blurred; or None)."""
+    """A region and the map it came from ([rows, columns] float32 in [0, 1], blurred; or None)."""
 
     region: Region
-    roi_map: np.ndarray | None = None
+    roi_map: Float32[np.ndarray, "rows columns"] | None = None
 
 
 @dataclass(frozen=True)
 class Models:
     """What a proposer may ask: the backbone, a trained RPN, and which heads point."""
 
-    llava: Llava
+    backbone: Backbone
     rpn: RPN | None
     labels: LabelConfig | None
 
@@ -55,29 +69,32 @@ Proposer = Callable[[Models, Sequence[Look]], list[Proposal]]
 
 
 @torch.no_grad()
-def roi_logits(models: Models, looks: Sequence[Look]) -> np.ndarray:
-    """The RPN's map for a batch of looks: RoI logits [B, grid, grid], float32 (METHOD section 2).
+def roi_logits(models: Models, looks: Sequence[Look]) -> list[Float32[np.ndarray, "_ _"]]:
+    """The RPN's maps for a batch of looks: RoI logits [rows, columns] each, float32.
 
     The question runs through backbone layers 0..B-1 and the RPN, over the prefixes' KV.
     """
-    llava, rpn = models.llava, models.rpn
+    backbone, rpn = models.backbone, models.rpn
     if rpn is None:
         raise ValueError("proposer 'rpn' needs an RPN: pass rpn=, or another proposer")
-    depth = rpn.config.branch_layer
+    depth = rpn.branch_layer
     prefixes = [look.prefix for look in looks]
-    words = [llava.embed(look.question) for look in looks]
-    embeds, mask = pad_between(prefixes[0].length, words)
+    segments = [backbone.suffix_segment(k.prefix.next_position, k.question) for k in looks]
+    batch = batch_rows(segments, [p.length for p in prefixes])
     cache = stack([p.kv[:depth] for p in prefixes])
-    span = llava.span(embeds, mask, cache)
-    branch = run_layers(llava.layers[:depth], embeds, span, cache)
-    states = rpn(branch, span, stack([p.rpn_kv for p in prefixes]))
-    keys = torch.cat([p.rpn_keys for p in prefixes if p.rpn_keys is not None])
-    logits = rpn.roi_logits(states[:, -1], keys)
-    return logits.cpu().numpy().reshape(-1, llava.grid, llava.grid)
+    inputs = batch.attention(backbone, cache)
+    branch = run_layers(backbone.layers[:depth], batch.embeds, inputs, cache)
+    states = rpn(branch, inputs, stack([p.rpn_kv for p in prefixes]))
+    keys = [p.rpn_keys[0] for p in prefixes if p.rpn_keys is not None]
+    cos, sin = inputs.rotary
+    last = cos[:, -1:], sin[:, -1:]
+    logits = rpn.roi_logits(states[:, -1], last, pad_sequence(keys, batch_first=True))
+    pairs = zip(logits.cpu().numpy(), looks, strict=True)
+    return [look.shaped(one[: look.grid.cells]) for one, look in pairs]
 
 
 def by_rpn(models: Models, looks: Sequence[Look]) -> list[Proposal]:
-    """Sigmoid, blur, threshold, boxes (METHOD section 3)."""
+    """Sigmoid, blur, threshold, boxes (SD-RPN, section 3.3)."""
     logits = roi_logits(models, looks)
     maps = [torch.sigmoid(torch.from_numpy(one)).numpy() for one in logits]
     shown = [
@@ -97,67 +114,67 @@ def known_labels(models: Models) -> LabelConfig:
     known of another."""
     if models.labels is None:
         raise ValueError(
-            f"it is not known which attention heads of {models.llava.name} point at the answer: "
+            f"it is not known which attention heads of {models.backbone.name} point at the answer: "
             "pass labels=LabelConfig(...), or an RPN that was trained with them"
         )
-    text = models.llava.text_config
-    models.labels.check_fits(text.num_hidden_layers, text.num_attention_heads, models.llava.name)
+    text = models.backbone.text_config
+    models.labels.check_fits(text.num_hidden_layers, text.num_attention_heads, models.backbone.name)
     return models.labels
 
 
 def response_attention(
     models: Models, looks: Sequence[Look], responses: Sequence[Sequence[int]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Grounding and sink maps [B, T] of given responses (METHOD section 4); rows must have tokens.
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Grounding and sink maps, [T] each, of given responses; every response must have a token.
 
     Raises ValueError where it is not known which heads of this model point.
     """
     labels = known_labels(models)
     rows = read_rows(
-        models.llava,
+        models.backbone,
         [look.prefix for look in looks],
         [(*look.question, *r) for look, r in zip(looks, responses, strict=True)],
         [len(r) for r in responses],
         [choice.layer for choice in (*labels.grounding, *labels.sink)],
     )
-    return _numpy(rows, labels, "grounding"), _numpy(rows, labels, "sink")
-
-
-def _numpy(rows: Rows, labels: LabelConfig, which: str) -> np.ndarray:
-    return rows.mean(getattr(labels, which)).cpu().numpy()
+    grounding, sink = rows.mean(labels.grounding), rows.mean(labels.sink)
+    pairs = zip(grounding, sink, strict=True)
+    return [(one.cpu().numpy(), other.cpu().numpy()) for one, other in pairs]
 
 
 def by_attention(models: Models, looks: Sequence[Look]) -> list[Proposal]:
     """Where the model's own answer looked: the grounding map, sinks removed, over its maximum."""
-    llava, labels = models.llava, known_labels(models)
-    prefixes, words = [look.prefix for look in looks], [Suffix(look.question) for look in looks]
-    said = generate(llava, prefixes, words, {"max_new_tokens": labels.max_new_tokens})
+    backbone, labels = models.backbone, known_labels(models)
+    prefixes = [look.prefix for look in looks]
+    asked = [backbone.suffix_segment(k.prefix.next_position, k.question) for k in looks]
+    said = generate(backbone, prefixes, asked, {"max_new_tokens": labels.max_new_tokens})
     # Where tokens past the model's context look means nothing.
-    responses = [r[: llava.room(look.question)] for r, look in zip(said, looks, strict=True)]
+    rooms = [backbone.room(look.grid.cells, look.question) for look in looks]
+    responses = [one[:room] for one, room in zip(said, rooms, strict=True)]
     proposals = [Proposal(Region(reason="the model's first answer was empty")) for _ in looks]
     spoken = [i for i, response in enumerate(responses) if response]
     if not spoken:
         return proposals
-    asked = [looks[i] for i in spoken]
-    grounding, sink = response_attention(models, asked, [responses[i] for i in spoken])
+    some = [looks[i] for i in spoken]
     maps = []
-    for one, sinks in zip(grounding, sink, strict=True):
-        clean = remove_sinks(one, sinks, labels.sink_threshold)
-        maps.append(blur(_over_its_maximum(clean).reshape(llava.grid, llava.grid)))
-    for i, proposal in zip(spoken, _from_maps(maps, asked), strict=True):
+    read = response_attention(models, some, [responses[i] for i in spoken])
+    for look, (grounding, sink) in zip(some, read, strict=True):
+        clean = remove_sinks(grounding, sink, labels.sink_threshold)
+        maps.append(blur(look.shaped(_over_its_maximum(clean))))
+    for i, proposal in zip(spoken, _from_maps(maps, some), strict=True):
         proposals[i] = proposal
     return proposals
 
 
 def by_vicrop(models: Models, looks: Sequence[Look]) -> list[Proposal]:
-    """The last prompt token's attention over that of a neutral prompt (METHOD section 8)."""
-    llava = models.llava
-    layer = models.labels.vicrop_layer if models.labels else round(llava.num_layers * 14 / 32)
-    neutral = llava.question_ids(NEUTRAL_QUESTION)
+    """The last prompt token's attention over that of a neutral prompt (arXiv 2502.17422)."""
+    backbone = models.backbone
+    layer = models.labels.vicrop_layer if models.labels else round(backbone.num_layers * 14 / 32)
+    neutral = backbone.prompt_ids(NEUTRAL_QUESTION).after
 
-    def attention(prefixes: list[Prefix], suffixes: list[Sequence[int]]) -> np.ndarray:
-        rows = read_rows(llava, prefixes, suffixes, [1] * len(prefixes), [layer])
-        return rows.by_layer[layer].mean(1).cpu().numpy()
+    def attention(prefixes: list[Prefix], suffixes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        rows = read_rows(backbone, prefixes, suffixes, [1] * len(prefixes), [layer])
+        return [one.mean(0).cpu().numpy() for one in rows.by_layer[layer]]
 
     asked_maps = attention([look.prefix for look in looks], [look.question for look in looks])
     # The neutral prompt asks the same of every question on an image: once is enough.
@@ -166,20 +183,20 @@ def by_vicrop(models: Models, looks: Sequence[Look]) -> list[Proposal]:
     plain = dict(zip(images, plain_maps, strict=True))
     proposals = []
     for look, asked in zip(looks, asked_maps, strict=True):
-        ratio = relative_attention(asked, plain[id(look.prefix)]).reshape(llava.grid, llava.grid)
+        ratio = look.shaped(relative_attention(asked, plain[id(look.prefix)]))
         shown = (ratio / ratio.max()).astype(np.float32)
-        proposals.append(Proposal(propose_window(ratio, look.view), shown))
+        proposals.append(Proposal(propose_window(ratio, look.grid), shown))
     return proposals
 
 
 def by_none(models: Models, looks: Sequence[Look]) -> list[Proposal]:
-    """Stock LLaVA: no second look."""
+    """The stock model: no second look."""
     return [Proposal(Region(reason="proposer none")) for _ in looks]
 
 
 def _from_maps(maps: Sequence[np.ndarray], looks: Sequence[Look]) -> list[Proposal]:
     pairs = zip(maps, looks, strict=True)
-    return [Proposal(propose(one, look.view, look.zoom), one) for one, look in pairs]
+    return [Proposal(propose(one, look.grid, look.zoom), one) for one, look in pairs]
 
 
 BY_NAME: Mapping[str, Proposer] = {

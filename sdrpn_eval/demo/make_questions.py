@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sdrpn.distill.label_dataset import load_labels
 from sdrpn.io.atomic import as_json
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 from sdrpn_eval.demo import scenes as sc
 
 LABEL_POOL = 7

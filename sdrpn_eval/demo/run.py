@@ -17,13 +17,12 @@ from datasets import load_dataset
 from rich.console import Console
 from rich.table import Table
 
+from sdrpn.boxes import PixelBox
 from sdrpn.draw import Card, sheet
 from sdrpn.io.atomic import write_json
-from sdrpn.plurals import counted
-from sdrpn.roi.postprocess import PixelBox, View
+from sdrpn.io.plurals import counted
 from sdrpn_eval.arguments import written_arguments
 from sdrpn_eval.demo import BENCHMARK
-from sdrpn_eval.demo.scenes import GRID, VIEW_SIDE
 from sdrpn_eval.record import decode_map, read_records
 from sdrpn_eval.report.rungs import end_of, run_logged
 from sdrpn_eval.stats import Estimate, clustered, clustered_difference, rounded, with_interval
@@ -118,7 +117,7 @@ def contact_sheet(out: Path, rows: Any, count: int = 8) -> Path:
                     "right": f"{row['colour']} {row['answer']}",
                 },
                 regions=[PixelBox(*box) for box in seen[i]["regions"]],
-                view=View(image.size, GRID, VIEW_SIDE),
+                extent=(0, 0, *image.size),  # scenes are square, so they are not padded
                 roi_map=decode_map(seen[i]),
                 truth=PixelBox(*row["box"]),
                 note="pink: where it looked; green: the true box",

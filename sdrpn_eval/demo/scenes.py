@@ -24,7 +24,7 @@ SCENE_SIDE = probes.SIDE
 VIEW_SIDE = 112
 GRID = 8
 CELL = SCENE_SIDE // GRID
-WHOLE = (0, 0, SCENE_SIDE, SCENE_SIDE)
+WHOLE = PixelBox(0, 0, SCENE_SIDE, SCENE_SIDE)
 FINE_PERIOD = (5.0, 6.2)
 READABLE_PERIOD = 2.6
 """Shortest period, in pixels of a 112 px view, that training asks the vision tower to name."""
@@ -127,7 +127,7 @@ def oracle_box(centre: tuple[float, float]) -> PixelBox:
     """3 x 3 cells around a disc's centre, moved so that they lie inside the scene."""
     side = 3 * CELL
     x0, y0 = (round(min(max(c - side / 2, 0), SCENE_SIDE - side)) for c in centre)
-    return x0, y0, x0 + side, y0 + side
+    return PixelBox(x0, y0, x0 + side, y0 + side)
 
 
 def _span(rng: np.random.Generator, centre: float) -> tuple[int, int]:
@@ -148,12 +148,12 @@ def random_zoom_box(rng: np.random.Generator, disc: Disc) -> PixelBox:
     while True:
         (x0, x1), (y0, y1) = _span(rng, disc.centre[0]), _span(rng, disc.centre[1])
         if 0.5 <= (x1 - x0) / (y1 - y0) <= 2:
-            return x0, y0, x1, y1
+            return PixelBox(x0, y0, x1, y1)
 
 
 def patch_covers(discs: tuple[Disc, ...], box: PixelBox) -> np.ndarray:
     """The share of each patch of the view of `box` that each disc covers: (discs, 8, 8)."""
-    return np.stack([disc_cover(disc, box, GRID) for disc in discs])
+    return np.stack([disc_cover(disc, box, GRID, GRID) for disc in discs])
 
 
 def patch_labels(discs: tuple[Disc, ...], box: PixelBox) -> tuple[np.ndarray, np.ndarray]:

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from sdrpn import RPN, Answer, Question, ZoomLlava
-from sdrpn.backbones.llava15 import Llava
+from sdrpn import RPN, Answer, Question, ZoomModel
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.boxes import PixelBox
 from sdrpn.io.atomic import write_json
-from sdrpn.roi.postprocess import PixelBox
 from sdrpn_eval.demo import BENCHMARK, tiny_path
 from sdrpn_eval.demo.scenes import CELL, GRID, oracle_box
 from sdrpn_eval.stats import Estimate, clustered, clustered_difference, rounded, with_interval
@@ -45,7 +45,7 @@ def is_right(text: str, row: Mapping[str, Any]) -> bool:
     return text.split() in ([row["answer"]], [row["colour"], row["answer"]])
 
 
-def ask_all(engine: ZoomLlava, questions: Sequence[Question], title: str) -> list[Answer]:
+def ask_all(engine: ZoomModel, questions: Sequence[Question], title: str) -> list[Answer]:
     """Answers to all questions, in batches, with a progress bar."""
     answers: list[Answer] = []
     for start in tqdm(range(0, len(questions), BATCH), title, leave=False):
@@ -58,7 +58,7 @@ class Scorer:
 
     def __init__(self, model: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         self.rows = rows
-        self.llava = Llava.load(str(model), dtype="float32")
+        self.backbone = Llava15.load(str(model), dtype="float32")
         self.rpn = RPN.from_pretrained(str(model / "rpn"))
         self.zoom = self.rpn.config.zoom
         self.images = [row["image"].convert("RGB") for row in rows]
@@ -79,7 +79,7 @@ class Scorer:
             threshold=threshold or self.zoom.threshold,
             policy=policy or self.zoom.policy,
         )
-        engine = ZoomLlava(self.llava, self.rpn, proposer=proposer, zoom=zoom)
+        engine = ZoomModel(self.backbone, self.rpn, proposer=proposer, zoom=zoom)
         questions = [
             Question(row["question"], (image,), boxes[i] if boxes else None)
             for i, (row, image) in enumerate(zip(self.rows, self.images, strict=True))

@@ -20,8 +20,8 @@ from datasets import load_dataset
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sdrpn import RPN, Question, ZoomLlava
-from sdrpn.backbones.llava15 import Llava
+from sdrpn import RPN, Question, ZoomModel
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import ZoomConfig
 from sdrpn.io.atomic import as_json
 from sdrpn_eval.arguments import PRESETS
@@ -70,7 +70,7 @@ def budgets(base: ZoomConfig) -> Iterator[tuple[str, ZoomConfig]]:
 
 
 def measure(
-    zoom: ZoomLlava, rows: Sequence[Row], settings: Iterable[tuple[str, ZoomConfig]]
+    zoom: ZoomModel, rows: Sequence[Row], settings: Iterable[tuple[str, ZoomConfig]]
 ) -> list[Row]:
     """One row a setting: accuracy with its interval, share zoomed, mean crop tokens a question.
 
@@ -105,7 +105,7 @@ def measure(
 def tune(model: Path, scenes: int) -> dict[str, Any]:
     """Thresholds and budgets on the tuning scenes, the budgets on tiny_vstar too."""
     rpn = RPN.from_pretrained(str(model / "rpn"))
-    zoom = ZoomLlava(Llava.load(str(model), dtype="float32"), rpn)
+    zoom = ZoomModel(Llava15.load(str(model), dtype="float32"), rpn)
     own, rows, benchmark = rpn.config.zoom, tuning_rows(scenes), benchmark_rows()
     return {
         "tuning": {

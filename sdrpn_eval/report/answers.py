@@ -16,7 +16,7 @@ from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.reasoning import parse_reasoning_tags_config
 
 from sdrpn.io.atomic import parsed
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 from sdrpn_eval import kinds
 from sdrpn_eval.arguments import written_arguments
 from sdrpn_eval.record import read_all_records

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sdrpn.roi.postprocess import PixelBox
+from sdrpn.boxes import PixelBox
 from sdrpn_eval.report.looks import Record, covered
 from sdrpn_eval.report.scores import Document
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 from sdrpn_eval.fingerprints import without_addresses
 from sdrpn_eval.report.facts import Facts
 from sdrpn_eval.report.looks import Record

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdrpn.cli.shared import console, errors_as_sentences, say
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 from sdrpn_eval.report.ladder import ladder
 from sdrpn_eval.report.options import SeedOption, at_least
 from sdrpn_eval.report.replay import replay

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sdrpn.roi.postprocess import PixelBox
+from sdrpn.boxes import PixelBox
 from sdrpn_eval.report import text
 from sdrpn_eval.report.comparison import compare
 from sdrpn_eval.report.documents import TaskData

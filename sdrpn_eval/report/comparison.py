@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sdrpn.roi.postprocess import PixelBox
+from sdrpn.boxes import PixelBox
 from sdrpn_eval.report.boxes import where_it_looked
 from sdrpn_eval.report.checks import Evidence, common_tasks, labels, refuse_moved
 from sdrpn_eval.report.documents import TaskData, boxes_of

@@ -11,8 +11,8 @@ from typing import Any
 from loguru import logger
 from PIL import Image
 
+from sdrpn.boxes import PixelBox
 from sdrpn.io.atomic import read_parsed
-from sdrpn.roi.postprocess import PixelBox
 from sdrpn_eval.report.scores import Document
 from sdrpn_eval.schemas import BOXES
 

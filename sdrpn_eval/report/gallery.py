@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from sdrpn.io.images import image_key
-from sdrpn.plurals import agree, counted
+from sdrpn.io.plurals import agree, counted
 from sdrpn_eval.report.boxes import outcome
 from sdrpn_eval.report.checks import preprocessing
 from sdrpn_eval.report.documents import TaskData

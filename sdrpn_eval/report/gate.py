@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from sdrpn.plurals import agree, counted
+from sdrpn.io.plurals import agree, counted
 from sdrpn_eval.report.baseline import Baseline, MetricBaseline, TaskBaseline, task_baseline
 from sdrpn_eval.report.checks import Evidence, changes, other_data
 from sdrpn_eval.report.comparison import gather

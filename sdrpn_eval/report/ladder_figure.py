@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 from sdrpn_eval.report.results import Comparison, MetricRow
 
 COLOURS: dict[str, tuple[str, str]] = {

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sdrpn.plurals import counted
-from sdrpn.roi.postprocess import PixelBox
+from sdrpn.boxes import PixelBox
+from sdrpn.io.plurals import counted
 from sdrpn_eval.record import read_all_records, read_records
 from sdrpn_eval.report.facts import begun_runs, moment, own_name
 from sdrpn_eval.report.runs import RESULTS, Run, parse_results, results_ended

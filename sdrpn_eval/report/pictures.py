@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from sdrpn.roi.postprocess import PixelBox
+from sdrpn.boxes import PixelBox
 from sdrpn_eval.report.scores import Document
 
 SIDE = 640

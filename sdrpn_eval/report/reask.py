@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from sdrpn.boxes import PixelBox
 from sdrpn.draw import Card, sheet
 from sdrpn.io.atomic import write_json
-from sdrpn.roi.postprocess import PixelBox, View
 from sdrpn_eval.arguments import PRESETS, parse_arguments
 from sdrpn_eval.llava_sdrpn import LlavaSdrpn
 from sdrpn_eval.record import decode_map, read_records
@@ -100,7 +100,7 @@ def ask_again(
         dict(sample.values) if sample else {},
     )
     data, _ = load_data([task], manager=manager)
-    _draw(replay, data[task], model.engine.llava.view, out)
+    _draw(replay, data[task], model.engine.backbone.image_grid, out)
     replay.save(out / "replay.json")
     return replay
 
@@ -182,7 +182,7 @@ def _moved(
     return found
 
 
-def _draw(replay: Replay, data: TaskData, view_of: Any, out: Path) -> None:
+def _draw(replay: Replay, data: TaskData, grid_of: Any, out: Path) -> None:
     """replay.png: what was seen then and now; crop_1.png and so on: what it is seeing now."""
     _, doc_id = replay.document
     image = data.image(doc_id)
@@ -198,7 +198,7 @@ def _draw(replay: Replay, data: TaskData, view_of: Any, out: Path) -> None:
             replay.prompt,
             answers,
             look.regions,
-            _view(view_of(image), look.line),
+            grid_of(image).extent,
             decode_map(look.line),
             truth=data.box(doc_id),
             note=f"seen {name}. {look.reason}".strip(),
@@ -209,11 +209,6 @@ def _draw(replay: Replay, data: TaskData, view_of: Any, out: Path) -> None:
     sheet(cards, out / "replay.png")
     for number, box in enumerate(replay.now.regions, start=1):
         _cut(image, box).save(out / f"crop_{number}.png")
-
-
-def _view(view: View, line: Mapping[str, Any]) -> View:
-    """The view, with the map's own grid."""
-    return replace(view, grid=line["grid"][0]) if line["grid"] else view
 
 
 def _cut(image: Image.Image, box: PixelBox) -> Image.Image:

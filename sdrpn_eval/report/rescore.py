@@ -19,7 +19,7 @@ from lmms_eval.loggers import EvaluationTracker
 from lmms_eval.utils import sanitize_model_name
 
 from sdrpn.io.atomic import read_object, write_json
-from sdrpn.plurals import agree, counted
+from sdrpn.io.plurals import agree, counted
 from sdrpn_eval import fingerprints
 from sdrpn_eval.questions import parse
 from sdrpn_eval.record import RecordWriter

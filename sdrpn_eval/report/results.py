@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sdrpn.boxes import PixelBox
 from sdrpn.io.atomic import as_json
-from sdrpn.roi.postprocess import PixelBox
 from sdrpn_eval.report.boxes import Looking
 from sdrpn_eval.report.checks import Evidence
 from sdrpn_eval.report.scores import Document, Scores

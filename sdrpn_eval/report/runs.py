@@ -19,7 +19,7 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from sdrpn.io.atomic import parsed, read_bounded
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 from sdrpn_eval import schemas
 from sdrpn_eval.arguments import parse_arguments
 from sdrpn_eval.schemas import Counts, Results, SampleLine

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sdrpn.cli.shared import console, errors_as_sentences, say
-from sdrpn.plurals import agree, counted
+from sdrpn.io.plurals import agree, counted
 from sdrpn_eval.report.options import IncludePathOption
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 from sdrpn_eval.report.boxes import HOLDS, Looking
 from sdrpn_eval.report.columns import columns
 from sdrpn_eval.report.results import Comparison, Difference, MetricRow, RunScore, TaskInfo

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 
 LAYER = (
     "input_layernorm",
@@ -30,7 +30,7 @@ MAP_HEAD = {
     "self_attn.q_proj": "q_proj.weight",
     "self_attn.k_proj": "k_proj.weight",
 }
-"""What is used of the last RPN layer, which gives only the map (METHOD section 2)."""
+"""What is used of the last RPN layer, which gives only the map."""
 
 TOWER_LAYER = (
     "layer_norm1",
@@ -57,7 +57,7 @@ Names = dict[str, str | None]
 
 
 def rpn_names(depth: int) -> Names:
-    """The authors' RPN tensors -> state dict names of `RPN` (METHOD section 7)."""
+    """The authors' RPN tensors -> state dict names of `RPN`."""
     names: Names = {"model.twig_norm.weight": "norm.weight"}
     for i in range(depth):
         layer = f"model.twig_layers.{i}"

@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from sdrpn.plurals import counted
+from sdrpn.io.plurals import counted
 
 HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "ssl")
 STATUS_PAGE = "https://status.huggingface.co"

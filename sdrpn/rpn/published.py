@@ -1,4 +1,4 @@
-"""The RPN checkpoints published by the paper's authors, read as they are (METHOD section 7).
+"""The RPN checkpoints published by the paper's authors, read as they are (docs/method.md).
 
 A whole LLaVA with the RPN inside (7B), or one whose upper layers are gone (13B): either way only
 config.json, the index and the shards that hold the RPN are fetched and read.
@@ -20,10 +20,10 @@ from sdrpn.config import (
     ZoomConfig,
     published_labels,
 )
-from sdrpn.convert.checkpoint import CONFIG_FILE, Source, Weights
-from sdrpn.convert.weight_maps import rename, require, rpn_names
 from sdrpn.io.atomic import read_object
+from sdrpn.io.checkpoint_files import CONFIG_FILE, Source, Weights
 from sdrpn.io.checkpoints import MAX_LAYERS
+from sdrpn.io.weight_maps import rename, require, rpn_names
 
 LLAVA_TYPES = ("llava", "llava_llama")
 """What original LLaVA calls itself in config.json, over the years."""

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sdrpn import hub
+from sdrpn.io import hub
 from sdrpn.io.atomic import read_object
 
 CONFIG_FILE = "config.json"

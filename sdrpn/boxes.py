@@ -1,0 +1,110 @@
+"""Boxes and grids: cells of a RoI map, pixels of the original image, and the way between them.
+
+A box is (x0, y0, x1, y1), half-open. Its type says what it counts: `GridBox` cells, `PixelBox`
+source pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+
+class GridBox(NamedTuple):
+    """A box in cells of the RoI map."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+
+class PixelBox(NamedTuple):
+    """A box in pixels of the original image."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+    @property
+    def area(self) -> int:
+        """Pixels inside the box."""
+        return (self.x1 - self.x0) * (self.y1 - self.y0)
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """How the image tokens of a model lie on the source image.
+
+    The *model frame* is the picture that the image encoder sees, in its pixels. Source pixel x lies
+    at `x * scale[0] + offset[0]` there, and cell c covers `c * cell` to `(c + 1) * cell`.
+
+    Args:
+        rows: Cells from top to bottom.
+        columns: Cells from left to right.
+        size: (width, height) of the source image, in pixels.
+        cell: Side of a cell, in pixels of the model frame.
+        scale: Pixels of the model frame per source pixel, in x and y; exact as fractions.
+        offset: Where the corner of the source image lies in the model frame, in x and y; positive
+            where the image is padded, negative where its sides are cut off.
+    """
+
+    rows: int
+    columns: int
+    size: tuple[int, int]
+    cell: float | Fraction
+    scale: tuple[float | Fraction, float | Fraction]
+    offset: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def cells(self) -> int:
+        """Number of cells, which is the number of image tokens."""
+        return self.rows * self.columns
+
+    @property
+    def frame(self) -> tuple[float, float]:
+        """(width, height) of the model frame, in its pixels."""
+        return float(self.columns * self.cell), float(self.rows * self.cell)
+
+    @property
+    def extent(self) -> tuple[float, float, float, float]:
+        """Where the grid lies on the source image: (x0, y0, x1, y1) in source pixels.
+
+        It reaches beyond the image where that is padded.
+        """
+        (width, height), (ox, oy) = self.frame, self.offset
+        sx, sy = map(float, self.scale)
+        return -ox / sx, -oy / sy, (width - ox) / sx, (height - oy) / sy
+
+    def to_pixels(self, box: GridBox) -> PixelBox:
+        """Map cells to source pixels: undo padding and resizing, truncate, clamp to the image.
+
+        In float32 throughout, as docs/method.md states ("From the map to the crop", step 5).
+        """
+        x0, x1 = (self._to_source(edge, axis=0) for edge in (box.x0, box.x1))
+        y0, y1 = (self._to_source(edge, axis=1) for edge in (box.y0, box.y1))
+        return PixelBox(x0, y0, x1, y1)
+
+    def to_cells(self, box: PixelBox) -> GridBox:
+        """The cells that a box in source pixels touches; at least one in each direction."""
+        x0, x1 = self._touched(box.x0, box.x1, axis=0, cells=self.columns)
+        y0, y1 = self._touched(box.y0, box.y1, axis=1, cells=self.rows)
+        return GridBox(x0, y0, x1, y1)
+
+    def _to_source(self, edge: int, axis: int) -> int:
+        frame = np.float32(edge) * np.float32(self.cell)
+        source = (frame - np.float32(self.offset[axis])) / np.float32(self.scale[axis])
+        return int(np.clip(source, 0, self.size[axis]))
+
+    def _touched(self, low: int, high: int, axis: int, cells: int) -> tuple[int, int]:
+        # Exact fractions decide: a box that ends where a cell does must not touch the next.
+        scale, offset = Fraction(self.scale[axis]), Fraction(self.offset[axis])
+        first = math.floor((low * scale + offset) / Fraction(self.cell))
+        last = math.ceil((high * scale + offset) / Fraction(self.cell))
+        first = min(max(first, 0), cells - 1)
+        return first, min(max(last, first + 1), cells)
