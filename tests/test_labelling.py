@@ -23,6 +23,7 @@ from conftest import QUESTIONS, make_image
 from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value
 from PIL import Image as PIL
 from PIL import ImageFile
+from pyarrow import parquet
 from typer.testing import CliRunner
 
 from sdrpn.backbones.llava15 import Llava15, square_grid
@@ -31,18 +32,21 @@ from sdrpn.config import LabelConfig, LayerHeads
 from sdrpn.distill.label import Labelled, label_batch
 from sdrpn.distill.label_dataset import (
     FEATURES,
+    SETTINGS_FILE,
     image_root,
     label_row,
     load_labels,
     read_settings,
     shard_path,
     summarise,
+    write_shard,
 )
 from sdrpn.distill.label_job import LabelJob, preview, relabel, report
 from sdrpn.distill.pseudo_labels import IGNORED, pseudo_labels
 from sdrpn.distill.questions import Item, fingerprint, read_items
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.inference.generation import generate
+from sdrpn.io.atomic import write_json
 from sdrpn.io.images import BadImage, inside, load_image
 from sdrpn_eval.demo import tiny_path
 
@@ -868,3 +872,21 @@ def test_wrong_values_are_one_sentence(
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
+
+
+def test_labels_of_version_0_1_are_read(tmp_path: Path) -> None:
+    """They knew square grids only, and noted neither the grid nor where it lies."""
+    kept = {"grounding": np.zeros(4), "sink": np.zeros(4), "labels": np.array([1, 0, 0, IGNORED])}
+    rows = [label_row("a", "a.png", "?", **kept), label_row("b", "b.png", "?", reason="image gone")]
+    write_shard(rows, shard_path(tmp_path, 0, 1))
+    path = shard_path(tmp_path, 0, 1)
+    table = parquet.read_table(path).drop_columns(["rows", "columns", "extent"])
+    parquet.write_table(table, path, write_page_checksum=True)
+    labels = {"grounding": [], "sink": [], "vicrop_layer": 0}
+    write_json(tmp_path / SETTINGS_FILE, {"shards": 1, "image_tokens": 4, "labels": labels})
+    read = load_labels(tmp_path)
+    assert [(row["rows"], row["columns"], row["extent"]) for row in read] == [
+        (2, 2, []),
+        (0, 0, []),
+    ]
+    assert read[0]["labels"] == [1, 0, 0, IGNORED]
