@@ -559,7 +559,15 @@ def test_a_given_box_is_taken_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     "box",
-    [(-1, 0, 5, 5), (0, -1, 5, 5), (0, 0, 41, 5), (0, 0, 5, 31), (5, 5, 5, 9), (5, 9, 9, 5)],
+    [
+        (-1, 0, 5, 5),
+        (0, -1, 5, 5),
+        (0, 0, 41, 5),
+        (0, 0, 5, 31),
+        (5, 5, 5, 9),
+        (5, 9, 9, 5),
+        (5, 5, 9, 5),
+    ],
 )
 def test_a_given_box_must_lie_inside_the_image(box: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="does not lie inside the 40 x 30 image") as error:
