@@ -27,6 +27,17 @@ FACTS = {
     "tasks": {"toy": {"data": "1", "prompts": "2", "scorer": "3"}},
 }
 """Run facts of a run on the task `toy`."""
+SCORER_SETTINGS: dict[str, Any] = {
+    "metric_list": [{"metric": "accuracy", "aggregation": "median"}],
+    "filter_list": [{"name": "none", "filter": [{"function": "lowercase"}]}],
+    "process_results": "<function strict at 0x7f>",
+    "output_type": "multiple_choice",
+    "score_key": "points",
+    "doc_to_choice": ["A", "B"],
+    "doc_to_target": "{{answers}}",
+    "repeats": 3,
+}
+"""Each setting of a task that makes its score, and another value than the rows here have."""
 
 
 def sample(doc_id: int, answer: str = "red", target: str = "red", **metrics: Any) -> dict[str, Any]:

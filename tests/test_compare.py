@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 from local_benchmarks import docvqa_rows, textvqa_rows, tiny_vstar_rows, vstar_rows, write
-from run_folders import evaluate, record_line, sample, shade, write_facts, write_record, write_run
+from run_folders import (
+    SCORER_SETTINGS,
+    evaluate,
+    record_line,
+    sample,
+    shade,
+    write_facts,
+    write_record,
+    write_run,
+)
 from typer.testing import CliRunner
 
 from sdrpn.boxes import PixelBox
@@ -218,22 +227,10 @@ def test_a_group_of_which_another_run_lacks_a_task_is_left_out(tmp_path: Path) -
     assert [row.task for row in compare([both, one]).rows] == ["x"]
 
 
-SETTINGS: dict[str, Any] = {
-    "metric_list": [{"metric": "accuracy", "aggregation": "median"}],
-    "filter_list": [{"name": "none", "filter": [{"function": "lowercase"}]}],
-    "process_results": "<function strict at 0x7f>",
-    "output_type": "multiple_choice",
-    "score_key": "points",
-    "doc_to_choice": ["A", "B"],
-    "doc_to_target": "{{answers}}",
-    "repeats": 3,
-}
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", SCORER_SETTINGS)
 def test_each_setting_that_makes_a_score_is_compared(tmp_path: Path, setting: str) -> None:
     rows = [sample(i) for i in range(2)]
-    folders = pair(tmp_path, rows, rows, config={setting: SETTINGS[setting]})
+    folders = pair(tmp_path, rows, rows, config={setting: SCORER_SETTINGS[setting]})
     with pytest.raises(NotComparable, match=rf"toy: other scorer, {setting}.* is "):
         compared(*folders)
 

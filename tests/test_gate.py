@@ -18,7 +18,15 @@ import torch
 import yaml
 from fake_engine import FakeEngine
 from local_benchmarks import tiny_vstar_rows, write
-from run_folders import evaluate, record_line, sample, write_facts, write_record, write_run
+from run_folders import (
+    SCORER_SETTINGS,
+    evaluate,
+    record_line,
+    sample,
+    write_facts,
+    write_record,
+    write_run,
+)
 from typer.testing import CliRunner
 
 from sdrpn_eval.report.baseline import read_baseline
@@ -411,25 +419,12 @@ def test_a_scorer_that_one_run_did_not_record_is_no_other(tmp_path: Path) -> Non
     assert run_gate(bare, base)[0] == 0
 
 
-SETTINGS: dict[str, Any] = {
-    "metric_list": [{"metric": "accuracy", "aggregation": "median"}],
-    "filter_list": [{"name": "none", "filter": [{"function": "lowercase"}]}],
-    "process_results": "<function strict at 0x7f>",
-    "output_type": "multiple_choice",
-    "score_key": "points",
-    "doc_to_choice": ["A", "B"],
-    "doc_to_target": "{{answers}}",
-    "repeats": 3,
-}
-"""Each setting of a task that makes its score, and another value than the rows here have."""
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", SCORER_SETTINGS)
 def test_each_setting_that_makes_a_score_is_held(
     tmp_path: Path, baseline: Path, setting: str
 ) -> None:
     run = write_run(
-        tmp_path / "run", {"x": rows(), "y": rows()}, config={setting: SETTINGS[setting]}
+        tmp_path / "run", {"x": rows(), "y": rows()}, config={setting: SCORER_SETTINGS[setting]}
     )
     code, line = run_gate(run, baseline)
     assert code == 2
