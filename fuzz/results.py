@@ -16,9 +16,7 @@ from typing import Any
 from harness import cut, harmed, holds, main, refused
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from run_folders import FACTS, record_line, sample, write_facts, write_record, write_run
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from sdrpn_eval.record import read_records
 from sdrpn_eval.report.baseline import make_baseline, read_baseline
 from sdrpn_eval.report.comparison import compare, gather
@@ -26,6 +24,14 @@ from sdrpn_eval.report.documents import read_boxes
 from sdrpn_eval.report.gate import BROKEN, Rules, check, safely_check
 from sdrpn_eval.report.page import write_page
 from sdrpn_eval.report.runs import BadRun, Run, read_run
+from tests.helpers.run_folders import (
+    FACTS,
+    record_line,
+    sample,
+    write_facts,
+    write_record,
+    write_run,
+)
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-results-"))
 ROWS = [sample(i, "red" if i % 3 else "blue") for i in range(6)]

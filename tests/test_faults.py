@@ -12,15 +12,11 @@ import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import fault_jobs as jobs
 import numpy as np
 import pytest
 import torch
-from conftest import QUESTIONS, make_image
-from crashes import Writes, run
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
-from test_labelling import LABELS
 from typer.testing import CliRunner
 
 from sdrpn.backbones.llava15 import Llava15
@@ -34,6 +30,10 @@ from sdrpn.distill.label_dataset import (
 )
 from sdrpn.distill.label_job import relabel
 from sdrpn_eval.demo import embedded_model, tiny_path
+from tests.conftest import QUESTIONS, make_image
+from tests.helpers import fault_jobs as jobs
+from tests.helpers.crashes import Writes, run
+from tests.sdrpn.distill.test_label_job import LABELS
 
 EVERY = os.environ.get("CRASHES") == "all"
 runner = CliRunner()

@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUESTIONS, make_image
-from local_benchmarks import manager
 
 from sdrpn.backbones.cache import cache_argument, cache_of
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.engine import ZoomModel
 from sdrpn.inference.generation import generate
+from tests.conftest import QUESTIONS, make_image
+from tests.helpers.local_benchmarks import manager
 
 ROOT = Path(__file__).parents[1]
 CODE = ("sdrpn", "sdrpn_eval", "tasks", "benchmarks")

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import typer
 from lmms_eval.utils import simple_parse_args_string
-from local_benchmarks import PAPER, manager
 from typer.core import TyperGroup
 
 from sdrpn_eval import subsets
@@ -20,6 +19,7 @@ from sdrpn_eval.report.published import PUBLISHED
 from sdrpn_eval.subsets import SOURCES
 from sdrpn_eval.tasks_info import PROTOCOLS, THRESHOLDS
 from sdrpn_eval.threshold_curve import curve
+from tests.helpers.local_benchmarks import PAPER, manager
 
 PAGE = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text(encoding="utf-8")
 WORDS = " ".join(PAGE.split())

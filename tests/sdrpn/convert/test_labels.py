@@ -1,0 +1,380 @@
+"""The authors' pickled pseudo-labels: read without running anything, and the same labels again."""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import json
+import os
+import pickle
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sdrpn.cli import app
+from sdrpn.config import LABELS_7B, LABELS_13B, LabelConfig
+from sdrpn.convert import safe_pickle
+from sdrpn.convert.labels import convert_labels
+from sdrpn.distill.label_dataset import FEATURES, image_root, load_labels, read_settings
+from sdrpn.distill.pseudo_labels import pseudo_labels
+
+runner = CliRunner()
+RECORD = np.load(Path(__file__).parents[2] / "data" / "parity" / "pseudo_labels.npz")
+"""Maps of the shipped record, as an example of what is pickled."""
+CASES = sorted({name.split("/")[0] for name in RECORD.files})
+
+
+def records(kind: Callable[[np.ndarray], Any] = np.asarray) -> list[dict[str, Any]]:
+    """The recorded maps, as the authors' labelling script pickles them."""
+    return [
+        {
+            "question_id": case,
+            "prompt": f"<image>\nWhat is at {case}?",
+            "text": f" the answer {case}",
+            "image": f"gqa/{case}.jpg",
+            "sink_attn": kind(RECORD[f"{case}/sink"]),
+            "grounding_attn_o2i": kind(RECORD[f"{case}/attention"]),
+            "grounding_attn_q2i": kind(RECORD[f"{case}/attention"]),
+        }
+        for case in CASES
+    ]
+
+
+def pickled(tmp_path: Path, value: Any, protocol: int = 4) -> Path:
+    path = tmp_path / "labels.pkl"
+    path.write_bytes(pickle.dumps(value, protocol=protocol))
+    return path
+
+
+# --- the same labels again -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_labels_are_the_recorded_ones(tmp_path: Path, protocol: int) -> None:
+    file = pickled(tmp_path, records(), protocol)
+    summary = convert_labels(file, tmp_path / "out")
+    rows: Any = load_labels(tmp_path / "out")
+    assert rows.features == FEATURES
+    assert len(rows) == len(CASES) == 20
+    for row, case in zip(rows, CASES, strict=True):
+        labels = RECORD[f"{case}/labels"]
+        assert (np.array(row["labels"]) == labels).all()
+        assert row["foreground"] == (labels == 1).sum()
+        assert row["background"] == (labels == 0).sum()
+        assert (row["reason"] is None) == bool((labels != -100).any())
+        half = RECORD[f"{case}/attention"].astype(np.float16)
+        assert (np.array(row["grounding"], np.float16) == half).all()
+        assert (np.array(row["sink"], np.float16) == RECORD[f"{case}/sink"].astype("f2")).all()
+        assert (row["id"], row["image"]) == (case, f"gqa/{case}.jpg")
+        assert (row["question"], row["response"]) == (f"What is at {case}?", f"the answer {case}")
+    kept = [row for row in rows if row["reason"] is None]
+    assert 0 < len(kept) < len(rows), "the record holds samples of both kinds"
+    assert summary["kept"] == len(kept)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+
+
+def test_the_folder_can_be_trained_on(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    file = pickled(tmp_path, records())
+    convert_labels(file, tmp_path / "out", images=images, config=LABELS_13B)
+    settings = read_settings(tmp_path / "out")
+    assert (settings["image_tokens"], settings["side"], settings["padding"]) == (576, 336, "pad")
+    assert (settings["questions"], settings["shards"]) == (20, 1)
+    assert LabelConfig.from_dict(settings["labels"]) == LABELS_13B
+    assert image_root(tmp_path / "out") == images
+
+
+def test_many_records_make_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdrpn.convert.labels.SHARD_SIZE", 8)
+    convert_labels(pickled(tmp_path, records()), tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("labels-*-of-00003.parquet"))) == 3
+    assert load_labels(tmp_path / "out")["id"][:] == CASES
+
+
+@pytest.mark.parametrize("kind", ["<f4", ">f4", "<f8", "<f2"])
+def test_number_types(tmp_path: Path, kind: str) -> None:
+    file = pickled(tmp_path, records(lambda a: a.astype(kind)))
+    convert_labels(file, tmp_path / "out")
+    for row, record in zip(load_labels(tmp_path / "out"), records(), strict=True):
+        keys = "grounding_attn_o2i", "sink_attn"
+        maps = [record[n].astype(kind).reshape(24, 24) for n in keys]
+        expected = pseudo_labels(*maps, LABELS_7B)
+        assert (np.array(row["labels"]) == expected.ravel()).all()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda a: a.tolist(),
+        lambda a: tuple(a.tolist()),
+        list,  # of numpy scalars
+        lambda a: np.asfortranarray(a),
+        lambda a: np.repeat(a, 2)[::2],
+    ],
+)
+def test_lists_and_odd_arrays(tmp_path: Path, kind: Callable[[np.ndarray], Any]) -> None:
+    convert_labels(pickled(tmp_path, records(kind)), tmp_path / "out")
+    for row, case in zip(load_labels(tmp_path / "out"), CASES, strict=True):
+        assert (np.array(row["labels"]) == RECORD[f"{case}/labels"]).all()
+
+
+@pytest.mark.parametrize("core", ["core", "_core"])
+def test_pickles_of_numpy_1_and_2(tmp_path: Path, core: str) -> None:
+    """Protocol 2 writes module names as lines, so that they can be exchanged."""
+    content = pickle.dumps([*records()[:2], {"scalar": np.float32(0.5)}], protocol=2)
+    current = b"numpy._core" if b"numpy._core" in content else b"numpy.core"
+    content = content.replace(current, f"numpy.{core}".encode())
+    assert content.count(f"numpy.{core}.multiarray\n".encode()) >= 2
+    path = tmp_path / "labels.pkl"
+    path.write_bytes(content)
+    *rest, last = safe_pickle.load(path)
+    assert (rest[1]["sink_attn"] == RECORD["01/sink"]).all()
+    assert last == {"scalar": np.float32(0.5)}
+
+
+def test_plain_values_and_shapes_come_back(tmp_path: Path) -> None:
+    array = np.arange(12, dtype=np.int16).reshape(3, 4)
+    values = {"a": [1, 2.5, None, True, "text", b"bytes"], "b": (array, array.T, array[:0])}
+    found = safe_pickle.load(pickled(tmp_path, values))
+    assert found["a"] == values["a"]
+    for one, other in zip(found["b"], values["b"], strict=True):
+        assert one.dtype == other.dtype
+        assert (one == other).all()
+        assert one.shape == other.shape
+
+
+# --- nothing is run ------------------------------------------------------------------------------
+
+
+class Calls:
+    """Pickles as a call of any function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize(
+    ("function", "arguments", "name"),
+    [
+        (os.mkdir, ("{made}",), f"{os.mkdir.__module__}.mkdir"),
+        (subprocess.getoutput, ("mkdir {made}",), r"(subprocess|commands).getoutput"),
+        (builtins.eval, ("__import__('os').mkdir({made!r})",), r"(builtins|__builtin__).eval"),
+        (np.load, ("{made}",), "numpy.load"),
+        (np.array, ([1],), "numpy.array"),
+        (collections.OrderedDict, (), "collections.OrderedDict"),
+    ],
+)
+def test_other_globals_are_refused_by_name(
+    tmp_path: Path, function: Any, arguments: tuple[Any, ...], name: str, protocol: int
+) -> None:
+    made = str(tmp_path / "made")
+    filled = [a.format(made=made) if isinstance(a, str) else a for a in arguments]
+    file = pickled(tmp_path, [*records()[:1], Calls(function, *filled)], protocol)
+    with pytest.raises(ValueError, match=rf"labels.pkl is refused: it asks for {name},"):
+        convert_labels(file, tmp_path / "out")
+    assert not (tmp_path / "made").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_such_a_pickle_would_have_run(tmp_path: Path) -> None:
+    file = pickled(tmp_path, Calls(os.mkdir, str(tmp_path / "made")))
+    pickle.loads(file.read_bytes())
+    assert (tmp_path / "made").exists()
+
+
+def test_torch_tensors_are_refused_with_the_mend(tmp_path: Path) -> None:
+    file = pickled(tmp_path, records(torch.tensor))
+    with pytest.raises(ValueError, match=r"asks for torch\S+, .*; save its torch tensors as numpy"):
+        convert_labels(file, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array([{}], dtype=object), "an array of 'O8'"),
+        (np.array(["text"]), "an array of 'U4'"),
+        (np.zeros(2, dtype="f4,i4"), "an array of 'V8'"),
+        (np.zeros(2, dtype="M8[s]"), "an array of 'M8'"),
+        (np.zeros(2, dtype="c8"), "an array of 'c8'"),
+    ],
+)
+def test_arrays_of_anything_but_numbers_are_refused(
+    tmp_path: Path, array: np.ndarray, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        safe_pickle.load(pickled(tmp_path, array))
+
+
+FLOAT = Calls(np.dtype, "f4")
+
+
+class Built:
+    """Pickles as a call, then a state set on what it gave."""
+
+    def __init__(self, function: Any, arguments: tuple[Any, ...], state: Any) -> None:
+        self.made = function, arguments, state
+
+    def __reduce__(self) -> Any:
+        return self.made
+
+
+def array_with(state: Any) -> Built:
+    made = np.zeros(0).__reduce__()
+    return Built(made[0], (np.ndarray, (0,), b"b"), state)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        array_with((1, (2,), FLOAT, False, b"1234")),  # too few bytes
+        array_with((1, (-1,), FLOAT, False, b"1234")),
+        array_with((1, (1 << 62,), FLOAT, False, b"1234")),
+        array_with((1, [1], FLOAT, False, b"1234")),
+        array_with((1, (1,), "f4", False, b"1234")),
+        array_with((1, (1,), FLOAT, False, [1.0])),
+        array_with((1, (1,), FLOAT)),
+        array_with("state"),
+        Calls(np.zeros(0).__reduce__()[0], np.ndarray, (0,), b"b"),  # no state
+        Calls(np.ndarray, (3,)),
+        Built(np.dtype, ("f4", False, True), (3, "?", None)),
+        Built(np.dtype, ("f4", False, True), "state"),
+        Calls(np.dtype, 4),
+    ],
+)
+def test_arrays_of_unknown_make_are_refused(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"labels.pkl is refused: it asks for an? "):
+        safe_pickle.load(pickled(tmp_path, [value]))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"c_codecs\nencode\n.",
+        b"cnumpy\ndtype\n.",
+        b"(cnumpy\ndtype\nl.",
+        b"\x80\x04\x8f(cnumpy\ndtype\n\x90.",
+    ],
+)
+def test_what_is_no_value_does_not_come_out(tmp_path: Path, content: bytes) -> None:
+    """A pickle may name a function without having it called."""
+    (tmp_path / "labels.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"labels.pkl is refused: .*, which is no plain value"):
+        safe_pickle.load(tmp_path / "labels.pkl")
+
+
+def test_an_array_s_flags_are_not_believed(tmp_path: Path) -> None:
+    """numpy would take the last number as flags, and floats for pointers with the right ones."""
+    flags = Built(np.dtype, ("f8", False, True), (3, "<", None, None, None, -1, -1, 63))
+    (found,) = safe_pickle.load(pickled(tmp_path, [array_with((1, (1,), flags, False, b"\1" * 8))]))
+    assert found.dtype == np.dtype("<f8")
+    assert found.dtype.flags == np.dtype("<f8").flags
+
+
+# --- broken files --------------------------------------------------------------------------------
+
+
+def changed(**changes: Any) -> list[dict[str, Any]]:
+    """Three records, the last of them changed; a value of None takes the key out."""
+    good, last = records()[:2], records()[2] | changes
+    return [*good, {key: value for key, value in last.items() if value is not None}]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": 1}, "must hold a list of records, got a dict"),
+        ([], "must hold a list of records, got a list"),
+        (["text"], "record 0 must be a dict with question_id"),
+        (changed(sink_attn=None), "record 2 has no sink_attn; it has question_id"),
+        (changed(image=None), "record 2 has no image"),
+        (changed(sink_attn="text"), "record 2: sink_attn must be an array of numbers, got a str"),
+        (changed(sink_attn=["a"]), "record 2: sink_attn is a list of something else than numbers"),
+        (changed(sink_attn=np.zeros((24, 24))), r"one vector .*, got the shape \(24, 24\)"),
+        (changed(sink_attn=np.full(576, np.nan)), "one vector of finite numbers"),
+        (
+            changed(sink_attn=np.zeros(576, bool)),
+            "must be an array of numbers, got an array of bool",
+        ),
+        (changed(sink_attn=np.zeros(100)), "record 2 has maps of 100 and 576 image tokens"),
+        (changed(prompt=5), "record 2: prompt must be text, got a int"),
+        (changed(question_id="\ud800"), "record 2: question_id holds half a character"),
+        (changed(text="a \udfff"), "record 2: text holds half a character"),
+        (
+            changed(image="/data/gqa/1.jpg"),
+            "record 2: image '/data/gqa/1.jpg' is not below an image",
+        ),
+        (changed(image="../1.jpg"), "record 2: image '../1.jpg' is not below"),
+        ([records()[0] | {"sink_attn": np.zeros(7), "grounding_attn_o2i": np.zeros(7)}], "7 image"),
+    ],
+)
+def test_records_that_do_not_fit_are_named(tmp_path: Path, value: Any, message: str) -> None:
+    file = pickled(tmp_path, value)
+    with pytest.raises(ValueError, match=message) as error:
+        convert_labels(file, tmp_path / "out")
+    assert str(file) in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.pkl"]
+
+
+def test_absolute_paths_below_the_image_folder(tmp_path: Path) -> None:
+    file = pickled(tmp_path, changed(image=str(tmp_path / "gqa" / "1.jpg")))
+    convert_labels(file, tmp_path / "out", images=tmp_path)
+    assert load_labels(tmp_path / "out")["image"][2] == "gqa/1.jpg"
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, -1])
+def test_files_that_are_cut_off(tmp_path: Path, cut: int) -> None:
+    file = pickled(tmp_path, records())
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"labels.pkl cannot be read as a pickle"):
+        safe_pickle.load(file)
+
+
+def test_a_list_in_itself(tmp_path: Path) -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(ValueError, match="cannot be read as a pickle"):
+        safe_pickle.load(pickled(tmp_path, endless))
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path) -> None:
+    file, out = pickled(tmp_path, records()), tmp_path / "out"
+    words = ["convert", "labels", str(file), "--out", str(out), "--size", "13b"]
+    done = runner.invoke(app, [*words, "--images", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    kept = sum(bool((RECORD[f"{case}/labels"] != -100).any()) for case in CASES)
+    assert f"{kept} of 20 questions gave labels" in done.output
+    assert read_settings(out)["images"] == str(tmp_path.resolve())
+    assert LabelConfig.from_dict(read_settings(out)["labels"]) == LABELS_13B
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing.pkl", "--out", "{tmp}/out"], "there is no file nothing.pkl"),
+        (["{file}", "--out", "{tmp}"], "holds something already: give a new folder"),
+        (["{file}", "--out", "{tmp}/out", "--size", "70b"], "--size must be 7b or 13b, got '70b'"),
+        (["{file}", "--out", "{tmp}/out", "--images", "/none"], "there is no folder /none"),
+        (["{file}", "--out", "{tmp}/out"], "it asks for subprocess.getoutput"),
+    ],
+)
+def test_the_command_says_what_is_wrong(tmp_path: Path, words: list[str], message: str) -> None:
+    file = pickled(tmp_path, Calls(subprocess.getoutput, "true"))
+    filled = [word.format(tmp=tmp_path, file=file) for word in words]
+    done = runner.invoke(app, ["convert", "labels", *filled])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert "Traceback" not in done.output

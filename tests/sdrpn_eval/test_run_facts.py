@@ -1,0 +1,331 @@
+"""What a run writes down of itself, and that it moves when, and only when, a score could."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from PIL import Image
+
+from sdrpn_eval import fingerprints as fp
+from sdrpn_eval.demo import embedded_model
+from sdrpn_eval.questions import Request
+from sdrpn_eval.report.checks import established
+from sdrpn_eval.report.comparison import compare, gather
+from sdrpn_eval.report.runs import read_run
+from sdrpn_eval.run_facts import (
+    RunFacts,
+    hash_ahead,
+    hash_sources,
+    local_folder,
+    source_state,
+    versions,
+    weights_only,
+)
+from tests.helpers import run_folders
+from tests.helpers.fake_engine import FakeEngine
+from tests.helpers.local_benchmarks import TINY_VSTAR, manager, tiny_vstar_rows, write
+
+CPU = torch.device("cpu")
+
+
+def request(doc_id: int, prompt: str = "what?", extra: Any = None, **more: Any) -> Request:
+    given = {"doc_to_visual": lambda doc: [], "padding_only": False} | more
+    return Request(doc_id, prompt, extra or {}, doc_id=doc_id, task="toy", split="test", **given)
+
+
+# Data and prompts
+
+
+def test_processes_add_up_to_the_whole() -> None:
+    rows = tiny_vstar_rows(6)
+    whole = fp.data_fingerprint(rows, range(6))
+    shares = [fp.data_fingerprint(rows, range(rank, 6, 3)) for rank in range(3)]
+    assert fp.combined(shares) == fp.combined(reversed(shares)) == whole
+    asked = [request(i, f"q{i}") for i in range(6)]
+    shares = [fp.prompts_fingerprint(asked[rank::2]) for rank in range(2)]
+    assert fp.combined(shares) == fp.prompts_fingerprint(asked[::-1])
+
+
+def _changed(**change: Any) -> Dataset:
+    rows = tiny_vstar_rows(4).cast_column("image", TINY_VSTAR["image"])
+    content = [fp.undecoded(rows)[i] for i in range(4)]
+    content[2] |= change
+    return Dataset.from_list(content, features=TINY_VSTAR)
+
+
+def test_data_moves_with_text_images_and_places() -> None:
+    same = fp.data_fingerprint(tiny_vstar_rows(4), range(4))
+    assert fp.data_fingerprint(_changed(), range(4)) == same
+    moved = {
+        fp.data_fingerprint(_changed(question="what?"), range(4)),
+        fp.data_fingerprint(_changed(box=[5, 5, 20, 21]), range(4)),
+        fp.data_fingerprint(_changed(image=Image.new("RGB", (40, 30))), range(4)),
+        fp.data_fingerprint(_changed(), range(3)),
+        fp.data_fingerprint(tiny_vstar_rows(4).select([1, 0, 2, 3]), range(4)),
+        same,
+    }
+    assert len(moved) == 6
+
+
+def test_rows_that_are_no_data_set_and_names_of_files() -> None:
+    rows = [{"a": 1, "image": {"bytes": b"x", "path": "/one/x.png"}}]
+    other = [{"image": {"bytes": b"x", "path": "/two/x.png"}, "a": 1}]
+    assert fp.data_fingerprint(rows, [0]) == fp.data_fingerprint(other, [0])
+    assert fp.data_fingerprint([{"a": 2, **rows[0]}], [0]) == fp.data_fingerprint(rows, [0])
+    assert fp.data_fingerprint([{"a": ["1", "2"]}], [0]) != fp.data_fingerprint(
+        [{"a": ["12"]}], [0]
+    )
+
+
+def test_prompts_and_generation_arguments_move() -> None:
+    asked = [request(0, "a"), request(1, "b")]
+    assert fp.prompts_fingerprint(asked) != fp.prompts_fingerprint(
+        [request(0, "b"), request(1, "a")]
+    )
+    options = [request(0, "a", " yes"), request(0, "a", " no")]
+    assert fp.prompts_fingerprint(options) != fp.prompts_fingerprint(options[:1] * 2)
+    short, long = [
+        fp.generation_fingerprint([request(0, extra={"max_new_tokens": n})]) for n in (1, 2)
+    ]
+    assert short != long
+
+
+# The scorer
+
+
+TASK = {
+    "task": "by_source",
+    "dataset_path": "parquet",
+    "test_split": "test",
+    "output_type": "generate_until",
+    "doc_to_text": "question",
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": "accuracy", "aggregation": "mean", "higher_is_better": True}],
+}
+FUNCTIONS = """
+doc_to_visual: !function utils.doc_to_visual
+process_results: !function utils.process_results
+"""
+CODE = '''
+import re
+
+LETTER = re.compile("[A-D]")
+SEEN = {"count": 0}
+
+
+def normal(text):
+    """How answers are compared."""
+    return text.strip().lower()
+
+
+class Grader:
+    WORDS = {"one": "1"}
+
+    def right(self, said, answer):
+        return normal(said) == normal(answer) or bool(LETTER.fullmatch(said))
+
+
+def doc_to_visual(doc):
+    return [doc["image"]]
+
+
+def process_results(doc, results):
+    # compare
+    return {"accuracy": float(Grader().right(results[0], doc["answer"]))}
+'''
+
+
+def scorer(folder: Path, code: str = CODE, **config: Any) -> str:
+    """The fingerprint of a task whose code stands in a folder."""
+    from lmms_eval.tasks import TaskManager, get_task_dict
+
+    folder.mkdir()
+    write(tiny_vstar_rows(2), folder / "data")
+    (folder / "utils.py").write_text(code)
+    files = {"data_files": {"test": str(folder / "data" / "data.parquet")}}
+    plain = yaml.safe_dump({**TASK, "dataset_kwargs": files, **config})
+    (folder / "by_source.yaml").write_text(plain + FUNCTIONS)
+    index = TaskManager(include_path=str(folder), include_defaults=False)
+    return fp.scorer_fingerprint(get_task_dict(["by_source"], index)["by_source"])
+
+
+def test_scorer_stays_with_comments_docstrings_and_folders(tmp_path: Path) -> None:
+    first = scorer(tmp_path / "a")
+    other = CODE.replace("# compare", "# compare anew\n").replace(
+        "How answers are", "How texts are"
+    )
+    assert scorer(tmp_path / "b", other) == first
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('float(Grader().right(results[0], doc["answer"]))', "1.0"),
+        (".lower()", ""),
+        ("[A-D]", "[A-E]"),
+        ("or bool", "and bool"),
+        ('"one": "1"', '"two": "2"'),
+    ],
+)
+def test_scorer_moves_with_its_code_helpers_and_constants(
+    tmp_path: Path, old: str, new: str
+) -> None:
+    assert old in CODE
+    assert scorer(tmp_path / "a") != scorer(tmp_path / "b", CODE.replace(old, new))
+
+
+def test_scorer_moves_with_its_settings(tmp_path: Path) -> None:
+    metrics = [{"metric": "accuracy", "aggregation": "median", "higher_is_better": True}]
+    assert scorer(tmp_path / "a") != scorer(tmp_path / "b", metric_list=metrics)
+
+
+# The file
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> RunFacts:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    sources = {"pretrained": str(tmp_path / "model"), "rpn": None}
+    (tmp_path / "model" / "config.json").write_text("{}")
+    arguments = {"proposer": "rpn", "threshold": 0.1}
+    hashes = hash_ahead(sources, None)
+    return RunFacts(tmp_path / "record", "20260301T120000.000000Z", 0, 1, arguments, hashes, CPU)
+
+
+def test_the_file_holds_what_the_run_is_made_of(facts: RunFacts) -> None:
+    padding = request(3, padding_only=True)
+    facts.hashes.result()
+    facts.add([request(0), request(1), padding], {"toy": {"test": tiny_vstar_rows(4)}})
+    content = json.loads(facts.path.read_text())
+    assert facts.path.name == "run_facts_20260301T120000.000000Z_rank0.json"
+    assert content["versions"]["torch"] == torch.__version__ == versions()["torch"]
+    assert content["arguments"] == {"proposer": "rpn", "threshold": 0.1}
+    assert list(content["weights"]) == ["pretrained/model.safetensors"]
+    assert content["device"]["type"] == "cpu"
+    assert content["tasks"]["toy"]["documents"] == 2
+    assert content["tasks"]["toy"]["data"] == fp.data_fingerprint(tiny_vstar_rows(4), [0, 1])
+
+
+def test_the_file_waits_for_no_hash(facts: RunFacts) -> None:
+    hashed: Future[dict[str, str]] = Future()
+    facts.hashes = hashed
+    facts.add([request(0)], {"toy": {"test": tiny_vstar_rows(1)}})
+    assert json.loads(facts.path.read_text())["weights"] == {}
+    hashed.set_result({"rpn/rpn.safetensors": "a", "rpn/config.json": "b"})
+    facts.write()
+    assert json.loads(facts.path.read_text())["weights"] == {"rpn/rpn.safetensors": "a"}
+
+
+def test_an_unreadable_document_has_a_mark_too(tmp_path: Path) -> None:
+    good, gone = {"bytes": None, "path": str(tmp_path / "a.png")}, {"bytes": None, "path": "/gone"}
+    Path(good["path"] or "").write_bytes(b"x")
+    digests = fp.document_digests([{"image": good}, {"image": gone}, {"image": {}}], range(3))
+    assert len(set(digests.values())) == 3
+    assert fp.document_digests([{"image": {"bytes": b"x", "path": None}}], [0])[0] == digests[0]
+
+
+def test_requests_in_two_parts_are_both_there(facts: RunFacts) -> None:
+    rows = {"toy": {"test": tiny_vstar_rows(2)}, "more": {"test": tiny_vstar_rows(2)}}
+    facts.add([request(0)], rows)
+    other = request(1)
+    facts.add([Request(**{**other.__dict__, "task": "more"})], rows)
+    assert list(json.loads(facts.path.read_text())["tasks"]) == ["toy", "more"]
+
+
+def test_a_task_object_gives_scorer_and_seeds(
+    facts: RunFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from argparse import Namespace
+
+    from lmms_eval.tasks import get_task_dict
+
+    write(tiny_vstar_rows(2), tmp_path / "data" / "tiny_vstar")
+    monkeypatch.setenv("SDRPN_DATA", str(tmp_path / "data"))
+    task = get_task_dict(["tiny_vstar"], manager())["tiny_vstar"]
+    task.args = Namespace(seed=[0, 1, 2, 3])
+    asked = [request(0, doc_to_visual=task.doc_to_visual)]
+    facts.add(asked, {"toy": {"test": task.eval_docs}})
+    content = json.loads(facts.path.read_text())
+    assert content["seeds"] == [0, 1, 2, 3]
+    assert content["tasks"]["toy"]["scorer"] == fp.scorer_fingerprint(task)
+
+
+def test_hashes_of_weights_move_with_content(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"one")
+    (tmp_path / "README.md").write_text("not read")
+    one = hash_sources({"rpn": str(tmp_path)})
+    file.write_bytes(b"two!")
+    two = hash_sources({"rpn": str(tmp_path)})
+    assert one.keys() == two.keys() == {"rpn/model.safetensors"}
+    assert one != two
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    (tmp_path / "config.json").write_text("{}")
+    hashes = hash_sources({"peft": str(tmp_path)})
+    assert "peft/config.json" in hashes
+    assert set(weights_only(hashes)) == {"peft/model.safetensors", "peft/adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("source", ["nobody/no-such-model", "no folder", "a/b/c"])
+def test_what_is_not_here_has_no_hash(source: str) -> None:
+    assert local_folder(source) is None
+    assert hash_sources({"pretrained": source, "rpn": None}) == {}
+
+
+def test_state_of_the_source() -> None:
+    state = source_state()
+    assert state is None or (len(state["commit"]) == 40 and isinstance(state["changed"], bool))
+
+
+# Through the plugin
+
+
+def test_facts_of_a_run_are_found_again_and_ranks_put_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tiny_vstar_rows(6), tmp_path / "data" / "tiny_vstar")
+    monkeypatch.setenv("SDRPN_DATA", str(tmp_path / "data"))
+    rpn = {"rpn": str(embedded_model()[1])}
+    monkeypatch.setattr("sdrpn_eval.llava_sdrpn.sources", lambda arguments: rpn)
+    folders = []
+    for name in ("one", "two"):
+        engine = FakeEngine(lambda q: "red level")
+        folders.append(run_folders.evaluate(tmp_path / name, engine, ["tiny_vstar"]))
+    comparison = compare([read_run(folder) for folder in folders])
+    assert "Same scorer: by its source and settings." in established(
+        comparison.evidence, ["tiny_vstar"]
+    )
+    facts = comparison.evidence[0].facts
+    assert facts
+    assert facts.data == {"tiny_vstar": fp.data_fingerprint(tiny_vstar_rows(6), range(6))}
+    assert "rpn/rpn.safetensors" in facts.weights
+    assert facts.arguments["pretrained"] == "FakeEngine"
+    # Two processes with three documents each leave the same.
+    (path,) = (folders[1] / "sdrpn_record").glob("run_facts_*_rank0.json")
+    content = json.loads(path.read_text())
+    for rank in (0, 1):
+        share = fp.data_fingerprint(tiny_vstar_rows(6), range(rank, 6, 2))
+        content["rank"], content["tasks"]["tiny_vstar"]["data"] = rank, share
+        path.with_name(path.name.replace("rank0", f"rank{rank}")).write_text(json.dumps(content))
+    merged = gather(read_run(folders[1])).facts
+    assert merged
+    assert merged.data == facts.data
+
+
+def test_facts_of_a_later_run_are_not_this_run_s(tmp_path: Path) -> None:
+    folder = run_folders.write_run(tmp_path / "run", {"toy": [run_folders.sample(0)]})
+    for began in ("120001", "130000"):  # the results stand for noon
+        name, hashes = f"20260301T{began}.000000Z", hash_ahead({}, None)
+        facts = RunFacts(folder / "sdrpn_record", name, 0, 1, {}, hashes, CPU)
+        facts.add([request(0)], {"toy": {"test": tiny_vstar_rows(1)}})
+    found = gather(read_run(folder)).facts
+    assert found
+    assert found.run == "20260301T120001.000000Z"
