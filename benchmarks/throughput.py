@@ -45,7 +45,7 @@ from workload import (
 
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import published_labels
-from sdrpn.io.atomic import whole
+from sdrpn.io.atomic import atomic_write
 from sdrpn.roi.vicrop import NEUTRAL_QUESTION
 from sdrpn.rpn.checkpoint import RPN
 
@@ -137,7 +137,7 @@ def profile(llava: Llava15, rpn: RPN, settings: Settings, rate: float) -> dict[s
 def _write(result: dict[str, Any], out: Path | None) -> None:
     if out is None:
         return
-    with whole(out) as part:
+    with atomic_write(out) as part:
         part.write_text(json.dumps(result, indent=1) + "\n")
 
 

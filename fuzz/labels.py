@@ -37,7 +37,7 @@ from sdrpn.distill.label_dataset import (
 )
 from sdrpn.distill.questions import fingerprint, read_items
 from sdrpn.distill.trainer import last_checkpoint
-from sdrpn.io.images import BadImage, inside
+from sdrpn.io.images import BadImage, safe_join
 from sdrpn.rpn.checkpoint import RPN
 
 TOKENS = 16
@@ -62,7 +62,7 @@ def check_items(path: Path) -> None:
             assert isinstance(text, str)
             assert text
         with suppress(BadImage):
-            assert inside(FOLDER, item.image).is_relative_to(FOLDER)
+            assert safe_join(FOLDER, item.image).is_relative_to(FOLDER)
     assert len(fingerprint(items)) == 32
 
 

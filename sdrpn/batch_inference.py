@@ -15,8 +15,8 @@ from tqdm import tqdm
 from sdrpn import __version__
 from sdrpn.backbones.fingerprint import base_hash, weights_hash
 from sdrpn.engine import Answer, Question, ZoomModel
-from sdrpn.io.atomic import as_json, parse_json, whole
-from sdrpn.io.images import BadImage, inside, load_image
+from sdrpn.io.atomic import as_json, atomic_write, parse_json
+from sdrpn.io.images import BadImage, load_image, safe_join
 from sdrpn.io.prefetch import ahead
 from sdrpn.io.questions import Asked
 from sdrpn.io.resume_guard import claim
@@ -80,7 +80,7 @@ class AnswerFile:
         lines = self.read()
         ordered = {key: lines[key] for asked in questions if (key := str(asked.id)) in lines}
         if list(ordered) != list(lines) or len(lines) != self.path.read_bytes().count(b"\n"):
-            with whole(self.path) as part:
+            with atomic_write(self.path) as part:
                 part.write_bytes(_as_text(ordered.values()))
         return ordered
 
@@ -188,7 +188,7 @@ class AnswerJob:
 
     def _load(self, name: str) -> Image.Image | BadImage:
         try:
-            return load_image(inside(self.images, name))
+            return load_image(safe_join(self.images, name))
         except BadImage as error:
             return error
 

@@ -23,7 +23,7 @@ import typer
 from loguru import logger
 from pydantic import TypeAdapter
 
-from sdrpn.cli.shared import errors_as_sentences
+from sdrpn.cli.shared import report_errors
 from sdrpn.io.atomic import as_json, read_parsed
 from sdrpn.io.plurals import counted
 from sdrpn_eval.schemas import EXACT
@@ -207,7 +207,7 @@ def make(
 
     python -m sdrpn_eval.subsets make --out mine --tasks chartqa_ci --by type
     """
-    with errors_as_sentences():
+    with report_errors():
         for task in _known(tasks):
             if by:
                 chosen = _by_column(task, by, count, seed)
@@ -227,7 +227,7 @@ def cut(
 
     Then, there: SDRPN_DATA=ci-data lmms-eval ... --tasks sdrpn_ci
     """
-    with errors_as_sentences():
+    with report_errors():
         for task in _known(tasks):
             loaded = load_task(task)
             path = out / task / f"{loaded.config.test_split}-00000-of-00001.parquet"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdrpn.cli.shared import console, errors_as_sentences, say
+from sdrpn.cli.shared import console, report_errors, say
 from sdrpn.io.atomic import as_json
 from sdrpn.io.plurals import counted
 from sdrpn_eval.arguments import ARGUMENTS, WITHOUT_THRESHOLD
@@ -310,7 +310,7 @@ def curve(
 
       sdrpn-eval curve out/stock out/published out/t005 out/t015 --out curve
     """
-    with errors_as_sentences():
+    with report_errors():
         at_least(0, seed=seed)
         found = curves(runs, [name for name in tasks.split(",") if name], seed)
         if not found:

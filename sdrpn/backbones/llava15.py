@@ -40,17 +40,17 @@ from sdrpn.config import (
     published_labels,
 )
 from sdrpn.io import hub
-from sdrpn.io.checkpoint_files import CONFIG_FILE, Source, reason
+from sdrpn.io.checkpoint_files import CONFIG_FILE, Source, first_line
 from sdrpn.io.checkpoints import (
-    broken_files_named,
     check_complete,
     check_finite,
     check_layers,
     check_size,
     execution_device,
+    explain_load_errors,
     named_weights,
 )
-from sdrpn.io.images import LONGEST, as_shown, bounded
+from sdrpn.io.images import LONGEST, as_shown, limit_size
 from sdrpn.io.plurals import agree, counted
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -167,7 +167,7 @@ def _first_layers(
 
     Raises ValueError where config.json makes no sense, or far more of a model than there is.
     """
-    with broken_files_named(name):
+    with explain_load_errors(name):
         shape = LlavaConfig.from_dict(config)
         with torch.device("meta"):
             whole = LlavaForConditionalGeneration(shape)
@@ -295,7 +295,7 @@ class Llava15(Backbone):
         check_padding(padding)
         try:
             source = Source(pretrained, revision=revision)
-            with broken_files_named(pretrained, revision):
+            with explain_load_errors(pretrained, revision):
                 folder = source.folder or source.fetch(CONFIG_FILE, "a LLaVA-1.5").parent
                 config, _ = PreTrainedConfig.get_config_dict(folder)
             if not config or not isinstance(config, dict):
@@ -306,7 +306,7 @@ class Llava15(Backbone):
             quantized = four_bits(weights) if load_in_4bit else {}
             with (
                 _first_layers(config, pretrained, num_layers) as shape,
-                broken_files_named(pretrained, revision),
+                explain_load_errors(pretrained, revision),
             ):
                 folder = source.fetch_all()
                 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -324,7 +324,7 @@ class Llava15(Backbone):
                 )
         except OSError as error:
             told = str(error) if isinstance(error, hub.HubError) else None
-            told = told or hub.explain(error, pretrained, revision=revision) or reason(error)
+            told = told or hub.explain(error, pretrained, revision=revision) or first_line(error)
             raise WeightsUnavailable(f"cannot load {pretrained!r}: {told}") from error
         model, found = loaded
         check_complete(found, str(pretrained))
@@ -380,7 +380,7 @@ class Llava15(Backbone):
         """Whole images as the encoder sees them: [n, 3, side, side], normalised."""
         own = self.processor.image_processor
         processor = self._padder if self.padding == "pad" else own
-        fitting = [bounded(as_shown(image), self.padding) for image in images]
+        fitting = [limit_size(as_shown(image), self.padding) for image in images]
         ready = processor(images=fitting, do_pad=self.padding == "pad", return_tensors="pt")
         return ready["pixel_values"]
 

@@ -25,17 +25,17 @@ from sdrpn.config import ASPECT_RATIO, IMAGE_TOKEN
 from sdrpn.convert import lora
 from sdrpn.convert.tokenizer import read_tokenizer
 from sdrpn.io import hub
-from sdrpn.io.atomic import allow_as_umask, read_object
+from sdrpn.io.atomic import apply_umask, read_object
 from sdrpn.io.checkpoint_files import (
     CONFIG_FILE,
     INDEXES,
     SINGLE_FILES,
     Source,
     Weights,
+    first_line,
     read_all,
-    reason,
 )
-from sdrpn.io.checkpoints import MAX_LAYERS, broken_files_named, check_finite
+from sdrpn.io.checkpoints import MAX_LAYERS, check_finite, explain_load_errors
 from sdrpn.io.weight_maps import Names, base_names, rename, require
 from sdrpn.rpn.published import LLAVA_TYPES, tower_of
 
@@ -107,7 +107,7 @@ def convert_base(
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out, max_shard_size=SHARD)
     for path in out.glob("*.safetensors"):
-        allow_as_umask(path)
+        apply_umask(path)
     processor.save_pretrained(out)
 
 
@@ -121,13 +121,13 @@ def read_base(source: str, *, base: str | None = None, vision_tower: str | None 
     own = read_config(folder, base)
     tower = vision_tower or tower_of(own, folder)
     vision = _from_tower(CLIPVisionConfig, tower)
-    with broken_files_named(source):
+    with explain_load_errors(source):
         config: Any = _model_config(own, vision)
     layers = config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers
     names = base_names(*layers, rpn_depth=own.get("twig_T") or 0)
     tensors = _tensors(folder, base, names, tower)
     ours = {to: tensors[name] for name, to in rename(tensors, names, source).items()}
-    with init_empty_weights(), broken_files_named(source):
+    with init_empty_weights(), explain_load_errors(source):
         model = LlavaForConditionalGeneration(config)
     _check(ours, model.state_dict(), names, source)
     check_finite(ours.items(), source)
@@ -268,10 +268,10 @@ def _tower_tensors(tower: str) -> dict[str, Tensor]:
 
 def _from_tower(kind: Any, tower: str) -> Any:
     try:
-        with broken_files_named(tower):
+        with explain_load_errors(tower):
             return kind.from_pretrained(tower)
     except OSError as error:
-        told = hub.explain(error, tower) or reason(error)
+        told = hub.explain(error, tower) or first_line(error)
         raise FileNotFoundError(
             f"the vision tower {tower} cannot be had; give its folder or hub id with "
             f"--vision-tower ({told})"

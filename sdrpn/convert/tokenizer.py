@@ -16,7 +16,7 @@ from sdrpn.backbones.plain_text import SPACE, encode_as_sentencepiece
 from sdrpn.config import IMAGE_TOKEN
 from sdrpn.io.atomic import read_object
 from sdrpn.io.checkpoint_files import Source
-from sdrpn.io.checkpoints import broken_files_named
+from sdrpn.io.checkpoints import explain_load_errors
 
 PAD_TOKEN = "<pad>"
 FILES = ("tokenizer.json", "tokenizer.model")
@@ -41,7 +41,7 @@ def read_tokenizer(folder: Source, base: str | None = None) -> Any:
     else:
         # Its own config.json is of a kind that transformers does not know.
         source.find("tokenizer_config.json")
-        with broken_files_named(source.name):
+        with explain_load_errors(source.name):
             tokenizer = AutoTokenizer.from_pretrained(
                 path.parent, config=LlamaConfig(), legacy=True, trust_remote_code=False
             )

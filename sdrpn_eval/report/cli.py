@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdrpn.cli.shared import console, errors_as_sentences, say
+from sdrpn.cli.shared import console, report_errors, say
 from sdrpn.io.plurals import counted
 from sdrpn_eval.report.ladder import ladder
 from sdrpn_eval.report.options import SeedOption, at_least
@@ -74,7 +74,7 @@ def compare(
 
       sdrpn-eval compare out/stock out/rpn out/llava_hf --tasks textvqa_val
     """
-    with errors_as_sentences():
+    with report_errors():
         # Imported here, so that --help answers at once.
         from sdrpn_eval.report.compared import show, write_comparison
         from sdrpn_eval.report.documents import load_data, read_boxes
@@ -141,7 +141,7 @@ def gate(
 
       sdrpn-eval gate out/rpn --baseline baselines/tiny.json --max-age 2
     """
-    with errors_as_sentences():
+    with report_errors():
         from sdrpn_eval.report import gate_report
         from sdrpn_eval.report.gate import Rules, safely_check
 

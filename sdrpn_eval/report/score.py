@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from sdrpn.cli.shared import console, errors_as_sentences, say
+from sdrpn.cli.shared import console, report_errors, say
 from sdrpn.io.plurals import agree, counted
 from sdrpn_eval.report.options import IncludePathOption
 
@@ -46,7 +46,7 @@ def score(
 
       sdrpn-eval score out/stock --task docvqa_val --include_path my_tasks --out out/stock-mended
     """
-    with errors_as_sentences():
+    with report_errors():
         # Imported here, so that --help answers at once.
         from sdrpn_eval.report.answers import read_source
         from sdrpn_eval.report.documents import task_manager

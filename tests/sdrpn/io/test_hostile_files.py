@@ -43,7 +43,7 @@ from sdrpn.distill.questions import fingerprint, read_items
 from sdrpn.distill.trainer import train
 from sdrpn.engine import ZoomModel
 from sdrpn.io.atomic import MAX_SETTINGS, parse_json, read_object
-from sdrpn.io.images import BadImage, inside
+from sdrpn.io.images import BadImage, safe_join
 from sdrpn.io.resume_guard import claim
 from sdrpn.roi.proposers import known_labels
 from sdrpn.rpn.checkpoint import RPN
@@ -181,10 +181,10 @@ def escapes(root: Path) -> list[str]:
 def test_no_name_leads_out_of_a_folder(root: Path) -> None:
     for name in escapes(root):
         with pytest.raises(BadImage):
-            inside(root, name)
-    assert inside(root, "good.png") == root / "good.png"
+            safe_join(root, name)
+    assert safe_join(root, "good.png") == root / "good.png"
     (root / "fine").symlink_to(root / "good.png")
-    assert inside(root, "fine") == root / "good.png"
+    assert safe_join(root, "fine") == root / "good.png"
 
 
 def test_labelling_shows_no_image_from_elsewhere(root: Path, tmp_path: Path) -> None:
