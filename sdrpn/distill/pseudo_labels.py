@@ -1,4 +1,4 @@
-"""From attention maps to pseudo-labels: plain arrays, no model (docs/method.md)."""
+"""Label rules that turn attention maps into pseudo-labels, on plain arrays (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sdrpn.roi.sinks import remove_sinks
 
 FOREGROUND, BACKGROUND = 1, 0
 IGNORED = -100
-"""Label of tokens that do not train the RPN; torch's and transformers' usual value."""
+"""Label of tokens without a loss, the default `ignore_index` of torch."""
 
 NOT_FINITE = "attention that is not finite"
 NO_ATTENTION = "no attention left without the sinks"
@@ -24,50 +24,58 @@ def pseudo_labels(grounding: np.ndarray, sink: np.ndarray, config: LabelConfig) 
     Args:
         grounding: [rows, columns] attention shares, >= 0.
         sink: [rows, columns] attention shares of the sink map.
-        config: Where the lines are drawn.
+        config: Thresholds.
 
     Returns:
-        int8 [rows, columns]; see `judge`.
+        int8 [rows, columns]; see `label_cells`.
     """
-    return judge(grounding, sink, config)[0]
+    return label_cells(grounding, sink, config)[0]
 
 
-def judge(
+def label_cells(
     grounding: np.ndarray, sink: np.ndarray, config: LabelConfig
 ) -> tuple[np.ndarray, str | None]:
-    """The labels, and the reason where there are none.
+    """Label every image token, with the reason if all are ignored.
 
-    All tokens are ignored when a map holds a NaN or an infinity, when it is empty once its sinks
-    are gone, when the foreground's bounding box holds `max_box_fraction` of the grid or more, or
-    when it has more than `max_components` components.
+    All tokens are ignored if a map is not finite, if no attention is left without the sinks, if the
+    bounding box of the foreground covers `max_box_fraction` of the grid or more, or if the
+    foreground has more than `max_components` connected components.
+
+    Args:
+        grounding: [rows, columns] attention shares, >= 0.
+        sink: [rows, columns] attention shares of the sink map.
+        config: Thresholds.
+
+    Returns:
+        (int8 [rows, columns], reason or None).
 
     Raises:
-        ValueError: For maps that are not two grids of one shape.
+        ValueError: If the maps are not two grids of one shape.
     """
     if grounding.shape != sink.shape or grounding.ndim != 2 or not grounding.size:
         raise ValueError(
             f"maps must be two grids (rows, columns) of one shape, got {grounding.shape} and "
             f"{sink.shape}"
         )
-    nothing = np.full(grounding.shape, IGNORED, dtype=np.int8)
+    ignored = np.full(grounding.shape, IGNORED, dtype=np.int8)
     if not (np.isfinite(grounding).all() and np.isfinite(sink).all()):
-        return nothing, NOT_FINITE
+        return ignored, NOT_FINITE
     attention = remove_sinks(grounding, sink, config.sink_threshold)
     peak = attention.max()
     if not peak > 0:
-        return nothing, NO_ATTENTION
+        return ignored, NO_ATTENTION
     foreground = attention > config.foreground * peak
     rows, columns = np.nonzero(foreground)
     height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
     if height * width >= config.max_box_fraction * grounding.size:
-        return nothing, TOO_LARGE
+        return ignored, TOO_LARGE
     if config.max_components is not None:
-        _, parts = ndimage.label(foreground, np.ones((3, 3)))  # type: ignore[misc]
-        if parts > config.max_components:
-            return nothing, SEVERAL_PLACES
+        _, components = ndimage.label(foreground, np.ones((3, 3)))  # type: ignore[misc]
+        if components > config.max_components:
+            return ignored, SEVERAL_PLACES
     outside = np.ones(grounding.shape, dtype=bool)
     outside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = False
-    labels = nothing.copy()
+    labels = ignored.copy()
     labels[outside & (attention < config.background * peak)] = BACKGROUND
     labels[foreground] = FOREGROUND
     return labels, None
