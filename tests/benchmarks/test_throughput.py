@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import plot_throughput
 import pytest
-import throughput
-import true_size
-from measuring import Job, jobs_of
-from shapes import SHAPES, Shape
-from systems import System, all_systems, generation_of, middle_box, preset_zoom, zooming_engine
-from workload import MIXES, Cell
 
+from benchmarks import plot_throughput, throughput, true_size
+from benchmarks.measuring import Job, jobs_of
+from benchmarks.shapes import SHAPES, Shape
+from benchmarks.systems import (
+    System,
+    all_systems,
+    generation_of,
+    middle_box,
+    preset_zoom,
+    zooming_engine,
+)
+from benchmarks.workload import MIXES, Cell
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.boxes import GridBox
 from sdrpn.engine import Question
