@@ -76,7 +76,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SHAPES, "toy", TOY)
         # 112 px: a grid of 8 x 8.
-        patch.setattr("shapes.SIDE", 112)
+        patch.setattr("benchmarks.shapes.SIDE", 112)
         columns = ["--per-image", "2", "--mix", "textvqa"]
         sizes = ["--layers", "4", "--cells", "3", "--batch-sizes", "2"]
         return run_benchmark(out, *sizes, *columns, "--profile")
