@@ -1,4 +1,4 @@
-"""Trains the tiny LLaVA from scratch: `python -m sdrpn_eval.demo.train_tiny --out DIR`.
+"""Trains the tiny LLaVA from scratch: `python -m tools.tiny_vstar.train_tiny --out DIR`.
 
 Stage 0 aligns the vision tower with words: each patch's projected feature is to resemble the
 language model's own embedding of the colour and of the pattern it shows (this stands for CLIP and
@@ -22,8 +22,8 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from sdrpn.io.atomic import write_json
 from sdrpn.io.prefetch import ahead
-from sdrpn_eval.demo import scenes as sc
-from sdrpn_eval.demo.samples import (
+from tools.tiny_vstar import scenes as sc
+from tools.tiny_vstar.samples import (
     Batch,
     Turns,
     batch_logits,
@@ -31,7 +31,7 @@ from sdrpn_eval.demo.samples import (
     two_view_batch,
     vision_batch,
 )
-from sdrpn_eval.demo.tiny_model import (
+from tools.tiny_vstar.tiny_model import (
     build_model,
     build_processor,
     encode,

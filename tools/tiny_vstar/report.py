@@ -1,4 +1,4 @@
-"""What `score` measured, as pages: `python -m sdrpn_eval.demo.report --docs docs`."""
+"""What `score` measured, as pages: `python -m tools.tiny_vstar.report --docs docs`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sdrpn_eval.demo import HERE
-from sdrpn_eval.demo.score import GROUPS, headline, markdown
 from sdrpn_eval.stats import with_interval
+from tools.tiny_vstar.score import GROUPS, headline, markdown
 
 RESULTS = HERE / "data" / "tiny_vstar.json"
 
@@ -20,7 +20,7 @@ PAGE = """# tiny_vstar, measured
 
 {questions} held-out questions on {images} scenes, {fine:.0f} % of them about patterns too fine for
 the first look (chosen so, as V* asks about small things); exact match, in percent; 95 % intervals
-clustered by image ([how](statistics.md)). Made by `python -m sdrpn_eval.demo.build`, float32 on a
+clustered by image ([how](statistics.md)). Made by `python -m tools.tiny_vstar.build`, float32 on a
 CPU; the scores are those of the shipped float16 weights on the shipped WebP scenes.
 
 {table}
@@ -38,7 +38,7 @@ Over all thresholds shown, the score moves by {rpn_spread:.1f} points with the R
 {rpn_near:.1f} and {attention_near:.1f}. (On an 8 x 8 grid the blur leaves a single cell of 1 with
 0.20, so beyond 0.2 most regions are gone, whoever proposed them.) The RPN's threshold counts in
 shares of its map's maximum (`relative`), as attention's does; its value was chosen on other scenes
-(`python -m sdrpn_eval.demo.tune`). The option itself came after a first look at this benchmark:
+(`python -m tools.tiny_vstar.tune`). The option itself came after a first look at this benchmark:
 with absolute thresholds the same RPN reached 96.4 % at best here, 2.1 points behind attention at
 its best threshold [1.0, 3.5], and scenes of their own then showed that it was unsure, not wrong.
 

@@ -1,4 +1,4 @@
-"""The table of proposers on tiny_vstar: `python -m sdrpn_eval.demo.score --out FILE.json`.
+"""The table of proposers on tiny_vstar: `python -m tools.tiny_vstar.score --out FILE.json`.
 
 Stock, the second look by every proposer, a sweep of the threshold, random boxes below and the true
 boxes as the ceiling, all on the shipped questions, by fine and coarse, with 95 % intervals
@@ -25,8 +25,8 @@ from sdrpn.backbones.llava15 import Llava15
 from sdrpn.boxes import PixelBox
 from sdrpn.io.atomic import write_json
 from sdrpn_eval.demo import BENCHMARK, tiny_path
-from sdrpn_eval.demo.scenes import CELL, GRID, oracle_box
 from sdrpn_eval.stats import Estimate, clustered, clustered_difference, rounded, with_interval
+from tools.tiny_vstar.scenes import CELL, GRID, oracle_box
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 POLICIES = ("strongest", "mask", "bbox")
