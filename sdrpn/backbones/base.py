@@ -104,26 +104,24 @@ class AttentionInputs:
 
     Args:
         mask: What the attention implementation takes for causality and padding.
-        position_ids: [B, N], the text positions.
         rotary: (cos, sin), each [B, N, head_dim].
     """
 
     mask: Any
-    position_ids: Int[Tensor, "batch new"]
     rotary: KV
 
     def to(self, device: torch.device) -> AttentionInputs:
         """The same on another device."""
         mask = self.mask.to(device) if isinstance(self.mask, Tensor) else self.mask
         cos, sin = self.rotary
-        return AttentionInputs(mask, self.position_ids.to(device), (cos.to(device), sin.to(device)))
+        return AttentionInputs(mask, (cos.to(device), sin.to(device)))
 
 
 class Backbone(ABC):
     """A frozen vision-language model with its tokenizer, image processor and prompt.
 
-    The decoder layers of a family are expected to take `attention_mask`, `position_ids`,
-    `position_embeddings` and a cache, and to have `input_layernorm` and `self_attn` with `q_proj`,
+    The decoder layers of a family are expected to take `attention_mask`, `position_embeddings` and
+    a cache, and to have `input_layernorm` and `self_attn` with `q_proj`,
     `k_proj`, `v_proj` and `head_dim`, as those of LLaMA and Qwen have.
     """
 
@@ -257,11 +255,11 @@ class Backbone(ABC):
             positions: [A, B, N].
             cache: Holds the P tokens before, or None.
         """
+        # Without positions: transformers would take those that jump for several packed sequences.
         causal = create_causal_mask(
             config=self.text_config,
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=positions[0],
             **cache_argument(cache),
         )
         if isinstance(causal, Tensor) and causal.dtype == torch.bool:
@@ -270,7 +268,7 @@ class Backbone(ABC):
             causal = torch.zeros_like(causal, dtype=embeds.dtype).masked_fill_(~causal, shut)
         axes = positions if self.position_axes > 1 else positions[0]
         rotary = self.decoder.rotary_emb(embeds, position_ids=axes)
-        return AttentionInputs(causal, positions[0], rotary)
+        return AttentionInputs(causal, rotary)
 
     @staticmethod
     def rotate(

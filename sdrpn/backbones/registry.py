@@ -6,7 +6,8 @@ import os
 from typing import Any
 
 from sdrpn.backbones.base import Backbone
-from sdrpn.backbones.llava15 import Llava15, WeightsUnavailable
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.backbones.loading import WeightsUnavailable
 from sdrpn.io.checkpoint_files import CONFIG_FILE, Source
 
 ADAPTER_FILE = "adapter_config.json"
