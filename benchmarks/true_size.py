@@ -54,7 +54,7 @@ def sizes_of(name: str) -> dict[str, Any]:
     def attention_inputs(embeds: Any, mask: Any, positions: Any, cache: Any) -> AttentionInputs:
         # Making a mask asks for its values, and meta tensors have none.
         rotary = llava.decoder.rotary_emb(embeds, position_ids=positions[0])
-        return AttentionInputs(None, positions[0], rotary)
+        return AttentionInputs(None, rotary)
 
     llava.attention_inputs = attention_inputs  # type: ignore[method-assign]
     pixels = torch.zeros(3, llava.side, llava.side, device="meta", dtype=DTYPE)

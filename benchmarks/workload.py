@@ -14,7 +14,8 @@ import torch
 import transformers
 
 from benchmarks.shapes import SHAPES, images, question, random_llava, random_rpn
-from sdrpn.backbones.llava15 import Llava15, pick_dtype
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.backbones.loading import pick_dtype
 from sdrpn.engine import Question
 from sdrpn.rpn.checkpoint import RPN
 

@@ -191,7 +191,7 @@ def check_same_padding(padding: str | None, settings: dict[str, Any], labels: Pa
 
 def pick_save_dtype(name: str, device: str) -> Any:
     """torch's dtype; `auto` is bfloat16 where training ran on a GPU."""
-    from sdrpn.backbones.llava15 import DTYPES
+    from sdrpn.backbones.loading import DTYPES
 
     if name == "auto":
         name = "float32" if device == "cpu" else "bfloat16"
