@@ -40,6 +40,12 @@ class Evidence:
     record: Record
     facts: Facts | None
 
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Of the model: as resolved where the run left its facts, else as they were given."""
+        known = self.facts.arguments if self.facts else {}
+        return known or self.run.arguments
+
 
 def common_tasks(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     """(tasks of all runs, in the first one's order; sentences about those that some lack)."""

@@ -76,18 +76,21 @@ def compare(
     """
     with errors_as_sentences():
         # Imported here, so that --help answers at once.
+        from sdrpn_eval.report.checks import common_tasks
         from sdrpn_eval.report.compared import show, write_comparison
-        from sdrpn_eval.report.documents import load_data, read_boxes
+        from sdrpn_eval.report.comparison import gather
+        from sdrpn_eval.report.documents import documents_of, read_boxes
 
         at_least(0, seed=seed)
         if not (budget_mb > 0 and math.isfinite(budget_mb)):
             raise ValueError(f"--budget-mb must be greater than 0, got {budget_mb:g}")
         given = read_boxes(boxes) if boxes else {}
         read = _read(runs, [n for n in names.split(",") if n], [t for t in tasks.split(",") if t])
-        cli = read[0].results["config"].get("resolved_cli_args") or {}
-        data, notes = load_data(_common(read), cli.get("include_path"))
+        common, _ = common_tasks(read)
+        evidence = [gather(run) for run in read]
+        data, notes = documents_of(evidence, common)
         comparison, notes = write_comparison(
-            read,
+            evidence,
             data,
             out / "compare",
             boxes=given,
@@ -269,10 +272,6 @@ def _names(folders: list[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(path) for path in folders]
-
-
-def _common(runs: list) -> list[str]:
-    return [task for task in runs[0].tasks if all(task in run.tasks for run in runs)]
 
 
 app.command()(score)

@@ -9,17 +9,17 @@ from rich.console import Console
 
 from sdrpn.boxes import PixelBox
 from sdrpn_eval.report import text
+from sdrpn_eval.report.checks import Evidence
 from sdrpn_eval.report.comparison import compare
-from sdrpn_eval.report.documents import TaskData
+from sdrpn_eval.report.documents import Documents
 from sdrpn_eval.report.page import BUDGET_MB, write_page
 from sdrpn_eval.report.results import Comparison
-from sdrpn_eval.report.runs import Run
 from sdrpn_eval.report.scores import Document
 
 
 def write_comparison(
-    runs: Sequence[Run],
-    data: Mapping[str, TaskData],
+    evidence: Sequence[Evidence],
+    data: Mapping[str, Documents],
     stem: Path,
     *,
     boxes: Mapping[Document, PixelBox] | None = None,
@@ -32,7 +32,7 @@ def write_comparison(
     notes: about data that is not here. Returns the comparison, and those notes with what the page
     leaves out. Raises NotComparable, naming what moved.
     """
-    comparison = compare(runs, data, boxes, seed)
+    comparison = compare(evidence, data, boxes, seed)
     stem.parent.mkdir(parents=True, exist_ok=True)
     comparison.save(stem.with_suffix(".json"))
     stem.with_suffix(".md").write_text(text.markdown(comparison), encoding="utf-8")

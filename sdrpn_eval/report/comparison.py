@@ -9,7 +9,7 @@ from typing import Any
 from sdrpn.boxes import PixelBox
 from sdrpn_eval.report.boxes import where_it_looked
 from sdrpn_eval.report.checks import Evidence, common_tasks, labels, refuse_moved
-from sdrpn_eval.report.documents import TaskData, boxes_of
+from sdrpn_eval.report.documents import Documents, boxes_of
 from sdrpn_eval.report.facts import read_facts
 from sdrpn_eval.report.looks import averages, read_looks, record_folders, unfinished_later_run
 from sdrpn_eval.report.published import published_score
@@ -35,8 +35,8 @@ def gather(run: Run) -> Evidence:
 
 
 def compare(
-    runs: Sequence[Run],
-    data: Mapping[str, TaskData] | None = None,
+    runs: Sequence[Run | Evidence],
+    data: Mapping[str, Documents] | None = None,
     boxes: Mapping[Document, PixelBox] | None = None,
     seed: int = 0,
 ) -> Comparison:
@@ -44,14 +44,14 @@ def compare(
 
     data: the tasks' documents where they are at hand. boxes: true boxes handed in.
     """
-    evidence = [gather(run) for run in runs]
-    tasks, notes = common_tasks(runs)
+    evidence = [one if isinstance(one, Evidence) else gather(one) for one in runs]
+    tasks, notes = common_tasks([one.run for one in evidence])
     for other in evidence[1:]:
         refuse_moved(evidence[0], other, tasks)
-    scores = [all_scores(run, tasks) for run in runs]
+    scores = [all_scores(one.run, tasks) for one in evidence]
     clusters = {task: cluster_keys(evidence, task) for task in tasks}
     keys = {d: key for _, by_document in clusters.values() for d, key in by_document.items()}
-    rows, missing = _rows(runs, scores, keys, seed)
+    rows, missing = _rows(evidence, scores, keys, seed)
     true_boxes = boxes_of(data or {}, list(keys), boxes or {})
     comparison = Comparison(
         [_describe(e, evidence) for e in evidence],
@@ -127,7 +127,7 @@ def _own_key(run: Run, document: Document, key: str) -> Any:
 
 
 def _rows(
-    runs: Sequence[Run],
+    evidence: Sequence[Evidence],
     scores: Sequence[Mapping[tuple[str, str, str], Scores]],
     clusters: Mapping[Document, Hashable],
     seed: int,
@@ -140,30 +140,34 @@ def _rows(
         values = [one.values for one in same if one and one.values]
         if not reasons and len({frozenset(v) for v in values}) > 1:
             reasons = {"is scored on other documents in each run"}
-        if reasons or len(values) < len(runs):
-            missing.append(_not_compared(runs, same, first, "; ".join(sorted(reasons))))
+        if reasons or len(values) < len(evidence):
+            missing.append(_not_compared(evidence, same, first, "; ".join(sorted(reasons))))
             continue
         main = first.higher_is_better and not any(r.main and r.task == first.task for r in rows)
-        rows.append(_metric_row(runs, first, values, clusters, main, seed))
+        rows.append(_metric_row(evidence, first, values, clusters, main, seed))
     return rows, missing
 
 
 def _not_compared(
-    runs: Sequence[Run], same: Sequence[Scores | None], first: Scores, reason: str
+    evidence: Sequence[Evidence], same: Sequence[Scores | None], first: Scores, reason: str
 ) -> NotCompared:
-    pairs = list(zip(runs, same, strict=True))
+    pairs = list(zip(evidence, same, strict=True))
     return NotCompared(
         first.task,
         PROTOCOLS.get(first.task, ""),
         first.metric,
         reason or "is missing in a run",
-        {run.name: one.total if one else None for run, one in pairs},
-        {run.name: published_score(run, first.task, first.metric) for run in runs},
+        {of.run.name: one.total if one else None for of, one in pairs},
+        {of.run.name: _published(of, first) for of in evidence},
     )
 
 
+def _published(of: Evidence, scores: Scores) -> float | None:
+    return published_score(of.run.model, of.arguments, scores.task, scores.metric)
+
+
 def _metric_row(
-    runs: Sequence[Run],
+    evidence: Sequence[Evidence],
     first: Scores,
     values: Sequence[Mapping[Document, float]],
     clusters: Mapping[Document, Hashable],
@@ -175,16 +179,16 @@ def _metric_row(
     columns = [[one[d] for d in documents] for one in values]
     own = [
         RunScore(
-            run.name,
+            of.run.name,
             *clustered(column, keys, seed),
-            published=published_score(run, first.task, first.metric),
+            published=_published(of, first),
         )
-        for run, column in zip(runs, columns, strict=True)
+        for of, column in zip(evidence, columns, strict=True)
     ]
     percent = all(0 <= v <= 1 for column in columns for v in column)
     others = [
-        _difference(run.name, column, columns[0], keys, first.higher_is_better, percent, seed)
-        for run, column in list(zip(runs, columns, strict=True))[1:]
+        _difference(of.run.name, column, columns[0], keys, first.higher_is_better, percent, seed)
+        for of, column in list(zip(evidence, columns, strict=True))[1:]
     ]
     return MetricRow(
         first.task,

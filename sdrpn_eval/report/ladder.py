@@ -71,6 +71,7 @@ def ladder(
             raise ValueError(f"--tasks names no task, got {tasks!r}")
         # Imported here, so that --help answers at once.
         from sdrpn_eval.report.compared import show, write_comparison
+        from sdrpn_eval.report.comparison import gather
         from sdrpn_eval.report.documents import load_data
         from sdrpn_eval.report.ladder_figure import draw
         from sdrpn_eval.report.rungs import Ladder
@@ -83,7 +84,10 @@ def ladder(
                 notes.append(f"box is left out: the documents of {', '.join(bare)} have none")
             else:
                 runs.append(_rung(plan, name))
-        comparison, notes = write_comparison(runs, data, out / "comparison", seed=seed, notes=notes)
+        evidence = [gather(run) for run in runs]
+        comparison, notes = write_comparison(
+            evidence, data, out / "comparison", seed=seed, notes=notes
+        )
         draw(comparison, caption(comparison, plan), [out / "ladder.png", out / "ladder.svg"])
         show(comparison, notes, console)
         say(f"{out / 'ladder.png'}, ladder.svg, comparison.html, .md and .json beside it")

@@ -17,7 +17,7 @@ from sdrpn.io.atomic import as_json as valid_json
 from sdrpn_eval.report import text
 from sdrpn_eval.report.chart import differences_chart, scores_chart
 from sdrpn_eval.report.checks import established
-from sdrpn_eval.report.documents import TaskData
+from sdrpn_eval.report.documents import Documents
 from sdrpn_eval.report.gallery import add_pictures, all_questions, description
 from sdrpn_eval.report.pictures import Album
 from sdrpn_eval.report.results import Comparison
@@ -31,7 +31,7 @@ SPARE = 0.97
 
 def write_page(
     comparison: Comparison,
-    data: Mapping[str, TaskData],
+    data: Mapping[str, Documents],
     out: Path,
     *,
     budget_mb: float = BUDGET_MB,

@@ -7,9 +7,9 @@ OCR tokens; with them (as in LLaVA's own evaluation) stock LLaVA-1.5-7B is at 58
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from sdrpn_eval.arguments import ARGUMENTS
-from sdrpn_eval.report.runs import Run
 
 COLUMNS: tuple[str, ...] = ("throughput", "docvqa", "chartqa", "ocrbench", "infovqa", "textvqa")
 COLUMNS += ("vstar_attribute", "vstar_spatial", "vstar_overall", "pope_f1", "pope_accuracy")
@@ -89,28 +89,36 @@ WITH_OCR: Mapping[tuple[str, str], float] = {("7b", "stock"): 58.2, ("13b", "sto
 """`textvqa_val_ocr` of LLaVA-1.5's own paper (arXiv 2310.03744), by row."""
 
 
-def row_of(run: Run) -> tuple[str, str] | None:
+def row_of(model: str, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
     """The published row that a run repeats; None for other models and other ways to look."""
-    pretrained = str(run.arguments.get("pretrained", ARGUMENTS["pretrained"].default)).lower()
+    pretrained = str(arguments.get("pretrained", ARGUMENTS["pretrained"].default)).lower()
     if "llava" not in pretrained or "1.5" not in pretrained:
         return None
     size = next((size for size in ("13b", "7b") if size in pretrained), None)
     method = "stock"
-    if run.model == "llava_sdrpn":
-        method = {"none": "stock"}.get(proposer(run), proposer(run))
-    elif run.model != "llava_hf":
+    if model == "llava_sdrpn":
+        proposer = str(arguments.get("proposer", "rpn"))
+        method = {"none": "stock"}.get(proposer, proposer)
+    elif model != "llava_hf":
         return None
     return (size, method) if size and (size, method) in PUBLISHED else None
 
 
-def proposer(run: Run) -> str:
-    """Who said where to look, by the run's arguments."""
-    return str(run.arguments.get("proposer", "rpn"))
+def published_score(
+    model: str, arguments: Mapping[str, Any], task: str, metric: str
+) -> float | None:
+    """The paper's number for what a run measured, in percent.
 
+    Args:
+        model: Name of the model in lmms-eval.
+        arguments: Its `--model_args` by name, as resolved or as given.
+        task: Name of the task or group.
+        metric: Name of its metric.
 
-def published_score(run: Run, task: str, metric: str) -> float | None:
-    """The paper's number for what a run measured, in percent."""
-    column, row = COLUMN_OF.get((task.removesuffix("_public"), metric)), row_of(run)
+    Returns:
+        The score; None where the paper has none for this model, task and metric.
+    """
+    column, row = COLUMN_OF.get((task.removesuffix("_public"), metric)), row_of(model, arguments)
     if row and (task, metric) == ("textvqa_val_ocr", "exact_match"):
         return WITH_OCR.get(row)
     return PUBLISHED[row][column] if column and row else None

@@ -33,6 +33,9 @@ class Documents:
     def image(self, doc_id: int) -> None:
         return None
 
+    def key(self, doc_id: int) -> None:
+        return None
+
     def box(self, doc_id: int) -> None:
         return None
 

@@ -36,6 +36,9 @@ class Data:
         rng = np.random.default_rng(doc_id // 2)
         return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
 
+    def key(self, doc_id: int) -> str:
+        return image_key(self.image(doc_id))
+
     def prompt(self, doc_id: int) -> str:
         return f"question {doc_id}"
 
