@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from sdrpn_eval.demo import HERE
 from sdrpn_eval.demo.score import GROUPS, headline, markdown
-from sdrpn_eval.stats import with_interval
+from sdrpn_eval.results.stats import with_interval
 
 RESULTS = HERE / "data" / "tiny_vstar.json"
 

@@ -28,7 +28,7 @@ from sdrpn_eval.arguments import PRESETS
 from sdrpn_eval.demo import BENCHMARK, make_benchmark, tiny_path
 from sdrpn_eval.demo.score import ask_all, is_right
 from sdrpn_eval.loading import ZOOM_ARGUMENTS
-from sdrpn_eval.stats import clustered, clustered_difference, rounded
+from sdrpn_eval.results.stats import clustered, clustered_difference, rounded
 
 TUNING_SEED = (20260, 5)
 SCENES = 150

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from PIL import Image
 
 from sdrpn.io.plurals import agree, counted
-from sdrpn_eval.report.boxes import outcome
-from sdrpn_eval.report.checks import preprocessing
-from sdrpn_eval.report.documents import Documents
 from sdrpn_eval.report.looks import Look
 from sdrpn_eval.report.pictures import SIDE, Album, cut, in_order, needs_crop, shrunk
-from sdrpn_eval.report.results import RIGHT, Comparison
-from sdrpn_eval.report.scores import Document
+from sdrpn_eval.results.comparability import preprocessing
+from sdrpn_eval.results.comparison import RIGHT, Comparison
+from sdrpn_eval.results.documents import Documents
+from sdrpn_eval.results.regions import outcome
+from sdrpn_eval.results.scores import Document
 
 LONGEST = 4000
 """Characters of a prompt or answer on the page."""
@@ -121,7 +120,13 @@ def _add_picture(
         return False
     if not _is_the_same(key, shown, data[task], doc_id, question["prompt"]):
         return True
-    image = functools.cache(partial(data[task].image, doc_id))
+
+    @functools.cache
+    def image() -> Image.Image:
+        found = data[task].image(doc_id)
+        assert found is not None  # it has a key
+        return found
+
     size = shown.size if shown and shown.size else image().size
     boxes = [box for look in looks if look for box in look.regions] if needs_crop(size) else []
     wanted: list[tuple[Hashable, Callable[[], Image.Image]]] = []

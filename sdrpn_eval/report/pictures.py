@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from sdrpn.boxes import PixelBox
-from sdrpn_eval.report.scores import Document
+from sdrpn_eval.results.scores import Document
 
 SIDE = 640
 """Longest side of a picture; crops of larger originals get pictures of their own."""

@@ -10,17 +10,17 @@ import pytest
 from typer.testing import CliRunner
 
 from sdrpn.boxes import PixelBox
+from sdrpn_eval.cli import app
 from sdrpn_eval.report import text
-from sdrpn_eval.report.boxes import outcome
-from sdrpn_eval.report.checks import NotComparable, established
-from sdrpn_eval.report.cli import app
-from sdrpn_eval.report.comparison import compare
-from sdrpn_eval.report.documents import read_boxes
 from sdrpn_eval.report.looks import covered, unfinished_later_run
-from sdrpn_eval.report.published import COLUMN_OF, PUBLISHED, published_score
-from sdrpn_eval.report.results import Comparison, MetricRow
-from sdrpn_eval.report.runs import BadRun, Run, parse_arguments, read_run
-from sdrpn_eval.report.scores import group_scores
+from sdrpn_eval.results.comparability import NotComparable, established
+from sdrpn_eval.results.compare import compare
+from sdrpn_eval.results.comparison import Comparison, MetricRow
+from sdrpn_eval.results.documents import read_boxes
+from sdrpn_eval.results.published import COLUMN_OF, PUBLISHED, published_score
+from sdrpn_eval.results.read import BadRun, Run, parse_arguments, read_run
+from sdrpn_eval.results.regions import outcome
+from sdrpn_eval.results.scores import group_scores
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.local_benchmarks import (
     docvqa_rows,

@@ -14,9 +14,9 @@ from datasets import load_dataset
 from sdrpn.boxes import PixelBox
 from sdrpn.io.images import image_key
 from sdrpn_eval.demo import BENCHMARK
-from sdrpn_eval.report import documents
-from sdrpn_eval.report.comparison import gather
-from sdrpn_eval.report.runs import read_run
+from sdrpn_eval.results import documents
+from sdrpn_eval.results.compare import gather
+from sdrpn_eval.results.read import read_run
 from tests.helpers.run_folders import record_line, sample, write_facts, write_record, write_run
 
 SLOW = ["torch", "transformers", "datasets", "lmms_eval", "accelerate", "pandas", "matplotlib"]
@@ -39,9 +39,7 @@ print(json.dumps([code, [name for name in {names} if name in sys.modules]]))
 """
 
 
-def imported(
-    words: list[str], names: list[str], module: str = "sdrpn_eval.report.cli"
-) -> list[Any]:
+def imported(words: list[str], names: list[str], module: str = "sdrpn_eval.cli") -> list[Any]:
     """[exit code, which of the names a command imported], in a process of its own."""
     program = PROGRAM.format(module=module, names=names)
     argv = json.dumps(["sdrpn-eval", *words])
