@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from fuzz.harness import cut, harmed, holds, main, refused
 from sdrpn_eval.record import read_records
-from sdrpn_eval.report.baseline import make_baseline, read_baseline
-from sdrpn_eval.report.comparison import compare, gather
-from sdrpn_eval.report.documents import read_boxes
-from sdrpn_eval.report.gate import BROKEN, Rules, check, safely_check
-from sdrpn_eval.report.page import write_page
-from sdrpn_eval.report.runs import BadRun, Run, read_run
+from sdrpn_eval.report.html import write_page
+from sdrpn_eval.results.baseline import make_baseline, read_baseline
+from sdrpn_eval.results.compare import compare, gather
+from sdrpn_eval.results.documents import read_boxes
+from sdrpn_eval.results.gate import BROKEN, Rules, check, safely_check
+from sdrpn_eval.results.read import BadRun, Run, read_run
 from tests.helpers.run_folders import (
     FACTS,
     record_line,

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sdrpn_eval.demo import HERE
-from sdrpn_eval.stats import with_interval
+from sdrpn_eval.results.stats import with_interval
 from tools.tiny_vstar.score import GROUPS, headline, markdown
 
 RESULTS = HERE / "data" / "tiny_vstar.json"

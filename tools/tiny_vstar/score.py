@@ -25,7 +25,13 @@ from sdrpn.backbones.llava15 import Llava15
 from sdrpn.boxes import PixelBox
 from sdrpn.io.atomic import write_json
 from sdrpn_eval.demo import BENCHMARK, tiny_path
-from sdrpn_eval.stats import Estimate, clustered, clustered_difference, rounded, with_interval
+from sdrpn_eval.results.stats import (
+    Estimate,
+    clustered,
+    clustered_difference,
+    rounded,
+    with_interval,
+)
 from tools.tiny_vstar.scenes import CELL, GRID, oracle_box
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)

@@ -27,7 +27,7 @@ from sdrpn.io.atomic import as_json
 from sdrpn_eval.arguments import PRESETS
 from sdrpn_eval.demo import BENCHMARK, tiny_path
 from sdrpn_eval.loading import ZOOM_ARGUMENTS
-from sdrpn_eval.stats import clustered, clustered_difference, rounded
+from sdrpn_eval.results.stats import clustered, clustered_difference, rounded
 from tools.tiny_vstar import make_benchmark
 from tools.tiny_vstar.score import ask_all, is_right
 

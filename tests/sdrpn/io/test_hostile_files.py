@@ -48,9 +48,9 @@ from sdrpn.io.resume_guard import claim
 from sdrpn.roi.proposers import known_labels
 from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.demo import embedded_model, tiny_path
-from sdrpn_eval.report.comparison import compare
-from sdrpn_eval.report.page import write_page
-from sdrpn_eval.report.runs import read_run
+from sdrpn_eval.report.html import write_page
+from sdrpn_eval.results.compare import compare
+from sdrpn_eval.results.read import read_run
 from tests.conftest import make_image
 from tests.helpers.run_folders import record_line, sample, write_record, write_run
 from tests.sdrpn.distill.test_trainer import arguments, samples
