@@ -68,7 +68,7 @@ def train(
             read_settings,
         )
         from sdrpn.io.atomic import read_object, remove_partial_files, write_json
-        from sdrpn.io.resume_guard import ANEW, claim
+        from sdrpn.io.resumable import ANEW, guard_settings
 
         settings = read_settings(labels)
         rows = LabelledImages(load_labels(labels), image_root(labels, images))
@@ -120,7 +120,7 @@ def train(
             if llava.padding != "pad":  # which earlier versions always used and did not note
                 chosen["padding"] = llava.padding
             remove_partial_files(out / CHECKPOINTS)
-            claim(out / CHECKPOINTS / "settings.json", chosen)
+            guard_settings(out / CHECKPOINTS / "settings.json", chosen)
         facts = run(llava, rpn, trained, arguments, held_out=kept_back, tell=say)
         earlier = read_object(out / FACTS, ANEW) if (out / FACTS).exists() else {}
         rpn.facts = {"labels": settings.get("data", str(labels)), **facts}

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from sdrpn.io.atomic import write_json
-from sdrpn.io.prefetch import ahead
+from sdrpn.io.resumable import prefetch
 from tools.tiny_vstar import scenes as sc
 from tools.tiny_vstar.samples import (
     Batch,
@@ -80,7 +80,7 @@ def train_vision(
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
     rates = schedule(optimizer, 50, steps)
     rng = np.random.default_rng((seed, VISION_POOL, 1))
-    batches = ahead(range(steps), lambda _: vision_batch(pool, rng, batch_size))
+    batches = prefetch(range(steps), lambda _: vision_batch(pool, rng, batch_size))
     log: list[dict[str, float]] = []
     bar = tqdm(batches, "stage 0: vision", steps)
     for step, (views, colours, patterns) in bar:
@@ -131,7 +131,7 @@ def train_language(
         return one_view_batch(pool, rng, turns, full, zoomed, easy), both
 
     log: list[dict[str, float]] = []
-    bar = tqdm(ahead(range(steps), make), "stage 1: language", steps)
+    bar = tqdm(prefetch(range(steps), make), "stage 1: language", steps)
     for step, batches in bar:
         optimizer.zero_grad()
         count = sum(int((b.targets >= 0).sum()) for b in batches)
