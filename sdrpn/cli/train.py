@@ -68,7 +68,7 @@ def train(
             read_settings,
         )
         from sdrpn.io.atomic import read_object, remove_partial_files, write_json
-        from sdrpn.io.resume_guard import ANEW, claim
+        from sdrpn.io.resumable import ANEW, guard_settings
 
         settings = read_settings(labels)
         rows = LabelledImages(load_labels(labels), image_root(labels, images))
@@ -120,7 +120,7 @@ def train(
             if llava.padding != "pad":  # earlier versions always used pad and did not save it
                 chosen["padding"] = llava.padding
             remove_partial_files(out / CHECKPOINTS)
-            claim(out / CHECKPOINTS / "settings.json", chosen)
+            guard_settings(out / CHECKPOINTS / "settings.json", chosen)
         facts = run(llava, rpn, trained, arguments, held_out=evaluated, log=say)
         earlier = read_object(out / FACTS, ANEW) if (out / FACTS).exists() else {}
         rpn.facts = {"labels": settings.get("data", str(labels)), **facts}
@@ -211,7 +211,7 @@ def check_same_padding(padding: str | None, settings: dict[str, Any], labels: Pa
 
 def pick_save_dtype(name: str, device: str) -> Any:
     """Return the torch dtype of a name; `auto` is bfloat16 for a GPU and float32 for a CPU."""
-    from sdrpn.backbones.llava15 import DTYPES
+    from sdrpn.backbones.loading import DTYPES
 
     if name == "auto":
         name = "float32" if device == "cpu" else "bfloat16"

@@ -18,7 +18,7 @@ from sdrpn.distill.pseudo_labels import BACKGROUND, FOREGROUND, IGNORED
 from sdrpn.io.atomic import atomic_write, read_object, write_json
 from sdrpn.io.images import load_image, safe_join
 from sdrpn.io.plurals import agree, counted
-from sdrpn.io.resume_guard import ANEW
+from sdrpn.io.resumable import ANEW
 
 FEATURES = Features(
     {

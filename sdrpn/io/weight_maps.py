@@ -22,6 +22,9 @@ LAYER = (
 )
 """The weights of a LLaMA decoder layer."""
 
+BIASED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+"""Of a Qwen2 decoder layer, which has the same weights, those with a bias."""
+
 INV_FREQ = "self_attn.rotary_emb.inv_freq"
 """A constant that transformers saved in checkpoints up to version 4.31."""
 
@@ -56,16 +59,21 @@ TOWER_REST = (
 Names = dict[str, str | None]
 
 
-def rpn_names(depth: int) -> Names:
-    """Map the RPN tensors of published checkpoints to the state dict of `RPN`."""
-    names: Names = {"model.twig_norm.weight": "norm.weight"}
+def rpn_names(depth: int, *, biases: bool = False, norm: bool = True) -> Names:
+    """Map the RPN tensors of published checkpoints to the state dict of `RPN`.
+
+    biases: query, key and value projections have them. norm: the RPN's own norm is used.
+    """
+    names: Names = {"model.twig_norm.weight": "norm.weight" if norm else None}
     for i in range(depth):
         layer = f"model.twig_layers.{i}"
         for part in LAYER:
             last = i == depth - 1
-            names[f"{layer}.{part}.weight"] = (
-                MAP_HEAD.get(part) if last else f"layers.{i}.{part}.weight"
-            )
+            ours = MAP_HEAD.get(part) if last else f"layers.{i}.{part}.weight"
+            names[f"{layer}.{part}.weight"] = ours
+            if biases and part in BIASED:
+                bias = None if ours is None else ours.replace(".weight", ".bias")
+                names[f"{layer}.{part}.bias"] = bias
         names[f"{layer}.{INV_FREQ}"] = None
     # An unused copy of the language-model head.
     return names | {"twig_head.weight": None, "model.twig_head.weight": None}

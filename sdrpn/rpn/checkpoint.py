@@ -31,12 +31,12 @@ WHAT = "an RPN checkpoint"
 
 CARD = """---
 library_name: sdrpn
-tags: [sd-rpn, region-proposal, llava]
+tags: [sd-rpn, region-proposal, {backbone}]
 base_model: {base_model}
 ---
 # Region proposal network for {base_model}
 
-Says where LLaVA-1.5 should look again (SD-RPN, arXiv 2509.16944). It reads the backbone's hidden
+Says where the model should look again (SD-RPN, arXiv 2509.16944). It reads the backbone's hidden
 state behind layer {branch} and has {parameters:,} parameters of its own ({depth} layers).
 
 ```python
@@ -185,6 +185,7 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
         return ModelCard(
             CARD.format(
                 base_model=self.config.base_model or "unknown",
+                backbone=self.config.backbone,
                 branch=self.config.branch_layer - 1,
                 depth=self.config.depth,
                 parameters=sum(p.numel() for p in self.parameters()),
@@ -223,11 +224,11 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
 
     @classmethod
     def _from_published(cls, values: Mapping[str, Any], source: Source) -> RPN:
-        """An RPN out of a checkpoint in the original LLaVA layout."""
+        """An RPN out of a checkpoint as the paper's authors lay it out."""
         config = published.read_config(values, source)
         with torch.device("meta"):
             shapes = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
-        tensors = published.read_tensors(source, config.depth, shapes)
+        tensors = published.read_tensors(source, config, shapes)
         check_finite(tensors.items(), source.name)
         return cls._of(config, tensors, {"converted from": source.name})
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdrpn.backbones.llava15 import pick_dtype
+from sdrpn.backbones.loading import pick_dtype
 from sdrpn.io.atomic import apply_umask, atomic_write, write_json
 from sdrpn.io.plurals import counted
 from sdrpn.rpn.checkpoint import RPN

@@ -44,13 +44,13 @@ from sdrpn.distill.trainer import train
 from sdrpn.engine import ZoomModel
 from sdrpn.io.atomic import MAX_SETTINGS, parse_json, read_object
 from sdrpn.io.images import BadImage, safe_join
-from sdrpn.io.resume_guard import claim
+from sdrpn.io.resumable import guard_settings
 from sdrpn.roi.proposers import known_labels
 from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.demo import embedded_model, tiny_path
-from sdrpn_eval.report.comparison import compare
-from sdrpn_eval.report.page import write_page
-from sdrpn_eval.report.runs import read_run
+from sdrpn_eval.report.html import write_page
+from sdrpn_eval.results.compare import compare
+from sdrpn_eval.results.read import read_run
 from tests.conftest import make_image
 from tests.helpers.run_folders import record_line, sample, write_record, write_run
 from tests.sdrpn.distill.test_trainer import arguments, samples
@@ -286,7 +286,7 @@ TEXTS = {
 }
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "settings": (SETTINGS_FILE, lambda p: load_labels(p.parent)),
-    "claim": ("claim.json", lambda p: claim(p, {"a": 1})),
+    "claim": ("claim.json", lambda p: guard_settings(p, {"a": 1})),
     "conversations": ("q.json", lambda p: read_items(str(p))),
     "lines": ("q.jsonl", lambda p: read_items(str(p))),
     "heads": ("heads.json", load_label_config),

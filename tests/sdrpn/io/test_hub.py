@@ -409,7 +409,7 @@ def test_a_run_that_died_before_its_model_does_not_pass_on_an_older_result(
     out = tmp_path / "out"
     words = ["--tasks", "tiny_vstar", "--limit", "4", "--log_samples", "--output_path", str(out)]
     lmms_eval(hub, tmp_path, *words, "--model_args", "pretrained=tiny", "--batch_size", "4")
-    gate = [sys.executable, "-m", "sdrpn_eval.report", "gate", str(out)]
+    gate = [sys.executable, "-m", "sdrpn_eval", "gate", str(out)]
     gate += ["--baseline", str(tmp_path / "base.json")]
 
     def judged(*more: str) -> subprocess.CompletedProcess[str]:
