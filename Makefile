@@ -10,7 +10,7 @@ OLDEST_INSTALLED := $(OLDEST)/.sdrpn-installed
 .PHONY: demo test check check-oldest contracts lint mutate types dist tiny
 
 demo: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m sdrpn_eval.demo.run --out out/demo
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sdrpn_eval.demo --out out/demo
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
@@ -24,6 +24,7 @@ check-oldest: $(OLDEST_INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -p no:xdist tools/lint/*.py
 
 types: $(INSTALLED)
 	$(BIN)/pyright

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 
 from sdrpn.boxes import PixelBox
 from sdrpn.io.atomic import whole
+from sdrpn.io.extras import needs
 
 BOX_COLOUR = "#ff2fd0"
 TRUE_COLOUR = "#2fe05a"
@@ -41,7 +40,13 @@ class Card:
 
 
 def sheet(cards: Sequence[Card], out: Path | str, columns: int = 1) -> Path:
-    """Write cards as one picture: the whole image with map and box, the crop, the answers."""
+    """Write cards as one picture: the whole image with map and box, the crop, the answers.
+
+    Raises MissingExtra where matplotlib is not installed.
+    """
+    needs("matplotlib", extra="plot", what=f"drawing {out}")
+    from matplotlib.figure import Figure
+
     rows = -(-len(cards) // columns)
     figure = Figure(figsize=(7.2 * columns, 3.0 * rows), layout="constrained", dpi=110)
     axes = figure.subplots(rows, 3 * columns, squeeze=False, width_ratios=[1, 1, 1.1] * columns)
@@ -58,6 +63,8 @@ def sheet(cards: Sequence[Card], out: Path | str, columns: int = 1) -> Path:
 
 
 def _draw(card: Card, axes: Any) -> None:
+    from matplotlib.patches import Rectangle
+
     whole, cut, words = axes
     rgb = card.image.convert("RGB")
     _draw_image(whole, rgb, card.roi_map, card.extent)

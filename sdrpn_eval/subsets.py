@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from loguru import logger
 from pydantic import TypeAdapter
 
 from sdrpn.cli.shared import errors_as_sentences
 from sdrpn.io.atomic import as_json, read_parsed
+from sdrpn.io.extras import needs
 from sdrpn.io.plurals import counted
 from sdrpn_eval.schemas import EXACT
 
@@ -164,6 +164,8 @@ def subset(task: str, dataset: Any) -> Any:
         return dataset.select(chosen.ids)
     if len(dataset) <= len(chosen.ids) and _is_local(dataset):
         if len(dataset) < len(chosen.ids):
+            from loguru import logger  # comes with an extra; the commands here work without
+
             logger.warning(
                 f"{task}: {counted(len(dataset), 'local row')} asked, all there are; the subset "
                 "has "
@@ -256,6 +258,7 @@ def _by_column(task: str, column: str, count: int, seed: int) -> Subset:
 
 def load_task(name: str) -> Any:
     """lmms-eval's task, with its data. Raises ValueError that says what kept it from loading."""
+    needs("lmms_eval", extra="eval", what=f"the data of {name}")
     from sdrpn_eval.report.documents import load_data
 
     found, notes = load_data([name])

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from sdrpn import model_registry as names
 from sdrpn.config import POLICIES, PROPOSERS, ZoomConfig
+from sdrpn.io.extras import MissingExtra
 from sdrpn.io.plurals import counted
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def errors_as_sentences(hint: str = "") -> Iterator[None]:
     """Wrong values and files end the command with what they say, and a hint; no traceback."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MissingExtra) as error:
         raise fail(f"{error}{hint}") from None
 
 

@@ -17,6 +17,7 @@ from sdrpn.config import IMAGE_TOKEN
 from sdrpn.io.atomic import read_object
 from sdrpn.io.checkpoint_files import Source
 from sdrpn.io.checkpoints import broken_files_named
+from sdrpn.io.extras import needs
 
 PAD_TOKEN = "<pad>"
 FILES = ("tokenizer.json", "tokenizer.model")
@@ -63,12 +64,12 @@ def _find(source: Source) -> tuple[Source, Path] | None:
 def _from_sentencepiece(path: Path, source: Source) -> Any:
     """LLaMA's tokenizer from its first format, which transformers reads through protobuf only.
 
-    Raises ValueError where the result would not encode text as sentencepiece itself does.
+    Raises ValueError where the result would not encode text as sentencepiece itself does,
+    MissingExtra where sentencepiece is not installed.
     """
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError:
-        raise ValueError(f"{path} needs sentencepiece: pip install sentencepiece") from None
+    needs("sentencepiece", extra="convert", what=str(path))
+    from sentencepiece import SentencePieceProcessor
+
     model: Any = SentencePieceProcessor()
     try:
         model.Load(str(path))

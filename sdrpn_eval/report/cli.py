@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdrpn.cli.shared import console, errors_as_sentences, say
+from sdrpn.io.extras import needs
 from sdrpn.io.plurals import counted
 from sdrpn_eval.report.ladder import ladder
 from sdrpn_eval.report.options import SeedOption, at_least
@@ -33,6 +34,8 @@ app = typer.Typer(
 
 @app.callback()
 def _main(context: typer.Context) -> None:
+    with errors_as_sentences():
+        needs("lmms_eval", "matplotlib", extra="eval", what="sdrpn-eval")
     # The documents of tasks are looked up on this machine; only what evaluates may fetch some.
     if context.invoked_subcommand != "ladder":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -21,7 +21,7 @@ from sdrpn_eval.tasks_info import PROTOCOLS, THRESHOLDS
 from sdrpn_eval.threshold_curve import curve
 from tests.helpers.local_benchmarks import PAPER, manager
 
-PAGE = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text(encoding="utf-8")
 WORDS = " ".join(PAGE.split())
 
 
