@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sdrpn.convert.tokenizer import read_tokenizer
+from sdrpn.io.checkpoint_files import Source
 from sdrpn.io.extras import MissingExtra, needs
 
 BLOCKED = (
@@ -49,6 +51,16 @@ def test_a_missing_module_names_its_distribution_and_extra(monkeypatch: pytest.M
     message = "this needs scikit-learn, no_such_module: pip install 'sdrpn[train]'"
     assert str(error.value) == message
     needs("numpy", "torch", extra="train", what="this")
+
+
+def test_the_first_tokenizer_of_llava_needs_sentencepiece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    message = r"tokenizer\.model needs sentencepiece: pip install 'sdrpn\[convert\]'"
+    with pytest.raises(MissingExtra, match=message):
+        read_tokenizer(Source(str(tmp_path)))
 
 
 def test_the_public_names_import(tmp_path: Path) -> None:
