@@ -228,12 +228,19 @@ def test_contrast_is_the_best_window_less_its_neighbours() -> None:
     corner = np.array([[9.0, 2.0], [4.0, 8.0]])
     assert contrast(corner, 1) == (9 - (2 + 4) / 2, (0, 0))
     assert contrast(np.array([[7.0]]), 1) == (7.0, (0, 0))
+    wide = np.array([[1.0, 9.0, 2.0]])  # no row below, though there is a third column
+    assert contrast(wide, 1) == (9 - (1 + 2) / 2, (0, 1))
+    assert contrast(wide.T, 1) == (9 - (1 + 2) / 2, (1, 0))
 
 
 def test_relative_attention_survives_zeros() -> None:
     found = relative_attention(np.array([0.2, 0.0, 0.1]), np.array([0.1, 0.0, 0.0]))
     assert found[:2].tolist() == [2.0, 0.0]
     assert np.isfinite(found).all()
+    half = relative_attention(np.array([0, 0.5], np.float32), np.zeros(2, np.float32))
+    assert half.dtype == np.float32
+    assert half[0] == 0
+    assert 4e37 < half[1] < 5e37  # over the smallest normal float32, 1.18e-38
 
 
 def peak(grid: int, *cells: tuple[int, int]) -> np.ndarray:

@@ -158,8 +158,8 @@ def test_another_padding_is_told_of(llava: Llava15, caplog: pytest.LogCaptureFix
         assert warnings_of(caplog) == []
         rpn.attach(cropping)
     assert warnings_of(caplog) == [
-        "this RPN was trained with padding=pad and a base is loaded with padding=crop: its maps may "
-        "be off; load it with padding=pad"
+        "this RPN was trained with padding=pad and a base is loaded with padding=crop: its maps "
+        "may be off; load it with padding=pad"
     ]
     caplog.clear()
     rpn.config = replace(rpn.config, padding="")  # not known
