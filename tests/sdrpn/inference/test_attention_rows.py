@@ -320,6 +320,30 @@ def test_the_widest_window_wins_on_four_points_at_its_corners() -> None:
     assert region.boxes == ((392, 280, 1064, 952),)
 
 
+def test_of_equal_windows_the_smallest_is_taken() -> None:
+    region = propose_window(np.zeros((24, 24)), square_grid((1344, 1344), 24, 336))
+    assert region.grid_boxes == ((0, 0, 6, 6),)
+    assert region.boxes == ((0, 0, 336, 336),)
+
+
+def test_windows_are_squares_of_the_source_where_cells_are_not() -> None:
+    """160 x 80 px squeezed into 80 x 80: 80 px are 8 cells high and 4 cells wide."""
+    ratio = np.zeros((8, 8))
+    ratio[3, 5] = 1.0
+    region = propose_window(ratio, ImageGrid(8, 8, (160, 80), 10, (0.5, 1.0)))
+    assert region.grid_boxes == ((2, 0, 6, 8),)
+    assert region.boxes == ((40, 0, 120, 80),)
+
+
+def test_a_window_may_be_one_cell() -> None:
+    """A strip of 40 px on cells of 56 px."""
+    ratio = np.zeros((24, 24))
+    ratio[11, 7] = 1.0
+    region = propose_window(ratio, square_grid((1344, 40), 24, 336))
+    assert region.grid_boxes == ((7, 11, 8, 12),)
+    assert region.boxes == ((400, 0, 440, 40),)
+
+
 def test_the_neutral_prompt_is_vicrops_own() -> None:
     assert NEUTRAL_QUESTION == "Write a general description of the image."
 
