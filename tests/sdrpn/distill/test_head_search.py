@@ -391,6 +391,23 @@ def test_a_sink_is_one_under_every_question() -> None:
     assert (found.layer, found.per_image) == (0, 0.75)
 
 
+def test_an_image_with_one_question_does_not_end_the_count() -> None:
+    """The first image has one question, and the three behind it have three each."""
+    targets = questions()
+    maps = heard(targets, 0.25, 0.01)
+    found = find_sinks(maps[2:, None], targets[2:])
+    assert (found.layer, found.per_image) == (0, 1)
+
+
+def test_a_sink_is_measured_within_its_own_map() -> None:
+    """Under one question in three all attention is a tenth: 0.025 is 26 times the mean there."""
+    targets = questions()
+    maps = heard(targets, 0.25, 0.01)
+    maps[::3] /= 10
+    found = find_sinks(maps[:, None], targets)
+    assert (found.layer, found.per_image) == (0, 1)
+
+
 def test_a_sink_s_level_is_what_nearly_all_take() -> None:
     """Of twelve, eleven at 0.2 and one at 0.1: the 5 % quantile lies 0.55 of the way, 0.155."""
     targets = questions()
