@@ -101,7 +101,7 @@ class PictureRules:
         columns, rows = self.crop_cells(box)
         scale = self._scale(columns, size[0]), self._scale(rows, size[1])
         grid = StretchedGrid(rows, columns, size, self.cell, scale)
-        return ImageInput(self._patches(image.crop(tuple(box))), grid)
+        return ImageInput(self._patches(image.crop((box.x0, box.y0, box.x1, box.y1))), grid)
 
     def _scale(self, cells: int, pixels: int) -> Fraction:
         return Fraction(cells * self.cell, pixels)
