@@ -10,7 +10,7 @@ import typer
 from sdrpn.cli.shared import check_images, errors_as_sentences, say, say_kept
 
 OUT_HELP = "A new folder."
-SIZES = ("7b", "13b")
+SIZES = ("7b", "13b", "qwen-3b", "qwen-7b")
 
 convert = typer.Typer(
     no_args_is_help=True,
@@ -56,7 +56,10 @@ def labels(
         typer.Option(help="Folder that its image paths start from; noted for training."),
     ] = None,
     size: Annotated[
-        str, typer.Option(help=f"LLaVA-1.5 whose attention it holds: {' or '.join(SIZES)}; noted.")
+        str,
+        typer.Option(
+            help=f"LLaVA-1.5 or Qwen2.5-VL whose attention it holds: {', '.join(SIZES)}; noted."
+        ),
     ] = "7b",
 ) -> None:
     """Turn the authors' pseudo-labels into a folder of labels, as `sdrpn label` makes them.
@@ -68,16 +71,24 @@ def labels(
     """
     with errors_as_sentences():
         if size not in SIZES:
-            raise ValueError(f"--size must be {' or '.join(SIZES)}, got {size!r}")
+            raise ValueError(f"--size must be {', '.join(SIZES)}, got {size!r}")
         if not file.is_file():
             raise ValueError(f"there is no file {file}")
         check_images(images)
         new_folder(out)
+        from sdrpn.backbones import qwen25_vl_published as qwen
         from sdrpn.config import LABELS_7B, LABELS_13B
         from sdrpn.convert.labels import convert_labels
 
-        config = LABELS_7B if size == "7b" else LABELS_13B
-        found = convert_labels(file, out, images=images, config=config)
+        small, large = (one.labels for one in qwen.SIZES)
+        configs = dict(zip(SIZES, (LABELS_7B, LABELS_13B, small, large), strict=True))
+        found = convert_labels(
+            file,
+            out,
+            images=images,
+            config=configs[size],
+            preprocessing=qwen.PICTURES if size.startswith("qwen") else None,
+        )
         say_kept(found)
         say(f"labels: {out}")
 

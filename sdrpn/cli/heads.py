@@ -39,12 +39,14 @@ def heads(
     """
     with errors_as_sentences(weights_hint(model)):
         # Imported here, so that --help answers at once.
+        from sdrpn.backbones.registry import load_backbone
         from sdrpn.distill.head_search import find_heads, save_findings
         from sdrpn.engine import ZoomModel
 
         out.mkdir(parents=True, exist_ok=True)  # before the work, so that it is not in vain
         folder, _ = names.resolve(model, None)
-        zoom = ZoomModel.from_pretrained(folder, proposer="none", dtype=dtype, padding=padding)
+        backbone = load_backbone(folder, dtype=dtype, padding=padding).as_trained()
+        zoom = ZoomModel(backbone, proposer="none")
         zoom.backbone.name = model
         found = find_heads(
             zoom,

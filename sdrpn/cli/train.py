@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +25,9 @@ def train(
     images: Annotated[
         Path | None, typer.Option(help="Image folder, where it is no longer where it was labelled.")
     ] = None,
-    branch_layer: Annotated[int, typer.Option(help="B: backbone layers below the RPN.")] = 15,
+    branch_layer: Annotated[
+        int | None, typer.Option(help="B: backbone layers below the RPN; default: as published.")
+    ] = None,
     depth: Annotated[int, typer.Option(help="R: R-1 decoder layers and the map head.")] = 3,
     held_out: Annotated[
         float, typer.Option(help="Share of the images kept back to measure on; 0 for none.")
@@ -32,8 +36,11 @@ def train(
         int | None, typer.Option(help="Train on so many labels only, drawn at random.")
     ] = None,
     global_batch: Annotated[
-        int, typer.Option(help="Questions a step over all processes, by accumulation.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            help="Questions a step over all processes, by accumulation; default: as published."
+        ),
+    ] = None,
     zoom: Annotated[
         str,
         typer.Option(help="Zoom settings to note in the RPN: threshold=0.1,policy=strongest,..."),
@@ -60,6 +67,7 @@ def train(
     """
     with errors_as_sentences():
         # Imported here, so that --help and a wrong path answer at once.
+        from sdrpn.backbones.registry import family_of, load_backbone
         from sdrpn.distill.label_dataset import (
             LabelledImages,
             image_root,
@@ -72,11 +80,19 @@ def train(
 
         settings = read_settings(labels)
         rows = LabelledImages(load_labels(labels), image_root(labels, images))
-        noted = ZoomConfig.from_text(zoom)
+        folder, _ = names.resolve(model, None)
+        family, published_branch = family_of(folder)
+        branch_layer = published_branch if branch_layer is None else branch_layer
+        global_batch = family.global_batch if global_batch is None else global_batch
+        noted = ZoomConfig.from_text(zoom) if zoom else family.default_zoom
         arguments = training_arguments(
-            context.args, out / CHECKPOINTS, global_batch, measured=held_out > 0
+            context.args,
+            out / CHECKPOINTS,
+            global_batch,
+            measured=held_out > 0,
+            overrides=family.training_overrides,
         )
-        from sdrpn.backbones.llava15 import Llava15, check_padding
+        from sdrpn.backbones.llava15 import check_padding
         from sdrpn.distill.split import split_by_image
         from sdrpn.distill.trainer import train as run
         from sdrpn.rpn.checkpoint import RPN
@@ -85,25 +101,24 @@ def train(
         trained, kept_back = split_by_image(rows, held_out, samples, arguments.seed)
         check_padding(padding)
         labelled = check_same_padding(padding, settings, labels)
-        folder, _ = names.resolve(model, None)
         layers = branch_layer + depth
-        llava = Llava15.load(
+        backbone = load_backbone(
             folder, dtype=dtype, device=arguments.device, num_layers=layers, padding=labelled
-        )
-        llava.name = model
-        check_same_grid(llava, settings, labels)
+        ).as_trained()
+        backbone.name = model
+        check_same_grid(backbone, settings, labels)
         skipped = rows.drop(
-            lambda question, cells: llava.room(cells, llava.prompt_ids(question).after) < 1
+            lambda question, cells: backbone.room(cells, backbone.prompt_ids(question).after) < 1
         )
         if skipped:
             trained, kept_back = split_by_image(rows, held_out, samples, arguments.seed)
             if arguments.process_index == 0:
                 say(
-                    f"skipped, does not fit the context of {llava.context_length} tokens: "
+                    f"skipped, does not fit the context of {backbone.context_length} tokens: "
                     f"{len(skipped)} labels, such as {skipped[0]!r}"
                 )
         made = read_label_config(labels)
-        rpn = RPN.from_backbone(llava, branch_layer, depth, zoom=noted, labels=made)
+        rpn = RPN.from_backbone(backbone, branch_layer, depth, zoom=noted, labels=made)
         if arguments.process_index == 0:
             chosen = {
                 "model": model,
@@ -117,11 +132,12 @@ def train(
                 "global_batch": global_batch,
                 "arguments": context.args,
             }
-            if llava.padding != "pad":  # which earlier versions always used and did not note
-                chosen["padding"] = llava.padding
+            # `pad` is what earlier versions always used and did not note.
+            if (own := backbone.preprocessing.get("padding", "pad")) != "pad":
+                chosen["padding"] = own
             remove_parts(out / CHECKPOINTS)
             claim(out / CHECKPOINTS / "settings.json", chosen)
-        facts = run(llava, rpn, trained, arguments, held_out=kept_back, tell=say)
+        facts = run(backbone, rpn, trained, arguments, held_out=kept_back, tell=say)
         earlier = read_object(out / FACTS, ANEW) if (out / FACTS).exists() else {}
         rpn.facts = {"labels": settings.get("data", str(labels)), **facts}
         if skipped:
@@ -135,8 +151,17 @@ def train(
             say(f"RPN: {out}")
 
 
-def training_arguments(more: list[str], out: Path, global_batch: int, measured: bool) -> Any:
-    """The published hyper-parameters, then what the command line says, as TrainingArguments."""
+def training_arguments(
+    more: list[str],
+    out: Path,
+    global_batch: int,
+    measured: bool,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """The published hyper-parameters, then what the command line says, as TrainingArguments.
+
+    overrides: those of the model family that differ.
+    """
     from transformers import HfArgumentParser, TrainingArguments
 
     from sdrpn.distill.trainer import defaults
@@ -144,7 +169,7 @@ def training_arguments(more: list[str], out: Path, global_batch: int, measured: 
     kind: Any = TrainingArguments
     parser = HfArgumentParser(kind, prog="sdrpn train", add_help=False)
     given = {word.lstrip("-").split("=")[0] for word in more if word.startswith("--")}
-    wanted = {"output_dir": str(out), **defaults(measured)}
+    wanted = {"output_dir": str(out), **defaults(measured), **overrides}
     words = [w for k, v in wanted.items() if k not in given for w in (f"--{k}", str(v))]
     try:
         (arguments,) = parser.parse_args_into_dataclasses([*words, *more], look_for_args_file=False)

@@ -120,7 +120,7 @@ def find_heads(
         )
 
     sinks = _sinks(listener, choosing)
-    config = _without_heads(sinks, max_new_tokens)
+    config = _without_heads(zoom.backbone, sinks, max_new_tokens)
     scores = _score_all(listener, choosing, config)
     joined = _join(listener, choosing, scores, config, max_heads)
     best, _ = joined[0][0]
@@ -160,12 +160,11 @@ def _sinks(listener: Listener, asked: Sequence[Asked]) -> Sinks:
     return find_sinks(means, [one.target for one in asked])
 
 
-def _without_heads(sinks: Sinks, max_new_tokens: int) -> LabelConfig:
+def _without_heads(backbone: Backbone, sinks: Sinks, max_new_tokens: int) -> LabelConfig:
     """The published thresholds with this model's sinks; the heads are not known yet."""
-    return LabelConfig(
-        grounding=(),
+    return replace(
+        backbone.label_rules,
         sink=(LayerHeads(sinks.layer or 0),),
-        vicrop_layer=0,
         sink_threshold=sinks.threshold,
         max_new_tokens=max_new_tokens,
     )

@@ -32,6 +32,7 @@ FEATURES = Features(
         "rows": Value("int32"),
         "columns": Value("int32"),
         "extent": Sequence(Value("float32")),
+        "size": Sequence(Value("int32")),
         "foreground": Value("int32"),
         "background": Value("int32"),
         "reason": Value("string"),
@@ -40,11 +41,11 @@ FEATURES = Features(
 """One question a row. image: path below the image folder. grounding, sink: the maps, row-major,
 [rows * columns], kept so that labels can be made anew. labels: the same of 1, 0, -100. rows,
 columns: the grid; 0 where there are no maps. extent: where it lies on the image, (x0, y0, x1, y1)
-in pixels. foreground, background: how many of each label. reason: why a sample gave no label, null
-where it gave one."""
+in pixels. size: (width, height) of the image. foreground, background: how many of each label.
+reason: why a sample gave no label, null where it gave one."""
 
-GRID_COLUMNS = ("rows", "columns", "extent")
-"""Columns that version 0.1 did not write."""
+GRID_COLUMNS = ("rows", "columns", "extent", "size")
+"""Columns that version 0.1 did not write; the last one is younger than the others."""
 
 SETTINGS_FILE = "settings.json"
 NEEDED = {"shards": int, "labels": dict}
@@ -79,6 +80,7 @@ def label_row(
     sink: np.ndarray | None = None,
     labels: np.ndarray | None = None,
     extent: tuple[float, ...] = (),
+    size: tuple[int, ...] = (),
     reason: str | None = None,
 ) -> dict[str, Any]:
     """A row of FEATURES; its counts are those of `labels`.
@@ -101,6 +103,7 @@ def label_row(
         "rows": rows,
         "columns": columns,
         "extent": [float(edge) for edge in extent],
+        "size": list(size),
         "foreground": 0 if labels is None else int((labels == 1).sum()),
         "background": 0 if labels is None else int((labels == 0).sum()),
         "reason": reason,
@@ -193,13 +196,19 @@ def read_shard(path: Path, tokens: int | None) -> Dataset:
 
 def _with_grids(table: Table) -> Table:
     """A shard of version 0.1, which knew only square grids, with the columns that it lacks."""
-    if table.column_names != [name for name in FEATURES if name not in GRID_COLUMNS]:
+    missing = tuple(name for name in FEATURES if name not in table.column_names)
+    if missing == GRID_COLUMNS[-1:]:
+        nothing: list[list[int]] = [[] for _ in range(len(table))]
+        return table.append_column("size", [nothing]).select(list(FEATURES))
+    if missing != GRID_COLUMNS:
         return table
     lengths: Any = compute.list_value_length(table["labels"])  # type: ignore[attr-defined]
     sides = [round(n**0.5) for n in lengths.to_pylist()]
     for name in ("rows", "columns"):
         table = table.append_column(name, [sides])
-    return table.append_column("extent", [[[] for _ in sides]]).select(list(FEATURES))
+    for name in ("extent", "size"):
+        table = table.append_column(name, [[[] for _ in sides]])
+    return table.select(list(FEATURES))
 
 
 def _check_rows(table: Table, tokens: int | None) -> None:

@@ -20,8 +20,8 @@ from PIL import Image
 from pyarrow import ArrowException, parquet
 from tqdm import tqdm
 
-from sdrpn.config import LabelConfig
-from sdrpn.distill.label import NO_MAP, label_batch
+from sdrpn.config import KINDS, LabelConfig
+from sdrpn.distill.label import NO_MAP, kind_of, label_batch, padding_of
 from sdrpn.distill.label_dataset import (
     IMAGES_FOLDER,
     SETTINGS_FILE,
@@ -57,7 +57,8 @@ class LabelJob:
     """Label `items` into the folder `out`; see `run`.
 
     images: the folder their paths start from; None where they came inside a data set. shard_size:
-    questions a shard, the unit of restarting. about: what else was chosen, noted in the settings.
+    questions a shard, the unit of restarting. kind: of all pictures, `natural` or `text`; None goes
+    by their folders. about: what else was chosen, noted in the settings.
     Raises ValueError where `out` holds labels made with other settings, naming what differs.
     """
 
@@ -70,13 +71,16 @@ class LabelJob:
         images: Path | None,
         batch_size: int = 16,
         shard_size: int = 512,
+        kind: str | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
         if batch_size < 1 or shard_size < 1:
             raise ValueError(
                 f"batch_size and shard_size must be above 0: {batch_size}, {shard_size}"
             )
-        self.zoom, self.items, self.out, self.images = zoom, items, out, images
+        if kind not in (None, *KINDS):
+            raise ValueError(f"kind must be {', '.join(KINDS)} or None, got {kind!r}")
+        self.zoom, self.items, self.out, self.images, self.kind = zoom, items, out, images, kind
         self.batch_size, self.shard_size = batch_size, shard_size
         self.shards = -(-len(items) // shard_size)
         self.state = PartialState()
@@ -89,6 +93,7 @@ class LabelJob:
             "image_tokens": zoom.backbone.rpn_shape()["image_tokens"],
             **zoom.backbone.preprocessing,
             "labels": asdict(known_labels(zoom.models)),
+            **({} if kind is None else {"kind": kind}),
             **(about or {}),
         }
 
@@ -171,7 +176,9 @@ class LabelJob:
         good = [i for i, one in enumerate(opened) if not isinstance(one, BadImage)]
         pictures: Any = opened
         asked = [Question(items[i].question, (pictures[i][1],)) for i in good]
-        labelled = dict(zip(good, label_batch(self.zoom, asked) if asked else [], strict=True))
+        kinds = [self.kind or kind_of(items[i].image) for i in good]
+        made = label_batch(self.zoom, asked, kinds) if asked else []
+        labelled = dict(zip(good, made, strict=True))
         rows = []
         for i, (item, one) in enumerate(zip(items, opened, strict=True)):
             if isinstance(one, BadImage):
@@ -189,6 +196,7 @@ class LabelJob:
                     sink=made.sink,
                     labels=made.labels,
                     extent=made.grid.extent,
+                    size=one[1].size,
                     reason=made.reason,
                 )
             )
@@ -221,7 +229,8 @@ def _judge_anew(row: dict[str, Any], config: LabelConfig) -> dict[str, Any]:
         return row
     shape = row["rows"], row["columns"]
     grounding, sink = (np.array(row[n], np.float32).reshape(shape) for n in ("grounding", "sink"))
-    labels, reason = judge(grounding, sink, config)
+    padding = padding_of(row["size"], row["extent"], shape, config)
+    labels, reason = judge(grounding, sink, config, padding)
     words = (row[name] for name in ("id", "image", "question", "response"))
     return label_row(
         *words,
@@ -229,6 +238,7 @@ def _judge_anew(row: dict[str, Any], config: LabelConfig) -> dict[str, Any]:
         sink=sink,
         labels=labels,
         extent=tuple(row["extent"]),
+        size=tuple(row["size"]),
         reason=reason,
     )
 
