@@ -22,21 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import Stages, stage_table
 from PIL import Image
-from random_checkpoint import build, meta_llava, meta_rpn
-from shapes import SHAPES, images
-from systems import force_region, generation_of, middle_box, preset_zoom
-from workload import describe_machine, questions
 
+from benchmarks.memory import Stages, stage_table
+from benchmarks.random_checkpoint import build, meta_llava, meta_rpn
+from benchmarks.shapes import SHAPES, images
+from benchmarks.systems import force_region, generation_of, middle_box, preset_zoom
+from benchmarks.workload import describe_machine, questions
 from sdrpn.backbones.base import AttentionInputs, ImageInput
 from sdrpn.engine import Question
 from sdrpn.inference.prefix import prefill
 
 EXAMPLES = """examples:
-  python benchmarks/true_size.py --out docs/true_size.json
-  python benchmarks/true_size.py --out docs/true_size.json --run /big/disk/random7b
-  python benchmarks/true_size.py --shape small --layers 4 --run out/small     seconds, to try it
+  python -m benchmarks.true_size --out docs/true_size.json
+  python -m benchmarks.true_size --out docs/true_size.json --run /big/disk/random7b
+  python -m benchmarks.true_size --shape small --layers 4 --run out/small     seconds, to try it
 """
 
 HEAD_TOKENS = 35

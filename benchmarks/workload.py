@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import transformers
-from shapes import SHAPES, images, question, random_llava, random_rpn
 
+from benchmarks.shapes import SHAPES, images, question, random_llava, random_rpn
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.backbones.loading import pick_dtype
 from sdrpn.engine import Question

@@ -36,7 +36,7 @@ from sdrpn.config import (
     published_labels,
 )
 from sdrpn.io.checkpoints import check_layers, execution_device
-from sdrpn.io.images import LONGEST, as_shown, bounded
+from sdrpn.io.images import LONGEST, as_shown, limit_size
 
 
 def check_is_llava15(config: dict[str, Any], name: str) -> None:
@@ -261,7 +261,7 @@ class Llava15(Backbone):
         """Whole images as the encoder sees them: [n, 3, side, side], normalised."""
         own = self.processor.image_processor
         processor = self._padder if self.padding == "pad" else own
-        fitting = [bounded(as_shown(image), self.padding) for image in images]
+        fitting = [limit_size(as_shown(image), self.padding) for image in images]
         ready = processor(images=fitting, do_pad=self.padding == "pad", return_tensors="pt")
         return ready["pixel_values"]
 

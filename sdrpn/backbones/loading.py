@@ -14,12 +14,12 @@ from transformers.utils import logging
 
 from sdrpn.backbones.adapters import four_bits, with_adapter
 from sdrpn.io import hub
-from sdrpn.io.checkpoint_files import CONFIG_FILE, Source, reason
+from sdrpn.io.checkpoint_files import CONFIG_FILE, Source, first_line
 from sdrpn.io.checkpoints import (
-    broken_files_named,
     check_complete,
     check_finite,
     check_size,
+    explain_load_errors,
     named_weights,
 )
 from sdrpn.io.plurals import agree, counted
@@ -105,7 +105,7 @@ def load_model(
     weights = pick_dtype(dtype, _computing_device(device_map, fastest), kind.half)
     try:
         source = Source(pretrained, revision=revision)
-        with broken_files_named(pretrained, revision):
+        with explain_load_errors(pretrained, revision):
             folder = source.folder or source.fetch(CONFIG_FILE, kind.what).parent
             config, _ = PreTrainedConfig.get_config_dict(folder)
         if not config or not isinstance(config, dict):
@@ -115,7 +115,7 @@ def load_model(
         quantized = four_bits(weights) if load_in_4bit else {}
         with (
             _first_layers(kind, config, pretrained, num_layers) as shape,
-            broken_files_named(pretrained, revision),
+            explain_load_errors(pretrained, revision),
         ):
             folder = source.fetch_all()
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -133,7 +133,7 @@ def load_model(
             )
     except OSError as error:
         told = str(error) if isinstance(error, hub.HubError) else None
-        told = told or hub.explain(error, pretrained, revision=revision) or reason(error)
+        told = told or hub.explain(error, pretrained, revision=revision) or first_line(error)
         raise WeightsUnavailable(f"cannot load {pretrained!r}: {told}") from error
     model, found = loaded
     check_complete(found, str(pretrained))
@@ -183,7 +183,7 @@ def _first_layers(
 
     Raises ValueError where config.json makes no sense, or far more of a model than there is.
     """
-    with broken_files_named(name):
+    with explain_load_errors(name):
         shape = kind.config.from_dict(config)
         with torch.device("meta"):
             whole = kind.model(shape)

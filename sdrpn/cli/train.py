@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sdrpn import model_registry as names
-from sdrpn.cli.shared import MODEL_HELP, errors_as_sentences, say
+from sdrpn.cli.shared import MODEL_HELP, report_errors, say
 from sdrpn.config import ZoomConfig
 
 CHECKPOINTS = "checkpoints"
@@ -65,7 +65,7 @@ def train(
     Several GPUs: accelerate launch -m sdrpn.cli train ...  Stopped at any moment, the same command
     goes on from its last checkpoint; --resume_from_checkpoint is not needed.
     """
-    with errors_as_sentences():
+    with report_errors():
         # Imported here, so that --help and a wrong path answer at once.
         from sdrpn.backbones.registry import family_of, load_backbone
         from sdrpn.distill.label_dataset import (
@@ -75,8 +75,8 @@ def train(
             read_label_config,
             read_settings,
         )
-        from sdrpn.io.atomic import read_object, remove_parts, write_json
-        from sdrpn.io.resume_guard import ANEW, claim
+        from sdrpn.io.atomic import read_object, remove_partial_files, write_json
+        from sdrpn.io.resumable import ANEW, guard_settings
 
         settings = read_settings(labels)
         rows = LabelledImages(load_labels(labels), image_root(labels, images))
@@ -135,8 +135,8 @@ def train(
             # `pad` is what earlier versions always used and did not note.
             if (own := backbone.preprocessing.get("padding", "pad")) != "pad":
                 chosen["padding"] = own
-            remove_parts(out / CHECKPOINTS)
-            claim(out / CHECKPOINTS / "settings.json", chosen)
+            remove_partial_files(out / CHECKPOINTS)
+            guard_settings(out / CHECKPOINTS / "settings.json", chosen)
         facts = run(backbone, rpn, trained, arguments, held_out=kept_back, tell=say)
         earlier = read_object(out / FACTS, ANEW) if (out / FACTS).exists() else {}
         rpn.facts = {"labels": settings.get("data", str(labels)), **facts}

@@ -1,4 +1,4 @@
-"""The pseudo-labels published by the paper's authors, a pickle, -> a folder of labels of ours."""
+"""Convert the pseudo-labels that the paper's authors published, a pickle, to a labels folder."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from sdrpn.distill.pseudo_labels import judge
 from sdrpn.io.atomic import write_json
 
 KEYS = ("question_id", "prompt", "text", "image", "sink_attn", "grounding_attn_o2i")
-"""What a record must have of published labels; other keys are ignored."""
+"""Required keys of a published record; other keys are ignored."""
 
 SHARD_SIZE = 4096
 PATCH = 14
-"""Pixels a side of LLaVA-1.5's image tokens."""
+"""Side of LLaVA-1.5's image tokens, in pixels."""
 
 
 def convert_labels(
@@ -44,19 +44,22 @@ def convert_labels(
     config: LabelConfig = LABELS_7B,
     preprocessing: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write a folder of labels as `sdrpn label` does, and return its summary.
+    """Write a labels folder in the format of `sdrpn label`.
 
     Args:
-        file: A pickle of a list of records with KEYS; read without running what it asks for.
-        out: The folder to write.
-        images: The folder its image paths start from, noted for training. Needed where padding
-            makes labels, which follows from the sizes of the pictures.
-        config: Heads for the record, and the rules that make the labels.
-        preprocessing: How the pictures were prepared, for models of which the number of image
-            tokens does not follow from the maps; None for LLaVA-1.5.
+        file: Pickle of a list of records with `KEYS`, read without executing code.
+        out: New folder.
+        images: Folder that image paths are relative to, saved for training. Required if padding
+            makes labels, which follows from the sizes of the images.
+        config: Rules that turn the maps into labels, and the heads that the maps come from.
+        preprocessing: How the images were prepared, for models whose number of image tokens does
+            not follow from the maps; None for LLaVA-1.5.
+
+    Returns:
+        The summary of the folder.
 
     Raises:
-        ValueError: Names the file and the record.
+        ValueError: If the file or a record is malformed.
     """
     if config.padding_background and images is None:
         raise ValueError(
@@ -66,7 +69,7 @@ def convert_labels(
     records = safe_pickle.load(file)
     if not isinstance(records, list) or not records:
         raise ValueError(f"{file} must hold a list of records, got {_kind(records)}")
-    # Under another name until it is whole: a bad record must not leave half a folder.
+    # Renamed when complete, so a bad record does not leave a partial folder.
     part = out.with_name(f"{out.name}.part{os.getpid()}")
     part.mkdir(parents=True)
     try:
@@ -129,7 +132,7 @@ def _row(
     )
     if not sink.size == grounding.size == tokens:
         raise ValueError(
-            f"{where} has maps of {sink.size} and {grounding.size} image tokens, but record 0 of "
+            f"{where} has maps of {sink.size} and {grounding.size} image tokens, record 0 has "
             f"{tokens}"
         )
     grounding, sink = (_square(one, where) for one in (grounding, sink))
@@ -194,20 +197,20 @@ def _checked(record: Any, where: str) -> Mapping[str, Any]:
 
 
 def _map(record: Mapping[str, Any], key: str, where: str, shape: str) -> np.ndarray:
-    """A map as numbers, or a list of them. shape: `vector` or `grid`."""
+    """Read a map, stored as an array or a list of numbers. shape: `vector` or `grid`."""
     axes = 1 if shape == "vector" else 2
     value = record[key]
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         try:
             value = np.array(value, dtype=np.float32)
         except (TypeError, ValueError):
-            raise ValueError(f"{where}: {key} is a list of something else than numbers") from None
+            raise ValueError(f"{where}: {key} must be a list of numbers") from None
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
         raise ValueError(f"{where}: {key} must be an array of numbers, got {_kind(value)}")
     if value.ndim != axes or not np.isfinite(value).all():
         raise ValueError(
             f"{where}: {key} must be one {shape} of finite numbers, got the shape {value.shape}"
-            + ("" if value.ndim != axes else " with others among them")
+            + ("" if value.ndim != axes else " with NaN or infinity")
         )
     return value
 
@@ -218,12 +221,12 @@ def _text(value: Any, key: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{where}: {key} holds half a character: {value!r:.80}") from None
+        raise ValueError(f"{where}: {key} has a lone surrogate: {value!r:.80}") from None
     return value
 
 
 def _image(path: str, where: str, images: Path | None) -> str:
-    """An image's path below the image folder."""
+    """The path of an image, relative to the image folder."""
     if os.path.isabs(path) and images is not None:
         path = os.path.relpath(path, images.resolve())
     if not path or os.path.isabs(path) or ".." in PurePosixPath(path).parts:

@@ -15,10 +15,10 @@ from pyarrow import ArrowException, Table, compute, parquet
 
 from sdrpn.config import LabelConfig
 from sdrpn.distill.pseudo_labels import BACKGROUND, FOREGROUND, IGNORED
-from sdrpn.io.atomic import read_object, whole, write_json
-from sdrpn.io.images import inside, load_image
+from sdrpn.io.atomic import atomic_write, read_object, write_json
+from sdrpn.io.images import load_image, safe_join
 from sdrpn.io.plurals import agree, counted
-from sdrpn.io.resume_guard import ANEW
+from sdrpn.io.resumable import ANEW
 
 FEATURES = Features(
     {
@@ -44,8 +44,8 @@ columns: the grid; 0 where there are no maps. extent: where it lies on the image
 in pixels. size: (width, height) of the image. foreground, background: how many of each label.
 reason: why a sample gave no label, null where it gave one."""
 
-GRID_COLUMNS = ("rows", "columns", "extent", "size")
-"""Columns that version 0.1 did not write; the last one is younger than the others."""
+GRID_COLUMNS = ("rows", "columns", "extent")
+"""Columns that version 0.1 did not write, as it did not write `size`."""
 
 SETTINGS_FILE = "settings.json"
 NEEDED = {"shards": int, "labels": dict}
@@ -66,7 +66,7 @@ def shard_path(folder: Path, shard: int, shards: int) -> Path:
 def write_shard(rows: list[dict[str, Any]], path: Path) -> None:
     """Write a shard so that a file of this name is always whole, with checksums."""
     table: Any = Dataset.from_list(rows, features=FEATURES).with_format("arrow")[:]
-    with whole(path) as part:
+    with atomic_write(path) as part:
         parquet.write_table(table, part, compression="zstd", write_page_checksum=True)
 
 
@@ -196,19 +196,17 @@ def read_shard(path: Path, tokens: int | None) -> Dataset:
 
 def _with_grids(table: Table) -> Table:
     """A shard of version 0.1, which knew only square grids, with the columns that it lacks."""
-    missing = tuple(name for name in FEATURES if name not in table.column_names)
-    if missing == GRID_COLUMNS[-1:]:
-        nothing: list[list[int]] = [[] for _ in range(len(table))]
-        return table.append_column("size", [nothing]).select(list(FEATURES))
-    if missing != GRID_COLUMNS:
-        return table
-    lengths: Any = compute.list_value_length(table["labels"])  # type: ignore[attr-defined]
-    sides = [round(n**0.5) for n in lengths.to_pylist()]
-    for name in ("rows", "columns"):
-        table = table.append_column(name, [sides])
-    for name in ("extent", "size"):
-        table = table.append_column(name, [[[] for _ in sides]])
-    return table.select(list(FEATURES))
+    missing = {name for name in FEATURES if name not in table.column_names}
+    empty: list[list[int]] = [[] for _ in range(len(table))]
+    if missing >= set(GRID_COLUMNS):
+        lengths: Any = compute.list_value_length(table["labels"])  # type: ignore[attr-defined]
+        sides = [round(n**0.5) for n in lengths.to_pylist()]
+        for name, values in zip(GRID_COLUMNS, (sides, sides, empty), strict=True):
+            table = table.append_column(name, [values])
+    if "size" in missing:
+        table = table.append_column("size", [empty])
+    complete = set(FEATURES) == set(table.column_names)
+    return table.select(list(FEATURES)) if complete else table
 
 
 def _check_rows(table: Table, tokens: int | None) -> None:
@@ -259,7 +257,7 @@ class LabelledImages:
         self.rows, self.root = rows.select(keep), root
         names = set(self.rows["image"])
         # Path.is_file raises for names longer than any file's.
-        missing = sorted(name for name in names if not os.path.isfile(inside(root, name)))
+        missing = sorted(name for name in names if not os.path.isfile(safe_join(root, name)))
         if missing:
             raise ValueError(
                 f"{len(missing)} of {counted(len(names), 'image')} "
@@ -290,7 +288,7 @@ class LabelledImages:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row: dict[str, Any] = self.rows[index]
-        image: Image.Image = load_image(inside(self.root, row["image"]))
+        image: Image.Image = load_image(safe_join(self.root, row["image"]))
         labels = np.array(row["labels"]).reshape(row["rows"], row["columns"])
         return {"image": image, "question": row["question"], "labels": labels}
 

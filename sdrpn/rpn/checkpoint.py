@@ -17,7 +17,7 @@ from torch import Tensor
 from sdrpn.backbones.base import Backbone
 from sdrpn.backbones.fingerprint import base_hash
 from sdrpn.config import LabelConfig, RPNConfig, ZoomConfig
-from sdrpn.io.atomic import remove_parts, whole, write_json
+from sdrpn.io.atomic import atomic_write, remove_partial_files, write_json
 from sdrpn.io.checkpoint_files import Source, read_all
 from sdrpn.io.checkpoints import check_finite, copy_weights, execution_device
 from sdrpn.rpn import published
@@ -171,12 +171,12 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        remove_parts(save_directory)
-        with whole(save_directory / WEIGHTS_FILE) as part:
+        remove_partial_files(save_directory)
+        with atomic_write(save_directory / WEIGHTS_FILE) as part:
             save_file(tensors, part, metadata={"format": "pt"})
         write_json(save_directory / CONFIG_FILE, self.config.to_dict() | {"facts": self.facts})
         # The mixin would keep a card that is already there; a retrained RPN needs its own.
-        with whole(save_directory / "README.md") as part:
+        with atomic_write(save_directory / "README.md") as part:
             self.generate_model_card().save(part)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:

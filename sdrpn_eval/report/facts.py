@@ -13,7 +13,7 @@ from sdrpn.io.atomic import read_parsed
 from sdrpn_eval.arguments import ARGUMENTS, unquoted
 from sdrpn_eval.fingerprints import combined
 from sdrpn_eval.record import RUN_STAMP
-from sdrpn_eval.report.runs import BadRun, Run
+from sdrpn_eval.results.read import BadRun, Run
 from sdrpn_eval.schemas import FACTS, TaskMarks
 
 SET_BACK = timedelta(seconds=2)

@@ -14,8 +14,8 @@ from sdrpn.boxes import PixelBox
 from sdrpn.io.plurals import counted
 from sdrpn_eval.record import read_all_records, read_records
 from sdrpn_eval.report.facts import begun_runs, moment, own_name
-from sdrpn_eval.report.runs import RESULTS, Run, parse_results, results_ended
-from sdrpn_eval.report.scores import Document
+from sdrpn_eval.results.read import RESULTS, Run, parse_results, results_ended
+from sdrpn_eval.results.scores import Document
 from sdrpn_eval.schemas import RecordLine
 
 PLACES = ("sdrpn_record", "record")

@@ -16,9 +16,9 @@ from PIL import Image
 from sdrpn_eval import fingerprints as fp
 from sdrpn_eval.demo import embedded_model
 from sdrpn_eval.questions import Request
-from sdrpn_eval.report.checks import established
-from sdrpn_eval.report.comparison import compare, gather
-from sdrpn_eval.report.runs import read_run
+from sdrpn_eval.results.comparability import established
+from sdrpn_eval.results.compare import compare, gather
+from sdrpn_eval.results.read import read_run
 from sdrpn_eval.run_facts import (
     RunFacts,
     hash_ahead,
