@@ -1,4 +1,4 @@
-"""`sdrpn train`: from labels to an RPN checkpoint."""
+"""`sdrpn train`: train an RPN on a labels folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdrpn import model_registry as names
+from sdrpn import model_registry
 from sdrpn.cli.shared import MODEL_HELP, report_errors, say
 from sdrpn.config import ZoomConfig
 
@@ -19,54 +19,54 @@ FACTS = "training.json"
 
 def train(
     context: typer.Context,
-    labels: Annotated[Path, typer.Option(help="A finished folder of `sdrpn label`.")],
-    out: Annotated[Path, typer.Option(help="Folder for the RPN; a begun one is gone on with.")],
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = names.LLAVA_7B,
+    labels: Annotated[Path, typer.Option(help="Complete labels folder of `sdrpn label`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the RPN; resumes if training was begun.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = model_registry.LLAVA_7B,
     images: Annotated[
-        Path | None, typer.Option(help="Image folder, where it is no longer where it was labelled.")
+        Path | None, typer.Option(help="Image folder, if moved since labelling.")
     ] = None,
     branch_layer: Annotated[
         int | None, typer.Option(help="B: backbone layers below the RPN; default: as published.")
     ] = None,
     depth: Annotated[int, typer.Option(help="R: R-1 decoder layers and the map head.")] = 3,
     held_out: Annotated[
-        float, typer.Option(help="Share of the images kept back to measure on; 0 for none.")
+        float, typer.Option(help="Share of the images held out for evaluation; 0 for none.")
     ] = 0.02,
     samples: Annotated[
-        int | None, typer.Option(help="Train on so many labels only, drawn at random.")
+        int | None, typer.Option(help="Number of training labels, drawn at random; default: all.")
     ] = None,
     global_batch: Annotated[
         int | None,
         typer.Option(
-            help="Questions a step over all processes, by accumulation; default: as published."
+            help="Questions per step over all processes; sets accumulation. Default: as published."
         ),
     ] = None,
     zoom: Annotated[
         str,
-        typer.Option(help="Zoom settings to note in the RPN: threshold=0.1,policy=strongest,..."),
+        typer.Option(help="Zoom settings to save in the RPN: threshold=0.1,policy=strongest,..."),
     ] = "",
     dtype: Annotated[
-        str, typer.Option(help="Of the frozen model: auto, float32, bfloat16 or float16.")
+        str, typer.Option(help="Dtype of the frozen model: auto, float32, bfloat16 or float16.")
     ] = "auto",
     save_dtype: Annotated[
-        str, typer.Option(help="Of the saved RPN; auto: bfloat16 on a GPU, else float32.")
+        str, typer.Option(help="Dtype of the saved RPN; auto: bfloat16 on a GPU, else float32.")
     ] = "auto",
     padding: Annotated[
-        str | None, typer.Option(help="pad or crop; default: as the labels were made.")
+        str | None, typer.Option(help="pad or crop; default: the padding of the labels.")
     ] = None,
 ) -> None:
-    """Train an RPN on labels, with the published hyper-parameters unless told otherwise.
+    """Train an RPN on a labels folder, with the published hyper-parameters by default.
 
-    Every field of transformers' TrainingArguments can be set too, such as --learning_rate 1e-4,
+    Also accepts every field of transformers' TrainingArguments, such as --learning_rate 1e-4,
     --per_device_train_batch_size 8, --max_steps 100, --report_to wandb, --bf16 false.
 
     Example: sdrpn train --labels labels/ --out rpn-7b/
 
-    Several GPUs: accelerate launch -m sdrpn.cli train ...  Stopped at any moment, the same command
-    goes on from its last checkpoint; --resume_from_checkpoint is not needed.
+    Several GPUs: accelerate launch -m sdrpn.cli train ...  After an interruption the same command
+    resumes from the last checkpoint, without --resume_from_checkpoint.
     """
     with report_errors():
-        # Imported here, so that --help and a wrong path answer at once.
+        # Imported here to keep --help and path errors fast.
         from sdrpn.backbones.registry import family_of, load_backbone
         from sdrpn.distill.label_dataset import (
             LabelledImages,
@@ -80,11 +80,11 @@ def train(
 
         settings = read_settings(labels)
         rows = LabelledImages(load_labels(labels), image_root(labels, images))
-        folder, _ = names.resolve(model, None)
+        folder, _ = model_registry.resolve(model, None)
         family, published_branch = family_of(folder)
         branch_layer = published_branch if branch_layer is None else branch_layer
         global_batch = family.global_batch if global_batch is None else global_batch
-        noted = ZoomConfig.from_text(zoom) if zoom else family.default_zoom
+        zoom_config = ZoomConfig.from_text(zoom) if zoom else family.default_zoom
         arguments = training_arguments(
             context.args,
             out / CHECKPOINTS,
@@ -97,8 +97,8 @@ def train(
         from sdrpn.distill.trainer import train as run
         from sdrpn.rpn.checkpoint import RPN
 
-        # Before the weights are loaded, for what is wrong with the numbers.
-        trained, kept_back = split_by_image(rows, held_out, samples, arguments.seed)
+        # Before the weights are loaded, to report invalid settings early.
+        trained, evaluated = split_by_image(rows, held_out, samples, arguments.seed)
         check_padding(padding)
         labelled = check_same_padding(padding, settings, labels)
         layers = branch_layer + depth
@@ -111,14 +111,16 @@ def train(
             lambda question, cells: backbone.room(cells, backbone.prompt_ids(question).after) < 1
         )
         if skipped:
-            trained, kept_back = split_by_image(rows, held_out, samples, arguments.seed)
+            trained, evaluated = split_by_image(rows, held_out, samples, arguments.seed)
             if arguments.process_index == 0:
                 say(
                     f"skipped, does not fit the context of {backbone.context_length} tokens: "
                     f"{len(skipped)} labels, such as {skipped[0]!r}"
                 )
-        made = read_label_config(labels)
-        rpn = RPN.from_backbone(backbone, branch_layer, depth, zoom=noted, labels=made)
+        label_config = read_label_config(labels)
+        rpn = RPN.from_backbone(
+            backbone, branch_layer, depth, zoom=zoom_config, labels=label_config
+        )
         if arguments.process_index == 0:
             chosen = {
                 "model": model,
@@ -132,12 +134,12 @@ def train(
                 "global_batch": global_batch,
                 "arguments": context.args,
             }
-            # `pad` is what earlier versions always used and did not note.
+            # Earlier versions always used pad and did not save it.
             if (own := backbone.preprocessing.get("padding", "pad")) != "pad":
                 chosen["padding"] = own
             remove_partial_files(out / CHECKPOINTS)
             guard_settings(out / CHECKPOINTS / "settings.json", chosen)
-        facts = run(backbone, rpn, trained, arguments, held_out=kept_back, tell=say)
+        facts = run(backbone, rpn, trained, arguments, held_out=evaluated, log=say)
         earlier = read_object(out / FACTS, ANEW) if (out / FACTS).exists() else {}
         rpn.facts = {"labels": settings.get("data", str(labels)), **facts}
         if skipped:
@@ -158,9 +160,18 @@ def training_arguments(
     measured: bool,
     overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
-    """The published hyper-parameters, then what the command line says, as TrainingArguments.
+    """Build TrainingArguments from the published hyper-parameters and the command line.
 
-    overrides: those of the model family that differ.
+    Args:
+        more: Command-line words beyond the options of `sdrpn train`.
+        out: Folder for checkpoints.
+        global_batch: Questions per step over all processes.
+        measured: Whether there is a held-out set.
+        overrides: Hyper-parameters of the model family that differ.
+
+    Raises:
+        ValueError: If an option is unknown, or `global_batch` is not a multiple of the questions
+            that all processes handle at once.
     """
     from transformers import HfArgumentParser, TrainingArguments
 
@@ -175,15 +186,15 @@ def training_arguments(
         (arguments,) = parser.parse_args_into_dataclasses([*words, *more], look_for_args_file=False)
     except SystemExit:
         raise ValueError(
-            f"not all of {' '.join(more)} is known: give options of `sdrpn train --help` or fields "
-            "of transformers' TrainingArguments"
+            f"unknown option among {' '.join(more)}: give options of `sdrpn train --help` or "
+            "fields of transformers' TrainingArguments"
         ) from None
     if "gradient_accumulation_steps" not in given:
         at_once = arguments.per_device_train_batch_size * arguments.world_size
         if global_batch % at_once:
             raise ValueError(
-                f"global_batch {global_batch} is no multiple of the {at_once} questions that "
-                f"{arguments.world_size} process(es) take at once; set "
+                f"global_batch {global_batch} is not a multiple of the {at_once} questions that "
+                f"{arguments.world_size} process(es) handle at once; set "
                 "--per_device_train_batch_size or --global-batch"
             )
         arguments.gradient_accumulation_steps = global_batch // at_once
@@ -191,31 +202,40 @@ def training_arguments(
 
 
 def check_same_grid(backbone: Any, settings: dict[str, Any], labels: Path) -> None:
-    """Refuse labels of another grid of image tokens than the model's."""
+    """Raise ValueError unless the labels have the model's number of image tokens."""
     cells, own = settings.get("image_tokens"), backbone.rpn_shape()["image_tokens"]
     if cells != own:
         raise ValueError(
-            f"{labels} labels {cells} image tokens, {backbone.name} has {own}: label with this "
-            "model"
+            f"{labels} has labels for {cells} image tokens, {backbone.name} has {own}: label with "
+            "this model"
         )
 
 
 def check_same_padding(padding: str | None, settings: dict[str, Any], labels: Path) -> str | None:
-    """The padding that the labels were made with; refuse another one, whose cells lie elsewhere.
+    """Return the padding of the labels, since another one places their cells elsewhere.
 
-    None where neither the command nor the labels name one.
+    Args:
+        padding: The --padding option.
+        settings: Settings of the labels folder.
+        labels: The labels folder.
+
+    Returns:
+        The padding, or None if neither the option nor the settings name one.
+
+    Raises:
+        ValueError: If the option differs from the settings.
     """
     made = settings.get("padding")
     if padding is not None and made is not None and padding != made:
         raise ValueError(
-            f"--padding {padding}, but {labels} was labelled with padding {made}: leave --padding "
-            "out, or label again with it"
+            f"--padding {padding}, but {labels} was labelled with padding {made}: omit --padding, "
+            "or label again with it"
         )
     return padding or made
 
 
 def pick_save_dtype(name: str, device: str) -> Any:
-    """torch's dtype; `auto` is bfloat16 where training ran on a GPU."""
+    """Return the torch dtype of a name; `auto` is bfloat16 for a GPU and float32 for a CPU."""
     from sdrpn.backbones.loading import DTYPES
 
     if name == "auto":

@@ -25,7 +25,7 @@ from sdrpn.distill.label_dataset import (
     write_settings,
     write_shard,
 )
-from sdrpn.distill.pseudo_labels import judge
+from sdrpn.distill.pseudo_labels import label_cells
 from sdrpn.io.atomic import write_json
 
 KEYS = ("question_id", "prompt", "text", "image", "sink_attn", "grounding_attn_o2i")
@@ -143,7 +143,7 @@ def _row(
         extent = _square_around(size)
     padding = padding_of(size, extent, grounding.shape, config)
     try:
-        labels, reason = judge(grounding, sink, config, padding)
+        labels, reason = label_cells(grounding, sink, config, padding)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return label_row(

@@ -24,7 +24,7 @@ from sdrpn.distill.head_search import find_heads
 from sdrpn.distill.label import kind_of, label_batch
 from sdrpn.distill.label_dataset import load_labels, read_label_config, read_settings
 from sdrpn.distill.label_job import LabelJob, relabel
-from sdrpn.distill.pseudo_labels import judge, padding_cells, pseudo_labels
+from sdrpn.distill.pseudo_labels import label_cells, padding_cells, pseudo_labels
 from sdrpn.distill.questions import Item
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.inference.generation import generate
@@ -83,13 +83,13 @@ def test_foreground_has_a_margin_and_padding_is_background() -> None:
 def test_sinks_and_faint_maps() -> None:
     grounding, sink = drawn("9000", "0000", "0003", "0000"), drawn("1000", "0000", "0000", "0000")
     rules = replace(RULES, max_box_fraction=1.1)
-    labels, reason = judge(grounding, sink, rules)
+    labels, reason = label_cells(grounding, sink, rules)
     assert reason is None
     assert labels[0, 0] == 0, "a sink of 1e-2 or more is no foreground"
     assert labels[2, 3] == 1
-    labels, reason = judge(grounding / 10, sink / 10, rules)
+    labels, reason = label_cells(grounding / 10, sink / 10, rules)
     assert labels[0, 0] == 1
-    labels, reason = judge(grounding / 10, sink, rules)
+    labels, reason = label_cells(grounding / 10, sink, rules)
     assert (labels == -100).all()
     assert reason == "attention to the image too faint"
 
@@ -97,7 +97,7 @@ def test_sinks_and_faint_maps() -> None:
 def test_boxes_of_half_the_grid_are_ignored() -> None:
     """With the margin, which is cut at the border: 4 x 2 of 16 cells."""
     grounding = drawn("9000", "0000", "0000", "9000")
-    labels, reason = judge(grounding, grounding * 0, RULES)
+    labels, reason = label_cells(grounding, grounding * 0, RULES)
     assert reason == "foreground over too much of the image"
     assert (labels == -100).all()
 
