@@ -216,6 +216,8 @@ class LabelConfig:
     box_margin: cells that the foreground's box is grown by on each side.
     padding_background: whether padding around a picture is background, and never foreground.
     floor: a map whose maximum is below this discards the sample.
+    read_cut_end: whether the last token of an answer that is cut at `max_new_tokens` is read too,
+        which the model itself never saw.
     max_components: a foreground of more connected components discards the sample, since attention
         that points at several places is often wrong; None (published) keeps all. Ours.
     max_new_tokens: length of the answers whose attention is read.
@@ -235,6 +237,7 @@ class LabelConfig:
     box_margin: int = 0
     padding_background: bool = False
     floor: float = 0.0
+    read_cut_end: bool = True
 
     @property
     def heads(self) -> tuple[LayerHeads, ...]:
