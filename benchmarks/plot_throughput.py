@@ -4,7 +4,7 @@
 
 Writes docs/throughput.png and docs/throughput.md and prints the tables. --name sets another name
 (docs/NAME.png, docs/NAME.md). Text outside the two marker comments of a page is preserved. --into
-FILE writes the first table between the same markers of another page, such as the README.
+FILE writes the first table between the same markers of another page, such as docs/speed.md.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def facts(result: dict[str, Any]) -> str:
 
 
 def short_page(result: dict[str, Any]) -> str:
-    """Return the first table and its facts, for a README."""
+    """Return the first table and its facts, for another page."""
     return "\n\n".join(
         [
             "Questions per second relative to stock LLaVA **at equal batch size** (lowest to "

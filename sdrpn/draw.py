@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 
 from sdrpn.boxes import PixelBox
 from sdrpn.io.atomic import atomic_write
+from sdrpn.io.extras import needs
 
 BOX_COLOUR = "#ff2fd0"
 TRUE_COLOUR = "#2fe05a"
@@ -58,7 +57,13 @@ def sheet(cards: Sequence[Card], out: Path | str, columns: int = 1) -> Path:
 
     Returns:
         The path of the file.
+
+    Raises:
+        MissingExtra: If matplotlib is not installed.
     """
+    needs("matplotlib", extra="plot", what=f"drawing {out}")
+    from matplotlib.figure import Figure
+
     rows = -(-len(cards) // columns)
     figure = Figure(figsize=(7.2 * columns, 3.0 * rows), layout="constrained", dpi=110)
     axes = figure.subplots(rows, 3 * columns, squeeze=False, width_ratios=[1, 1, 1.1] * columns)
@@ -75,6 +80,8 @@ def sheet(cards: Sequence[Card], out: Path | str, columns: int = 1) -> Path:
 
 
 def _draw(card: Card, axes: Any) -> None:
+    from matplotlib.patches import Rectangle
+
     overview, detail, words = axes
     rgb = card.image.convert("RGB")
     _draw_image(overview, rgb, card.roi_map, card.extent)

@@ -24,9 +24,13 @@ from sdrpn.cli.shared import (
     say,
     weights_hint,
 )
+from sdrpn.io.extras import MissingExtra, needs
 
 if TYPE_CHECKING:
+    from sdrpn.draw import Card
     from sdrpn.engine import ZoomModel
+
+DEFAULT_OUT = Path("look.png")
 
 
 def look(
@@ -35,7 +39,10 @@ def look(
     model: ModelOption = model_registry.LLAVA_7B,
     rpn: RpnOption = None,
     rpn_revision: RpnRevisionOption = None,
-    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("look.png"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The picture to write; default: look.png, if matplotlib is installed."),
+    ] = None,
     proposer: ProposerOption = "rpn",
     threshold: ThresholdOption = None,
     policy: PolicyOption = None,
@@ -47,16 +54,28 @@ def look(
     Example: sdrpn look scene.png "what pattern is on the red disc ?" --model tiny
     """
     picture = open_image(image)
+    with report_errors():
+        if out is not None:
+            needs("matplotlib", extra="plot", what=f"--out {out}")
     with report_errors(weights_hint(model)):
         zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype, padding, rpn_revision)
-        text, path = _look(zoom, picture, question, out)
-    say(text)
-    say(f"picture: {path}")
+        text, card = _look(zoom, picture, question)
+        say(text)
+        say(_drawn(card, out or DEFAULT_OUT))
 
 
-def _look(zoom: ZoomModel, picture: Image.Image, question: str, out: Path) -> tuple[str, Path]:
-    # Imported here to keep --help and path errors fast.
-    from sdrpn.draw import Card, sheet
+def _drawn(card: Card, out: Path) -> str:
+    from sdrpn.draw import sheet
+
+    try:
+        return f"picture: {sheet([card], out)}"
+    except MissingExtra as error:
+        return f"no picture: {error}"
+
+
+def _look(zoom: ZoomModel, picture: Image.Image, question: str) -> tuple[str, Card]:
+    # Imported here, so that --help and a wrong path answer at once.
+    from sdrpn.draw import Card
     from sdrpn.engine import ZoomModel
 
     answer = zoom.ask(picture, question)
@@ -78,4 +97,4 @@ def _look(zoom: ZoomModel, picture: Image.Image, question: str, out: Path) -> tu
         peak = answer.roi_map.max()
         lines.append(f"map maximum: {peak:.3f}, threshold {zoom.zoom.threshold:g}")
     lines.append(f"tokens: {answer.image_tokens} image, {answer.crop_tokens} crop")
-    return "\n".join(lines), sheet([card], out)
+    return "\n".join(lines), card

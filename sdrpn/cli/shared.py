@@ -15,6 +15,7 @@ from rich.text import Text
 
 from sdrpn import model_registry
 from sdrpn.config import POLICIES, PROPOSERS, ZoomConfig
+from sdrpn.io.extras import MissingExtra
 from sdrpn.io.plurals import counted
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def report_errors(hint: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MissingExtra) as error:
         raise fail(f"{error}{hint}") from None
 
 
