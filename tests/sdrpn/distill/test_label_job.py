@@ -805,6 +805,7 @@ def run(words: list[str], **environment: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_goes_on(scenes: Path, tmp_path: Path) -> None:
     """SIGKILL after the second shard; by two processes then: nothing lost, nothing doubled."""
     process = run(command(scenes, tmp_path))
