@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 PROPOSERS = "none,vicrop,attention,rpn,box"
 PACKAGES = ("sdrpn", "lmms_eval", "transformers", "torch")
-"""Whose versions stand under the figure."""
+"""Packages whose versions are named in the caption."""
 
 
 def ladder(
-    out: Annotated[Path, typer.Option(help="Folder for the runs, a folder each, and the result.")],
-    tasks: Annotated[str, typer.Option(help="Tasks of lmms-eval, with commas.")] = "tiny_vstar",
+    out: Annotated[
+        Path, typer.Option(help="Folder for the runs, one folder each, and the result.")
+    ],
+    tasks: Annotated[str, typer.Option(help="Tasks of lmms-eval, comma-separated.")] = "tiny_vstar",
     model_args: Annotated[
         str,
         typer.Option(
@@ -35,21 +37,23 @@ def ladder(
     proposers: Annotated[
         str,
         typer.Option(
-            help="Ways to look, with commas; the first is what the others are compared with. box "
-            "is the oracle, the document's own box, and left out where documents have none."
+            help="Ways to look, comma-separated; all are compared with the first. box is the "
+            "oracle, the document's own box, and left out for documents without one."
         ),
     ] = PROPOSERS,
-    limit: Annotated[int | None, typer.Option(help="First documents only, for a try.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first documents, to try it out.")
+    ] = None,
     batch_size: Annotated[str, typer.Option(help="Questions at a time, or auto.")] = "16",
     include_path: Annotated[
-        str | None, typer.Option(help="Folder of your own tasks' YAML.")
+        str | None, typer.Option(help="Folder with the YAML files of your own tasks.")
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Stock, ViCrop, attention, RPN and oracle: run, compared question by question, drawn.
 
-    Each is a run of lmms-eval in OUT/PROPOSER. Runs that are there already are not made again, so a
-    ladder that was broken off goes on where it was. Writes ladder.png, ladder.svg and
+    Each is a run of lmms-eval in OUT/PROPOSER. Complete runs are kept, so the same command resumes
+    an interrupted ladder. Writes ladder.png, ladder.svg and
     comparison.html, .md and .json.
 
       sdrpn-eval ladder --out out/ladder
@@ -77,13 +81,13 @@ def ladder(
         from sdrpn_eval.results.ladder import Ladder
 
         plan = Ladder(out, tasks, model_args, limit, batch_size, include_path)
-        runs = [_rung(plan, names[0])]
+        runs = [_run(plan, names[0])]
         data, notes = load_data(runs[0].tasks, include_path)
         for name in names[1:]:
             if name == "box" and (bare := [t for t, of in data.items() if not of.has_boxes]):
                 notes.append(f"box is left out: the documents of {', '.join(bare)} have none")
             else:
-                runs.append(_rung(plan, name))
+                runs.append(_run(plan, name))
         evidence = [gather(run) for run in runs]
         comparison, notes = write_comparison(
             evidence, data, out / "comparison", seed=seed, notes=notes
@@ -93,21 +97,21 @@ def ladder(
         say(f"{out / 'ladder.png'}, ladder.svg, comparison.html, .md and .json beside it")
 
 
-def _rung(plan: Ladder, proposer: str) -> Run:
-    from sdrpn_eval.results.ladder import climb, finished
+def _run(plan: Ladder, proposer: str) -> Run:
+    from sdrpn_eval.results.ladder import finished_run, make_run
 
-    done = finished(plan, proposer)
+    done = finished_run(plan, proposer)
     if done is not None:
         say(f"{proposer}: done before, {plan.folder(proposer)}")
         return done
     with console.status(f"lmms-eval --tasks {plan.tasks}: proposer={proposer}"):
-        run, seconds = climb(plan, proposer)
+        run, seconds = make_run(plan, proposer)
     say(f"{proposer}: {seconds:.0f} s, {plan.folder(proposer)}")
     return run
 
 
 def caption(comparison: Comparison, plan: Ladder) -> str:
-    """How it was measured."""
+    """The caption of the figure: how it was measured."""
     first = comparison.runs[0]
     facts = first["facts"] or {}
     versions, device = facts.get("versions") or {}, facts.get("device") or {}
