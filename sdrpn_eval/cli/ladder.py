@@ -113,7 +113,7 @@ def _run(plan: Ladder, proposer: str) -> Run:
 def caption(comparison: Comparison, plan: Ladder) -> str:
     """The caption of the figure: how it was measured."""
     first = comparison.runs[0]
-    facts = first["facts"] or {}
+    facts = first.facts or {}
     versions, device = facts.get("versions") or {}, facts.get("device") or {}
     made = [f"{name} {versions[name]}" for name in PACKAGES if name in versions]
     where = device.get("name") or device.get("type")
@@ -123,7 +123,7 @@ def caption(comparison: Comparison, plan: Ladder) -> str:
         "proposer.",
         "Whiskers: 95 % intervals, clustered by image.",
         "true box: the box that each document carries, cropped as it is."
-        if any(run["name"] == "true box" for run in comparison.runs)
+        if any(run.name == "true box" for run in comparison.runs)
         else "",
         f"{', '.join(made)}{f', on {where}' if where else ''}." if made else "",
     ]

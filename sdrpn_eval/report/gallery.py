@@ -36,7 +36,7 @@ def all_questions(comparison: Comparison) -> dict[Document, Question]:
 def description(comparison: Comparison) -> dict[str, Any]:
     """What the page's script needs apart from the questions."""
     return {
-        "runs": [run["name"] for run in comparison.runs],
+        "runs": [run.name for run in comparison.runs],
         "padding": [
             preprocessing(e.run, e.facts).get("padding", "pad") for e in comparison.evidence
         ],

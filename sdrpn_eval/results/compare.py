@@ -17,6 +17,7 @@ from sdrpn_eval.results.comparison import (
     Difference,
     MetricRow,
     NotCompared,
+    RunInfo,
     RunScore,
     TaskInfo,
 )
@@ -27,6 +28,9 @@ from sdrpn_eval.results.regions import where_it_looked
 from sdrpn_eval.results.scores import Document, Scores, all_scores
 from sdrpn_eval.results.stats import clustered, clustered_difference, holm, images_needed, sign_flip
 from sdrpn_eval.tasks_info import PROTOCOLS
+
+FACTS = ("versions", "weights", "device", "seeds", "source")
+"""The facts that reports show."""
 
 
 def gather(run: Run) -> Evidence:
@@ -74,24 +78,20 @@ def compare(
     return replace(comparison, tasks=infos)
 
 
-def _describe(evidence: Evidence, every: Sequence[Evidence]) -> dict[str, Any]:
+def _describe(evidence: Evidence, every: Sequence[Evidence]) -> RunInfo:
     run, facts = evidence.run, evidence.facts
     config = run.results["config"]
-    return {
-        "name": run.name,
-        "file": str(run.file),
-        "model": run.model,
-        "model_args": config.get("model_args"),
-        "batch_size": config.get("batch_size"),
-        "limit": run.limit,
-        "date": run.results["date"],
-        "labels": labels(evidence, every),
-        "facts": {
-            k: getattr(facts, k) for k in ("versions", "weights", "device", "seeds", "source")
-        }
-        if facts
-        else None,
-    }
+    return RunInfo(
+        name=run.name,
+        file=str(run.file),
+        model=run.model,
+        model_args=config.get("model_args"),
+        batch_size=config.get("batch_size"),
+        limit=run.limit,
+        date=run.results["date"],
+        labels=labels(evidence, every),
+        facts={name: getattr(facts, name) for name in FACTS} if facts else None,
+    )
 
 
 def _notes(evidence: Evidence) -> list[str]:

@@ -19,6 +19,26 @@ RIGHT = 0.5
 
 
 @dataclass(frozen=True)
+class RunInfo:
+    """A run, as reports name it.
+
+    Attributes:
+        labels: What a reader must know about it next to its name.
+        facts: Its versions, weights, device, seeds and source, if it left them.
+    """
+
+    name: str
+    file: str
+    model: str
+    model_args: Any
+    batch_size: Any
+    limit: float | None
+    date: str
+    labels: list[str]
+    facts: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
 class RunScore:
     """A run's mean score with its 95 % interval.
 
@@ -125,7 +145,7 @@ class NotCompared:
 class Comparison:
     """The result of a comparison; all runs are compared with runs[0]."""
 
-    runs: list[dict[str, Any]]
+    runs: list[RunInfo]
     rows: list[MetricRow]
     tasks: list[TaskInfo]
     not_compared: list[NotCompared]

@@ -96,7 +96,7 @@ def test_a_run_scored_anew_compares_with_its_record(data: Path, tmp_path: Path) 
     assert comparison.rows[0].differences[0].ties == 8
     assert comparison.rows[0].images == 4
     assert comparison.tasks[0].looks["anew"]["zoomed"] == 1
-    assert comparison.runs[1]["labels"][0].startswith("scored anew, from ")
+    assert comparison.runs[1].labels[0].startswith("scored anew, from ")
 
 
 # One's own tasks, mended
