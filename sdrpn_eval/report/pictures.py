@@ -62,7 +62,7 @@ class Album:
 def data_uri(image: Image.Image) -> str:
     """An image as a WebP data URI."""
     file = io.BytesIO()
-    image.convert("RGB").save(file, "WEBP", quality=QUALITY, method=4)
+    image.convert("RGB").save(file, "WEBP", quality=QUALITY, method=2)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 

@@ -44,30 +44,40 @@ class Documents(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class StoredData:
     """The rows of a task's data set, for tasks that show a column of images unchanged.
 
     Attributes:
-        files: The values of that column, undecoded.
+        rows: A data set of that column alone, undecoded.
         boxes: The column `box`; None without one.
     """
 
-    files: Sequence[Mapping[str, Any]]
+    rows: Any
+    column: str
     boxes: Sequence[Sequence[float] | None] | None
     _keys: dict[bytes, str] = field(default_factory=dict)
+    _last: tuple[bytes, Image.Image] | None = None
 
     def image(self, doc_id: int) -> Image.Image:
-        file = self.files[doc_id]
-        return load_image(file["bytes"] or Path(file["path"]))
+        return self._decoded(*self._file(doc_id))
 
     def key(self, doc_id: int) -> str:
-        """Decodes each distinct file once: documents share images."""
-        file = self.files[doc_id]
-        content = hashlib.blake2b(file["bytes"] or file["path"].encode()).digest()
-        if content not in self._keys:
-            self._keys[content] = image_key(self.image(doc_id))
-        return self._keys[content]
+        digest, source = self._file(doc_id)
+        if digest not in self._keys:  # documents share images
+            self._keys[digest] = image_key(self._decoded(digest, source))
+        return self._keys[digest]
+
+    def _file(self, doc_id: int) -> tuple[bytes, bytes | Path]:
+        """A digest of the stored file, and its content or path."""
+        file = self.rows[doc_id][self.column]
+        content = file["bytes"] or file["path"].encode()
+        return hashlib.blake2b(content).digest(), file["bytes"] or Path(file["path"])
+
+    def _decoded(self, digest: bytes, source: bytes | Path) -> Image.Image:
+        if self._last is None or self._last[0] != digest:
+            self._last = digest, load_image(source)
+        return self._last[1]
 
     def prompt(self, doc_id: int) -> None:
         return None
@@ -197,7 +207,7 @@ def _read_rows(config: Mapping[str, Any]) -> list[StoredData]:
     boxes = rows["box"][:] if "box" in rows.column_names else None
     undecoded = datasets.Image(decode=False)
     return [
-        StoredData(rows.select_columns(name).cast_column(name, undecoded)[name], boxes)
+        StoredData(rows.select_columns(name).cast_column(name, undecoded), name, boxes)
         for name, kind in rows.features.items()
         if isinstance(kind, datasets.Image)
     ]
