@@ -76,7 +76,6 @@ def ladder(
         # Imported here, so that --help answers at once.
         from sdrpn_eval.report.figures import draw_ladder
         from sdrpn_eval.report.write import show, write_comparison
-        from sdrpn_eval.results.compare import gather
         from sdrpn_eval.results.documents import load_data
         from sdrpn_eval.results.ladder import Ladder
 
@@ -88,10 +87,7 @@ def ladder(
                 notes.append(f"box is left out: the documents of {', '.join(bare)} have none")
             else:
                 runs.append(_run(plan, name))
-        evidence = [gather(run) for run in runs]
-        comparison, notes = write_comparison(
-            evidence, data, out / "comparison", seed=seed, notes=notes
-        )
+        comparison, notes = write_comparison(runs, data, out / "comparison", seed=seed, notes=notes)
         draw_ladder(comparison, caption(comparison, plan), [out / "ladder.png", out / "ladder.svg"])
         show(comparison, notes, console)
         say(f"{out / 'ladder.png'}, ladder.svg, comparison.html, .md and .json beside it")

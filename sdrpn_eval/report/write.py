@@ -14,11 +14,12 @@ from sdrpn_eval.results.comparability import Evidence
 from sdrpn_eval.results.compare import compare
 from sdrpn_eval.results.comparison import Comparison
 from sdrpn_eval.results.documents import Documents
+from sdrpn_eval.results.read import Run
 from sdrpn_eval.results.scores import Document
 
 
 def write_comparison(
-    evidence: Sequence[Evidence],
+    runs: Sequence[Run | Evidence],
     data: Mapping[str, Documents],
     stem: Path,
     *,
@@ -30,7 +31,7 @@ def write_comparison(
     """Compares runs with the first; writes STEM.json, STEM.md and STEM.html.
 
     Args:
-        evidence: The runs.
+        runs: Runs, or runs whose records have been read.
         data: Documents by task, for tasks that are on this machine.
         stem: Path of the files, without their suffix.
         boxes: True boxes by document, in pixels of its image.
@@ -44,7 +45,7 @@ def write_comparison(
     Raises:
         NotComparable: If runs differ in more than the model; names what differs.
     """
-    comparison = compare(evidence, data, boxes, seed)
+    comparison = compare(runs, data, boxes, seed)
     stem.parent.mkdir(parents=True, exist_ok=True)
     comparison.save(stem.with_suffix(".json"))
     stem.with_suffix(".md").write_text(text.markdown(comparison), encoding="utf-8")

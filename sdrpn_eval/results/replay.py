@@ -215,4 +215,4 @@ def _draw(replay: Replay, data: TaskData, grid_of: Any, out: Path) -> None:
     ]
     sheet(cards, out / "replay.png")
     for number, box in enumerate(replay.now.regions, start=1):
-        image.convert("RGB").crop(tuple(box)).save(out / f"crop_{number}.png")
+        image.convert("RGB").crop((box.x0, box.y0, box.x1, box.y1)).save(out / f"crop_{number}.png")

@@ -380,7 +380,7 @@ def test_command_says_what_changed(
     done = CliRunner().invoke(app, ["score", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
     said = " ".join(done.stdout.split())
-    assert "│ mine │ accuracy │ 0.0000 │ 1.0000 │ 8 │" in said
+    assert "mine, accuracy 0.0000 1.0000 8" in said
     assert "8 documents have another accuracy in mine." in said
     assert read_run(tmp_path / "run-rescored").results["results"]["mine"]["accuracy,none"] == 1
     done = CliRunner().invoke(app, ["score", str(tmp_path / "run")])
