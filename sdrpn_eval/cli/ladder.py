@@ -9,7 +9,7 @@ import typer
 
 from sdrpn.cli.shared import console, errors_as_sentences, say
 from sdrpn.config import PROPOSERS as PROPOSERS_OF_MODEL
-from sdrpn_eval.cli.options import SeedOption, at_least
+from sdrpn_eval.cli.options import SeedOption, at_least, split_names
 
 if TYPE_CHECKING:
     from sdrpn_eval.results.comparison import Comparison
@@ -63,16 +63,8 @@ def ladder(
     with errors_as_sentences():
         at_least(0, seed=seed)
         at_least(1, limit=limit)
-        names = [name for name in proposers.split(",") if name]
-        if len(set(names)) < max(len(names), 2):
-            raise ValueError(f"--proposers needs two different ones or more, got {proposers!r}")
-        known = (*PROPOSERS_OF_MODEL, "box")
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"--proposers must be of {', '.join(known)}, got {unknown[0]!r}")
-        if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
-            raise ValueError(f"--batch-size must be 1 or more, or auto, got {batch_size!r}")
-        if not tasks.strip(" ,"):
-            raise ValueError(f"--tasks names no task, got {tasks!r}")
+        names = _proposers(proposers)
+        _check_options(tasks, batch_size)
         # Imported here, so that --help answers at once.
         from sdrpn_eval.report.figures import draw_ladder
         from sdrpn_eval.report.write import show, write_comparison
@@ -91,6 +83,23 @@ def ladder(
         draw_ladder(comparison, caption(comparison, plan), [out / "ladder.png", out / "ladder.svg"])
         show(comparison, notes, console)
         say(f"{out / 'ladder.png'}, ladder.svg, comparison.html, .md and .json beside it")
+
+
+def _proposers(text: str) -> list[str]:
+    names = split_names(text)
+    if len(set(names)) < max(len(names), 2):
+        raise ValueError(f"--proposers needs two different ones or more, got {text!r}")
+    known = (*PROPOSERS_OF_MODEL, "box")
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--proposers must be of {', '.join(known)}, got {unknown[0]!r}")
+    return names
+
+
+def _check_options(tasks: str, batch_size: str) -> None:
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
+        raise ValueError(f"--batch-size must be 1 or more, or auto, got {batch_size!r}")
+    if not tasks.strip(" ,"):
+        raise ValueError(f"--tasks names no task, got {tasks!r}")
 
 
 def _run(plan: Ladder, proposer: str) -> Run:

@@ -28,7 +28,7 @@ class Documents(Protocol):
     """The documents of a task that this machine holds."""
 
     def image(self, doc_id: int) -> Image.Image | None:
-        """The first image of a document; None where it has none."""
+        """The first image of a document; None without one."""
         ...
 
     def key(self, doc_id: int) -> str | None:
@@ -94,7 +94,7 @@ class TaskData:
     task: Any
 
     def image(self, doc_id: int) -> Image.Image | None:
-        """The first image of a document; None where it has none."""
+        """The first image of a document; None without one."""
         visuals = self.task.doc_to_visual(self.task.eval_docs[doc_id]) or []
         return next((v for v in visuals if isinstance(v, Image.Image)), None)
 

@@ -86,6 +86,18 @@ def metric_key(name: str, task: TaskBaseline, wanted: str | None = None) -> str:
 def judge(
     name: str, key: str, before: TaskBaseline, after: TaskBaseline, allowed: float | None
 ) -> Verdict:
+    """Compares a task with its baseline.
+
+    Args:
+        name: Of the task.
+        key: Its metric, "metric,filter".
+        before: The baseline.
+        after: The run, in the form of a baseline, with the same documents.
+        allowed: Tolerance; None to decide later by noise, see `beyond_noise`.
+
+    Returns:
+        The verdict; without a reason if it is not decided yet.
+    """
     old, new = before.metrics[key], after.metrics[key]
     if [s is None for s in old.scores] != [s is None for s in new.scores]:
         return Verdict(name, key, BROKEN, f"{key} is scored on other documents than the baseline's")
