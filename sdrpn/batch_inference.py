@@ -1,34 +1,41 @@
-"""Answer a file of questions: in batches, image by image, stopped and gone on with at will."""
+"""Bulk answering: a file of questions to a file of answers, resumable at any moment."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from tqdm import tqdm
 
 from sdrpn import __version__
 from sdrpn.backbones.fingerprint import base_hash, weights_hash
-from sdrpn.engine import Answer, Question, ZoomModel
-from sdrpn.io.atomic import as_json, parse_json, whole
-from sdrpn.io.images import BadImage, inside, load_image
-from sdrpn.io.prefetch import ahead
+from sdrpn.engine import Question, ZoomModel
+from sdrpn.io.atomic import as_json, atomic_write, parse_json
+from sdrpn.io.images import load_image, safe_join
 from sdrpn.io.questions import Asked
-from sdrpn.io.resume_guard import claim
+from sdrpn.io.resumable import BatchRunner, append_lines, drop_incomplete_line, guard_settings
 
 ON_ERROR = ("raise", "empty")
+
+Line = dict[str, Any]
+"""One answer, or the error in its place, as JSON holds it."""
 
 
 class AnswerFile:
     """Answers as JSON lines, appended as they come; beside them, `NAME.settings.json`.
 
-    Only a file that this class began is written to. A last line that a killed process left half
-    written is dropped, and asked again.
+    Only a file that this class began is written to.
+
+    Args:
+        path: The file; its folder is made.
+
+    Raises:
+        ValueError: If the file exists and was not begun by `sdrpn answer`.
+        OSError: If it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,62 +47,64 @@ class AnswerFile:
                 f"{self.settings_path.name} beside it); use another --out"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):  # before the work, so that it is not in vain
+        with path.open("ab"):  # fails before the work rather than after it
             pass
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
-        """Note the settings of a new file; refuse one begun with others, naming what differs."""
+    def guard(self, settings: Mapping[str, Any]) -> None:
+        """Write the settings of a new file; refuse a file with others, naming what differs."""
         if not self.path.stat().st_size:
             self.settings_path.unlink(missing_ok=True)
-        claim(self.settings_path, settings, self.path)
+        guard_settings(self.settings_path, settings, self.path)
 
-    def read(self) -> dict[str, dict[str, Any]]:
-        """The lines by the id of their question, the latest of each."""
-        with self.path.open("rb+") as file:
-            content = file.read()
-            kept = content.rfind(b"\n") + 1
-            file.truncate(kept)
+    def read(self) -> dict[str, Line]:
+        """The lines by the id of their question, the latest of each; drops an incomplete one."""
         lines = {}
-        for number, line in enumerate(content[:kept].splitlines(), start=1):
+        for number, line in enumerate(drop_incomplete_line(self.path), start=1):
             try:
                 values = parse_json(line)
                 key, *_ = (values[name] for name in ("id", "image", "question"))
                 lines[str(key)] = values
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
-                    f"{self.path}, line {number}, is no answer; mend it, or use another --out"
+                    f"{self.path}, line {number}, is no answer; correct it, or use another --out"
                 ) from None
         return lines
 
-    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write lines at the end. Raises OSError that names the file, for a full disk too."""
-        try:
-            with self.path.open("ab") as file:
-                file.write(_as_text(lines))
-        except OSError as error:
-            raise OSError(f"{self.path} cannot be written: {error}") from error
+    def append(self, lines: Iterable[Line]) -> None:
+        """Write lines at the end."""
+        append_lines(self.path, map(_as_text, lines))
 
-    def sort(self, questions: Sequence[Asked]) -> dict[str, dict[str, Any]]:
+    def sort(self, questions: Sequence[Asked]) -> dict[str, Line]:
         """Bring the lines into the order of the questions, one each; returns them."""
         lines = self.read()
         ordered = {key: lines[key] for asked in questions if (key := str(asked.id)) in lines}
         if list(ordered) != list(lines) or len(lines) != self.path.read_bytes().count(b"\n"):
-            with whole(self.path) as part:
-                part.write_bytes(_as_text(ordered.values()))
+            with atomic_write(self.path) as part:
+                text = "".join(f"{_as_text(line)}\n" for line in ordered.values())
+                part.write_bytes(text.encode())
         return ordered
 
 
-def _as_text(lines: Iterable[Mapping[str, Any]]) -> bytes:
-    return "".join(as_json(line, ensure_ascii=False) + "\n" for line in lines).encode()
+def _as_text(line: Line) -> str:
+    return as_json(line, ensure_ascii=False)
 
 
 class AnswerJob:
-    """Ask `questions` and write their answers; see `run`.
+    """Asks questions and writes their answers; see `run`.
 
-    images: the folder the image paths start from. on_error: `raise` ends with the first question
-    that cannot be answered, named; `empty` gives it a line with the error, and goes on.
-    Raises ValueError where `out` holds something else than answers to these questions, asked with
-    these settings.
+    Args:
+        zoom: The model.
+        questions: What to ask.
+        images: Folder that the image paths start from.
+        out: Where answers go.
+        batch_size: Questions at a time; smaller where the memory does not suffice.
+        max_new_tokens: Longest answer.
+        on_error: `raise` ends the job at the first question that cannot be answered, by name;
+            `empty` writes a line with the error, and goes on.
+
+    Raises:
+        ValueError: If an option is out of range, or `out` holds answers to other questions, or
+            answers with other settings.
     """
 
     def __init__(
@@ -113,8 +122,9 @@ class AnswerJob:
         self.zoom, self.questions, self.images, self.out = zoom, questions, images, out
         self.batch_size, self.on_error = batch_size, on_error
         self.generation = {"max_new_tokens": max_new_tokens}
-        self._opened: dict[str, Image.Image | BadImage] = {}
-        out.claim(
+        # Questions on one image stand together: it is decoded once for all of them.
+        self._load = lru_cache(maxsize=1)(self._load_image)
+        out.guard(
             {
                 "model": zoom.backbone.name,
                 "model_hash": base_hash(zoom.backbone, zoom.backbone.num_layers),
@@ -129,22 +139,23 @@ class AnswerJob:
             }
         )
 
-    def run(self) -> dict[str, dict[str, Any]]:
+    def run(self) -> dict[str, Line]:
         """Ask what has no answer yet; returns the lines of all questions by id, in their order."""
         left = self._left()
-        batches = [left[s : s + self.batch_size] for s in range(0, len(left), self.batch_size)]
-        done = len(self.questions) - len(left)
+        runner = BatchRunner(
+            prepare=self._prepare,
+            run=self._ask,
+            recover=self._recover,
+            describe=str,
+            batch_size=self.batch_size,
+            remedy="ask on a device with more memory, or with a smaller --dtype",
+        )
+        batches = (left[s : s + self.batch_size] for s in range(0, len(left), self.batch_size))
+        total, done = len(self.questions), len(self.questions) - len(left)
         try:
-            with (
-                closing(ahead(batches, self._open)) as coming,
-                tqdm(total=len(self.questions), initial=done, unit="question") as progress,
-            ):
-                for batch, opened in coming:
-                    lines, errors = self._lines(batch, opened)
-                    self.out.append(lines)
-                    if errors and self.on_error == "raise":
-                        raise ValueError(errors[0])
-                    progress.update(len(batch))
+            with closing(runner(batches, total=total, initial=done, unit="question")) as results:
+                for answered in results:
+                    self.out.append(line for _, line in answered)
         finally:
             self.zoom.forget_prepared()
         return self.out.sort(self.questions)
@@ -174,61 +185,34 @@ class AnswerJob:
                 by_image.setdefault(asked.image, []).append(asked)
         return [asked for group in by_image.values() for asked in group]
 
-    def _open(self, batch: Sequence[Asked]) -> list[Question | BadImage]:
-        """The batch's questions; an image is decoded once for all that stand together."""
-        names = dict.fromkeys(asked.image for asked in batch)
-        self._opened = {name: self._opened.get(name) or self._load(name) for name in names}
-        opened: list[Question | BadImage] = []
-        for asked in batch:
-            image = self._opened[asked.image]
-            bad = isinstance(image, BadImage)
-            opened.append(image if bad else Question(asked.question, (image,)))
-        self.zoom.prepare([one for one in opened if isinstance(one, Question)])
-        return opened
+    def _prepare(self, asked: Asked) -> Question:
+        question = Question(asked.question, (self._load(asked.image),))
+        self.zoom.prepare([question])
+        return question
 
-    def _load(self, name: str) -> Image.Image | BadImage:
-        try:
-            return load_image(inside(self.images, name))
-        except BadImage as error:
-            return error
+    def _load_image(self, name: str) -> Image.Image:
+        return load_image(safe_join(self.images, name))
 
-    def _lines(
-        self, batch: Sequence[Asked], opened: Sequence[Question | BadImage]
-    ) -> tuple[list[dict[str, Any]], list[str]]:
-        """The lines of a batch, and what kept questions from being answered, each with its name."""
-        said = iter(self._ask([one for one in opened if isinstance(one, Question)]))
-        outcomes = [next(said) if isinstance(one, Question) else one for one in opened]
-        lines, errors = [], []
-        for asked, outcome in zip(batch, outcomes, strict=True):
-            if isinstance(outcome, Answer):
-                lines.append(_line(asked, **outcome.described()))
-                continue
-            errors.append(f"{asked}: {outcome}")
-            if self.on_error == "empty":
-                lines.append(_line(asked, answer="", error=str(outcome)))
-        return lines, errors
+    def _ask(self, batch: Sequence[Asked], questions: Sequence[Question]) -> list[Line]:
+        answers = self.zoom.ask_batch(questions, self.generation)
+        return [_line(a, **answer.described()) for a, answer in zip(batch, answers, strict=True)]
 
-    def _ask(self, questions: Sequence[Question]) -> list[Answer | ValueError]:
-        """Answers; where a batch fails, each question by itself, to find the one that does it."""
-        try:
-            return [*self.zoom.ask_batch(questions, self.generation)]
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"{error}; try a smaller --batch-size than {self.batch_size}"
-            ) from None
-        except ValueError as error:
-            if len(questions) == 1:
-                return [error]
-        return [one for question in questions for one in self._ask([question])]
+    def _recover(self, asked: Asked, _: Question | None, error: Exception) -> Line:
+        """The line of a question that failed, by `on_error`."""
+        if not isinstance(error, ValueError):  # no fault of the question's
+            raise error
+        if self.on_error == "raise":
+            raise ValueError(f"{asked}: {error}") from error
+        return _line(asked, answer="", error=str(error))
 
 
-def _line(asked: Asked, **said: Any) -> dict[str, Any]:
+def _line(asked: Asked, **said: Any) -> Line:
     entry = {"id": asked.id, "image": asked.image, "question": asked.question}
     return entry | said | {"given": dict(asked.given)}
 
 
 def check_options(batch_size: int, max_new_tokens: int, on_error: str) -> None:
-    """Raise ValueError for options that make no sense."""
+    """Raises ValueError for options that are out of range."""
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError(
             f"batch_size and max_new_tokens must be 1 or more, got {batch_size}, {max_new_tokens}"

@@ -19,7 +19,7 @@ from PIL import Image
 
 from sdrpn.io.images import image_key
 from sdrpn.io.plurals import counted
-from sdrpn.io.prefetch import ahead as made_ahead
+from sdrpn.io.resumable import prefetch as made_ahead
 from sdrpn_eval.generation import group_key
 
 IMAGE_PLACEHOLDER = "<image>"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,17 @@ from sdrpn.distill.label_dataset import (
     read_settings,
     read_shard,
     shard_path,
-    shards_of,
+    shard_paths,
     summarise,
     write_shard,
 )
-from sdrpn.distill.pseudo_labels import FOREGROUND, judge
+from sdrpn.distill.pseudo_labels import FOREGROUND, label_cells
 from sdrpn.distill.questions import Item
 from sdrpn.draw import Card, sheet
 from sdrpn.engine import Question, ZoomModel
-from sdrpn.io.atomic import remove_parts, whole
-from sdrpn.io.images import BadImage, image_key, inside, load_image
-from sdrpn.io.prefetch import ahead
-from sdrpn.io.resume_guard import claim
+from sdrpn.io.atomic import atomic_write, remove_partial_files
+from sdrpn.io.images import BadImage, image_key, load_image, safe_join
+from sdrpn.io.resumable import BatchRunner, guard_settings
 from sdrpn.roi.proposers import known_labels
 
 logger = logging.getLogger(__name__)
@@ -51,6 +50,11 @@ MAX_BAD_SHARE = 0.05
 """More unreadable images than this are an error at the end: the image folder is likely wrong."""
 BAD_IMAGE = "image "
 """How the reasons of rows begin whose image could not be used."""
+READERS = 4
+"""Threads that decode the images of the next batch."""
+
+Place = tuple[int, int]
+"""(shard, question in it)."""
 
 
 class LabelJob:
@@ -95,19 +99,45 @@ class LabelJob:
     def run(self) -> None:
         """Write every shard that is missing; returns when those of all processes are there."""
         if self.state.is_main_process:
-            self._claim()
+            self._guard()
         self.state.wait_for_everyone()
         missing = [k for k in range(self.shards) if not self._is_whole(k)]
         # Nobody writes a shard before everybody has seen which are missing.
         self.state.wait_for_everyone()
-        own = missing[self.state.process_index :: self.state.num_processes]
-        total = sum(len(self._items(k)) for k in own)
-        title = "Labelling" if self.state.num_processes == 1 else "Labelling (this process)"
-        hidden = not self.state.is_main_process
-        with tqdm(total=total, desc=title, unit="question", disable=hidden) as progress:
-            for k in own:
-                write_shard(list(self._label(self._items(k), progress)), self._path(k))
+        self._write(missing[self.state.process_index :: self.state.num_processes])
         self.state.wait_for_everyone()
+
+    def _write(self, shards: Sequence[int]) -> None:
+        runner = BatchRunner(
+            prepare=self._open,
+            run=self._label,
+            recover=self._without_image,
+            describe=lambda place: f"question {self._item(place).id!r}",
+            batch_size=self.batch_size,
+            remedy="label on a device with more memory, or with a smaller --dtype",
+            workers=READERS,
+        )
+        alone = self.state.num_processes == 1
+        progress = {
+            "total": sum(len(self._items(k)) for k in shards),
+            "desc": "Labelling" if alone else "Labelling (this process)",
+            "unit": "question",
+            "disable": not self.state.is_main_process,
+        }
+        batches = (batch for k in shards for batch in self._batches(k))
+        rows: dict[int, dict[str, Any]] = {}
+        with closing(runner(batches, **progress)) as results:
+            for labelled in results:
+                rows |= {number: row for (_, number), row in labelled}
+                shard = labelled[0][0][0]
+                if len(rows) == len(self._items(shard)):
+                    write_shard([rows[i] for i in sorted(rows)], self._path(shard))
+                    rows.clear()
+
+    def _batches(self, shard: int) -> Iterator[list[Place]]:
+        places = [(shard, number) for number in range(len(self._items(shard)))]
+        for start in range(0, len(places), self.batch_size):
+            yield places[start : start + self.batch_size]
 
     def _path(self, shard: int) -> Path:
         return shard_path(self.out, shard, self.shards)
@@ -129,30 +159,23 @@ class LabelJob:
     def _items(self, shard: int) -> Sequence[Item]:
         return self.items[shard * self.shard_size : (shard + 1) * self.shard_size]
 
-    def _claim(self) -> None:
+    def _item(self, place: Place) -> Item:
+        shard, number = place
+        return self._items(shard)[number]
+
+    def _guard(self) -> None:
         """Note the settings; refuse a folder that was begun with others."""
         self.out.mkdir(parents=True, exist_ok=True)
-        remove_parts(self.out)
-        remove_parts(self.out / IMAGES_FOLDER)
-        claim(self.out / SETTINGS_FILE, self.settings)
+        remove_partial_files(self.out)
+        remove_partial_files(self.out / IMAGES_FOLDER)
+        guard_settings(self.out / SETTINGS_FILE, self.settings)
 
-    def _label(self, items: Sequence[Item], progress: tqdm) -> Iterator[dict[str, Any]]:
-        """Rows of one shard, in their order. Images of the next batch are read meanwhile."""
-        starts = range(0, len(items), self.batch_size)
-        batches = [items[s : s + self.batch_size] for s in starts]
-        with ThreadPoolExecutor(4) as pool:
-            for batch, opened in ahead(batches, lambda b: list(pool.map(self._open, b))):
-                yield from self._rows(batch, opened)
-                progress.update(len(batch))
-
-    def _open(self, item: Item) -> tuple[str, Image.Image] | BadImage:
-        try:
-            if item.content is not None:
-                return self._keep(item.content(), item.id)
-            assert self.images is not None
-            return item.image, load_image(inside(self.images, item.image))
-        except BadImage as error:
-            return error
+    def _open(self, place: Place) -> tuple[str, Image.Image]:
+        item = self._item(place)
+        if item.content is not None:
+            return self._keep(item.content(), item.id)
+        assert self.images is not None
+        return item.image, load_image(safe_join(self.images, item.image))
 
     def _keep(self, content: bytes, name: str) -> tuple[str, Image.Image]:
         """An image that came inside a data set, kept as a file that training can read."""
@@ -161,38 +184,37 @@ class LabelJob:
         path = self.out / IMAGES_FOLDER / file
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            with whole(path) as part:
+            with atomic_write(path) as part:
                 image.save(part, "PNG")
         return file, image
 
-    def _rows(
-        self, items: Sequence[Item], opened: Sequence[tuple[str, Image.Image] | BadImage]
+    def _label(
+        self, places: Sequence[Place], opened: Sequence[tuple[str, Image.Image]]
     ) -> list[dict[str, Any]]:
-        good = [i for i, one in enumerate(opened) if not isinstance(one, BadImage)]
-        pictures: Any = opened
-        asked = [Question(items[i].question, (pictures[i][1],)) for i in good]
-        labelled = dict(zip(good, label_batch(self.zoom, asked) if asked else [], strict=True))
-        rows = []
-        for i, (item, one) in enumerate(zip(items, opened, strict=True)):
-            if isinstance(one, BadImage):
-                reason = f"{BAD_IMAGE}{one.reason}"
-                rows.append(label_row(item.id, item.image, item.question, reason=reason))
-                continue
-            made = labelled[i]
-            rows.append(
-                label_row(
-                    item.id,
-                    one[0],
-                    item.question,
-                    made.response,
-                    grounding=made.grounding,
-                    sink=made.sink,
-                    labels=made.labels,
-                    extent=made.grid.extent,
-                    reason=made.reason,
-                )
+        items = [self._item(place) for place in places]
+        pairs = zip(items, opened, strict=True)
+        made = label_batch(self.zoom, [Question(item.question, (i,)) for item, (_, i) in pairs])
+        return [
+            label_row(
+                item.id,
+                file,
+                item.question,
+                one.response,
+                grounding=one.grounding,
+                sink=one.sink,
+                labels=one.labels,
+                extent=one.grid.extent,
+                reason=one.reason,
             )
-        return rows
+            for item, (file, _), one in zip(items, opened, made, strict=True)
+        ]
+
+    def _without_image(self, place: Place, _: Any, error: Exception) -> dict[str, Any]:
+        """The row of a question whose image cannot be used; raises any other error."""
+        if not isinstance(error, BadImage):
+            raise error
+        item = self._item(place)
+        return label_row(item.id, item.image, item.question, reason=f"{BAD_IMAGE}{error.reason}")
 
 
 def relabel(source: Path, out: Path, config: LabelConfig) -> None:
@@ -205,12 +227,12 @@ def relabel(source: Path, out: Path, config: LabelConfig) -> None:
     if out.resolve() == source.resolve():
         raise ValueError(f"{out} is where the labels come from; relabel into another folder")
     settings = read_settings(source)
-    shards, tokens = shards_of(source), settings["image_tokens"]
+    shards, tokens = shard_paths(source), settings["image_tokens"]
     root = image_root(source).resolve()
     made = {"labels": asdict(config), "images": str(root), "relabelled_from": str(source.resolve())}
     out.mkdir(parents=True, exist_ok=True)
-    remove_parts(out)
-    claim(out / SETTINGS_FILE, settings | made)
+    remove_partial_files(out)
+    guard_settings(out / SETTINGS_FILE, settings | made)
     for path in tqdm(shards, desc="Relabelling", unit="shard"):
         rows: Any = read_shard(path, tokens)
         write_shard([_judge_anew(row, config) for row in rows], out / path.name)
@@ -221,7 +243,7 @@ def _judge_anew(row: dict[str, Any], config: LabelConfig) -> dict[str, Any]:
         return row
     shape = row["rows"], row["columns"]
     grounding, sink = (np.array(row[n], np.float32).reshape(shape) for n in ("grounding", "sink"))
-    labels, reason = judge(grounding, sink, config)
+    labels, reason = label_cells(grounding, sink, config)
     words = (row[name] for name in ("id", "image", "question", "response"))
     return label_row(
         *words,
@@ -252,7 +274,7 @@ def preview(out: Path, count: int, seed: int = 0) -> Path:
 
 
 def _card(row: dict[str, Any], root: Path) -> Card:
-    image = load_image(inside(root, row["image"]))
+    image = load_image(safe_join(root, row["image"]))
     shape = row["rows"], row["columns"]
     grounding = np.array(row["grounding"], np.float32).reshape(shape)
     foreground = (np.array(row["labels"]) == FOREGROUND).reshape(shape).astype(float)

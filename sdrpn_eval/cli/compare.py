@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdrpn.cli.shared import console, errors_as_sentences, say
+from sdrpn.cli.shared import console, report_errors, say
 from sdrpn.io.plurals import counted
 from sdrpn_eval.cli.options import SeedOption, at_least, split_names
 
@@ -52,7 +52,7 @@ def compare(
 
       sdrpn-eval compare out/stock out/rpn out/llava_hf --tasks textvqa_val
     """
-    with errors_as_sentences():
+    with report_errors():
         # Imported here, so that --help answers at once.
         from sdrpn_eval.report.write import show, write_comparison
         from sdrpn_eval.results.comparability import common_tasks

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sdrpn.cli.shared import console, errors_as_sentences, say
+from sdrpn.cli.shared import console, report_errors, say
 from sdrpn_eval.cli.options import SeedOption, at_least, split_names
 
 
@@ -29,7 +29,7 @@ def curve(
 
       sdrpn-eval curve out/stock out/published out/t005 out/t015 --out curve
     """
-    with errors_as_sentences():
+    with report_errors():
         # Imported here, so that --help answers at once.
         from sdrpn_eval.report.curve import lines, write
         from sdrpn_eval.results.threshold_curve import curves

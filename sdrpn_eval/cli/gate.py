@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdrpn.cli.shared import errors_as_sentences
+from sdrpn.cli.shared import report_errors
 from sdrpn_eval.cli.options import at_least
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def gate(
 
       sdrpn-eval gate out/rpn --baseline baselines/tiny.json --max-age 2
     """
-    with errors_as_sentences():
+    with report_errors():
         # Imported here, so that --help answers at once.
         from sdrpn_eval.results.gate import update_baseline
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdrpn.cli.shared import console, errors_as_sentences, say
+from sdrpn.cli.shared import console, report_errors, say
 from sdrpn.config import PROPOSERS as PROPOSERS_OF_MODEL
 from sdrpn_eval.cli.options import SeedOption, at_least, split_names
 
@@ -60,7 +60,7 @@ def ladder(
 
       sdrpn-eval ladder --tasks textvqa_val,vstar --model_args dtype=bfloat16 --out out/7b
     """
-    with errors_as_sentences():
+    with report_errors():
         at_least(0, seed=seed)
         at_least(1, limit=limit)
         names = _proposers(proposers)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdrpn.cli.shared import errors_as_sentences, say
+from sdrpn.cli.shared import report_errors, say
 from sdrpn_eval.cli.options import IncludePathOption
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def replay(
 
       sdrpn-eval replay out/rpn --doc tiny_vstar:17 --model_args proposer=attention,threshold=0.1
     """
-    with errors_as_sentences():
+    with report_errors():
         task, _, number = doc.rpartition(":")
         if not task or not (number.isascii() and number.isdecimal()):
             raise ValueError(f"--doc must be TASK:ID, such as tiny_vstar:17, got {doc!r}")

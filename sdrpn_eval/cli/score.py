@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdrpn.cli.shared import console, errors_as_sentences, say
+from sdrpn.cli.shared import console, report_errors, say
 from sdrpn.io.plurals import agree, counted
 from sdrpn_eval.cli.options import IncludePathOption
 
@@ -44,7 +44,7 @@ def score(
 
       sdrpn-eval score out/stock --task docvqa_val --include_path my_tasks --out out/stock-mended
     """
-    with errors_as_sentences():
+    with report_errors():
         # Imported here, so that --help answers at once.
         from sdrpn_eval.results.documents import task_manager
         from sdrpn_eval.results.rescore import beside, changes, score_again

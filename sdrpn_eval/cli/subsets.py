@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdrpn.cli.shared import errors_as_sentences
+from sdrpn.cli.shared import report_errors
 from sdrpn.io.plurals import counted
 from sdrpn_eval.cli.options import split_names
 
@@ -38,7 +38,7 @@ def make(
 
     sdrpn-eval subsets make --out mine --tasks chartqa_ci --by type
     """
-    with errors_as_sentences():
+    with report_errors():
         # Imported here, so that --help answers at once.
         from sdrpn_eval.subsets import make_subset
 
@@ -61,7 +61,7 @@ def cut(
 
     Then, there: SDRPN_DATA=ci-data lmms-eval ... --tasks sdrpn_ci
     """
-    with errors_as_sentences():
+    with report_errors():
         for task in _known(tasks):
             loaded = load_task(task)
             path = out / task / f"{loaded.config.test_split}-00000-of-00001.parquet"

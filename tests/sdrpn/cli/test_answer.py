@@ -358,14 +358,32 @@ def test_a_question_too_long_is_the_only_one_to_fail(
     assert [line["id"] for line in answers(folder) if line["answer"]] == ["q0", "q6"]
 
 
-def test_too_little_memory_says_what_to_do(folder: Path, engine: Asked) -> None:
+def test_batches_are_halved_where_the_memory_does_not_suffice(folder: Path, engine: Asked) -> None:
+    """With the answers that a larger memory gives; what was answered before stays."""
+    assert answer(folder, out="whole.jsonl")[0] == 0
+    engine.batches.clear()
+
+    def full() -> None:
+        if len(engine.batches[-1]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine.after = full
+    code, said = answer(folder, "--batch-size", "5")
+    assert code == 0, said
+    assert [len(batch) for batch in engine.batches] == [5, 3, 2, 2, 1, 2, 2, 1]
+    assert timeless(answers(folder)) == timeless(answers(folder, "whole.jsonl"))
+
+
+def test_a_question_that_does_not_fit_alone_ends_it_and_is_named(
+    folder: Path, engine: Asked
+) -> None:
     def full() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     engine.after = full
     code, said = answer(folder, "--on-error", "empty")
     assert code == 2
-    assert "try a smaller --batch-size than 2" in said
+    assert "line 1, question 'q0' does not fit the memory even alone; ask on a device with" in said
     assert answers(folder) == []
 
 

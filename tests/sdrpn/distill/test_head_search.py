@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +22,16 @@ from sdrpn.boxes import PixelBox
 from sdrpn.cli import app
 from sdrpn.config import LABELS_13B, LayerHeads
 from sdrpn.distill import probes
-from sdrpn.distill.attention_probe import Asked, Listener
-from sdrpn.distill.head_search import CHOSEN, ELSEWHERE, Findings, find_heads, load_label_config
+from sdrpn.distill.attention_probe import AttentionProbe, ProbeQuestion
+from sdrpn.distill.head_search import (
+    CHOSEN,
+    ELSEWHERE,
+    Findings,
+    find_heads,
+    heat_map,
+    load_label_config,
+    save_findings,
+)
 from sdrpn.distill.label import label
 from sdrpn.distill.probes import (
     COLOURS,
@@ -35,17 +45,18 @@ from sdrpn.distill.probes import (
     texture,
 )
 from sdrpn.distill.scores import (
+    Sinks,
     Targets,
-    branch_layer,
+    choose_branch_layer,
     find_sinks,
     iou,
     join_heads,
-    ranked,
+    rank_heads,
     score_maps,
 )
 from sdrpn.inference.attention_rows import Rows
 from sdrpn_eval.demo import BENCHMARK, tiny_path
-from sdrpn_eval.demo.make_benchmark import benchmark_rows
+from tools.tiny_vstar.make_benchmark import benchmark_rows
 
 runner = CliRunner()
 CONFIG = LabelConfig(grounding=(), sink=(), vicrop_layer=0, sink_threshold=0.5)
@@ -221,8 +232,8 @@ def test_iou_is_of_areas() -> None:
 def test_ranking_is_by_iou_then_by_mass() -> None:
     ious = np.array([[0.1, 0.3, 0.0], [0.3, 0.2, 0.0]])
     masses = np.array([[0.9, 0.1, 0.0], [0.2, 0.1, 0.1]])
-    assert ranked(ious, masses, 4) == [(1, 0), (0, 1), (1, 1), (0, 0)]
-    assert ranked(ious, masses, 5)[4] == (1, 2)
+    assert rank_heads(ious, masses, 4) == [(1, 0), (0, 1), (1, 1), (0, 0)]
+    assert rank_heads(ious, masses, 5)[4] == (1, 2)
 
 
 def test_heads_join_while_they_help() -> None:
@@ -231,7 +242,7 @@ def test_heads_join_while_they_help() -> None:
     maps = np.stack([looks(t5=0.5), looks(t12=0.5), looks(t6=0.5), looks(t5=0.5)])[None]
     sinks = np.zeros((1, 16))
     assert join_heads(maps, sinks, [target], CONFIG) == [(0, 0.5), (2, 1.0)]
-    assert join_heads(maps, sinks, [target], CONFIG, most=1) == [(0, 0.5)]
+    assert join_heads(maps, sinks, [target], CONFIG, max_heads=1) == [(0, 0.5)]
     alone = np.stack([looks(t5=0.5, t6=0.5), looks(t6=0.5)])[None]
     assert join_heads(alone, sinks, [target], CONFIG) == [(0, 1.0)]
 
@@ -311,7 +322,7 @@ def test_sinks_are_found_where_they_stand_out_most() -> None:
     means = np.stack([heard(targets, *layer) for layer in layers], axis=1)
     found = find_sinks(means, targets)
     assert (found.layer, found.threshold, found.per_image) == (1, 0.05, 1)
-    assert "in layer 1 1.0 tokens an image take 0.25 or more" in found.why
+    assert "in layer 1, 1.0 tokens per image have an attention of 0.25 or more" in found.why
     for row, target in zip(means[:, 1], targets, strict=True):
         assert np.flatnonzero(row >= found.threshold).tolist() == [30 + target.image]
     assert find_sinks(means[:, 2:], targets).layer == 0
@@ -391,6 +402,23 @@ def test_a_sink_is_one_under_every_question() -> None:
     assert (found.layer, found.per_image) == (0, 0.75)
 
 
+def test_an_image_with_one_question_does_not_end_the_count() -> None:
+    """The first image has one question, and the three behind it have three each."""
+    targets = questions()
+    maps = heard(targets, 0.25, 0.01)
+    found = find_sinks(maps[2:, None], targets[2:])
+    assert (found.layer, found.per_image) == (0, 1)
+
+
+def test_a_sink_is_measured_within_its_own_map() -> None:
+    """Under one question in three all attention is a tenth: 0.025 is 26 times the mean there."""
+    targets = questions()
+    maps = heard(targets, 0.25, 0.01)
+    maps[::3] /= 10
+    found = find_sinks(maps[:, None], targets)
+    assert (found.layer, found.per_image) == (0, 1)
+
+
 def test_a_sink_s_level_is_what_nearly_all_take() -> None:
     """Of twelve, eleven at 0.2 and one at 0.1: the 5 % quantile lies 0.55 of the way, 0.155."""
     targets = questions()
@@ -400,16 +428,16 @@ def test_a_sink_s_level_is_what_nearly_all_take() -> None:
 
 
 def test_branch_layer_is_just_past_the_best_head() -> None:
-    assert branch_layer(14, 32, 3) == (
+    assert choose_branch_layer(14, 32, 3) == (
         15,
-        "B = 15: the best pointing head is in layer 14, and B is just past it",
+        "B = 15: just above the best pointing head, which is in layer 14",
     )
-    assert branch_layer(0, 6, 3)[0] == 1
-    deep, reason = branch_layer(5, 6, 3)
+    assert choose_branch_layer(0, 6, 3)[0] == 1
+    deep, reason = choose_branch_layer(5, 6, 3)
     assert deep == 3
-    assert "R = 3 layers must be left of 6" in reason
-    with pytest.raises(ValueError, match="depth 6 needs more than the 6 layers"):
-        branch_layer(0, 6, 6)
+    assert "R = 3 of the 6 layers must be left" in reason
+    with pytest.raises(ValueError, match="depth 6 needs more than 6 backbone layers"):
+        choose_branch_layer(0, 6, 6)
 
 
 # --- the tiny model ----------------------------------------------------------------------------
@@ -450,7 +478,7 @@ def test_where_a_probe_should_be_looked_at(tiny: ZoomModel) -> None:
     red = Disc("red", "level", (30.0, 30.0), 12.8, 16.0)
     blue = Disc("blue", "level", (130.0, 130.0), 10.0, 16.0)
     probe = Probe(Image.new("RGB", (160, 160)), (red, blue))
-    asked = Listener(tiny, 1).questions([probe, probe])
+    asked = AttentionProbe(tiny, 1).questions([probe, probe])
     assert [one.question for one in asked[:2]] == [
         "what pattern is on the red disc ?",
         "what pattern is on the blue disc ?",
@@ -470,15 +498,15 @@ def test_where_a_probe_should_be_looked_at(tiny: ZoomModel) -> None:
 def test_what_was_said_leaves_special_tokens_out(tiny: ZoomModel) -> None:
     tokenizer = tiny.backbone.tokenizer
     ids = (tokenizer.eos_token_id, *tokenizer("red", add_special_tokens=False)["input_ids"])
-    one = Listener(tiny, 1).questions([draw_probes(0, 1)[0]])[0]
-    assert Listener(tiny, 1).text(replace(one, response=ids)) == "red"
+    one = AttentionProbe(tiny, 1).questions([draw_probes(0, 1)[0]])[0]
+    assert AttentionProbe(tiny, 1).text(replace(one, response=ids)) == "red"
 
 
 def test_probes_that_do_not_fit_the_context_are_left_out(
     tiny: ZoomModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tiny model answers a colour and a pattern: two tokens, for which there must be room."""
-    listener = Listener(tiny, 8)
+    listener = AttentionProbe(tiny, 8)
     asked = listener.questions(draw_probes(0, 2))
     prompt = len(tiny.backbone.plain_ids(asked[0].question)) - 1 + 64
     (length,) = {len(one.response) for one in listener.answer(asked, 128)}
@@ -486,7 +514,7 @@ def test_probes_that_do_not_fit_the_context_are_left_out(
     assert len(listener.answer(asked, 128)) == len(asked)
     monkeypatch.setattr(tiny.backbone, "context_length", prompt + length - 1)
     assert listener.answer(asked, 128) == []
-    with pytest.raises(ValueError, match="answered no probe question with a word, or with none"):
+    with pytest.raises(ValueError, match="gave no answer to any probe question, or none"):
         find_heads(tiny, scenes=4)
     monkeypatch.setattr(tiny.backbone, "context_length", prompt)
     with pytest.raises(ValueError, match=rf"of {prompt} tokens leaves no room for an answer in"):
@@ -521,7 +549,7 @@ def test_labels_from_the_chosen_heads_are_better_than_from_the_whole_layer(
     assert means["chosen"] > means["all"] + 0.03
 
 
-def planted(self: Listener, asked: list[Asked], layers: list[int], title: str):
+def planted(self: AttentionProbe, asked: list[ProbeQuestion], layers: list[int], title: str):
     """Heads 2.1 and 4.0 each see half of what was asked; a ground token drowns every map."""
     for one in asked:
         sink = int(np.flatnonzero(~one.target.objects)[0])
@@ -535,7 +563,7 @@ def planted(self: Listener, asked: list[Asked], layers: list[int], title: str):
 def test_planted_heads_and_sinks_are_found(
     tiny: ZoomModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Listener, "listen", planted)
+    monkeypatch.setattr(AttentionProbe, "read_attention", planted)
     found = find_heads(tiny, scenes=8)
     (first, alone), (second, together) = found.joined
     assert {first, second} == {(2, 1), (4, 0)}
@@ -557,6 +585,106 @@ def test_a_random_model_is_not_trusted(llava: Llava15) -> None:
     assert found.held_out[CHOSEN]["iou"] < 0.05
 
 
+# --- what is reported --------------------------------------------------------------------------
+
+
+def findings(**changes: Any) -> Findings:
+    """Two layers of three heads, of which 1.2 and 0.0 were chosen."""
+    labels = LabelConfig(
+        grounding=(LayerHeads(0, (0,)), LayerHeads(1, (2,))),
+        sink=(LayerHeads(1),),
+        vicrop_layer=1,
+        sink_threshold=0.05,
+    )
+    scores = np.arange(6.0).reshape(2, 3) / 7
+    made = Findings(
+        labels=labels,
+        sinks=Sinks(1, 0.05, 1.5, "they stand out"),
+        joined=[((1, 2), 0.123456), ((0, 0), 0.2)],
+        branch_layer=1,
+        branch_why="just past it",
+        scores={name: scores + i for i, name in enumerate(("mass", "hits", "iou", "kept"))},
+        held_out={CHOSEN: {"iou": 0.4}, ELSEWHERE: {"iou": 0.1}},
+        facts={"model": "a model", "answers": {}},
+    )
+    return replace(made, **changes)
+
+
+def test_the_report_holds_all_but_the_labels() -> None:
+    rows = [[0.0, 0.1429, 0.2857], [0.4286, 0.5714, 0.7143]]
+    assert findings().report() == {
+        "model": "a model",
+        "answers": {},
+        "joined": [{"layer": 1, "head": 2, "iou": 0.1235}, {"layer": 0, "head": 0, "iou": 0.2}],
+        "held_out": {CHOSEN: {"iou": 0.4}, ELSEWHERE: {"iou": 0.1}},
+        "follows_question": True,
+        "sinks": {"layer": 1, "threshold": 0.05, "per_image": 1.5, "why": "they stand out"},
+        "branch_layer": 1,
+        "branch_why": "just past it",
+        "scores": {
+            name: [[pytest.approx(value + i) for value in row] for row in rows]
+            for i, name in enumerate(("mass", "hits", "iou", "kept"))
+        },
+    }
+
+
+@pytest.mark.parametrize(("elsewhere", "follows"), [(0.2, False), (0.199, True), (0.4, False)])
+def test_heads_follow_the_question_where_another_disc_gets_less_than_half(
+    elsewhere: float, follows: bool
+) -> None:
+    held_out = {CHOSEN: {"iou": 0.4}, ELSEWHERE: {"iou": elsewhere}}
+    assert findings(held_out=held_out).follows_question is follows
+
+
+def test_the_heat_map_shows_scores_chosen_heads_and_the_branch_layer() -> None:
+    made = findings()
+    figure = heat_map(made)
+    for axis, name in zip(figure.axes[:2], ("iou", "mass"), strict=True):
+        assert np.array_equal(np.asarray(axis.images[0].get_array()), made.scores[name])
+        assert axis.images[0].get_clim()[0] == 0
+        assert (axis.get_xlabel(), axis.get_ylabel()) == ("head", "layer")
+        frames = [patch.get_bbox().extents.tolist() for patch in axis.patches]
+        assert frames == [[-0.5, -0.5, 0.5, 0.5], [1.5, 0.5, 2.5, 1.5]]
+        assert not any(patch.get_fill() for patch in axis.patches)
+        assert [set(line.get_ydata()) for line in axis.lines] == [{0.5}]
+    bars = figure.axes[2]
+    assert [bar.get_width() for bar in bars.patches] == [0.4, 0.1]
+    assert [text.get_text() for text in bars.texts] == ["0.400", "0.100"]
+    assert [label.get_text().replace("\n", " ") for label in bars.get_yticklabels()] == [
+        CHOSEN,
+        ELSEWHERE,
+    ]
+    assert bars.get_xlim() == (0, 0.5)
+    assert bars.yaxis_inverted()
+    low = heat_map(findings(held_out={CHOSEN: {"iou": 0.0}, ELSEWHERE: {"iou": 0.0}}))
+    assert low.axes[2].get_xlim() == (0, 0.125)  # never of no width
+
+
+def test_findings_are_written_below_folders_that_are_missing(tmp_path: Path) -> None:
+    made = findings()
+    out = save_findings(made, str(tmp_path / "a" / "b"))
+    assert out == tmp_path / "a" / "b"
+    assert {path.name for path in out.iterdir()} == {"heads.png", "report.json", "heads.json"}
+    assert load_label_config(out) == made.labels
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(made.report()))
+    assert save_findings(made, out) == out  # over it
+
+
+def test_the_defaults_of_the_search() -> None:
+    """60 pictures of 448 px, at most 7 heads, for an RPN of three layers: docs/heads.md."""
+    parameters = inspect.signature(find_heads).parameters
+    defaults = {name: p.default for name, p in parameters.items() if name != "zoom"}
+    assert defaults == {
+        "scenes": 60,
+        "seed": 0,
+        "side": 448,
+        "batch_size": 8,
+        "max_new_tokens": 128,
+        "max_heads": 7,
+        "depth": 3,
+    }
+
+
 # --- files and the command ---------------------------------------------------------------------
 
 
@@ -565,7 +693,11 @@ def test_heads_command(tmp_path: Path) -> None:
     arguments = ["heads", "--model", "tiny", "--scenes", "6", "--out", str(out)]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    for line in ("heads that point: layer 0: (3,)", "all heads of layer 0: IoU", "B = 1: the best"):
+    for line in (
+        "heads that point: layer 0: (3,)",
+        "all heads of layer 0: IoU",
+        "B = 1: just above the best",
+    ):
         assert line in result.output
     written = json.loads((out / "heads.json").read_text())
     assert set(written) == {field.name for field in fields(LabelConfig)}
@@ -589,7 +721,7 @@ def test_heads_command(tmp_path: Path) -> None:
     [
         (["--scenes", "3"], "scenes must be 4, max_heads 1 or more, got 3, 7"),
         (["--side", "50"], "side of the probe pictures must be 112 px or more, got 50"),
-        (["--depth", "6"], "depth 6 needs more than the 6 layers"),
+        (["--depth", "6"], "depth 6 needs more than 6 backbone layers"),
         (["--batch-size", "0"], "batch_size must be 1 or more, got 0"),
         (["--dtype", "int8"], "dtype must be"),
         (["--model", "nowhere"], "For a first try without weights: --model tiny"),
@@ -634,7 +766,7 @@ def test_broken_head_lists_are_named(tmp_path: Path, change: dict, message: str)
 
 
 def test_missing_and_foreign_head_lists_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no head list at .*heads\.json; make one"):
+    with pytest.raises(FileNotFoundError, match=r"no head list at .*heads\.json; create one"):
         load_label_config(tmp_path)
     path = tmp_path / "mine.json"
     for text, message in (("{", "mine.json is no head list"), ("[]", "mine.json is no head list")):

@@ -38,13 +38,13 @@ from sdrpn.distill.label_dataset import (
     write_settings,
     write_shard,
 )
-from sdrpn.distill.pseudo_labels import IGNORED, NOT_FINITE, judge
+from sdrpn.distill.pseudo_labels import IGNORED, NOT_FINITE, label_cells
 from sdrpn.distill.questions import fingerprint, read_items
 from sdrpn.distill.trainer import train
 from sdrpn.engine import ZoomModel
 from sdrpn.io.atomic import MAX_SETTINGS, parse_json, read_object
-from sdrpn.io.images import BadImage, inside
-from sdrpn.io.resume_guard import claim
+from sdrpn.io.images import BadImage, safe_join
+from sdrpn.io.resumable import guard_settings
 from sdrpn.roi.proposers import known_labels
 from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.demo import embedded_model, tiny_path
@@ -181,10 +181,10 @@ def escapes(root: Path) -> list[str]:
 def test_no_name_leads_out_of_a_folder(root: Path) -> None:
     for name in escapes(root):
         with pytest.raises(BadImage):
-            inside(root, name)
-    assert inside(root, "good.png") == root / "good.png"
+            safe_join(root, name)
+    assert safe_join(root, "good.png") == root / "good.png"
     (root / "fine").symlink_to(root / "good.png")
-    assert inside(root, "fine") == root / "good.png"
+    assert safe_join(root, "fine") == root / "good.png"
 
 
 def test_labelling_shows_no_image_from_elsewhere(root: Path, tmp_path: Path) -> None:
@@ -247,7 +247,9 @@ def test_training_reads_no_image_from_elsewhere(root: Path, tmp_path: Path) -> N
             LabelledImages(load_labels(folder), root)
     assert len(LabelledImages(load_labels(labels_of(tmp_path / "good", ["good.png"])), root)) == 1
     gone = labels_of(tmp_path / "gone", ["gone.png", "good.png", "lost.png"])
-    with pytest.raises(ValueError, match=r"2 of 3 images are not in .*\(gone.png, \.\.\.\): say"):
+    with pytest.raises(
+        ValueError, match=r"2 of 3 images are not in .*\(gone.png, \.\.\.\): set --images"
+    ):
         LabelledImages(load_labels(gone), root)
 
 
@@ -284,7 +286,7 @@ TEXTS = {
 }
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "settings": (SETTINGS_FILE, lambda p: load_labels(p.parent)),
-    "claim": ("claim.json", lambda p: claim(p, {"a": 1})),
+    "claim": ("claim.json", lambda p: guard_settings(p, {"a": 1})),
     "conversations": ("q.json", lambda p: read_items(str(p))),
     "lines": ("q.jsonl", lambda p: read_items(str(p))),
     "heads": ("heads.json", load_label_config),
@@ -560,7 +562,7 @@ def test_maps_that_are_not_finite_make_no_labels(value: float) -> None:
     bad = good.copy()
     bad[0, 3] = value
     for pair in ((good, bad), (bad, good)):
-        labels, reason = judge(*pair, LABELS_13B)
+        labels, reason = label_cells(*pair, LABELS_13B)
         assert reason == NOT_FINITE
         assert (labels == IGNORED).all()
 

@@ -322,7 +322,7 @@ def test_settings_that_do_not_fit(folder: Path, changes: dict[str, Any], message
 )
 def test_unknown_names_fail(folder: Path, tensors: original.Tensors, name: str) -> None:
     original.one_safetensors(folder, tensors | {name: torch.zeros(2)})
-    with pytest.raises(ValueError, match=f"holds a tensor {name}, which has no place here"):
+    with pytest.raises(ValueError, match=f"holds a tensor {name}, which is not in its layout"):
         RPN.from_pretrained(str(folder))
 
 
@@ -364,6 +364,14 @@ def test_another_shape_is_named(folder: Path, tensors: original.Tensors) -> None
     shown = r"model.twig_norm.weight has the shape \[64\], but config.json asks for \[128\]"
     with pytest.raises(ValueError, match=shown):
         RPN.from_pretrained(str(folder))
+
+
+def test_weights_that_are_no_numbers_are_named(folder: Path, tensors: original.Tensors) -> None:
+    tensors["model.twig_norm.weight"] = torch.full((128,), float("nan"))
+    original.one_safetensors(folder, tensors)
+    with pytest.raises(ValueError, match=r"norm\.weight holds values that are not f") as error:
+        RPN.from_pretrained(str(folder))
+    assert str(error.value).startswith(f"{folder}: ")
 
 
 def test_quantised_weights_are_refused(folder: Path, tensors: original.Tensors) -> None:
@@ -416,7 +424,7 @@ def test_files_of_another_kind_are_named(folder: Path, content: bytes) -> None:
         ("{", "is not valid JSON"),
         ("[]", "must hold a JSON object, got a list"),
         ("{}", "has no weight_map"),
-        ('{"weight_map": {"a": "../b.bin"}}', "puts a into '../b.bin'"),
+        ('{"weight_map": {"a": "../b.bin"}}', "maps a to '../b.bin'"),
         (
             '{"weight_map": {"model.twig_norm.weight": "b.bin"}}',
             "lacks model.twig_layers.0.input_layernorm.weight and 20 more tensors",
@@ -465,7 +473,7 @@ def test_convert_writes_ours(folder: Path, tmp_path: Path, perturbed_rpn: RPN) -
     out = tmp_path / "ours"
     done = runner.invoke(app, ["convert", "rpn", str(folder), "--out", str(out)])
     assert done.exit_code == 0, done.output
-    assert "R = 3 behind B = 2" in done.output
+    assert "B = 2, R = 3" in done.output
     assert {path.name for path in out.iterdir()} == {"README.md", "config.json", "rpn.safetensors"}
     again = RPN.from_pretrained(str(out))
     same_weights(again, perturbed_rpn)
@@ -483,7 +491,7 @@ def test_convert_says_what_is_wrong(folder: Path, tmp_path: Path) -> None:
         return " ".join(done.output.split())
 
     out = str(tmp_path / "ours")
-    assert "holds something already" in said(str(folder), "--out", str(folder))
+    assert "is not empty" in said(str(folder), "--out", str(folder))
     assert "there is no folder /no/such/rpn" in said("/no/such/rpn", "--out", out)
     edit(folder, twig_K=None)
     assert "config.json has no twig_K" in said(str(folder), "--out", out)

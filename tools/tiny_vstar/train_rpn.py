@@ -1,4 +1,4 @@
-"""Stages 2 and 3 of the tiny model: `python -m sdrpn_eval.demo.train_rpn --model DIR`.
+"""Stages 2 and 3 of the tiny model: `python -m tools.tiny_vstar.train_rpn --model DIR`.
 
 The commands a user of LLaVA-1.5 types, on the tiny model: which heads point, labels from their
 attention, an RPN trained on the labels. No box of a disc is used but those of the probe pictures
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sdrpn.io.atomic import as_json
-from sdrpn_eval.demo.make_questions import SCENES, label_quality, write_questions
+from tools.tiny_vstar.make_questions import SCENES, label_quality, write_questions
 
 BRANCH_LAYER = 1
 """B: just past the layer whose heads point, as `sdrpn heads` finds."""

@@ -1,4 +1,4 @@
-"""Draws questions to distil from: `python -m sdrpn_eval.demo.make_questions --out DIR`.
+"""Draws questions to distil from: `python -m tools.tiny_vstar.make_questions --out DIR`.
 
 Leaves DIR/questions.json in the layout of LLaVA's instruction data and the pictures below
 DIR/images, as a user of `sdrpn label` has them. The pictures are 112 px views, all that the first
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from sdrpn.distill.label_dataset import load_labels
 from sdrpn.io.atomic import as_json
 from sdrpn.io.plurals import counted
-from sdrpn_eval.demo import scenes as sc
+from tools.tiny_vstar import scenes as sc
 
 LABEL_POOL = 7
 """Second number of the seed of these scenes; no other stage draws them."""

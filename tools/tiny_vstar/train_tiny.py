@@ -1,4 +1,4 @@
-"""Trains the tiny LLaVA from scratch: `python -m sdrpn_eval.demo.train_tiny --out DIR`.
+"""Trains the tiny LLaVA from scratch: `python -m tools.tiny_vstar.train_tiny --out DIR`.
 
 Stage 0 aligns the vision tower with words: each patch's projected feature is to resemble the
 language model's own embedding of the colour and of the pattern it shows (this stands for CLIP and
@@ -21,9 +21,9 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from sdrpn.io.atomic import write_json
-from sdrpn.io.prefetch import ahead
-from sdrpn_eval.demo import scenes as sc
-from sdrpn_eval.demo.samples import (
+from sdrpn.io.resumable import prefetch
+from tools.tiny_vstar import scenes as sc
+from tools.tiny_vstar.samples import (
     Batch,
     Turns,
     batch_logits,
@@ -31,7 +31,7 @@ from sdrpn_eval.demo.samples import (
     two_view_batch,
     vision_batch,
 )
-from sdrpn_eval.demo.tiny_model import (
+from tools.tiny_vstar.tiny_model import (
     build_model,
     build_processor,
     encode,
@@ -80,7 +80,7 @@ def train_vision(
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
     rates = schedule(optimizer, 50, steps)
     rng = np.random.default_rng((seed, VISION_POOL, 1))
-    batches = ahead(range(steps), lambda _: vision_batch(pool, rng, batch_size))
+    batches = prefetch(range(steps), lambda _: vision_batch(pool, rng, batch_size))
     log: list[dict[str, float]] = []
     bar = tqdm(batches, "stage 0: vision", steps)
     for step, (views, colours, patterns) in bar:
@@ -131,7 +131,7 @@ def train_language(
         return one_view_batch(pool, rng, turns, full, zoomed, easy), both
 
     log: list[dict[str, float]] = []
-    bar = tqdm(ahead(range(steps), make), "stage 1: language", steps)
+    bar = tqdm(prefetch(range(steps), make), "stage 1: language", steps)
     for step, batches in bar:
         optimizer.zero_grad()
         count = sum(int((b.targets >= 0).sum()) for b in batches)

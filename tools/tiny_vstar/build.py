@@ -1,4 +1,4 @@
-"""Make the embedded model, benchmark and table anew: `python -m sdrpn_eval.demo.build`.
+"""Make the embedded model, benchmark and table anew: `python -m tools.tiny_vstar.build`.
 
 Seeded, one command, in this order: train the tiny LLaVA (stages 0 and 1), draw the benchmark,
 distil the RPN from the model's own attention with the commands that anyone trains with (stages 2
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdrpn.io.atomic import write_json
-from sdrpn_eval.demo import make_benchmark, score, train_rpn, train_tiny
+from tools.tiny_vstar import make_benchmark, score, train_rpn, train_tiny
 
 
 def build(out: Path, seed: int) -> None:

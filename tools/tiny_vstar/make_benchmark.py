@@ -1,4 +1,4 @@
-"""Draws the benchmark `tiny_vstar`: `python -m sdrpn_eval.demo.make_benchmark --out FILE.parquet`.
+"""Draws the benchmark `tiny_vstar`: `python -m tools.tiny_vstar.make_benchmark --out FILE.parquet`.
 
 Like V*, it asks mostly about what the first look cannot resolve: about 78 % of the discs are fine.
 Every scene has 5 or 6 discs and every disc is asked about. The scenes' seed is no training seed.
@@ -16,7 +16,7 @@ from pyarrow import parquet
 from tqdm import tqdm
 
 from sdrpn.io.atomic import as_json
-from sdrpn_eval.demo import scenes as sc
+from tools.tiny_vstar import scenes as sc
 
 BENCHMARK_SEED = (20260, 99)
 IMAGES = 125

@@ -23,7 +23,7 @@ from transformers import (
 
 from sdrpn.config import VICUNA_SYSTEM_PROMPT
 from sdrpn.roi.vicrop import NEUTRAL_QUESTION
-from sdrpn_eval.demo.scenes import COLOURS, PATTERNS, QUESTION, VIEW_SIDE
+from tools.tiny_vstar.scenes import COLOURS, PATTERNS, QUESTION, VIEW_SIDE
 
 PATCH = 14
 HIDDEN = 128

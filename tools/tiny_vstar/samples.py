@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from sdrpn_eval.demo import scenes as sc
-from sdrpn_eval.demo.tiny_model import answer_logits, encode, pixel_values, split_prompt
+from tools.tiny_vstar import scenes as sc
+from tools.tiny_vstar.tiny_model import answer_logits, encode, pixel_values, split_prompt
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Accuracy over cost: `python -m sdrpn_eval.demo.tune --docs docs`.
+"""Accuracy over cost: `python -m tools.tiny_vstar.tune --docs docs`.
 
 Thresholds, absolute and relative, and token budgets for the tiny model's RPN, on scenes drawn for
 this alone (none of the benchmark's, none that trained anything). The RPN's zoom settings and the
@@ -25,10 +25,11 @@ from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import ZoomConfig
 from sdrpn.io.atomic import as_json
 from sdrpn_eval.arguments import PRESETS
-from sdrpn_eval.demo import BENCHMARK, make_benchmark, tiny_path
-from sdrpn_eval.demo.score import ask_all, is_right
+from sdrpn_eval.demo import BENCHMARK, tiny_path
 from sdrpn_eval.loading import ZOOM_ARGUMENTS
 from sdrpn_eval.results.stats import clustered, clustered_difference, rounded
+from tools.tiny_vstar import make_benchmark
+from tools.tiny_vstar.score import ask_all, is_right
 
 TUNING_SEED = (20260, 5)
 SCENES = 150
@@ -159,7 +160,7 @@ def page(result: dict[str, Any]) -> str:
         "![Accuracy over crop tokens](fast.png)",
         "The embedded model's crop has 64 tokens at most. A token budget b gives a region of "
         "r x c cells b r x b c of them; bars are 95 % intervals, clustered by image. Made by "
-        "`python -m sdrpn_eval.demo.tune --docs docs`.",
+        "`python -m tools.tiny_vstar.tune --docs docs`.",
         f"## tiny_vstar, {tiny['questions']} questions",
         _table(tiny["budgets"]),
         f"## Tuning scenes, {tuning['questions']} questions on {tuning['scenes']} scenes",
