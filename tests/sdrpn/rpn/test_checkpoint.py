@@ -271,7 +271,9 @@ def test_folders_that_make_no_sense_are_named(
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_without_weights_is_named(saved: Path) -> None:
-    (saved / "rpn.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"an RPN checkpoint.*rpn\.safetensors|rpn\.safet"):
+@pytest.mark.parametrize("file", ["rpn.safetensors", "config.json"])
+def test_a_file_that_is_missing_is_named(saved: Path, file: str) -> None:
+    (saved / file).unlink()
+    with pytest.raises(FileNotFoundError) as error:
         RPN.from_pretrained(saved)
+    assert str(error.value) == f"{saved} holds no {file}: it is not an RPN checkpoint"
