@@ -332,8 +332,9 @@ class Qwen25VL(Backbone):
     def published_branch(cls, config: Mapping[str, Any]) -> int:
         text = {**config, **(config.get("text_config") or {})}
         hidden, layers = text.get("hidden_size"), text.get("num_hidden_layers")
-        known = type(hidden) is int and type(layers) is int
-        return published.branch_layer(hidden, layers) if known else published.SIZES[0].branch_layer
+        if isinstance(hidden, int) and isinstance(layers, int):
+            return published.branch_layer(hidden, layers)
+        return published.SIZES[0].branch_layer
 
     def published_labels(self) -> LabelConfig | None:
         size = published.size_of(self.text_config.hidden_size, self.num_layers)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdrpn.backbones.llava15 import Llava15
@@ -187,6 +188,8 @@ def test_a_folder_holds_weights_settings_and_a_card(saved: Path, perturbed_rpn: 
     expected = perturbed_rpn.state_dict()
     assert stored.keys() == expected.keys()
     assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
+    with safe_open(saved / "rpn.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers asks for it
     config = json.loads((saved / "config.json").read_text())
     assert config["facts"] == {}
     assert {name: config[name] for name in SIZES} == SIZES
@@ -209,6 +212,18 @@ def test_the_card_says_what_it_is_and_how_it_was_trained(llava: Llava15, tmp_pat
     card = (tmp_path / "README.md").read_text()
     assert "# Region proposal network for unknown\n" in card
     assert card.rstrip().endswith("Not trained: a copy of the backbone's layers.")
+
+
+def test_what_is_saved_can_be_published_at_once(
+    perturbed_rpn: RPN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the options of huggingface_hub's mixin."""
+    pushed: list[dict[str, Any]] = []
+    monkeypatch.setattr(RPN, "push_to_hub", lambda _, **options: pushed.append(options))
+    perturbed_rpn.save_pretrained(tmp_path)
+    assert pushed == []
+    perturbed_rpn.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/my-rpn")
+    assert [options["repo_id"] for options in pushed] == ["me/my-rpn"]
 
 
 def test_what_is_loaded_is_frozen_and_in_evaluation(saved: Path, perturbed_rpn: RPN) -> None:
@@ -256,7 +271,9 @@ def test_folders_that_make_no_sense_are_named(
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_without_weights_is_named(saved: Path) -> None:
-    (saved / "rpn.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"an RPN checkpoint.*rpn\.safetensors|rpn\.safet"):
+@pytest.mark.parametrize("file", ["rpn.safetensors", "config.json"])
+def test_a_file_that_is_missing_is_named(saved: Path, file: str) -> None:
+    (saved / file).unlink()
+    with pytest.raises(FileNotFoundError) as error:
         RPN.from_pretrained(saved)
+    assert str(error.value) == f"{saved} holds no {file}: it is not an RPN checkpoint"
