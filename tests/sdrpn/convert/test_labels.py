@@ -273,9 +273,7 @@ def test_arrays_of_unknown_make_are_refused(tmp_path: Path, value: Any) -> None:
 def test_what_is_no_value_does_not_come_out(tmp_path: Path, content: bytes, kind: str) -> None:
     """A pickle may name a function without having it called."""
     (tmp_path / "labels.pkl").write_bytes(content)
-    with pytest.raises(
-        ValueError, match=rf"labels.pkl is refused: .*{kind}.*, which is not a plain"
-    ):
+    with pytest.raises(ValueError, match=rf"labels.pkl refused: .*{kind}.*, which is not a plain"):
         safe_pickle.load(tmp_path / "labels.pkl")
 
 
