@@ -559,6 +559,7 @@ def short(llava: Llava15, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Zo
     return make
 
 
+@pytest.mark.slow
 def test_a_sample_fits_if_its_answer_does(
     llava: Llava15, short: Callable[[int], ZoomModel], images: list[PIL.Image]
 ) -> None:

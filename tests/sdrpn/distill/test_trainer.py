@@ -91,6 +91,7 @@ class KillAt(TrainerCallback):
 # Resuming
 
 
+@pytest.mark.slow
 def test_interrupted_and_uninterrupted_runs_end_equal(
     llava: Llava15, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +213,7 @@ def test_a_finished_training_gives_the_best_weights_again(
         train(llava, again, samples(), given, held_out=samples(5), log=told.append)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deleted", [False, True], ids=["moved", "deleted"])
 def test_a_resumed_training_ends_with_the_best_weights_of_the_first_part(
     llava: Llava15, tmp_path: Path, planned: Callable[..., None], deleted: bool
@@ -272,6 +274,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 QUIET = ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"]
 
 
+@pytest.mark.slow
 def test_a_run_uses_the_published_optimizer_and_schedule(
     llava: Llava15, tmp_path: Path, watch: Watch
 ) -> None:

@@ -113,7 +113,10 @@ def test_answer_works(tmp_path: Path) -> None:
     [
         ("sdrpn.cli look {scene} question --model tiny --out x.png", "matplotlib", "plot"),
         ("sdrpn.cli heads --out heads --model tiny", "datasets", "train"),
-        ("sdrpn.cli label --data x.json --out x --model tiny", "datasets", "train"),
+        pytest.param(
+            *("sdrpn.cli label --data x.json --out x --model tiny", "datasets", "train"),
+            marks=pytest.mark.slow,
+        ),
         ("sdrpn.cli relabel x --out y", "datasets", "train"),
         ("sdrpn.cli train --labels x --out y", "datasets", "train"),
         ("sdrpn.cli convert labels {scene} --out x", "datasets", "train"),
