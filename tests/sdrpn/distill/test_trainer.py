@@ -290,6 +290,7 @@ def test_a_run_uses_the_published_optimizer_and_schedule(
         assert watch.rates[step] == pytest.approx(rate, rel=1e-5), step
 
 
+@pytest.mark.slow
 def test_a_run_is_one_epoch_of_512_questions_a_step(
     llava: Llava15, tmp_path: Path, watch: Watch
 ) -> None:
@@ -594,6 +595,7 @@ def test_the_command_leaves_an_rpn_that_says_how_it_was_made(labels: Path, tmp_p
     assert "was begun with other settings (arguments:" in " ".join(result.output.split())
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(labels: Path, tmp_path: Path) -> None:
     """DDP on the CPU: the same global batch, so the same weights, as a process alone."""
     fixed = ["--held-out", "0", "--logging_steps", "1"]
