@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from fuzz.harness import JSON, holds, main, refused
-from sdrpn.backbones.llava15 import square_grid, stretched
+from sdrpn.backbones.llava15 import crop_to_square, square_grid
 from sdrpn.boxes import GridBox, ImageGrid, PixelBox
 from sdrpn.config import POLICIES, ZoomConfig
 from sdrpn.roi.postprocess import Region, blur, budget, components, given, propose
@@ -143,7 +143,7 @@ def any_crop(data: st.DataObject, size: tuple[int, int], side: int) -> None:
         data.draw(st.integers(low + 1, edge)) for low, edge in zip((x0, y0), size, strict=True)
     )
     image = Image.new("RGB", size, "red")
-    cut = stretched(image, PixelBox(x0, y0, x1, y1), side)
+    cut = crop_to_square(image, PixelBox(x0, y0, x1, y1), side)
     assert cut.size == (side, side)
     assert cut.getextrema() == ((255, 255), (0, 0), (0, 0))
 

@@ -396,7 +396,7 @@ class ZoomModel:
         (ready,) = self.backbone.preprocess([image])
         (features,) = self.backbone.encode([ready])
         whole = self.backbone.prefix_segment(ready, features)
-        return prefill_segments(self.backbone, None, [whole.keeping(keep)])[0]
+        return prefill_segments(self.backbone, None, [whole.select_image_tokens(keep)])[0]
 
     def _in_two_ways(self, questions: Sequence[Question], zoomed: Any, plain: Any) -> list[Any]:
         """Split a batch into questions on one image and the others; results in the given order."""

@@ -176,7 +176,7 @@ def by_attention(models: Models, looks: Sequence[Look]) -> list[Proposal]:
     asked = [backbone.suffix_segment(k.prefix.next_position, k.question) for k in looks]
     said = generate(backbone, prefixes, asked, {"max_new_tokens": labels.max_new_tokens})
     # Where tokens past the model's context look means nothing.
-    rooms = [backbone.room(look.grid.cells, look.question) for look in looks]
+    rooms = [backbone.remaining_tokens(look.grid.cells, look.question) for look in looks]
     responses = [one[:room] for one, room in zip(said, rooms, strict=True)]
     proposals = [Proposal(Region(reason="the model's first answer was empty")) for _ in looks]
     spoken = [i for i, response in enumerate(responses) if response]

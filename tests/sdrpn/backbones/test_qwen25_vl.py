@@ -130,7 +130,7 @@ def test_tied_output_embeddings(tmp_path: Path, picture: Image.Image) -> None:
 def test_cousins_are_refused_by_name(folder: Path, tmp_path: Path, kind: str, named: str) -> None:
     values = json.loads((folder / "config.json").read_text()) | {"model_type": kind}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=f"is a {named} .*give a Qwen2.5-VL"):
+    with pytest.raises(ValueError, match=f"is a {named} .*use a Qwen2.5-VL"):
         load_backbone(str(tmp_path))
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from sdrpn.backbones.base import Backbone, ImageInput
-from sdrpn.backbones.llava15 import square_grid, stretched
+from sdrpn.backbones.llava15 import crop_to_square, square_grid
 from sdrpn.boxes import GridBox, ImageGrid, PixelBox
 from sdrpn.config import ZoomConfig
 from sdrpn.roi import postprocess as region
@@ -623,10 +623,10 @@ def noise_image(width: int, height: int) -> Image.Image:
 
 def test_crops_are_cut_from_the_original_and_stretched() -> None:
     image = noise_image(50, 40)
-    found = stretched(image, PixelBox(10, 5, 42, 37), 32)
+    found = crop_to_square(image, PixelBox(10, 5, 42, 37), 32)
     assert np.array_equal(np.asarray(found), np.asarray(image)[5:37, 10:42])
-    assert stretched(image, PixelBox(0, 0, 50, 3), 32).size == (32, 32)
-    assert stretched(image, PixelBox(7, 7, 8, 8), 32).getcolors() == [
+    assert crop_to_square(image, PixelBox(0, 0, 50, 3), 32).size == (32, 32)
+    assert crop_to_square(image, PixelBox(7, 7, 8, 8), 32).getcolors() == [
         (1024, image.getpixel((7, 7)))
     ]
 
@@ -641,7 +641,7 @@ def test_any_box_gives_a_crop_of_its_own_pixels(data: st.DataObject, size: tuple
     )
     image = noise_image(*size)
     cut = np.asarray(image)[box.y0 : box.y1, box.x0 : box.x1]
-    found = np.asarray(stretched(image, box, 28))
+    found = np.asarray(crop_to_square(image, box, 28))
     assert found.shape == (28, 28, 3)
     assert (found >= cut.min((0, 1))).all()
     assert (found <= cut.max((0, 1))).all()
@@ -650,7 +650,7 @@ def test_any_box_gives_a_crop_of_its_own_pixels(data: st.DataObject, size: tuple
 def test_crops_that_are_very_high_resize_rows_first() -> None:
     """Columns first would take side x height pixels of a crop one pixel wide."""
     high, bilinear = noise_image(5, 9_000), Image.Resampling.BILINEAR
-    found = np.asarray(stretched(high, PixelBox(0, 0, 5, 9_000), 112))
+    found = np.asarray(crop_to_square(high, PixelBox(0, 0, 5, 9_000), 112))
     rows = high.resize((5, 112), bilinear).resize((112, 112), bilinear)
     columns = high.resize((112, 9_000), bilinear).resize((112, 112), bilinear)
     assert np.array_equal(found, rows)
@@ -661,7 +661,7 @@ def test_crops_that_are_very_high_resize_rows_first() -> None:
 def test_crops_resize_columns_first(size: tuple[int, int]) -> None:
     """The order of the two passes decides the rounding, so it is not left to Pillow's version."""
     image = noise_image(*size)
-    found = np.asarray(stretched(image, PixelBox(0, 0, *size), 112), dtype=int)
+    found = np.asarray(crop_to_square(image, PixelBox(0, 0, *size), 112), dtype=int)
     columns = image.resize((112, size[1]), Image.Resampling.BILINEAR)
     assert np.array_equal(found, columns.resize((112, 112), Image.Resampling.BILINEAR))
     rows = image.resize((size[0], 112), Image.Resampling.BILINEAR)
