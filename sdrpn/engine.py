@@ -32,8 +32,8 @@ from sdrpn.io.checkpoint_files import CONFIG_FILE, Source
 from sdrpn.io.images import as_shown, image_key
 from sdrpn.io.plurals import counted
 from sdrpn.roi.crops import crop_tokens
-from sdrpn.roi.postprocess import Region, given
-from sdrpn.roi.proposers import BY_NAME, Look, Models, Proposal, cells_looked_at
+from sdrpn.roi.postprocess import Region, region_from_box
+from sdrpn.roi.proposers import BY_NAME, Look, Models, Proposal, relevant_cells
 from sdrpn.rpn.checkpoint import RPN
 
 logger = logging.getLogger(__name__)
@@ -344,7 +344,7 @@ class ZoomModel:
             grid = self.backbone.image_grid(question.images[0])
             if question.box is not None:
                 rules = self.backbone.map_rules
-                proposals.append(Proposal(given(question.box, grid, rules)))
+                proposals.append(Proposal(region_from_box(question.box, grid, rules)))
                 continue
             looks.append(Look(prefix, grid, ids, question.zoom or self.zoom))
             proposals.append(None)
@@ -392,7 +392,7 @@ class ZoomModel:
 
     def _thinned(self, look: Look, image: Image.Image) -> Prefix:
         """The image read again, without the cells that the question does not look at."""
-        keep = cells_looked_at(self.models, look)
+        keep = relevant_cells(self.models, look)
         (ready,) = self.backbone.preprocess([image])
         (features,) = self.backbone.encode([ready])
         whole = self.backbone.prefix_segment(ready, features)

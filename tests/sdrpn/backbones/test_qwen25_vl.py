@@ -316,7 +316,7 @@ def test_refused_crops_are_no_zoom(
     asked = Question(QUESTIONS[0], (picture,), PixelBox(*box))
     (found,) = engine.ask_batch([asked], STEPS)
     assert (found.text, found.regions) == (plain.text, ())
-    assert "side under 28 are not read" in (found.reason or "")
+    assert "side under 28 are not supported" in (found.reason or "")
     (whole,) = engine.ask_batch([replace(asked, box=PixelBox(0, 0, 28, 100))], STEPS)
     assert whole.regions
 

@@ -20,8 +20,8 @@ from sdrpn.backbones.llava15 import crop_to_square, square_grid
 from sdrpn.boxes import GridBox, ImageGrid, PixelBox
 from sdrpn.config import ZoomConfig
 from sdrpn.roi import postprocess as region
-from sdrpn.roi.crops import crop_tokens, kept, resize
-from sdrpn.roi.postprocess import Region, blur, budget, components, grow, propose
+from sdrpn.roi.crops import crop_tokens, keep_mask, resize
+from sdrpn.roi.postprocess import Region, blur, components, crop_grid_size, grow, propose
 from sdrpn.roi.vicrop import propose_window
 
 HIGH, LOW = 0.9, 0.01
@@ -318,7 +318,7 @@ def test_strongest_passes_over_peaks_in_the_padding() -> None:
     assert boxes(square) == [(0, 0, 2, 2)]
     only = [row.replace("5", ".").replace("6", ".") for row in rows]
     nothing = propose(drawn(*only), wide, replace(ANY_SIZE, policy="strongest"))
-    assert nothing.reason == "the region holds no whole pixel of the image, only padding"
+    assert nothing.reason == "the region contains only padding"
 
 
 # --- the image ---------------------------------------------------------------------------------
@@ -541,20 +541,20 @@ def test_a_region_of_less_than_a_pixel_is_none(size: tuple[int, int]) -> None:
     rows[0] = "##......"
     found = propose(drawn(*rows), square_grid(size, 8, 112), replace(ANY_SIZE, min_cells=1))
     assert found.boxes == ()
-    assert found.reason == "the region holds no whole pixel of the image, only padding"
+    assert found.reason == "the region contains only padding"
 
 
 # --- given boxes -------------------------------------------------------------------------------
 
 
 def test_a_given_box_is_taken_as_it_is() -> None:
-    found = region.given(PixelBox(5, 30, 112, 84), square_grid((112, 112), 4, 112))
+    found = region.region_from_box(PixelBox(5, 30, 112, 84), square_grid((112, 112), 4, 112))
     assert found.boxes == (PixelBox(5, 30, 112, 84),)
     assert found.grid_boxes == (GridBox(0, 1, 4, 3),)
     assert found.reason is None
-    assert region.given(PixelBox(0, 0, 112, 112), square_grid((112, 112), 4, 112)).boxes == (
-        (0, 0, 112, 112),
-    )
+    assert region.region_from_box(
+        PixelBox(0, 0, 112, 112), square_grid((112, 112), 4, 112)
+    ).boxes == ((0, 0, 112, 112),)
 
 
 @pytest.mark.parametrize(
@@ -571,7 +571,7 @@ def test_a_given_box_is_taken_as_it_is() -> None:
 )
 def test_a_given_box_must_lie_inside_the_image(box: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="does not lie inside the 40 x 30 image") as error:
-        region.given(PixelBox(*box), square_grid((40, 30), 4, 112))
+        region.region_from_box(PixelBox(*box), square_grid((40, 30), 4, 112))
     assert str(box) in str(error.value)
 
 
@@ -684,7 +684,7 @@ def test_budget_is_cells_of_the_box_times_the_ratio(
     ratio: float | None, expected: tuple[int, int]
 ) -> None:
     """(rows, columns) for a box of 5 x 2 cells, at most the grid."""
-    assert budget(GridBox(3, 4, 8, 6), 24, 24, ZoomConfig(token_budget=ratio)) == expected
+    assert crop_grid_size(GridBox(3, 4, 8, 6), 24, 24, ZoomConfig(token_budget=ratio)) == expected
 
 
 def test_kept_tokens_follow_the_cut_map() -> None:
@@ -695,7 +695,7 @@ def test_kept_tokens_follow_the_cut_map() -> None:
         ".#..",
         "....",
     )
-    found = kept(over > 0.5, GridBox(1, 1, 3, 3), 4, 4).reshape(4, 4)
+    found = keep_mask(over > 0.5, GridBox(1, 1, 3, 3), 4, 4).reshape(4, 4)
     # Tokens lie at quarters of cells. The innermost one of the empty quarter gets 9/16 of its own
     # cell and 7/16 of the three full ones, which does not exceed one half.
     assert found.tolist() == [
@@ -704,8 +704,8 @@ def test_kept_tokens_follow_the_cut_map() -> None:
         [True, True, False, False],
         [True, True, False, False],
     ]
-    assert kept(over > 0.5, GridBox(1, 1, 3, 3), 2, 2).tolist() == [True, True, True, False]
-    assert kept(over > 0.5, GridBox(2, 2, 4, 4), 2, 2).tolist() == [False] * 4
+    assert keep_mask(over > 0.5, GridBox(1, 1, 3, 3), 2, 2).tolist() == [True, True, True, False]
+    assert keep_mask(over > 0.5, GridBox(2, 2, 4, 4), 2, 2).tolist() == [False] * 4
 
 
 def test_resize_is_bilinear_and_leaves_whole_grids_alone() -> None:
@@ -756,7 +756,8 @@ def test_crop_tokens_are_some_and_fit_or_there_are_none(
         assert crops == []
         return
     whole = sum(
-        rows * columns for rows, columns in (budget(b, grid, grid, zoom) for b in found.grid_boxes)
+        rows * columns
+        for rows, columns in (crop_grid_size(b, grid, grid, zoom) for b in found.grid_boxes)
     )
     if not crops:
         assert room < len(found.boxes) or found.keep is not None
@@ -809,7 +810,7 @@ def test_a_region_as_large_as_the_image_is_not_zoomed_where_told() -> None:
     assert boxes(look(*rows, zoom=replace(ANY_SIZE, skip_above=0.57))) == [(1, 1, 4, 4)]
     skipped = look(*rows, zoom=replace(ANY_SIZE, skip_above=0.56))
     assert not skipped.boxes
-    assert skipped.reason == "the region is 56% of the image, which was seen already"
+    assert skipped.reason == "the region is 56% of the image (skip_above=0.56)"
     assert boxes(look(*rows)) == [(1, 1, 4, 4)]
     with pytest.raises(ValueError, match="skip_above must be in"):
         replace(ANY_SIZE, skip_above=1.5)
