@@ -393,7 +393,7 @@ def test_rows_of_a_data_set_without_text_are_named(tmp_path: Path, row: dict[str
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"depth": 10**9}, "tensors do not make 1000000000 layers"),
+        ({"depth": 10**9}, "tensors are too few for 1000000000 layers"),
         ({"depth": "3"}, "depth must be int, got '3'"),
         ({"depth": True}, "depth must be int, got 'True'"),
         ({"hidden_size": 10**20}, "weights and config disagree"),
