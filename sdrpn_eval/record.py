@@ -91,7 +91,7 @@ def _is_cut_off(file: BinaryIO) -> bool:
 
 def describe_answer(answer: Answer) -> dict[str, Any]:
     """The fields of a line that come from an answer."""
-    return answer.described() | encode_map(answer.roi_map)
+    return answer.to_dict() | encode_map(answer.roi_map)
 
 
 def encode_map(roi_map: np.ndarray | None) -> dict[str, Any]:

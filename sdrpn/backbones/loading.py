@@ -102,35 +102,44 @@ def load_model(
     if device_map is None:
         device_map = {"": str(device or default_device)}
     weights = pick_dtype(dtype, _compute_device(device_map, default_device), kind.half)
+    arguments = {
+        "dtype": weights,
+        "device_map": device_map,
+        "offload_folder": offload_folder,
+        "attn_implementation": attn_implementation,
+    }
     with _explain_unavailable(pretrained, revision):
         source = Source(pretrained, revision=revision)
         config = _read_config(kind, source, revision)
         check_has_tokenizer(pretrained, kind.example)
-        quantization = quantization_arguments(weights) if load_in_4bit else {}
+        if load_in_4bit:
+            arguments |= quantization_arguments(weights)
         with (
             _first_layers(kind, config, pretrained, num_layers) as shape,
             explain_load_errors(pretrained, revision),
         ):
-            folder = source.fetch_all()
-            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-            loaded: Any = kind.model.from_pretrained(
-                folder,
-                dtype=weights,
-                device_map=device_map,
-                offload_folder=offload_folder,
-                attn_implementation=attn_implementation,
-                # check_complete raises for mismatched sizes, with both shapes.
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **quantization,
-                **shape,
-            )
-    model, loading_info = loaded
+            loaded = _read_model(kind, source.fetch_all(), arguments | shape)
+    model, processor, loading_info = loaded
     check_complete(loading_info, str(pretrained))
     if peft is not None:
         model = load_adapter(model, peft, merge=not load_in_4bit)
     check_finite(named_weights(model), str(pretrained))
     return Loaded(model, processor, config)
+
+
+def _read_model(
+    kind: Architecture, folder: Path, arguments: dict[str, Any]
+) -> tuple[Any, Any, Any]:
+    """Read the model, its processor and transformers' loading info."""
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    model, loading_info = kind.model.from_pretrained(
+        folder,
+        # check_complete raises for mismatched sizes, with both shapes.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **arguments,
+    )
+    return model, processor, loading_info
 
 
 @contextmanager
