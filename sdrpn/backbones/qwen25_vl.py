@@ -75,6 +75,7 @@ class Qwen25VL(Backbone):
     """
 
     model_type = "qwen2_5_vl"
+    load_options = frozenset({"min_pixels", "max_pixels", "system_prompt"})
     position_axes = 3
     crop_marks = 2
     default_zoom = ZoomConfig(threshold=published.THRESHOLD)
@@ -332,8 +333,9 @@ class Qwen25VL(Backbone):
     def published_branch(cls, config: Mapping[str, Any]) -> int:
         text = {**config, **(config.get("text_config") or {})}
         hidden, layers = text.get("hidden_size"), text.get("num_hidden_layers")
-        known = type(hidden) is int and type(layers) is int
-        return published.branch_layer(hidden, layers) if known else published.SIZES[0].branch_layer
+        if not isinstance(hidden, int) or not isinstance(layers, int):
+            return published.SIZES[0].branch_layer  # loading says what is wrong with the sizes
+        return published.branch_layer(hidden, layers)
 
     def published_labels(self) -> LabelConfig | None:
         size = published.size_of(self.text_config.hidden_size, self.num_layers)

@@ -134,8 +134,8 @@ def _label_kind(
         half = [look.shaped(one.astype(np.float16)) for one in maps[i]]
         shape = look.grid.rows, look.grid.columns
         padding = padding_of(question.images[0].size, look.grid.extent, shape, config)
-        maps32 = (one.astype(np.float32) for one in half)
-        labels, reason = label_cells(*maps32, config, padding)
+        grounding, sink = (one.astype(np.float32) for one in half)
+        labels, reason = label_cells(grounding, sink, config, padding)
         results.append(Labelled(text, half[0], half[1], labels, look.grid, reason))
     return results
 
