@@ -44,6 +44,11 @@ def check_is_qwen25_vl(config: dict[str, Any], name: str) -> None:
             f"{name} has use_sliding_window in config.json: prefixes are read with full attention "
             "only; give a Qwen2.5-VL without it"
         )
+    check_supported()
+
+
+def check_supported() -> None:
+    """Refuse versions of transformers whose layers join the three axes of positions themselves."""
     if not hasattr(modeling.Qwen2_5_VLRotaryEmbedding, "recomposition_frequencies"):
         raise ValueError(
             "Qwen2.5-VL needs transformers 5.20 or newer: pip install -U 'transformers<6'"
@@ -95,6 +100,7 @@ class Qwen25VL(Backbone):
         training: bool = False,
         name: str = "",
     ) -> None:
+        check_supported()
         self.model = model.eval().requires_grad_(False)
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.system_prompt, self.training = system_prompt, training
