@@ -39,7 +39,7 @@ from sdrpn.io.atomic import write_json
 from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.demo import embedded_model
 from sdrpn_eval.demo.scenes import COLOURS, make_scene, webp_bytes
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
+from sdrpn_eval.model import LlavaSdrpn
 
 TASK, SPLIT = "tiny_vstar", "test"
 WORDINGS = ("what pattern is on the {colour} disc ?", "the {colour} disc ?")

@@ -18,7 +18,7 @@ import typer
 from sdrpn.cli.shared import console, errors_as_sentences, say
 from sdrpn.io.atomic import as_json
 from sdrpn.io.plurals import counted
-from sdrpn_eval.arguments import ARGUMENTS, WITHOUT_THRESHOLD
+from sdrpn_eval.args import WITHOUT_THRESHOLD, LlavaArguments
 from sdrpn_eval.report.options import SeedOption, at_least
 
 if TYPE_CHECKING:
@@ -96,9 +96,8 @@ def arguments(evidence: Evidence) -> Mapping[str, Any]:
     """As resolved where the run left its facts, else as given over the defaults."""
     if evidence.run.model != "llava_sdrpn":
         return {"model": evidence.run.model, "proposer": "none"}
-    defaults = {name: argument.default for name, argument in ARGUMENTS.items()}
     given = evidence.facts.arguments if evidence.facts else evidence.run.arguments
-    return defaults | dict(given)
+    return LlavaArguments.defaults() | dict(given)
 
 
 def series_names(every: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -215,7 +215,7 @@ def dataset_of_table(*_: Any) -> bool:
 BASE, CACHE = "sdrpn/backbones/base.py", "sdrpn/backbones/cache.py"
 LLAVA = "sdrpn/backbones/llava15.py"
 LLAMA = "transformers.models.llama.modeling_llama"
-PLUGIN, MODEL = "sdrpn_eval/plugin.py", "sdrpn_eval/llava_sdrpn.py"
+PLUGIN, MODEL = "sdrpn_eval/plugin.py", "sdrpn_eval/model.py"
 
 TOUCHED = (
     Touched(
@@ -315,7 +315,7 @@ TOUCHED = (
     ),
     Touched(
         "__self__",
-        ("sdrpn_eval/questions.py",),
+        ("sdrpn_eval/requests.py",),
         "no record beside lmms-eval's output, no scorer fingerprint: a model is told neither",
         request_tuple,
     ),
@@ -327,7 +327,7 @@ TOUCHED = (
     ),
     Touched(
         "lmms_eval.evaluator",
-        ("sdrpn_eval/harness_flags.py",),
+        ("sdrpn_eval/harness.py",),
         "settings that the model cannot honour are refused only where the command line has them",
         lambda *_: (
             {
@@ -344,7 +344,7 @@ TOUCHED = (
     ),
     Touched(
         "__padding_only__",
-        ("sdrpn_eval/questions.py",),
+        ("sdrpn_eval/requests.py",),
         "with several processes, questions asked twice would be recorded twice",
         padding,
     ),
@@ -362,7 +362,7 @@ TOUCHED = (
     ),
     Touched(
         "_metric_fn_list",
-        ("sdrpn_eval/fingerprints.py",),
+        ("sdrpn_eval/provenance/fingerprints.py",),
         "a changed scorer would go unnoticed in comparisons",
         task_parts,
     ),

@@ -13,7 +13,7 @@ from lmms_eval.utils import simple_parse_args_string
 from typer.core import TyperGroup
 
 from sdrpn_eval import subsets
-from sdrpn_eval.arguments import ARGUMENTS, checked
+from sdrpn_eval.args import LlavaArguments
 from sdrpn_eval.report.cli import app
 from sdrpn_eval.report.published import PUBLISHED
 from sdrpn_eval.subsets import SOURCES
@@ -55,8 +55,8 @@ def test_evaluations_name_tasks_and_arguments_that_exist() -> None:
         for task in option(words, "--tasks").split(","):
             assert task in index, task
         arguments = simple_parse_args_string(option(words, "--model_args"))
-        checked(arguments)
-        assert set(arguments) <= set(ARGUMENTS)
+        LlavaArguments.of(arguments)
+        assert set(arguments) <= set(LlavaArguments.model_fields)
         seen.add((option(words, "--tasks"), *sorted(arguments.items())))
     for size in ("7b", "13b"):
         model = ("pretrained", f"llava-hf/llava-1.5-{size}-hf")

@@ -24,10 +24,9 @@ from sdrpn import RPN, Question, ZoomModel
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import ZoomConfig
 from sdrpn.io.atomic import as_json
-from sdrpn_eval.arguments import PRESETS
+from sdrpn_eval.args import ZOOM_ARGUMENTS, LlavaArguments
 from sdrpn_eval.demo import BENCHMARK, make_benchmark, tiny_path
 from sdrpn_eval.demo.score import ask_all, is_right
-from sdrpn_eval.loading import ZOOM_ARGUMENTS
 from sdrpn_eval.stats import clustered, clustered_difference, rounded
 
 TUNING_SEED = (20260, 5)
@@ -65,7 +64,7 @@ def budgets(base: ZoomConfig) -> Iterator[tuple[str, ZoomConfig]]:
     """Every budget at the RPN's own threshold, and the preset `fast` as the plugin sets it."""
     for budget in BUDGETS:
         yield f"budget {budget or 'whole grid'}", replace(base, token_budget=budget)
-    fast = {name: v for name, v in PRESETS["fast"].items() if name in ZOOM_ARGUMENTS}
+    fast = {name: v for name, v in LlavaArguments.presets["fast"].items() if name in ZOOM_ARGUMENTS}
     yield "preset fast", replace(base, **fast)
 
 

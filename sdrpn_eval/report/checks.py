@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdrpn.io.plurals import counted
-from sdrpn_eval.fingerprints import without_addresses
+from sdrpn_eval.provenance.fingerprints import without_addresses
 from sdrpn_eval.report.facts import Facts
 from sdrpn_eval.report.looks import Record
 from sdrpn_eval.report.runs import Run, TaskRun

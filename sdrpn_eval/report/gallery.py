@@ -10,10 +10,10 @@ from PIL import Image
 
 from sdrpn.io.images import image_key
 from sdrpn.io.plurals import agree, counted
+from sdrpn_eval.record import RecordLine
 from sdrpn_eval.report.boxes import outcome
 from sdrpn_eval.report.checks import preprocessing
 from sdrpn_eval.report.documents import TaskData
-from sdrpn_eval.report.looks import Look
 from sdrpn_eval.report.pictures import SIDE, Album, cut, in_order, needs_crop, shrunk
 from sdrpn_eval.report.results import RIGHT, Comparison
 from sdrpn_eval.report.scores import Document
@@ -136,7 +136,9 @@ def _add_picture(
     return False
 
 
-def _is_the_same(image: Image.Image, looks: Sequence[Look | None], prompt: str, asked: str) -> bool:
+def _is_the_same(
+    image: Image.Image, looks: Sequence[RecordLine | None], prompt: str, asked: str
+) -> bool:
     """Whether the document here is the one asked: by the image's hash, else by its prompt."""
     hashes = next((look.images for look in looks if look and look.images), None)
     return image_key(image) == hashes[0] if hashes else prompt[:LONGEST] in asked

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sdrpn_eval.arguments import ARGUMENTS
+from sdrpn_eval.args import LlavaArguments
 from sdrpn_eval.report.runs import Run
 
 COLUMNS: tuple[str, ...] = ("throughput", "docvqa", "chartqa", "ocrbench", "infovqa", "textvqa")
@@ -91,7 +91,9 @@ WITH_OCR: Mapping[tuple[str, str], float] = {("7b", "stock"): 58.2, ("13b", "sto
 
 def row_of(run: Run) -> tuple[str, str] | None:
     """The published row that a run repeats; None for other models and other ways to look."""
-    pretrained = str(run.arguments.get("pretrained", ARGUMENTS["pretrained"].default)).lower()
+    pretrained = str(
+        run.arguments.get("pretrained", LlavaArguments.defaults()["pretrained"])
+    ).lower()
     if "llava" not in pretrained or "1.5" not in pretrained:
         return None
     size = next((size for size in ("13b", "7b") if size in pretrained), None)

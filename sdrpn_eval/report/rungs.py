@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdrpn_eval.arguments import checked, parse_arguments
+from sdrpn_eval.args import LlavaArguments, parse_arguments
 from sdrpn_eval.loading import revisions, sources
+from sdrpn_eval.provenance.collect import hash_sources, weights_only
+from sdrpn_eval.report.answers import arguments_of
 from sdrpn_eval.report.checks import changes
 from sdrpn_eval.report.facts import Facts, read_facts
 from sdrpn_eval.report.looks import record_folders
 from sdrpn_eval.report.runs import BadRun, Run, find_results, read_run
-from sdrpn_eval.run_facts import hash_sources, weights_only
 
 NAMES: Mapping[str, str] = {"none": "stock", "box": "true box"}
 """What a run is called, where it is not called as its proposer."""
@@ -88,8 +89,8 @@ def finished(ladder: Ladder, proposer: str) -> Run | None:
 
 
 def _weights(facts: Facts) -> dict[str, str]:
-    given = {k: v for k, v in facts.arguments.items() if v is not None}
-    values = checked(given)
+    given = arguments_of(facts)
+    values = LlavaArguments.of(given)
     return weights_only(hash_sources(sources(values), revisions(values)))
 
 

@@ -27,7 +27,7 @@ from sdrpn.engine import ZoomModel
 from sdrpn.io.images import load_image
 from sdrpn.io.questions import read_questions
 from sdrpn.rpn.checkpoint import RPN
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
+from sdrpn_eval.model import LlavaSdrpn
 from tests.conftest import QUESTIONS, THRESHOLD, make_image, make_llava
 
 PAGE = Path(__file__).parents[3] / "docs" / "own_questions.md"

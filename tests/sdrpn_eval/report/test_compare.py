@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from sdrpn.boxes import PixelBox
+from sdrpn.boxes import PixelBox, covered
 from sdrpn_eval.report import text
 from sdrpn_eval.report.boxes import outcome
 from sdrpn_eval.report.checks import NotComparable, established
 from sdrpn_eval.report.cli import app
 from sdrpn_eval.report.comparison import compare
 from sdrpn_eval.report.documents import read_boxes
-from sdrpn_eval.report.looks import covered, unfinished_later_run
+from sdrpn_eval.report.looks import unfinished_later_run
 from sdrpn_eval.report.published import COLUMN_OF, PUBLISHED, published_score
 from sdrpn_eval.report.results import Comparison, MetricRow
 from sdrpn_eval.report.runs import BadRun, Run, parse_arguments, read_run

@@ -13,14 +13,10 @@ import yaml
 from datasets import Dataset
 from PIL import Image
 
-from sdrpn_eval import fingerprints as fp
 from sdrpn_eval.demo import embedded_model
-from sdrpn_eval.questions import Request
-from sdrpn_eval.report.checks import established
-from sdrpn_eval.report.comparison import compare, gather
-from sdrpn_eval.report.runs import read_run
-from sdrpn_eval.run_facts import (
-    RunFacts,
+from sdrpn_eval.provenance import fingerprints as fp
+from sdrpn_eval.provenance.collect import (
+    Collector,
     hash_ahead,
     hash_sources,
     local_folder,
@@ -28,6 +24,10 @@ from sdrpn_eval.run_facts import (
     versions,
     weights_only,
 )
+from sdrpn_eval.report.checks import established
+from sdrpn_eval.report.comparison import compare, gather
+from sdrpn_eval.report.runs import read_run
+from sdrpn_eval.requests import Request
 from tests.helpers import run_folders
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.local_benchmarks import TINY_VSTAR, manager, tiny_vstar_rows, write
@@ -190,17 +190,17 @@ def test_scorer_moves_with_its_settings(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def facts(tmp_path: Path) -> RunFacts:
+def facts(tmp_path: Path) -> Collector:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
     sources = {"pretrained": str(tmp_path / "model"), "rpn": None}
     (tmp_path / "model" / "config.json").write_text("{}")
     arguments = {"proposer": "rpn", "threshold": 0.1}
     hashes = hash_ahead(sources, None)
-    return RunFacts(tmp_path / "record", "20260301T120000.000000Z", 0, 1, arguments, hashes, CPU)
+    return Collector(tmp_path / "record", "20260301T120000.000000Z", 0, 1, arguments, hashes, CPU)
 
 
-def test_the_file_holds_what_the_run_is_made_of(facts: RunFacts) -> None:
+def test_the_file_holds_what_the_run_is_made_of(facts: Collector) -> None:
     padding = request(3, padding_only=True)
     facts.hashes.result()
     facts.add([request(0), request(1), padding], {"toy": {"test": tiny_vstar_rows(4)}})
@@ -214,7 +214,7 @@ def test_the_file_holds_what_the_run_is_made_of(facts: RunFacts) -> None:
     assert content["tasks"]["toy"]["data"] == fp.data_fingerprint(tiny_vstar_rows(4), [0, 1])
 
 
-def test_the_file_waits_for_no_hash(facts: RunFacts) -> None:
+def test_the_file_waits_for_no_hash(facts: Collector) -> None:
     hashed: Future[dict[str, str]] = Future()
     facts.hashes = hashed
     facts.add([request(0)], {"toy": {"test": tiny_vstar_rows(1)}})
@@ -232,7 +232,7 @@ def test_an_unreadable_document_has_a_mark_too(tmp_path: Path) -> None:
     assert fp.document_digests([{"image": {"bytes": b"x", "path": None}}], [0])[0] == digests[0]
 
 
-def test_requests_in_two_parts_are_both_there(facts: RunFacts) -> None:
+def test_requests_in_two_parts_are_both_there(facts: Collector) -> None:
     rows = {"toy": {"test": tiny_vstar_rows(2)}, "more": {"test": tiny_vstar_rows(2)}}
     facts.add([request(0)], rows)
     other = request(1)
@@ -241,7 +241,7 @@ def test_requests_in_two_parts_are_both_there(facts: RunFacts) -> None:
 
 
 def test_a_task_object_gives_scorer_and_seeds(
-    facts: RunFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    facts: Collector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from argparse import Namespace
 
@@ -294,7 +294,7 @@ def test_facts_of_a_run_are_found_again_and_ranks_put_together(
     write(tiny_vstar_rows(6), tmp_path / "data" / "tiny_vstar")
     monkeypatch.setenv("SDRPN_DATA", str(tmp_path / "data"))
     rpn = {"rpn": str(embedded_model()[1])}
-    monkeypatch.setattr("sdrpn_eval.llava_sdrpn.sources", lambda arguments: rpn)
+    monkeypatch.setattr("sdrpn_eval.model.sources", lambda arguments: rpn)
     folders = []
     for name in ("one", "two"):
         engine = FakeEngine(lambda q: "red level")
@@ -324,7 +324,7 @@ def test_facts_of_a_later_run_are_not_this_run_s(tmp_path: Path) -> None:
     folder = run_folders.write_run(tmp_path / "run", {"toy": [run_folders.sample(0)]})
     for began in ("120001", "130000"):  # the results stand for noon
         name, hashes = f"20260301T{began}.000000Z", hash_ahead({}, None)
-        facts = RunFacts(folder / "sdrpn_record", name, 0, 1, {}, hashes, CPU)
+        facts = Collector(folder / "sdrpn_record", name, 0, 1, {}, hashes, CPU)
         facts.add([request(0)], {"toy": {"test": tiny_vstar_rows(1)}})
     found = gather(read_run(folder)).facts
     assert found
