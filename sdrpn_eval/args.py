@@ -6,7 +6,6 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import (
@@ -97,73 +96,56 @@ class ModelArguments(BaseModel):
     A subclass a family says its name, adds its own arguments and presets, and changes defaults.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
     model_name: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     hints: ClassVar[Mapping[str, str]] = {}
     """What users of other models may bring along, and why it is refused."""
 
-    pretrained: Annotated[Any, BeforeValidator(_as_path)] = Field(
-        None, description="folder, hub id, `tiny` (embedded), or a model in memory"
-    )
-    revision: Text = Field("main", description="branch, tag or commit of a hub id")
-    rpn: Path | None = Field(
-        None,
-        description="folder or hub id of the RPN, ours or the authors'; default: the base's "
-        "published one",
-    )
-    rpn_revision: Text | None = Field(None, description="branch, tag or commit of the RPN's hub id")
-    peft: Path | None = Field(
-        None, description="folder or hub id of a PEFT adapter for the base (needs peft)"
-    )
-    load_in_4bit: Flag = Field(False, description="the base's language model, with bitsandbytes")
-    proposer: Literal["rpn", "attention", "vicrop", "none", "box"] = Field(
-        "rpn",
-        description="who says where to look: rpn, attention, vicrop, none (stock), box (the "
-        "document's own)",
-    )
-    threshold: Fraction | None = Field(
-        None, description="for all tasks; default: the published one of each"
-    )
-    policy: Literal["mask", "bbox", "strongest"] | None = Field(
-        None, description="map to crops: mask, bbox, strongest"
-    )
-    token_budget: Positive | None = Field(
-        None, description="crop tokens a side per cell of the box, or none"
-    )
-    skip_above: Positive | None = Field(
-        None, description="no zoom where the region is this share of the image or more, or none"
-    )
-    relative: Flag | None = Field(
-        None, description="threshold in shares of the map's maximum: true or false (published)"
-    )
-    max_crop_tokens: Count | None = Field(
-        None, description="crop tokens of one question at most, or none"
-    )
-    dtype: Dtype = Field(
-        "auto",
-        description="auto (float32 on the CPU, float16 on a GPU), float32, bfloat16, float16",
-    )
-    attn_implementation: Text | None = Field(
-        None, description="as in transformers: sdpa, eager, ..."
-    )
-    device: Text | None = Field(None, description="cpu, cuda, cuda:1, ...")
-    device_map: Text | None = Field(None, description="as in transformers: auto, cuda:0, ...")
-    prefix_cache: Bytes | None = Field(
-        None, description="memory for prefilled images, such as 4GB, or none"
-    )
-    record: Annotated[str, BeforeValidator(_as_folder_or_none), TEXT] | None = Field(
-        None, description="folder for one line a question; none: no record"
-    )
-    resume: Flag = Field(
-        True, description="take answers that stand in the record already from there"
-    )
-    on_error: Literal["raise", "stock", "empty"] = Field(
-        "raise",
-        description="a document that fails: raise ends the run, stock asks without a second look, "
-        "empty skips",
-    )
-    batch_size: BatchSize = Field(1, description="questions at a time, or auto")
+    pretrained: Annotated[Any, BeforeValidator(_as_path)] = None
+    """folder, hub id, `tiny` (embedded), or a model in memory"""
+    revision: Text = "main"
+    """branch, tag or commit of a hub id"""
+    rpn: Path | None = None
+    """folder or hub id of the RPN, ours or the authors'; default: the base's published one"""
+    rpn_revision: Text | None = None
+    """branch, tag or commit of the RPN's hub id"""
+    peft: Path | None = None
+    """folder or hub id of a PEFT adapter for the base (needs peft)"""
+    load_in_4bit: Flag = False
+    """the base's language model, with bitsandbytes"""
+    proposer: Literal["rpn", "attention", "vicrop", "none", "box"] = "rpn"
+    """who says where to look: rpn, attention, vicrop, none (stock), box (the document's own)"""
+    threshold: Fraction | None = None
+    """for all tasks; default: the published one of each"""
+    policy: Literal["mask", "bbox", "strongest"] | None = None
+    """map to crops: mask, bbox, strongest"""
+    token_budget: Positive | None = None
+    """crop tokens a side per cell of the box, or none"""
+    skip_above: Positive | None = None
+    """no zoom where the region is this share of the image or more, or none"""
+    relative: Flag | None = None
+    """threshold in shares of the map's maximum: true or false (published)"""
+    max_crop_tokens: Count | None = None
+    """crop tokens of one question at most, or none"""
+    dtype: Dtype = "auto"
+    """auto (float32 on the CPU, float16 on a GPU), float32, bfloat16, float16"""
+    attn_implementation: Text | None = None
+    """as in transformers: sdpa, eager, ..."""
+    device: Text | None = None
+    """cpu, cuda, cuda:1, ..."""
+    device_map: Text | None = None
+    """as in transformers: auto, cuda:0, ..."""
+    prefix_cache: Bytes | None = None
+    """memory for prefilled images, such as 4GB, or none"""
+    record: Annotated[str, BeforeValidator(_as_folder_or_none), TEXT] | None = None
+    """folder for one line a question; none: no record"""
+    resume: Flag = True
+    """take answers that stand in the record already from there"""
+    on_error: Literal["raise", "stock", "empty"] = "raise"
+    """a document that fails: raise ends the run, stock asks without a second look, empty skips"""
+    batch_size: BatchSize = 1
+    """questions at a time, or auto"""
     _given: frozenset[str] = PrivateAttr(frozenset())
 
     @property
@@ -251,7 +233,7 @@ class ModelArguments(BaseModel):
     def listing(cls) -> str:
         """The arguments, one a line."""
         return "\n".join(
-            f"  {name}: {field.description}"
+            f"  {name}: {' '.join(str(field.description).split())}"
             + ("" if field.default is None else f" [{field.default}]")
             for name, field in cls.model_fields.items()
         )
@@ -278,52 +260,43 @@ class LlavaArguments(ModelArguments):
     """`--model_args` of llava_sdrpn."""
 
     model_name = "llava_sdrpn"
-    presets = MappingProxyType(
-        {
-            "paper": {
-                "proposer": "rpn",
-                "policy": "mask",
-                "padding": "pad",
-                "token_budget": None,
-                "skip_above": None,
-                "relative": False,
-                "max_crop_tokens": None,
-            },
-            # The budget and the skip cost the embedded model no answers (docs/fast.md), whose 64
-            # tokens the limit never touches: a ninth of the 576, at which one question on an image
-            # costs 1.2 times stock by operations. It was chosen for speed alone.
-            "fast": {
-                "proposer": "rpn",
-                "padding": "pad",
-                "token_budget": 2.5,
-                "max_crop_tokens": 64,
-                "skip_above": 0.7,
-            },
-        }
-    )
-    hints = MappingProxyType(
-        {
-            "chat_template": "the prompt is LLaVA-1.5's own (vicuna_v1), see system_prompt",
-            "use_cache": "the cache is always on",
-            "trust_remote_code": "no code from the hub is run",
-            "max_frames_num": "there is no video",
-            "max_batch_size": "batch_size=auto starts high and halves what does not fit",
-        }
-    )
+    presets: ClassVar = {
+        "paper": {
+            "proposer": "rpn",
+            "policy": "mask",
+            "padding": "pad",
+            "token_budget": None,
+            "skip_above": None,
+            "relative": False,
+            "max_crop_tokens": None,
+        },
+        # The budget and the skip cost the embedded model no answers (docs/fast.md), whose 64 tokens
+        # the limit never touches: a ninth of the 576, at which one question on an image costs 1.2
+        # times stock by operations. It was chosen for speed alone.
+        "fast": {
+            "proposer": "rpn",
+            "padding": "pad",
+            "token_budget": 2.5,
+            "max_crop_tokens": 64,
+            "skip_above": 0.7,
+        },
+    }
+    hints: ClassVar = {
+        "chat_template": "the prompt is LLaVA-1.5's own (vicuna_v1), see system_prompt",
+        "use_cache": "the cache is always on",
+        "trust_remote_code": "no code from the hub is run",
+        "max_frames_num": "there is no video",
+        "max_batch_size": "batch_size=auto starts high and halves what does not fit",
+    }
 
-    pretrained: Annotated[Any, BeforeValidator(_as_path)] = Field(
-        LLAVA_7B, description="folder, hub id, `tiny` (embedded), or a model in memory"
-    )
-    padding: Literal["pad", "crop"] = Field(
-        "pad",
-        description="pad to a square, or crop the centre; default: as config.json notes, else",
-    )
-    system_prompt: Path | None = Field(
-        None, description="sentence, or file with it; empty: no sentence"
-    )
-    preset: Literal["paper", "fast"] | None = Field(
-        None, description="a named set of the above: paper, fast"
-    )
+    pretrained: Annotated[Any, BeforeValidator(_as_path)] = LLAVA_7B
+    """folder, hub id, `tiny` (embedded), or a model in memory"""
+    padding: Literal["pad", "crop"] = "pad"
+    """pad to a square, or crop the centre; default: as config.json notes, else"""
+    system_prompt: Path | None = None
+    """sentence, or file with it; empty: no sentence"""
+    preset: Literal["paper", "fast"] | None = None
+    """a named set of the above: paper, fast"""
 
 
 def stated(
