@@ -45,7 +45,7 @@ dist: $(INSTALLED)
 
 # Trains the embedded model, its RPN and the benchmark anew, into out/tiny.
 tiny: $(INSTALLED)
-	$(BIN)/python -m sdrpn_eval.demo.build --out out/tiny
+	$(BIN)/python -m tools.tiny_vstar.build --out out/tiny
 
 $(INSTALLED): pyproject.toml
 	$(call install,$(VENV))

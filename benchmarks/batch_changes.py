@@ -1,6 +1,6 @@
 """How many answers change with the batch size: ours, and stock LLaVA in a left-padded batch.
 
-    python benchmarks/batch_changes.py --out docs/batch_changes.json
+    python -m benchmarks.batch_changes --out docs/batch_changes.json
 
 Every question of tiny_vstar is asked at batch size 1 and at --batch-size, in the order of the
 benchmark, on the embedded model; what is counted is the answers whose text differs. In float32 none
@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from systems import stock
 from tqdm import tqdm
 
+from benchmarks.systems import stock
 from sdrpn import RPN, Question, ZoomModel
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn_eval.demo import tiny_path
-from sdrpn_eval.demo.score import GENERATION, is_right
-from sdrpn_eval.demo.tune import benchmark_rows
+from tools.tiny_vstar.score import GENERATION, is_right
+from tools.tiny_vstar.tune import benchmark_rows
 
 DTYPES = ("float32", "bfloat16", "float16")
 Ask = Callable[[Sequence[Question]], list[str]]

@@ -1,6 +1,6 @@
 """How the cost of a question grows: with questions per image, batch, image size, answer, processes.
 
-    python benchmarks/cost_growth.py --out docs/cost_growth.json
+    python -m benchmarks.cost_growth --out docs/cost_growth.json
 
 writes the seconds and the picture beside them (same name, .png). Random weights of --shape, preset
 fast, a forced region, as in throughput.py. One thing grows at a time; the rest stays at one
@@ -29,11 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from shapes import SHAPES, random_llava, random_rpn
-from systems import forget_images, generation_of, middle_box, zooming_engine
 from tqdm import tqdm
-from workload import Clock, describe_machine, questions
 
+from benchmarks.shapes import SHAPES, random_llava, random_rpn
+from benchmarks.systems import forget_images, generation_of, middle_box, zooming_engine
+from benchmarks.workload import Clock, describe_machine, questions
 from sdrpn.engine import Question, ZoomModel
 
 SIZE, CELLS, WORDS, NEW = (640, 480), 8, 60, 4

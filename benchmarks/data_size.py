@@ -1,7 +1,8 @@
 """What more labels buy: RPNs of the tiny model trained on 100, 1 K and 10 K labels.
 
-    python -m sdrpn_eval.demo.train_rpn --model sdrpn_eval/demo/tiny --work out/distil --out out/rpn
-    python benchmarks/data_size.py --work out/distil --docs docs
+    python -m tools.tiny_vstar.train_rpn --model sdrpn_eval/demo/tiny \\
+        --work out/distil --out out/rpn
+    python -m benchmarks.data_size --work out/distil --docs docs
 
 Same held-out images, same steps, the checkpoint with the lowest held-out loss each time; then all
 questions of tiny_vstar with each.
@@ -19,8 +20,8 @@ from matplotlib.figure import Figure
 
 from sdrpn import RPN
 from sdrpn_eval.demo import BENCHMARK, tiny_path
-from sdrpn_eval.demo.score import Scorer
-from sdrpn_eval.demo.train_rpn import commands, run
+from tools.tiny_vstar.score import Scorer
+from tools.tiny_vstar.train_rpn import commands, run
 
 SIZES = (100, 1000, 10000)
 STEPS = 300

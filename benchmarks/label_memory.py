@@ -1,6 +1,6 @@
 """Peak memory of labelling: a closed formula, checked on a small model, stated for 7B and 13B.
 
-    python benchmarks/label_memory.py --out docs/label_memory.json
+    python -m benchmarks.label_memory --out docs/label_memory.json
 
 Each batch size runs in a process of its own; its peak resident memory, less that of a batch of
 one, gives the bytes a question costs. The formula counts what grows with the batch.
@@ -15,8 +15,8 @@ import resource
 from pathlib import Path
 
 import torch
-from shapes import SHAPES, Shape, images, label_heads, question, random_llava
 
+from benchmarks.shapes import SHAPES, Shape, images, label_heads, question, random_llava
 from sdrpn.distill.label import label_batch
 from sdrpn.engine import Question, ZoomModel
 

@@ -1,6 +1,6 @@
 """Labelling against answering one by one with every attention kept.
 
-    python benchmarks/label_speed.py --out docs/label_speed.json
+    python -m benchmarks.label_speed --out docs/label_speed.json
 
 The usual way to read a model's attention is eager attention with `output_attentions=True`, which
 keeps every layer, head, row and column, one question at a time. Ours answers in batches over shared
@@ -19,10 +19,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from shapes import SHAPES, label_heads, random_llava
 from tqdm import tqdm
-from workload import Clock, describe_machine, questions
 
+from benchmarks.shapes import SHAPES, label_heads, random_llava
+from benchmarks.workload import Clock, describe_machine, questions
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.distill.label import label_batch
 from sdrpn.engine import Question, ZoomModel

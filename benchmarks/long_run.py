@@ -1,6 +1,6 @@
 """A long run: whether memory stays flat, the prefix cache bounded and the rate the same.
 
-    python benchmarks/long_run.py --out docs/long_run.json
+    python -m benchmarks.long_run --out docs/long_run.json
 
 asks the embedded model 20,000 questions about 2,000 images through the plugin, as lmms-eval calls
 it: all requests at once, grouped by image, the next batch's images decoded ahead, a record written.
@@ -29,17 +29,17 @@ from datasets import Dataset, Features
 from datasets import Image as ImageColumn
 from lmms_eval.api.instance import Instance
 from matplotlib.figure import Figure
-from memory import resident
 from tqdm import tqdm
-from workload import describe_machine
 
+from benchmarks.memory import resident
+from benchmarks.workload import describe_machine
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.engine import Answer, Question, ZoomModel
 from sdrpn.io.atomic import write_json
 from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.demo import embedded_model
-from sdrpn_eval.demo.scenes import COLOURS, make_scene, webp_bytes
 from sdrpn_eval.model import LlavaSdrpn
+from tools.tiny_vstar.scenes import COLOURS, make_scene, webp_bytes
 
 TASK, SPLIT = "tiny_vstar", "test"
 WORDINGS = ("what pattern is on the {colour} disc ?", "the {colour} disc ?")

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from flops import FORMULAS, Load, Sizes, counted, floor
-from systems import Said, System
-from workload import Cell, Clock
-
+from benchmarks.flops import FORMULAS, Load, Sizes, counted, floor
+from benchmarks.systems import Said, System
+from benchmarks.workload import Cell, Clock
 from sdrpn.engine import Question
 
 

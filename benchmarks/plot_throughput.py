@@ -1,6 +1,6 @@
 """The throughput benchmark's JSON as a figure and as Markdown tables.
 
-    python benchmarks/plot_throughput.py docs/throughput.json --docs docs/
+    python -m benchmarks.plot_throughput docs/throughput.json --docs docs/
 
 writes docs/throughput.png and docs/throughput.md and prints the tables. --name tells another run
 apart (docs/NAME.png, docs/NAME.md). What a page holds outside its two marker comments is kept, so

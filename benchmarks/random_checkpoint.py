@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from shapes import SHAPES, random_llava
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.shapes import SHAPES, random_llava
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import RPNConfig
 from sdrpn.rpn.checkpoint import RPN

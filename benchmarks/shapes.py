@@ -18,7 +18,7 @@ from transformers import (
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import LabelConfig, LayerHeads
 from sdrpn.rpn.checkpoint import RPN
-from sdrpn_eval.demo.tiny_model import PATCH, build_tokenizer, processor_around
+from tools.tiny_vstar.tiny_model import PATCH, build_tokenizer, processor_around
 
 SIDE = 336
 WORDS = "what pattern is on the red disc and the blue"

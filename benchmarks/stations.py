@@ -11,12 +11,12 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from flops import STATIONS, Load, Sizes, floor
-from systems import forget_images
 from torch.profiler import ProfilerActivity, profile, record_function
-from workload import Clock
 
 import sdrpn.engine
+from benchmarks.flops import STATIONS, Load, Sizes, floor
+from benchmarks.systems import forget_images
+from benchmarks.workload import Clock
 from sdrpn.engine import Question, ZoomModel
 
 SHOWN_OPERATORS = 15

@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flops import FORMULAS, Load, Sizes
-from measuring import Measured, jobs_of, measure, rows_of
-from shapes import SHAPES
-from stations import profile_question
-from systems import all_systems, generation_of, middle_box, zooming_engine
 from tqdm import tqdm
-from workload import (
+
+from benchmarks.flops import FORMULAS, Load, Sizes
+from benchmarks.measuring import Measured, jobs_of, measure, rows_of
+from benchmarks.shapes import SHAPES
+from benchmarks.stations import profile_question
+from benchmarks.systems import all_systems, generation_of, middle_box, zooming_engine
+from benchmarks.workload import (
     MIXES,
     Cell,
     Clock,
@@ -42,19 +43,18 @@ from workload import (
     questions,
     settings_of,
 )
-
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import published_labels
-from sdrpn.io.atomic import whole
+from sdrpn.io.atomic import atomic_write
 from sdrpn.roi.vicrop import NEUTRAL_QUESTION
 from sdrpn.rpn.checkpoint import RPN
 
 EXAMPLES = """examples:
-  python benchmarks/throughput.py --quick --out quick.json      a first look, 2 cores, minutes
-  python benchmarks/throughput.py --out docs/throughput.json    the table, 2 cores, about an hour
-  python benchmarks/throughput.py --shape 7b --device cuda --out docs/throughput_7b.json
-  python benchmarks/throughput.py --mix textvqa docvqa pope --out docs/throughput_mix.json
-  python benchmarks/throughput.py --profile --quick             where one question's time goes
+  python -m benchmarks.throughput --quick --out quick.json      a first look, 2 cores, minutes
+  python -m benchmarks.throughput --out docs/throughput.json    the table, 2 cores, about an hour
+  python -m benchmarks.throughput --shape 7b --device cuda --out docs/throughput_7b.json
+  python -m benchmarks.throughput --mix textvqa docvqa pope --out docs/throughput_mix.json
+  python -m benchmarks.throughput --profile --quick             where one question's time goes
 
 --out is written anew behind every cell, so a run cut short leaves the cells it finished.
 ratio_to_stock is stock's seconds over the system's own: above 1 is faster than stock.
@@ -137,7 +137,7 @@ def profile(llava: Llava15, rpn: RPN, settings: Settings, rate: float) -> dict[s
 def _write(result: dict[str, Any], out: Path | None) -> None:
     if out is None:
         return
-    with whole(out) as part:
+    with atomic_write(out) as part:
         part.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -22,21 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import Stages, stage_table
 from PIL import Image
-from random_checkpoint import build, meta_llava, meta_rpn
-from shapes import SHAPES, images
-from systems import force_region, generation_of, middle_box, preset_zoom
-from workload import describe_machine, questions
 
+from benchmarks.memory import Stages, stage_table
+from benchmarks.random_checkpoint import build, meta_llava, meta_rpn
+from benchmarks.shapes import SHAPES, images
+from benchmarks.systems import force_region, generation_of, middle_box, preset_zoom
+from benchmarks.workload import describe_machine, questions
 from sdrpn.backbones.base import AttentionInputs, ImageInput
 from sdrpn.engine import Question
 from sdrpn.inference.prefix import prefill
 
 EXAMPLES = """examples:
-  python benchmarks/true_size.py --out docs/true_size.json
-  python benchmarks/true_size.py --out docs/true_size.json --run /big/disk/random7b
-  python benchmarks/true_size.py --shape small --layers 4 --run out/small     seconds, to try it
+  python -m benchmarks.true_size --out docs/true_size.json
+  python -m benchmarks.true_size --out docs/true_size.json --run /big/disk/random7b
+  python -m benchmarks.true_size --shape small --layers 4 --run out/small     seconds, to try it
 """
 
 HEAD_TOKENS = 35
@@ -54,7 +54,7 @@ def sizes_of(name: str) -> dict[str, Any]:
     def attention_inputs(embeds: Any, mask: Any, positions: Any, cache: Any) -> AttentionInputs:
         # Making a mask asks for its values, and meta tensors have none.
         rotary = llava.decoder.rotary_emb(embeds, position_ids=positions[0])
-        return AttentionInputs(None, positions[0], rotary)
+        return AttentionInputs(None, rotary)
 
     llava.attention_inputs = attention_inputs  # type: ignore[method-assign]
     pixels = torch.zeros(3, llava.side, llava.side, device="meta", dtype=DTYPE)

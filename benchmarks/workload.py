@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import transformers
-from shapes import SHAPES, images, question, random_llava, random_rpn
 
-from sdrpn.backbones.llava15 import Llava15, pick_dtype
+from benchmarks.shapes import SHAPES, images, question, random_llava, random_rpn
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.backbones.loading import pick_dtype
 from sdrpn.engine import Question
 from sdrpn.rpn.checkpoint import RPN
 

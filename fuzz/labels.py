@@ -1,6 +1,6 @@
 """Fuzzes what reads questions, labels and checkpoints: sound values, or a sentence with the file.
 
-python fuzz/labels.py --minutes 10
+python -m fuzz.labels --minutes 10
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import JSON, ODD_TEXTS, cut, harmed, holds, main, refused
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from fuzz.harness import JSON, ODD_TEXTS, cut, harmed, holds, main, refused
 from sdrpn.config import LABELS_7B, RPNConfig
 from sdrpn.convert import safe_pickle
 from sdrpn.convert.labels import convert_labels
@@ -37,7 +37,7 @@ from sdrpn.distill.label_dataset import (
 )
 from sdrpn.distill.questions import fingerprint, read_items
 from sdrpn.distill.trainer import last_checkpoint
-from sdrpn.io.images import BadImage, inside
+from sdrpn.io.images import BadImage, safe_join
 from sdrpn.rpn.checkpoint import RPN
 
 TOKENS = 16
@@ -62,7 +62,7 @@ def check_items(path: Path) -> None:
             assert isinstance(text, str)
             assert text
         with suppress(BadImage):
-            assert inside(FOLDER, item.image).is_relative_to(FOLDER)
+            assert safe_join(FOLDER, item.image).is_relative_to(FOLDER)
     assert len(fingerprint(items)) == 32
 
 

@@ -1,6 +1,6 @@
 """Fuzzes the region code: any map and image give boxes inside the image that hold pixels.
 
-python fuzz/regions.py --minutes 10
+python -m fuzz.regions --minutes 10
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from harness import JSON, holds, main, refused
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
+from fuzz.harness import JSON, holds, main, refused
 from sdrpn.backbones.llava15 import square_grid, stretched
 from sdrpn.boxes import GridBox, ImageGrid, PixelBox
 from sdrpn.config import POLICIES, ZoomConfig

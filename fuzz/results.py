@@ -1,29 +1,27 @@
 """Fuzzes what reads runs: results, samples, records, facts, baselines; whole, or refused by name.
 
-python fuzz/results.py --minutes 10
+python -m fuzz.results --minutes 10
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import cut, harmed, holds, main, refused
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from fuzz.harness import cut, harmed, holds, main, refused
 from sdrpn_eval.record import read_records
-from sdrpn_eval.report.baseline import make_baseline, read_baseline
-from sdrpn_eval.report.comparison import compare, gather
-from sdrpn_eval.report.documents import read_boxes
-from sdrpn_eval.report.gate import BROKEN, Rules, check, safely_check
-from sdrpn_eval.report.page import write_page
-from sdrpn_eval.report.runs import BadRun, Run, read_run
+from sdrpn_eval.report.html import write_page
+from sdrpn_eval.results.baseline import make_baseline, read_baseline
+from sdrpn_eval.results.compare import compare, gather
+from sdrpn_eval.results.documents import read_boxes
+from sdrpn_eval.results.gate import BROKEN, Rules, check, safely_check
+from sdrpn_eval.results.read import BadRun, Run, read_run
 from tests.helpers.run_folders import (
     FACTS,
     record_line,

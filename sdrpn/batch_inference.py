@@ -14,8 +14,8 @@ from PIL import Image
 from sdrpn import __version__
 from sdrpn.backbones.fingerprint import base_hash, weights_hash
 from sdrpn.engine import Question, ZoomModel
-from sdrpn.io.atomic import as_json, parse_json, whole
-from sdrpn.io.images import inside, load_image
+from sdrpn.io.atomic import as_json, atomic_write, parse_json
+from sdrpn.io.images import load_image, safe_join
 from sdrpn.io.questions import Asked
 from sdrpn.io.resumable import BatchRunner, append_lines, drop_incomplete_line, guard_settings
 
@@ -79,7 +79,7 @@ class AnswerFile:
         lines = self.read()
         ordered = {key: lines[key] for asked in questions if (key := str(asked.id)) in lines}
         if list(ordered) != list(lines) or len(lines) != self.path.read_bytes().count(b"\n"):
-            with whole(self.path) as part:
+            with atomic_write(self.path) as part:
                 text = "".join(f"{_as_text(line)}\n" for line in ordered.values())
                 part.write_bytes(text.encode())
         return ordered
@@ -191,7 +191,7 @@ class AnswerJob:
         return question
 
     def _load_image(self, name: str) -> Image.Image:
-        return load_image(inside(self.images, name))
+        return load_image(safe_join(self.images, name))
 
     def _ask(self, batch: Sequence[Asked], questions: Sequence[Question]) -> list[Line]:
         answers = self.zoom.ask_batch(questions, self.generation)

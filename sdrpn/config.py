@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self, get_args, get_type_hints
 
 VICUNA_SYSTEM_PROMPT = (
@@ -16,6 +16,9 @@ VICUNA_SYSTEM_PROMPT = (
 IMAGE_TOKEN = "<image>"
 """Stands for an image in a prompt, in LLaVA's data, and in the tokenizer."""
 
+ONE_WORD = "Answer the question using a single word or phrase."
+"""What short answers are asked for with, in benchmarks and in LLaVA's data."""
+
 POLICIES = ("mask", "bbox", "strongest")
 PADDINGS = ("pad", "crop")
 ASPECT_RATIO = "image_aspect_ratio"
@@ -23,6 +26,9 @@ ASPECT_RATIO = "image_aspect_ratio"
 
 NOTED_PADDINGS = {"pad": "pad", "square": "crop"}
 """Values of ASPECT_RATIO -> padding. `square` is resized and cropped by the CLIP processor."""
+
+KINDS = ("natural", "text")
+"""Kinds of pictures that labels are made of in different ways."""
 
 PROPOSERS = ("rpn", "attention", "vicrop", "none")
 
@@ -64,6 +70,7 @@ def _is_one_of(value: Any, kinds: set[type]) -> bool:
 _READ: Mapping[str, Any] = {
     "min_cells": int,
     "max_crop_tokens": int,
+    "thin_above": int,
     "relative": {"true": True, "false": False}.__getitem__,
 }
 """How text becomes a setting, where that is not a float."""
@@ -86,6 +93,9 @@ class ZoomConfig:
         always is, so that even an RPN that is unsure looks somewhere. Ours; published: False.
     max_crop_tokens: of one question; the grids of larger regions shrink to it. None: no limit but
         the model's context.
+    thin_above: of a picture of more cells than this, those that no word of the question looks at
+        are dropped before the answer, where there is a zoom (published for Qwen2.5-VL: 1024). The
+        picture is then read again for that question. None: never, since nothing is reused then.
     """
 
     threshold: float = 0.15
@@ -96,6 +106,7 @@ class ZoomConfig:
     skip_above: float | None = None
     relative: bool = False
     max_crop_tokens: int | None = None
+    thin_above: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
@@ -108,6 +119,8 @@ class ZoomConfig:
             raise ValueError(f"skip_above must be in (0, 1] or None, got {self.skip_above}")
         if self.max_crop_tokens is not None and self.max_crop_tokens < 1:
             raise ValueError(f"max_crop_tokens must be 1 or more, got {self.max_crop_tokens}")
+        if self.thin_above is not None and self.thin_above < 1:
+            raise ValueError(f"thin_above must be 1 or more, got {self.thin_above}")
         if self.min_cells < 1:
             raise ValueError(f"min_cells must be 1 or more, got {self.min_cells}")
         if not 0 < self.max_cells_fraction <= 1:
@@ -130,6 +143,28 @@ class ZoomConfig:
             return cls.from_dict(checked)
         except (KeyError, ValueError) as error:
             raise ValueError(f"zoom settings {text!r}: {error}") from None
+
+
+@dataclass(frozen=True)
+class MapRules:
+    """How a model family turns RoI maps into crops, where families differ (docs/method.md).
+
+    one_box: policy `mask` draws one box around all cells over the threshold and keeps their crop
+        tokens; False: only around several connected components, within the size limits.
+    dark_above: on a grid of more cells, the first quarters of the top row and of the left column
+        are set to 0 before the blur, since large grids have sinks there; None: never.
+    min_side: crops with a shorter side, in source pixels, are refused.
+    max_aspect: crops narrower than 1 : max_aspect are refused; None: none are.
+    """
+
+    one_box: bool = False
+    dark_above: int | None = None
+    min_side: int = 1
+    max_aspect: float | None = None
+
+
+SMALL_SQUARE = MapRules()
+"""Of families that see every picture as one small square, as LLaVA-1.5 does."""
 
 
 @dataclass(frozen=True)
@@ -166,11 +201,18 @@ def _is_index(value: Any) -> bool:
 class LabelConfig:
     """Which attention makes pseudo-labels, and where the lines are drawn (docs/method.md).
 
-    grounding: heads whose mean is the grounding map. sink: heads whose mean is the sink map.
+    grounding: heads whose mean is the grounding map. sink: heads whose mean is the sink map; none
+        make a map of zeros.
+    text_grounding: the same for pictures of text, which are asked as they are and have no sink
+        heads; none: `grounding` and `sink` hold for all pictures.
+    instead: what questions on other pictures ask for instead of ONE_WORD; empty: nothing else.
     vicrop_layer: the layer the ViCrop baseline reads.
     sink_threshold: an image token with at least this much attention in the sink map is a sink.
     foreground, background: shares of the map's maximum.
     max_box_fraction: a foreground box of this share of the grid or more discards the sample.
+    box_margin: cells that the foreground's box is grown by on each side.
+    padding_background: whether padding around a picture is background, and never foreground.
+    floor: a map whose maximum is below this discards the sample.
     max_components: a foreground of more connected components discards the sample, since attention
         that points at several places is often wrong; None (published) keeps all. Ours.
     max_new_tokens: length of the answers whose attention is read.
@@ -185,6 +227,16 @@ class LabelConfig:
     max_box_fraction: float = 0.5
     max_components: int | None = None
     max_new_tokens: int = 128
+    text_grounding: tuple[LayerHeads, ...] = ()
+    instead: str = ""
+    box_margin: int = 0
+    padding_background: bool = False
+    floor: float = 0.0
+
+    @property
+    def heads(self) -> tuple[LayerHeads, ...]:
+        """All heads that are read."""
+        return (*self.grounding, *self.sink, *self.text_grounding)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -192,13 +244,23 @@ class LabelConfig:
         missing = [name for name in ("grounding", "sink", "vicrop_layer") if name not in checked]
         if missing:
             raise ValueError(f"{missing[0]!r} is missing")
-        for name in ("grounding", "sink"):
-            checked[name] = _layer_heads(checked[name])
+        for name in ("grounding", "sink", "text_grounding"):
+            checked[name] = _layer_heads(checked.get(name, ()))
         return cls(**checked)
+
+    def of(self, kind: str) -> LabelConfig:
+        """What holds for one kind of pictures: `natural` or `text`."""
+        if kind != "text" or not self.text_grounding:
+            return self
+        return replace(self, grounding=self.text_grounding, sink=(), instead="")
+
+    def asked(self, question: str) -> str:
+        """What the model is asked, so that its attention while it answers makes the label."""
+        return question.replace(ONE_WORD, self.instead) if self.instead else question
 
     def check_fits(self, layers: int, heads: int, model: str) -> None:
         """Raise ValueError unless a model of so many layers and heads has all that is read."""
-        read = [(one.layer, max(one.heads or (0,))) for one in (*self.grounding, *self.sink)]
+        read = [(one.layer, max(one.heads or (0,))) for one in self.heads]
         for layer, head in [*read, (self.vicrop_layer, 0)]:
             if layer >= layers or head >= heads:
                 raise ValueError(

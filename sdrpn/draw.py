@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from sdrpn.boxes import PixelBox
-from sdrpn.io.atomic import whole
+from sdrpn.io.atomic import atomic_write
 
 BOX_COLOUR = "#ff2fd0"
 TRUE_COLOUR = "#2fe05a"
@@ -52,7 +52,7 @@ def sheet(cards: Sequence[Card], out: Path | str, columns: int = 1) -> Path:
         _draw(card, axes[row, 3 * column : 3 * column + 3])
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole(out) as part:
+    with atomic_write(out) as part:
         figure.savefig(part, format=out.suffix.removeprefix(".") or "png")
     return out
 

@@ -27,13 +27,13 @@ from sdrpn.boxes import PixelBox
 from sdrpn.config import PROPOSERS, LabelConfig, ZoomConfig
 from sdrpn.inference.generation import generate, generate_plain, losses, losses_plain
 from sdrpn.inference.generation_arguments import check_generation
-from sdrpn.inference.prefix import Prefix, PrefixCache, free_memory, prefill
+from sdrpn.inference.prefix import Prefix, PrefixCache, free_memory, prefill, prefill_segments
 from sdrpn.io.checkpoint_files import CONFIG_FILE, Source
 from sdrpn.io.images import as_shown, image_key
 from sdrpn.io.plurals import counted
 from sdrpn.roi.crops import crop_tokens
 from sdrpn.roi.postprocess import Region, given
-from sdrpn.roi.proposers import BY_NAME, Look, Models, Proposal
+from sdrpn.roi.proposers import BY_NAME, Look, Models, Proposal, cells_looked_at
 from sdrpn.rpn.checkpoint import RPN
 
 logger = logging.getLogger(__name__)
@@ -275,6 +275,7 @@ class ZoomModel:
         return self._prefill(images, [image_key(image) for image in images])
 
     def _prefill(self, images: Sequence[Image.Image], keys: Sequence[str]) -> list[Prefix]:
+        keys = [self._key(key) for key in keys]
         known = {key: self.prefixes.get(key) for key in keys}
         ready = self._take_ready(known)
         fresh = [key for key, prefix in known.items() if prefix is None]
@@ -285,6 +286,10 @@ class ZoomModel:
                 known[key] = prefix
                 self.prefixes.put(key, prefix)
         return [prefix for key in keys if (prefix := known[key]) is not None]
+
+    def _key(self, content: str) -> str:
+        """What an image's prefix is kept under: its content, and how it is preprocessed."""
+        return f"{content} {dict(self.backbone.preprocessing)}"
 
     def _prepared(self, ready: ImageInput | None, image: Image.Image) -> ImageInput:
         return self.backbone.preprocess([image])[0] if ready is None else ready
@@ -297,7 +302,7 @@ class ZoomModel:
         """
         for question in questions:
             if len(question.images) == 1:
-                (key,) = question.image_keys
+                key = self._key(question.image_keys[0])
                 with self._ready_lock:
                     needless = key in self._ready or key in self.prefixes
                 if not needless:
@@ -320,7 +325,7 @@ class ZoomModel:
         try:
             yield
         except BaseException:
-            self._take_ready(q.image_keys[0] for q in questions if len(q.images) == 1)
+            self._take_ready(self._key(q.image_keys[0]) for q in questions if len(q.images) == 1)
             raise
 
     def look(
@@ -338,7 +343,8 @@ class ZoomModel:
         for question, prefix, ids in zip(questions, prefixes, words, strict=True):
             grid = self.backbone.image_grid(question.images[0])
             if question.box is not None:
-                proposals.append(Proposal(given(question.box, grid)))
+                rules = self.backbone.map_rules
+                proposals.append(Proposal(given(question.box, grid, rules)))
                 continue
             looks.append(Look(prefix, grid, ids, question.zoom or self.zoom))
             proposals.append(None)
@@ -350,22 +356,47 @@ class ZoomModel:
         words = [self.backbone.prompt_ids(q.text).after for q in questions]
         before = [self.backbone.prefix_length(self.backbone.image_grid(i).cells) for i in images]
         zooms = [q.zoom or self.zoom for q in questions]
+        marks = 2 * self.backbone.crop_marks  # no policy takes more than two crops
         rooms = [
-            min(self._room(start + len(w)), zoom.max_crop_tokens or self.backbone.context_length)
+            min(
+                self._room(start + len(w)) - marks,
+                zoom.max_crop_tokens or self.backbone.context_length,
+            )
             for start, w, zoom in zip(before, words, zooms, strict=True)
         ]
         prefixes = self._prefill(images, [q.image_keys[0] for q in questions])
         proposals = self.look(questions, prefixes, words)
         regions = [p.region for p in proposals]
         crops = crop_tokens(self.backbone, images, regions, zooms, rooms)
-        rows = []
-        for prefix, word, proposal, own in zip(prefixes, words, proposals, crops, strict=True):
-            if not own and proposal.region.boxes:
-                reason = "no crop token left: none kept by the mask, or no room in the context"
-                proposal = replace(proposal, region=Region(reason=reason))
-            suffix = self.backbone.suffix_segment(prefix.next_position, word, own)
-            rows.append(_Row(prefix, word, proposal, own, suffix))
-        return rows
+        parts = zip(questions, prefixes, words, proposals, crops, strict=True)
+        return [self._row(*one) for one in parts]
+
+    def _row(
+        self,
+        question: Question,
+        prefix: Prefix,
+        word: tuple[int, ...],
+        proposal: Proposal,
+        crops: Sequence[CropTokens],
+    ) -> _Row:
+        if not crops and proposal.region.boxes:
+            reason = "no crop token left: none kept by the mask, or no room in the context"
+            proposal = replace(proposal, region=Region(reason=reason))
+        zoom, image = question.zoom or self.zoom, question.images[0]
+        thins = zoom.thin_above is not None and prefix.image_tokens > zoom.thin_above
+        if crops and self.rpn and thins:
+            look = Look(prefix, self.backbone.image_grid(image), word, zoom)
+            prefix = self._thinned(look, image)
+        suffix = self.backbone.suffix_segment(prefix.next_position, word, crops)
+        return _Row(prefix, word, proposal, crops, suffix)
+
+    def _thinned(self, look: Look, image: Image.Image) -> Prefix:
+        """The image read again, without the cells that the question does not look at."""
+        keep = cells_looked_at(self.models, look)
+        (ready,) = self.backbone.preprocess([image])
+        (features,) = self.backbone.encode([ready])
+        whole = self.backbone.prefix_segment(ready, features)
+        return prefill_segments(self.backbone, None, [whole.keeping(keep)])[0]
 
     def _in_two_ways(self, questions: Sequence[Question], zoomed: Any, plain: Any) -> list[Any]:
         """Split a batch into questions on one image and the others; results in the given order."""

@@ -21,7 +21,7 @@ from transformers import LlavaForConditionalGeneration
 
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.rpn.checkpoint import RPN
-from sdrpn_eval.demo.tiny_model import build_model, build_processor
+from tools.tiny_vstar.tiny_model import build_model, build_processor
 
 torch.set_num_threads(1)
 # The same examples on every machine, however slow.

@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 WORDS = re.findall(r"`([^`\n]+)`", PAGE)
-FOLDERS = ("sdrpn", "sdrpn_eval", "tasks", "tests", "benchmarks")
-PACKAGES = ("sdrpn", "sdrpn_eval")
-PARAGRAPHS = ("sdrpn/distill", "sdrpn/convert", "sdrpn/cli", "sdrpn_eval/report", "sdrpn_eval/demo")
+FOLDERS = ("sdrpn", "sdrpn_eval", "tasks", "tests", "tools", "benchmarks")
+PACKAGES = ("sdrpn", "sdrpn_eval", "tools")
+PARAGRAPHS = ("sdrpn/distill", "sdrpn/convert", "sdrpn/cli", "sdrpn_eval/results")
+PARAGRAPHS += ("sdrpn_eval/report", "sdrpn_eval/cli", "sdrpn_eval/demo")
 
 
 def modules() -> Iterator[Path]:

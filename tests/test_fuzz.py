@@ -1,25 +1,18 @@
-"""The fuzzers of fuzz/, a few examples each: `python fuzz/results.py --minutes 10` tries more."""
+"""The fuzzers of fuzz/, a few examples each: `python -m fuzz.results --minutes 10` tries more."""
 
 from __future__ import annotations
-
-import importlib
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-FUZZ = Path(__file__).parents[1] / "fuzz"
-sys.path.insert(0, str(FUZZ))
-
-from harness import LOOSE, Property  # noqa: E402
+from fuzz import labels, regions, results
+from fuzz.harness import LOOSE, Property
 
 FEW = settings(LOOSE, max_examples=25, derandomize=True)
 
 
 def properties() -> list[Property]:
-    scripts = ("regions", "labels", "results")
-    return [one for name in scripts for one in importlib.import_module(name).PROPERTIES]
+    return [one for module in (regions, labels, results) for one in module.PROPERTIES]
 
 
 @pytest.mark.parametrize("one", properties(), ids=lambda one: one.name)

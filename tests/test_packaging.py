@@ -86,7 +86,7 @@ def test_the_wheel_announces_its_entry_points(wheel: Path) -> None:
         "llava_sdrpn = sdrpn_eval.plugin:register",
         "tiny = sdrpn_eval.demo:embedded_model",
         "sdrpn = sdrpn.cli:app",
-        "sdrpn-eval = sdrpn_eval.report.cli:app",
+        "sdrpn-eval = sdrpn_eval.cli:app",
     ):
         assert line in points
 

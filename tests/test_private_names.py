@@ -378,13 +378,13 @@ TOUCHED = (
     ),
     Touched(
         "simple_evaluate",
-        ("sdrpn_eval/report/harness.py",),
+        ("sdrpn_eval/results/evaluate.py",),
         "sdrpn-eval score and replay, which ask lmms-eval's evaluator again",
         evaluator_settings,
     ),
     Touched(
         "EvaluationTracker",
-        ("sdrpn_eval/report/rescore.py",),
+        ("sdrpn_eval/results/rescore.py",),
         "sdrpn-eval score could not write its results as lmms-eval does",
         lambda *_: has(
             of("lmms_eval.loggers", "EvaluationTracker"),

@@ -12,13 +12,11 @@ import typer
 from lmms_eval.utils import simple_parse_args_string
 from typer.core import TyperGroup
 
-from sdrpn_eval import subsets
 from sdrpn_eval.args import LlavaArguments
-from sdrpn_eval.report.cli import app
-from sdrpn_eval.report.published import PUBLISHED
-from sdrpn_eval.subsets import SOURCES
+from sdrpn_eval.cli import app
+from sdrpn_eval.results.published import PUBLISHED
+from sdrpn_eval.subsets import names, read_subset
 from sdrpn_eval.tasks_info import PROTOCOLS, THRESHOLDS
-from sdrpn_eval.threshold_curve import curve
 from tests.helpers.local_benchmarks import PAPER, manager
 
 PAGE = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text(encoding="utf-8")
@@ -41,7 +39,7 @@ def option(words: list[str], name: str) -> str:
 
 def test_every_kind_of_command_is_known() -> None:
     kinds = {words[0] for words in commands()}
-    assert kinds == {"pip", "hf", "lmms-eval", "sdrpn-eval", "python"}
+    assert kinds == {"pip", "hf", "lmms-eval", "sdrpn-eval"}
 
 
 def test_evaluations_name_tasks_and_arguments_that_exist() -> None:
@@ -73,18 +71,9 @@ def test_what_is_compared_was_run() -> None:
 
 
 def test_our_own_commands_parse() -> None:
-    curves = typer.Typer()
-    curves.command()(curve)
-    modules = {
-        "sdrpn_eval.threshold_curve": typer.main.get_command(curves),
-        "sdrpn_eval.subsets": typer.main.get_command(subsets.app),
-    }
     for words in commands():
         if words[0] == "sdrpn-eval":
             command, rest = typer.main.get_command(app), words[1:]
-        elif words[0] == "python":
-            assert words[1] == "-m"
-            command, rest = modules[words[2]], words[3:]
         else:
             continue
         with command.make_context("x", list(rest)) as context:
@@ -118,10 +107,11 @@ COST = {"7b": (9.1e12, 13.5e9), "13b": (17.5e12, 26.0e9)}
 
 
 def test_hours_are_what_the_page_says_they_are_made_of() -> None:
-    questions = sum(source.rows for source in SOURCES.values())
+    every = {name: read_subset(name) for name in names()}
+    questions = sum(one.rows for one in every.values())
     assert f"{questions:,} questions" in WORDS
-    assert f"{sum(min(s.rows, 200) for s in SOURCES.values()):,} questions" in WORDS
-    plain = questions - SOURCES["ocrbench_ci"].rows
+    assert f"{sum(len(one.ids) for one in every.values()):,} questions" in WORDS
+    plain = questions - every["ocrbench_ci"].rows
     for size, (operations, weights) in COST.items():
         prompt = operations / (HALF * A6000_FLOPS)
         token = weights / (HALF * A6000_BANDWIDTH)

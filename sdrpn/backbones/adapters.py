@@ -10,7 +10,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from sdrpn.io import hub
-from sdrpn.io.checkpoint_files import reason
+from sdrpn.io.checkpoint_files import first_line
 
 KEPT_WHOLE = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 """Modules that 4-bit loading leaves as they are: small, and what the maps are made from."""
@@ -48,7 +48,7 @@ def with_adapter(model: Any, adapter: str, *, merge: bool = True) -> Any:
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
             adapted: Any = PeftModel.from_pretrained(model, adapter, torch_device=str(model.device))
     except Exception as error:  # PEFT raises many kinds for files that make no sense
-        told = hub.explain(error, adapter) or reason(error)[:300]
+        told = hub.explain(error, adapter) or first_line(error)[:300]
         raise ValueError(
             f"peft={adapter} cannot be put on the base model: {told}"
             "\nAdapters trained in the original LLaVA code: `sdrpn convert base FOLDER --base BASE "

@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from sdrpn.backbones.cache import KV, cache_argument
 from sdrpn.boxes import ImageGrid, PixelBox
-from sdrpn.config import LabelConfig, RPNConfig
+from sdrpn.config import SMALL_SQUARE, LabelConfig, MapRules, RPNConfig
 from sdrpn.io.checkpoints import execution_device
 
 
@@ -87,6 +87,20 @@ class Segment:
         """Tokens of the segment."""
         return len(self.ids)
 
+    def keeping(self, cells: Bool[Tensor, " cells"]) -> Segment:
+        """This segment with these of its image tokens only, each at its own position."""
+        keep = torch.ones(self.length, dtype=torch.bool, device=self.embeds.device)
+        keep[self.image] = cells.to(keep.device)
+        kept = [one for one, stays in zip(self.ids, keep.tolist(), strict=True) if stays]
+        start = self.image.start
+        return Segment(
+            tuple(kept),
+            self.embeds[keep],
+            self.positions[:, keep],
+            self.next_position,
+            slice(start, start + int(cells.sum())),
+        )
+
     def followed_by(self, other: Segment) -> Segment:
         """This segment and another one, as one."""
         return Segment(
@@ -104,31 +118,34 @@ class AttentionInputs:
 
     Args:
         mask: What the attention implementation takes for causality and padding.
-        position_ids: [B, N], the text positions.
         rotary: (cos, sin), each [B, N, head_dim].
     """
 
     mask: Any
-    position_ids: Int[Tensor, "batch new"]
     rotary: KV
 
     def to(self, device: torch.device) -> AttentionInputs:
         """The same on another device."""
         mask = self.mask.to(device) if isinstance(self.mask, Tensor) else self.mask
         cos, sin = self.rotary
-        return AttentionInputs(mask, self.position_ids.to(device), (cos.to(device), sin.to(device)))
+        return AttentionInputs(mask, (cos.to(device), sin.to(device)))
 
 
 class Backbone(ABC):
     """A frozen vision-language model with its tokenizer, image processor and prompt.
 
-    The decoder layers of a family are expected to take `attention_mask`, `position_ids`,
-    `position_embeddings` and a cache, and to have `input_layernorm` and `self_attn` with `q_proj`,
+    The decoder layers of a family are expected to take `attention_mask`, `position_embeddings` and
+    a cache, and to have `input_layernorm` and `self_attn` with `q_proj`,
     `k_proj`, `v_proj` and `head_dim`, as those of LLaMA and Qwen have.
     """
 
     model_type: ClassVar[str]
     """`model_type` of the family in config.json; what `RPNConfig.backbone` records."""
+
+    @classmethod
+    def load(cls, pretrained: str, **options: Any) -> Backbone:
+        """Load a model of the family from a folder or a Hub id; see `loading.load_model`."""
+        raise NotImplementedError(f"{cls.model_type} models are not loaded from files")
 
     model: Any
     tokenizer: Any
@@ -147,7 +164,17 @@ class Backbone(ABC):
     def plain_ids(self, question: str, images: int, answer: str = "") -> list[int]:
         """Token ids of a prompt with any number of images, one id per image, then `answer`."""
 
+    def as_trained(self) -> Backbone:
+        """The same model with pictures and prompts as RPNs are labelled and trained with."""
+        return self
+
     # --- images ------------------------------------------------------------------------------
+
+    map_rules: ClassVar[MapRules] = SMALL_SQUARE
+    """How RoI maps become crops, where families differ."""
+
+    crop_marks: ClassVar[int] = 0
+    """Tokens that stand around each crop."""
 
     @abstractmethod
     def image_grid(self, image: Image.Image) -> ImageGrid:
@@ -240,7 +267,7 @@ class Backbone(ABC):
     def embed(self, ids: Sequence[Any] | Tensor) -> Tensor:
         """Word embeddings: ids [...] -> [..., C]."""
         table = self.model.get_input_embeddings()
-        return table(torch.as_tensor(ids, device=self.device))
+        return table(torch.as_tensor(ids, device=self.device, dtype=torch.long))
 
     def attention_inputs(
         self,
@@ -257,11 +284,11 @@ class Backbone(ABC):
             positions: [A, B, N].
             cache: Holds the P tokens before, or None.
         """
+        # Without positions: transformers would take those that jump for several packed sequences.
         causal = create_causal_mask(
             config=self.text_config,
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=positions[0],
             **cache_argument(cache),
         )
         if isinstance(causal, Tensor) and causal.dtype == torch.bool:
@@ -270,7 +297,7 @@ class Backbone(ABC):
             causal = torch.zeros_like(causal, dtype=embeds.dtype).masked_fill_(~causal, shut)
         axes = positions if self.position_axes > 1 else positions[0]
         rotary = self.decoder.rotary_emb(embeds, position_ids=axes)
-        return AttentionInputs(causal, positions[0], rotary)
+        return AttentionInputs(causal, rotary)
 
     @staticmethod
     def rotate(

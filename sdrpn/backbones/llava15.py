@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,20 +12,17 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
-    AutoProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
-    PreTrainedConfig,
 )
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
-from transformers.utils import logging
 
-from sdrpn.backbones.adapters import four_bits, with_adapter
 from sdrpn.backbones.base import Backbone, CropTokens, ImageInput, PromptIds, Segment
 from sdrpn.backbones.cache import cache_argument
+from sdrpn.backbones.loading import Architecture, load_model
 from sdrpn.backbones.plain_text import PlainText
 from sdrpn.boxes import ImageGrid, PixelBox
 from sdrpn.config import (
@@ -39,26 +35,8 @@ from sdrpn.config import (
     RPNConfig,
     published_labels,
 )
-from sdrpn.io import hub
-from sdrpn.io.checkpoint_files import CONFIG_FILE, Source, reason
-from sdrpn.io.checkpoints import (
-    broken_files_named,
-    check_complete,
-    check_finite,
-    check_layers,
-    check_size,
-    execution_device,
-    named_weights,
-)
-from sdrpn.io.images import LONGEST, as_shown, bounded
-from sdrpn.io.plurals import agree, counted
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-
-
-class WeightsUnavailable(OSError):
-    """The weights of a model could not be found: no such folder, or no hub within reach."""
+from sdrpn.io.checkpoints import check_layers, execution_device
+from sdrpn.io.images import LONGEST, as_shown, limit_size
 
 
 def check_is_llava15(config: dict[str, Any], name: str) -> None:
@@ -123,73 +101,20 @@ def noted_padding(config: Mapping[str, Any], name: str) -> str:
     return NOTED_PADDINGS[ratio]
 
 
+ARCHITECTURE = Architecture(
+    what="a LLaVA-1.5",
+    example="llava-hf/llava-1.5-7b-hf",
+    config=LlavaConfig,
+    model=LlavaForConditionalGeneration,
+    half=torch.float16,
+    check=check_is_llava15,
+)
+
+
 def check_padding(padding: str | None) -> None:
     """Raise ValueError for a padding that is not known; None is the model's own."""
     if padding is not None and padding not in PADDINGS:
         raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
-
-
-def check_has_tokenizer(folder: str) -> None:
-    """Refuse, by name, a local model without a tokenizer; a hub id is not looked at."""
-    path = Path(folder)
-    if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(
-            f"{folder} holds no tokenizer ({' or '.join(TOKENIZER_FILES)}): copy there the "
-            "tokenizer files of the model it was made from, such as llava-hf/llava-1.5-7b-hf"
-        )
-
-
-def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on the CPU and float16, LLaVA-1.5's own, on an accelerator."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    dtype = dtype.removeprefix("torch.")
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
-    return DTYPES[dtype]
-
-
-def _computing_device(device_map: str | dict[str, Any], fastest: str) -> torch.device:
-    """The first device of a map that computes; what is on the CPU or on disk beside it is moved."""
-    if isinstance(device_map, str):
-        return torch.device("cpu" if device_map == "cpu" else fastest)
-    computing = [place for place in device_map.values() if place not in ("cpu", "disk")]
-    return torch.device(computing[0] if computing else "cpu")
-
-
-@contextmanager
-def _first_layers(
-    config: dict[str, Any], name: str, num_layers: int | None
-) -> Iterator[dict[str, Any]]:
-    """Arguments of from_pretrained that read the first decoder layers only; all by default.
-
-    Raises ValueError where config.json makes no sense, or far more of a model than there is.
-    """
-    with broken_files_named(name):
-        shape = LlavaConfig.from_dict(config)
-        with torch.device("meta"):
-            whole = LlavaForConditionalGeneration(shape)
-    check_size(sum(weight.numel() for weight in whole.parameters()), name)
-    if num_layers is None:
-        yield {}
-        return
-    text: Any = shape.text_config
-    if num_layers > text.num_hidden_layers:
-        raise ValueError(
-            f"{name} has {counted(text.num_hidden_layers, 'decoder layer')}, {num_layers} "
-            f"{agree(num_layers, 'is', 'are')} "
-            "needed"
-        )
-    text.num_hidden_layers = num_layers
-    # The layers left out would be listed as unexpected, one warning of many lines.
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield {"config": shape}
-    finally:
-        logging.set_verbosity(level)
 
 
 def square_grid(size: tuple[int, int], cells: int, side: int, padding: str = "pad") -> ImageGrid:
@@ -263,76 +188,32 @@ class Llava15(Backbone):
         cls,
         pretrained: str,
         *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device | None = None,
-        device_map: str | dict[str, Any] | None = None,
-        offload_folder: str | None = None,
-        attn_implementation: str | None = None,
-        revision: str | None = None,
-        num_layers: int | None = None,
-        peft: str | None = None,
-        load_in_4bit: bool = False,
         padding: str | None = None,
         system_prompt: str = VICUNA_SYSTEM_PROMPT,
+        **load: Any,
     ) -> Llava15:
         """Load a LLaVA-1.5 and its processor from a folder or a hub id.
 
-        device: one device (default: the GPU where there is one). device_map: accelerate's, instead
-        of a device; parts of it may be "cpu" or "disk", which are computed on the GPU where there
-        is one. offload_folder: where "disk" parts of weights that are not safetensors are written;
-        safetensors are read from where they are. num_layers: read only the first decoder layers,
-        for training an RPN over them; such a model cannot answer. peft: a PEFT adapter to put on
-        it. load_in_4bit: its language model, with bitsandbytes. padding: see the class. Raises
-        ValueError when it is another kind of model, or has a file that is broken or a tensor that
-        is missing or not finite, naming it; WeightsUnavailable when there is nothing to load, or
-        the Hub does not hand it out, with the cause and its remedy.
+        Args:
+            pretrained: A folder or a Hub id.
+            padding: See the class.
+            system_prompt: The sentence before the conversation.
+            load: As `loading.load_model` takes them, which also says what is raised.
         """
-        fastest = "cuda" if torch.cuda.is_available() else "cpu"
-        if device_map is None:
-            device_map = {"": str(device or fastest)}
-        target = _computing_device(device_map, fastest)
-        weights = pick_dtype(dtype, target)
         check_padding(padding)
-        try:
-            source = Source(pretrained, revision=revision)
-            with broken_files_named(pretrained, revision):
-                folder = source.folder or source.fetch(CONFIG_FILE, "a LLaVA-1.5").parent
-                config, _ = PreTrainedConfig.get_config_dict(folder)
-            if not config or not isinstance(config, dict):
-                raise OSError("there is no config.json, or none that holds an object")
-            check_is_llava15(config, pretrained)
-            padding = padding or noted_padding(config, pretrained)
-            check_has_tokenizer(pretrained)
-            quantized = four_bits(weights) if load_in_4bit else {}
-            with (
-                _first_layers(config, pretrained, num_layers) as shape,
-                broken_files_named(pretrained, revision),
-            ):
-                folder = source.fetch_all()
-                processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-                loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-                    folder,
-                    dtype=weights,
-                    device_map=device_map,
-                    offload_folder=offload_folder,
-                    attn_implementation=attn_implementation,
-                    # Named below, with both shapes; what transformers makes up is not kept.
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                    **quantized,
-                    **shape,
-                )
-        except OSError as error:
-            told = str(error) if isinstance(error, hub.HubError) else None
-            told = told or hub.explain(error, pretrained, revision=revision) or reason(error)
-            raise WeightsUnavailable(f"cannot load {pretrained!r}: {told}") from error
-        model, found = loaded
-        check_complete(found, str(pretrained))
-        if peft is not None:
-            model = with_adapter(model, peft, merge=not load_in_4bit)
-        check_finite(named_weights(model), str(pretrained))
+
+        def check(config: dict[str, Any], name: str) -> None:
+            check_is_llava15(config, name)
+            _ = padding or noted_padding(config, name)
+
+        kind = replace(ARCHITECTURE, check=check)
+        model, processor, config = load_model(kind, pretrained, **load)
         return cls(
-            model, processor, padding=padding, system_prompt=system_prompt, name=str(pretrained)
+            model,
+            processor,
+            padding=padding or noted_padding(config, pretrained),
+            system_prompt=system_prompt,
+            name=str(pretrained),
         )
 
     # --- prompt ------------------------------------------------------------------------------
@@ -380,7 +261,7 @@ class Llava15(Backbone):
         """Whole images as the encoder sees them: [n, 3, side, side], normalised."""
         own = self.processor.image_processor
         processor = self._padder if self.padding == "pad" else own
-        fitting = [bounded(as_shown(image), self.padding) for image in images]
+        fitting = [limit_size(as_shown(image), self.padding) for image in images]
         ready = processor(images=fitting, do_pad=self.padding == "pad", return_tensors="pt")
         return ready["pixel_values"]
 

@@ -6,12 +6,28 @@ import os
 from typing import Any
 
 from sdrpn.backbones.base import Backbone
-from sdrpn.backbones.llava15 import Llava15, WeightsUnavailable
+from sdrpn.backbones.llava15 import ARCHITECTURE as LLAVA15
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.backbones.loading import WeightsUnavailable
+from sdrpn.backbones.qwen25_vl import ARCHITECTURE as QWEN25_VL
+from sdrpn.backbones.qwen25_vl import Qwen25VL
 from sdrpn.io.checkpoint_files import CONFIG_FILE, Source
 
 ADAPTER_FILE = "adapter_config.json"
 
-FAMILIES: dict[str, type[Backbone]] = {Llava15.model_type: Llava15}
+FAMILIES: dict[str, type[Backbone]] = {one.model_type: one for one in (Llava15, Qwen25VL)}
+
+
+COUSINS = {
+    "qwen2_vl": "Qwen2-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "qwen3_vl_moe": "Qwen3-VL",
+    "qwen2_5_omni": "Qwen2.5-Omni",
+    "qwen3_omni_moe": "Qwen3-Omni",
+    "qwen_vl": "Qwen-VL",
+    "llava_onevision": "LLaVA-OneVision",
+}
+"""Relatives that are told from the known families by name."""
 
 
 def family(model_type: str) -> type[Backbone]:
@@ -23,14 +39,36 @@ def family(model_type: str) -> type[Backbone]:
     return FAMILIES[model_type]
 
 
-def load_backbone(pretrained: str, **options: Any) -> Backbone:
+def load_backbone(pretrained: str, revision: str | None = None, **options: Any) -> Backbone:
     """Load a frozen model of any known family from a folder or a Hub id.
 
     Args:
         pretrained: A folder or a Hub id.
-        options: The family's own; see `Llava15.load`.
+        revision: Branch, tag or commit of a Hub id.
+        options: Of `loading.load_model`, and the family's own; see its `load`.
+
+    Raises:
+        ValueError: A model of another family, named, or one that is broken.
+        WeightsUnavailable: There is nothing to load, with the cause and its remedy.
     """
-    return Llava15.load(pretrained, **options)
+    kind = model_type(pretrained, revision)
+    if kind in COUSINS:
+        raise ValueError(
+            f"{pretrained} is a {COUSINS[kind]} (model_type {kind!r}), which has no published "
+            f"region proposals; give a Qwen2.5-VL, such as {QWEN25_VL.example}, or a LLaVA-1.5, "
+            f"such as {LLAVA15.example}"
+        )
+    # What is neither is refused by LLaVA-1.5's own check, which knows its relatives by name.
+    return FAMILIES.get(kind, Llava15).load(pretrained, revision=revision, **options)
+
+
+def model_type(pretrained: str, revision: str | None = None) -> str:
+    """`model_type` in a model's config.json; empty where it cannot be read, which loading tells."""
+    try:
+        values = Source(pretrained, revision=revision).config("a model")
+    except (OSError, ValueError):
+        return ""
+    return str(values.get("model_type", ""))
 
 
 def check_reachable(pretrained: str, revision: str | None = None, peft: str | None = None) -> None:

@@ -18,8 +18,8 @@ from sdrpn.cli.shared import (
     RpnRevisionOption,
     ThresholdOption,
     check_images,
-    errors_as_sentences,
     load_zoom,
+    report_errors,
     say,
     weights_hint,
 )
@@ -67,19 +67,19 @@ def answer(
     with 0 where all are answered, with 1 where --on-error empty noted errors (asked again by the
     next such command), with 2 where something stopped it.
     """
-    with errors_as_sentences():
+    with report_errors():
         check_images(images)
         # Imported here, so that --help and a wrong path answer at once.
         from sdrpn.io.questions import read_questions
 
         asked = read_questions(questions, images)
-    with errors_as_sentences(weights_hint(model)):
+    with report_errors(weights_hint(model)):
         from sdrpn.batch_inference import AnswerFile, check_options
 
         check_options(batch_size, max_new_tokens, on_error)
         file = AnswerFile(out)
         zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype, padding, rpn_revision)
-    with errors_as_sentences():
+    with report_errors():
         from sdrpn.batch_inference import AnswerJob
 
         job = AnswerJob(

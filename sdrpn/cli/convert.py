@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sdrpn.cli.shared import check_images, errors_as_sentences, say, say_kept
+from sdrpn.cli.shared import check_images, print_label_summary, report_errors, say
 
 OUT_HELP = "A new folder."
 SIZES = ("7b", "13b")
@@ -33,7 +33,7 @@ def convert_rpn(
     Example: sdrpn convert rpn
     YuhengSSS/llava-v1.5-7b-roi-K15T3-152k-v1bf16Mheads-twiginit-filled --out rpn-7b/
     """
-    with errors_as_sentences():
+    with report_errors():
         new_folder(out)
         # Imported here, so that --help and a wrong path answer at once.
         from sdrpn.rpn.checkpoint import RPN
@@ -66,7 +66,7 @@ def labels(
     Example: sdrpn convert labels llava_v1_5_7b_pseudo_roi_release.pkl --images images/ --out
     labels/, then sdrpn train --labels labels/ --out rpn-7b/
     """
-    with errors_as_sentences():
+    with report_errors():
         if size not in SIZES:
             raise ValueError(f"--size must be {' or '.join(SIZES)}, got {size!r}")
         if not file.is_file():
@@ -78,7 +78,7 @@ def labels(
 
         config = LABELS_7B if size == "7b" else LABELS_13B
         found = convert_labels(file, out, images=images, config=config)
-        say_kept(found)
+        print_label_summary(found)
         say(f"labels: {out}")
 
 
@@ -101,7 +101,7 @@ def base_model(
 
     A LoRA fine-tune: sdrpn convert base my-lora/ --base liuhaotian/llava-v1.5-7b --out my-llava/
     """
-    with errors_as_sentences():
+    with report_errors():
         new_folder(out)
         from sdrpn.convert.base import convert_base
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdrpn import model_registry as names
-from sdrpn.cli.shared import MODEL_HELP, PaddingOption, errors_as_sentences, say, weights_hint
+from sdrpn.cli.shared import MODEL_HELP, PaddingOption, report_errors, say, weights_hint
 from sdrpn.io.plurals import counted
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def heads(
 
     Then: sdrpn label --model tiny --heads heads/heads.json ...
     """
-    with errors_as_sentences(weights_hint(model)):
+    with report_errors(weights_hint(model)):
         # Imported here, so that --help answers at once.
         from sdrpn.distill.head_search import find_heads, save_findings
         from sdrpn.engine import ZoomModel

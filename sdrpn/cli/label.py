@@ -13,9 +13,9 @@ from sdrpn.cli.shared import (
     MODEL_HELP,
     PaddingOption,
     check_images,
-    errors_as_sentences,
+    print_label_summary,
+    report_errors,
     say,
-    say_kept,
 )
 
 
@@ -59,7 +59,7 @@ def label(
     goes on where it was. OUT/summary.json tells what was kept and why the rest was not.
     """
     # Imported here, so that --help and a wrong path answer at once.
-    with errors_as_sentences():
+    with report_errors():
         check_images(images)
         from accelerate import PartialState
 
@@ -128,7 +128,7 @@ def _finish(out: Path, preview: int, seed: int) -> None:
 
     found = labelling.report(out)
     write_json(out / SUMMARY_FILE, found)
-    say_kept(found)
+    print_label_summary(found)
     say(f"mean foreground share of the kept: {found['mean_foreground_share']:.1%}")
     if preview and found["kept"]:
         say(f"preview: {labelling.preview(out, preview, seed)}")
@@ -165,7 +165,7 @@ def relabel(
         "max_components": max_components,
     }
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    with errors_as_sentences():
+    with report_errors():
         from sdrpn.distill.label_dataset import read_label_config
         from sdrpn.distill.label_job import relabel as run
 

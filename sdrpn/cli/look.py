@@ -18,9 +18,9 @@ from sdrpn.cli.shared import (
     RpnOption,
     RpnRevisionOption,
     ThresholdOption,
-    errors_as_sentences,
     load_zoom,
     open_image,
+    report_errors,
     say,
     weights_hint,
 )
@@ -47,7 +47,7 @@ def look(
     Example: sdrpn look scene.png "what pattern is on the red disc ?" --model tiny
     """
     picture = open_image(image)
-    with errors_as_sentences(weights_hint(model)):
+    with report_errors(weights_hint(model)):
         zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype, padding, rpn_revision)
         text, path = _look(zoom, picture, question, out)
     say(text)

@@ -56,7 +56,7 @@ def fail(message: str) -> typer.Exit:
 
 
 @contextmanager
-def errors_as_sentences(hint: str = "") -> Iterator[None]:
+def report_errors(hint: str = "") -> Iterator[None]:
     """Wrong values and files end the command with what they say, and a hint; no traceback."""
     try:
         yield
@@ -110,7 +110,7 @@ def check_images(images: Path | None) -> None:
         raise ValueError(f"there is no folder {images}; give the one the image paths start from")
 
 
-def say_kept(found: Mapping[str, Any]) -> None:
+def print_label_summary(found: Mapping[str, Any]) -> None:
     """Print how many questions gave labels, and why the others did not: a folder's summary."""
     say(f"{found['kept']} of {counted(found['questions'], 'question')} gave labels")
     for reason, count in found["ignored"].items():
@@ -122,7 +122,7 @@ def open_image(path: Path) -> Image.Image:
     # Imported here, so that --help answers at once.
     from sdrpn.io.images import load_image
 
-    with errors_as_sentences():
+    with report_errors():
         return load_image(path)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sdrpn import model_registry as names
-from sdrpn.cli.shared import MODEL_HELP, errors_as_sentences, say
+from sdrpn.cli.shared import MODEL_HELP, report_errors, say
 from sdrpn.config import ZoomConfig
 
 CHECKPOINTS = "checkpoints"
@@ -58,7 +58,7 @@ def train(
     Several GPUs: accelerate launch -m sdrpn.cli train ...  Stopped at any moment, the same command
     goes on from its last checkpoint; --resume_from_checkpoint is not needed.
     """
-    with errors_as_sentences():
+    with report_errors():
         # Imported here, so that --help and a wrong path answer at once.
         from sdrpn.distill.label_dataset import (
             LabelledImages,
@@ -67,7 +67,7 @@ def train(
             read_label_config,
             read_settings,
         )
-        from sdrpn.io.atomic import read_object, remove_parts, write_json
+        from sdrpn.io.atomic import read_object, remove_partial_files, write_json
         from sdrpn.io.resumable import ANEW, guard_settings
 
         settings = read_settings(labels)
@@ -119,7 +119,7 @@ def train(
             }
             if llava.padding != "pad":  # which earlier versions always used and did not note
                 chosen["padding"] = llava.padding
-            remove_parts(out / CHECKPOINTS)
+            remove_partial_files(out / CHECKPOINTS)
             guard_settings(out / CHECKPOINTS / "settings.json", chosen)
         facts = run(llava, rpn, trained, arguments, held_out=kept_back, tell=say)
         earlier = read_object(out / FACTS, ANEW) if (out / FACTS).exists() else {}
@@ -191,7 +191,7 @@ def check_same_padding(padding: str | None, settings: dict[str, Any], labels: Pa
 
 def pick_save_dtype(name: str, device: str) -> Any:
     """torch's dtype; `auto` is bfloat16 where training ran on a GPU."""
-    from sdrpn.backbones.llava15 import DTYPES
+    from sdrpn.backbones.loading import DTYPES
 
     if name == "auto":
         name = "float32" if device == "cpu" else "bfloat16"

@@ -1,1 +1,1 @@
-"""What others published -> ours: RPN checkpoints, pickled labels, LLaVA-1.5 in its first layout."""
+"""Conversion of published files: pickled labels, LLaVA-1.5 in the original layout."""

@@ -1,4 +1,4 @@
-"""A LLaVA-1.5 in its authors' layout, or a LoRA fine-tune of one, -> the Hugging Face layout."""
+"""Convert a LLaVA-1.5, or a LoRA fine-tune of one, from the original to the Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -20,28 +20,25 @@ from transformers import (
     LlavaProcessor,
 )
 
-from sdrpn.backbones.llava15 import check_is_llava15, check_not_llava16, noted_padding
 from sdrpn.config import ASPECT_RATIO, IMAGE_TOKEN
 from sdrpn.convert import lora
+from sdrpn.convert.original_layout import PROJECTOR, check_parts, read_config
 from sdrpn.convert.tokenizer import read_tokenizer
 from sdrpn.io import hub
-from sdrpn.io.atomic import allow_as_umask, read_object
+from sdrpn.io.atomic import apply_umask
 from sdrpn.io.checkpoint_files import (
-    CONFIG_FILE,
-    INDEXES,
-    SINGLE_FILES,
     Source,
     Weights,
+    first_line,
     read_all,
-    reason,
 )
-from sdrpn.io.checkpoints import MAX_LAYERS, broken_files_named, check_finite
+from sdrpn.io.checkpoints import check_finite, explain_load_errors
 from sdrpn.io.weight_maps import Names, base_names, rename, require
-from sdrpn.rpn.published import LLAVA_TYPES, tower_of
+from sdrpn.rpn.published import tower_of
 
 SHARD = "5GB"
 VOCABULARY_MULTIPLE = 64
-"""The vocabulary grows to a multiple of this, as in the published conversions: 32000 -> 32064."""
+"""The vocabulary is padded to a multiple of this, as in published conversions: 32000 -> 32064."""
 
 TEXT_KEYS = (
     "vocab_size",
@@ -61,34 +58,29 @@ TEXT_KEYS = (
     "pad_token_id",
     "tie_word_embeddings",
 )
-"""What config.json says of the language model, under the names that transformers still uses."""
-
-LIKE_LLAVA15: Mapping[str, Any] = {
-    "mm_projector_type": "mlp2x_gelu",
-    "mm_vision_select_feature": "patch",
-    "mm_use_im_start_end": False,
-    "tie_word_embeddings": False,
-}
-"""Settings that make a LLaVA a 1.5; one with others computes something else."""
+"""Keys of the language model in config.json, which are the same in transformers."""
 
 TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
-"""What original LLaVA puts before the names of its CLIP."""
-
-PROJECTOR = "mm_projector.bin"
-"""What LLaVA's pretraining leaves: the projector, for any folder with its language model."""
+"""Prefix of the CLIP tensors in the original layout."""
 
 
 def convert_base(
     source: str, out: Path, *, base: str | None = None, vision_tower: str | None = None
 ) -> None:
-    """Write a folder that transformers and `Llava15.load` read: model, tokenizer, image processor.
+    """Write model, tokenizer and image processor for transformers and `Llava15.load`.
 
-    source: folder or hub id. base: for a LoRA fine-tune, what it was trained on. vision_tower: the
-    CLIP's folder or hub id, where config.json names one that is not to be had. Raises ValueError
-    or FileNotFoundError that names what is missing or does not fit.
+    Args:
+        source: Folder or Hub id of the checkpoint.
+        out: Folder to write.
+        base: Folder or Hub id of the model that a LoRA fine-tune or projector was trained on.
+        vision_tower: Folder or Hub id of the CLIP; by default the one that config.json names.
+
+    Raises:
+        ValueError: If the checkpoint is of another kind or a tensor does not match.
+        FileNotFoundError: If a file is missing.
     """
     folder = Source(source)
-    # The dear part last: everything that can be missing is asked for first.
+    # Everything that can be missing is checked before the weights are read.
     check_parts(folder, base)
     config = read_config(folder, base)
     tokenizer = read_tokenizer(folder, base)
@@ -107,27 +99,28 @@ def convert_base(
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out, max_shard_size=SHARD)
     for path in out.glob("*.safetensors"):
-        allow_as_umask(path)
+        apply_umask(path)
     processor.save_pretrained(out)
 
 
 def read_base(source: str, *, base: str | None = None, vision_tower: str | None = None) -> Any:
-    """The model, weights and all, with the vocabulary it came with; arguments as in convert_base.
+    """Load the model with its original vocabulary; arguments and errors as in `convert_base`.
 
-    Returns a LlavaForConditionalGeneration on the CPU, in the checkpoint's own precision.
+    Returns:
+        A LlavaForConditionalGeneration on the CPU, in the dtype of the checkpoint.
     """
     folder = Source(source)
     check_parts(folder, base)
     own = read_config(folder, base)
     tower = vision_tower or tower_of(own, folder)
     vision = _from_tower(CLIPVisionConfig, tower)
-    with broken_files_named(source):
+    with explain_load_errors(source):
         config: Any = _model_config(own, vision)
     layers = config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers
     names = base_names(*layers, rpn_depth=own.get("twig_T") or 0)
     tensors = _tensors(folder, base, names, tower)
     ours = {to: tensors[name] for name, to in rename(tensors, names, source).items()}
-    with init_empty_weights(), broken_files_named(source):
+    with init_empty_weights(), explain_load_errors(source):
         model = LlavaForConditionalGeneration(config)
     _check(ours, model.state_dict(), names, source)
     check_finite(ours.items(), source)
@@ -135,97 +128,6 @@ def read_base(source: str, *, base: str | None = None, vision_tower: str | None 
     model.load_state_dict({k: t.to(dtype) for k, t in ours.items()}, assign=True)
     model.config.dtype = dtype
     return model.eval()
-
-
-def check_parts(folder: Source, base: str | None) -> None:
-    """Refuse a part of a model without the base it belongs to, and a base that fits no part.
-
-    folder: a whole model, a LoRA fine-tune, or a projector alone. Raises ValueError that names what
-    it is and what to do.
-    """
-    part = _part_of(folder)
-    if part is None:
-        if base is not None:
-            raise ValueError(
-                f"{folder.name} is a whole model: it is no LoRA fine-tune, leave --base out"
-            )
-        return
-    kind, example = part
-    if base is None:
-        named = lora.base_of(folder)
-        hint = f" ({lora.CONFIG_FILE} names {named!r})" if named else f", such as {example}"
-        raise ValueError(f"{folder.name} is a {kind}: say with --base what it was trained on{hint}")
-    below = Source(base)
-    if lora.is_lora(below):
-        raise ValueError(
-            f"--base {base} is a LoRA fine-tune itself: convert that one first, or give the whole "
-            "model it was trained on"
-        )
-    if _is_hugging_face(_config_of(below)):
-        raise ValueError(
-            f"--base {base} is in the Hugging Face layout, {folder.name} in the original one: give "
-            f"the base in the original layout, such as {example}; an adapter trained on the "
-            "Hugging Face model needs no conversion, give it as peft="
-        )
-
-
-def _part_of(folder: Source) -> tuple[str, str] | None:
-    """(what a folder is, a base for it); None where it is no part of a model."""
-    if lora.is_lora(folder):
-        return f"LoRA fine-tune ({lora.CONFIG_FILE} is there)", "liuhaotian/llava-v1.5-7b"
-    if folder.find(PROJECTOR) and not any(map(folder.find, (*INDEXES, *SINGLE_FILES))):
-        return f"projector alone ({PROJECTOR}), as pretraining leaves it", "lmsys/vicuna-7b-v1.5"
-    return None
-
-
-def _config_of(source: Source) -> dict[str, Any]:
-    """config.json, empty where there is none."""
-    path = source.find(CONFIG_FILE)
-    return read_object(path) if path is not None else {}
-
-
-def _is_hugging_face(config: Mapping[str, Any]) -> bool:
-    return "vision_config" in config or "text_config" in config
-
-
-def read_config(folder: Source, base: str | None = None) -> dict[str, Any]:
-    """config.json of an original-layout LLaVA-1.5, or its base's where a part brings none.
-
-    Raises ValueError that says what else it is.
-    """
-    if base is not None and folder.find(CONFIG_FILE) is None:
-        folder = Source(base)
-    config = folder.config("a LLaVA in the original layout")
-    check_not_llava16(config, folder.name)
-    if _is_hugging_face(config) and config.get("model_type") not in LLAVA_TYPES:
-        check_is_llava15(config, folder.name)
-    if "mm_vision_tower" not in config or config.get("model_type") not in LLAVA_TYPES:
-        there = (
-            "is already in the Hugging Face layout: use it as it is"
-            if _is_hugging_face(config)
-            else (
-                f"is no LLaVA in the original layout but {config.get('model_type')!r}"
-                + ("" if "mm_vision_tower" in config else ", without mm_vision_tower")
-                + " in its config.json; give a LLaVA-1.5 such as liuhaotian/llava-v1.5-7b"
-            )
-        )
-        raise ValueError(f"{folder.name} {there}")
-    for key, value in LIKE_LLAVA15.items():
-        if config.get(key, value) != value:
-            raise ValueError(
-                f"{folder.name} is not a LLaVA-1.5: {key} is {config[key]!r}, not {value!r}"
-            )
-    missing = [k for k in ("vocab_size", "hidden_size", "num_hidden_layers") if k not in config]
-    if missing:
-        raise ValueError(f"{folder.name}: config.json has no {missing[0]}")
-    for key in ("num_hidden_layers", "twig_T"):
-        count = config.get(key, 0)
-        if type(count) is not int or not 0 <= count <= MAX_LAYERS:
-            raise ValueError(f"{folder.name}: {key} must be up to {MAX_LAYERS}, got {count!r:.80}")
-    # LLaVA's own code pads only where it is told to.
-    config[ASPECT_RATIO] = config.get(ASPECT_RATIO) or "square"
-    noted_padding(config, folder.name)
-    return config
 
 
 def _model_config(own: Mapping[str, Any], vision: Any) -> LlavaConfig:
@@ -236,31 +138,31 @@ def _model_config(own: Mapping[str, Any], vision: Any) -> LlavaConfig:
         vision_feature_layer=own.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy="default",
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        # Until the vocabulary has one: behind its end, where no text has a token.
+        # The vocabulary has no image token yet, so an id beyond its end.
         image_token_index=text["vocab_size"],
-        # Under the original's name, so that `Llava15` shows images as they were shown in training.
+        # Under its original name, which `Llava15` reads to preprocess images as in training.
         **{ASPECT_RATIO: own[ASPECT_RATIO]},
     )
 
 
 def _tensors(folder: Source, base: str | None, names: Names, tower: str) -> dict[str, Tensor]:
-    """The model's tensors under the checkpoint's names: a part's merged into its base's, and the
-    CLIP's own where no vision tower is among them."""
+    """Load the tensors under their original names: a partial checkpoint merged into its base, and
+    the weights of the CLIP if the checkpoint has no vision tower."""
     weights = Weights(Source(base) if base is not None else folder)
     tensors = weights.load(rename(weights.names, names, weights.source.name))
     tuned = base is not None and lora.is_lora(folder)
     if tuned:
-        tensors |= lora.trained_whole(folder)
+        tensors |= lora.non_lora_tensors(folder)
     elif base is not None:
         tensors |= read_all(folder.fetch(PROJECTOR))
     if not any(name.startswith(TOWER_PREFIX) for name in tensors):
-        # Before the merge, which may change them.
+        # Before the merge, since the adapter may change the tower.
         tensors |= _tower_tensors(tower)
     return lora.merge(tensors, folder) if tuned else tensors
 
 
 def _tower_tensors(tower: str) -> dict[str, Tensor]:
-    """A CLIP's own weights, where a checkpoint brings none, under the names of LLaVA's tower."""
+    """Weights of a CLIP under the names of the vision tower in the original layout."""
     model = _from_tower(CLIPVisionModel, tower)
     state = {name.removeprefix("vision_model."): t for name, t in model.state_dict().items()}
     return {f"{TOWER_PREFIX}{name}": tensor for name, tensor in state.items()}
@@ -268,24 +170,24 @@ def _tower_tensors(tower: str) -> dict[str, Tensor]:
 
 def _from_tower(kind: Any, tower: str) -> Any:
     try:
-        with broken_files_named(tower):
+        with explain_load_errors(tower):
             return kind.from_pretrained(tower)
     except OSError as error:
-        told = hub.explain(error, tower) or reason(error)
+        cause = hub.explain(error, tower) or first_line(error)
         raise FileNotFoundError(
-            f"the vision tower {tower} cannot be had; give its folder or hub id with "
-            f"--vision-tower ({told})"
+            f"cannot load the vision tower {tower} ({cause}); give its folder or Hub id with "
+            "--vision-tower"
         ) from None
 
 
 def _check(
     ours: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: Names, source: str
 ) -> None:
-    """Compare with the model's own names and shapes; errors name what the checkpoint calls it."""
+    """Check names and shapes against the model; errors use the names in the checkpoint."""
     theirs = {to: name for name, to in names.items() if to is not None}
     held = {theirs.get(name, name) for name in ours}
-    mend = "; a pruned model is no base: convert the one it was cut from"
-    require(held, (theirs.get(name, name) for name in expected), source, mend)
+    hint = "; a pruned model cannot be a base: convert the full one"
+    require(held, (theirs.get(name, name) for name in expected), source, hint)
     for name, tensor in ours.items():
         if name in expected and tensor.shape != expected[name].shape:
             raise ValueError(
@@ -295,7 +197,7 @@ def _check(
 
 
 def _main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The type of most weights: a projector trained in another one is no reason to grow."""
+    """The dtype of most weights, so a float32 projector does not upcast the whole model."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         sizes[tensor.dtype] += tensor.numel()
@@ -303,10 +205,14 @@ def _main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def grow_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Make room for the tokenizer's image and padding token, as the published conversions do.
+    """Add embeddings for the image and padding tokens, as published conversions do.
 
-    The new rows are the mean of the others, which as a logit is never the largest: no added token
-    is ever the greedy answer.
+    The new rows are the mean of the others, so their logits are never the largest and greedy
+    decoding never produces them.
+
+    Args:
+        model: LlavaForConditionalGeneration, changed in place.
+        tokenizer: Tokenizer that has these tokens.
     """
     before = model.config.text_config.vocab_size
     size = max(before, len(tokenizer))

@@ -1,4 +1,4 @@
-"""The pseudo-labels published by the paper's authors, a pickle, -> a folder of labels of ours."""
+"""Convert the pseudo-labels that the paper's authors published, a pickle, to a labels folder."""
 
 from __future__ import annotations
 
@@ -27,26 +27,34 @@ from sdrpn.distill.pseudo_labels import judge
 from sdrpn.io.atomic import write_json
 
 KEYS = ("question_id", "prompt", "text", "image", "sink_attn", "grounding_attn_o2i")
-"""What a record must have of published labels; other keys are ignored."""
+"""Required keys of a published record; other keys are ignored."""
 
 SHARD_SIZE = 4096
 PATCH = 14
-"""Pixels a side of LLaVA-1.5's image tokens."""
+"""Side of LLaVA-1.5's image tokens, in pixels."""
 
 
 def convert_labels(
     file: Path, out: Path, *, images: Path | None = None, config: LabelConfig = LABELS_7B
 ) -> dict[str, Any]:
-    """Write a folder of labels as `sdrpn label` does, and return its summary.
+    """Write a labels folder in the format of `sdrpn label`.
 
-    file: a pickle of a list of records with KEYS; read without running what it asks for. images:
-    the folder its image paths start from, noted for training. config: heads for the record and the
-    thresholds that make the labels. Raises ValueError that names the file and the record.
+    Args:
+        file: Pickle of a list of records with `KEYS`, read without executing code.
+        out: New folder.
+        images: Folder that image paths are relative to, saved for training.
+        config: Thresholds that turn the maps into labels, and the heads that the maps come from.
+
+    Returns:
+        The summary of the folder.
+
+    Raises:
+        ValueError: If the file or a record is malformed.
     """
     records = safe_pickle.load(file)
     if not isinstance(records, list) or not records:
         raise ValueError(f"{file} must hold a list of records, got {_kind(records)}")
-    # Under another name until it is whole: a bad record must not leave half a folder.
+    # Renamed when complete, so a bad record does not leave a partial folder.
     part = out.with_name(f"{out.name}.part{os.getpid()}")
     part.mkdir(parents=True)
     try:
@@ -96,7 +104,7 @@ def _row(
     sink, grounding = (_map(checked, key, where) for key in ("sink_attn", "grounding_attn_o2i"))
     if not len(sink) == len(grounding) == tokens:
         raise ValueError(
-            f"{where} has maps of {len(sink)} and {len(grounding)} image tokens, but record 0 of "
+            f"{where} has maps of {len(sink)} and {len(grounding)} image tokens, record 0 has "
             f"{tokens}"
         )
     side = round(tokens**0.5)
@@ -129,19 +137,19 @@ def _checked(record: Any, where: str) -> Mapping[str, Any]:
 
 
 def _map(record: Mapping[str, Any], key: str, where: str) -> np.ndarray:
-    """A map as numbers: a vector, or a list of them."""
+    """Read a map, stored as a vector or a list of numbers."""
     value = record[key]
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         try:
             value = np.array(value, dtype=np.float32)
         except (TypeError, ValueError):
-            raise ValueError(f"{where}: {key} is a list of something else than numbers") from None
+            raise ValueError(f"{where}: {key} must be a list of numbers") from None
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
         raise ValueError(f"{where}: {key} must be an array of numbers, got {_kind(value)}")
     if value.ndim != 1 or not np.isfinite(value).all():
         raise ValueError(
             f"{where}: {key} must be one vector of finite numbers, got the shape {value.shape}"
-            + ("" if value.ndim != 1 else " with others among them")
+            + ("" if value.ndim != 1 else " with NaN or infinity")
         )
     return value
 
@@ -152,12 +160,12 @@ def _text(value: Any, key: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{where}: {key} holds half a character: {value!r:.80}") from None
+        raise ValueError(f"{where}: {key} has a lone surrogate: {value!r:.80}") from None
     return value
 
 
 def _image(path: str, where: str, images: Path | None) -> str:
-    """An image's path below the image folder."""
+    """The path of an image, relative to the image folder."""
     if os.path.isabs(path) and images is not None:
         path = os.path.relpath(path, images.resolve())
     if not path or os.path.isabs(path) or ".." in PurePosixPath(path).parts:

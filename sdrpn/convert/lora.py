@@ -1,4 +1,4 @@
-"""A LoRA fine-tune in the original LLaVA code: its weights merged into its base (W + a/r B A)."""
+"""Merge a LoRA fine-tune of the original LLaVA code into its base (W + alpha / r * B A)."""
 
 from __future__ import annotations
 
@@ -12,38 +12,47 @@ from sdrpn.io.checkpoint_files import Source, Weights, read_all
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-TRAINED_WHOLE = "non_lora_trainables.bin"
-"""The projector, and whatever else was trained as it is."""
+NON_LORA_FILE = "non_lora_trainables.bin"
+"""The projector and other modules that were trained without LoRA."""
 
 PREFIX = "base_model.model."
-"""What PEFT puts before every name."""
+"""Prefix that PEFT adds to every name."""
 
-UNKNOWN_KINDS = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
-"""Settings of LoRA that LLaVA's code never makes and the plain formula does not cover."""
+UNSUPPORTED = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
+"""LoRA settings that LLaVA's code never sets and the plain formula does not cover."""
 
 
 def is_lora(source: Source) -> bool:
+    """Whether a checkpoint is a LoRA adapter."""
     return source.find(CONFIG_FILE) is not None
 
 
 def base_of(source: Source) -> str | None:
-    """The base that a fine-tune's adapter_config.json names; None where it names none."""
+    """Return the base model that adapter_config.json names, or None."""
     path = source.find(CONFIG_FILE)
     named = read_object(path).get("base_model_name_or_path") if path is not None else None
     return named if isinstance(named, str) and named else None
 
 
-def trained_whole(source: Source) -> dict[str, Tensor]:
-    """What a fine-tune trained as it is, such as the projector, under the base's names."""
-    path = source.find(TRAINED_WHOLE)
+def non_lora_tensors(source: Source) -> dict[str, Tensor]:
+    """Load the tensors that were trained without LoRA, under the names of the base."""
+    path = source.find(NON_LORA_FILE)
     return {_plain(n): t for n, t in read_all(path).items()} if path else {}
 
 
 def merge(tensors: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
-    """The tensors with the fine-tune's low-rank changes, under the base's names.
+    """Add the low-rank updates of a fine-tune to the tensors of its base.
 
-    tensors: the base's, with what was `trained_whole` in their place.
-    Raises ValueError that names a setting or tensor that is unknown, unpaired or does not fit.
+    Args:
+        tensors: Tensors of the base, overridden by `non_lora_tensors`.
+        source: The fine-tune.
+
+    Returns:
+        The merged tensors, under the names and in the dtypes of the base.
+
+    Raises:
+        ValueError: If a setting is unsupported, or a tensor is unknown, unpaired or of another
+            shape.
     """
     scale = _scale(read_object(source.fetch(CONFIG_FILE, "a LoRA fine-tune")), source)
     merged = dict(tensors)
@@ -54,7 +63,7 @@ def merge(tensors: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
         if "language_model." in target or "multi_modal_projector." in target:
             raise ValueError(
                 f"{source.name} is an adapter of a model in the Hugging Face layout (it changes "
-                f"{target}) and needs no conversion: give it as peft="
+                f"{target}) and needs no conversion: pass it as peft="
             )
         if target not in merged:
             raise ValueError(f"{source.name} changes {target}, which its base does not have")
@@ -68,7 +77,7 @@ def merge(tensors: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
 
 
 def _added(weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float, where: str) -> Tensor:
-    """weight [out, in] + scale x b [out, r] a [r, in], computed in float32."""
+    """weight [out, in] + scale * b [out, r] @ a [r, in], computed in float32."""
     if a is None or b is None:
         raise ValueError(f"{where} lacks its lora_{'A' if a is None else 'B'}.weight")
     if (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
@@ -80,9 +89,10 @@ def _added(weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float, whe
 
 
 def _scale(config: Mapping[str, Any], source: Source) -> float:
-    odd = [key for key in UNKNOWN_KINDS if config.get(key)]
-    if odd or config.get("peft_type", "LORA") != "LORA":
-        what = f"{odd[0]} {config[odd[0]]!r}" if odd else f"peft_type {config['peft_type']!r}"
+    found = [key for key in UNSUPPORTED if config.get(key)]
+    if found or config.get("peft_type", "LORA") != "LORA":
+        key = found[0] if found else "peft_type"
+        what = f"{key} {config[key]!r}"
         raise ValueError(f"{source.name}: {CONFIG_FILE} has {what}; only plain LoRA can be merged")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
@@ -93,5 +103,5 @@ def _scale(config: Mapping[str, Any], source: Source) -> float:
 
 
 def _plain(name: str) -> str:
-    """A name as the base has it: without PEFT's prefix."""
+    """The name in the base, without PEFT's prefix."""
     return name.removeprefix(PREFIX)

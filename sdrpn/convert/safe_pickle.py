@@ -1,8 +1,8 @@
-"""Pickles of plain values and numpy arrays, read without running anything they ask for.
+"""Read pickles of plain values and numpy arrays without executing code.
 
-A pickle may name any function of any module and have it called. Here it may name the handful that
-numpy arrays are pickled with, and gets stand-ins for them: not even numpy's own code, which trusts
-what it is given, sees a byte before it was checked.
+A pickle can call any function of any module. Only the few that numpy arrays are pickled with are
+allowed here, and each is replaced by a stand-in that validates its arguments, since numpy's own
+functions trust theirs.
 """
 
 from __future__ import annotations
@@ -15,53 +15,52 @@ from typing import Any
 
 import numpy as np
 
-KINDS = "biuf"
-"""Kinds of numbers that an array may hold: booleans, integers, floats."""
+DTYPE_KINDS = "biuf"
+"""Allowed dtype kinds: booleans, integers, floats."""
 
-
-PLAIN = (str, bytes, bytearray, int, float, type(None), np.ndarray, np.generic)
-"""What may come out, beside lists, tuples, sets and dicts of it."""
+PLAIN_TYPES = (str, bytes, bytearray, int, float, type(None), np.ndarray, np.generic)
+"""Allowed types of values, beside lists, tuples, sets and dicts of them."""
 
 
 class Refused(ValueError):
-    """A pickle that asks for something which is not among plain values and arrays."""
+    """A pickle that needs more than plain values and arrays."""
 
 
 class _DType:
-    """Stands for numpy.dtype: a number's kind and size, such as f4, and its byte order."""
+    """Stand-in for numpy.dtype: kind and size of a number, such as f4, and its byte order."""
 
     def __init__(self, code: str, *_: Any) -> None:
         try:
             self.dtype = np.dtype(code) if isinstance(code, str) else None
         except TypeError:
             self.dtype = None
-        if self.dtype is None or self.dtype.kind not in KINDS:
+        if self.dtype is None or self.dtype.kind not in DTYPE_KINDS:
             raise Refused(f"an array of {code!r}, which are not plain numbers")
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
-            raise Refused("a number type of unknown make")
+            raise Refused("a number type in an unknown format")
         assert self.dtype is not None
         if state[1] != "|":
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array:
-    """Stands for a numpy array until its state has come."""
+    """Stand-in for a numpy array until its state is set."""
 
     array: np.ndarray | None = None
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
-            raise Refused("an array of unknown make")
+            raise Refused("an array in an unknown format")
         _, shape, dtype, fortran, data = state
         self.array = _array(data, dtype, shape, "F" if fortran else "C")
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    whole = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
-    if not isinstance(dtype, _DType) or not isinstance(data, bytes | bytearray) or not whole:
-        raise Refused("an array of unknown make")
+    valid = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
+    if not isinstance(dtype, _DType) or not isinstance(data, bytes | bytearray) or not valid:
+        raise Refused("an array in an unknown format")
     assert dtype.dtype is not None
     if len(data) != math.prod(shape) * dtype.dtype.itemsize:
         raise Refused(f"an array of shape {shape} with {len(data)} bytes")
@@ -81,18 +80,18 @@ def _scalar(dtype: Any, data: Any = b"") -> Any:
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
-    """How protocols below 3 write bytes."""
+    """Decode bytes as written by protocols below 3."""
     if not isinstance(text, str) or encoding != "latin1":
         raise Refused("text in an unusual encoding")
     return text.encode("latin1")
 
 
 def _ndarray(*_: Any) -> Any:
-    raise Refused("an array of unknown make")
+    raise Refused("an array in an unknown format")
 
 
-ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
-    # numpy 1 and numpy 2 keep them in different places.
+ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
+    # `core` in numpy 1, `_core` in numpy 2.
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
@@ -104,8 +103,8 @@ ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in ADMITTED:
-            return ADMITTED[module, name]
+        if (module, name) in ALLOWED:
+            return ALLOWED[module, name]
         hint = ""
         if module.split(".")[0] == "torch":
             hint = "; save its torch tensors as numpy arrays"
@@ -113,24 +112,25 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load(path: Path) -> Any:
-    """What a pickle file holds: numbers, text, lists, tuples, dicts, numpy arrays.
+    """Load a pickle of numbers, text, lists, tuples, sets, dicts and numpy arrays.
 
-    Raises ValueError that names the file, and what it asked for where that is refused.
+    Raises:
+        ValueError: If the file is damaged, too large for memory, or needs anything else.
     """
     with open(path, "rb") as file:
         try:
             return _finished(_Unpickler(file).load(), {})
         except Refused as error:
-            raise ValueError(f"{path} is refused: it asks for {error}") from None
+            raise ValueError(f"{path} is refused: it contains {error}") from None
         except MemoryError:
             raise ValueError(f"{path} does not fit into memory") from None
-        except Exception as error:  # a broken pickle can fail in any way that Python can
-            told = str(error) or type(error).__name__
-            raise ValueError(f"{path} cannot be read as a pickle: {told}") from None
+        except Exception as error:  # a damaged pickle can raise any type
+            problem = str(error) or type(error).__name__
+            raise ValueError(f"{path} cannot be read as a pickle: {problem}") from None
 
 
 def _finished(value: Any, seen: dict[int, Any]) -> Any:
-    """The same with arrays for their stand-ins, wherever they are; what is shared stays shared."""
+    """Replace stand-ins by their arrays in nested containers; shared objects stay shared."""
     if id(value) not in seen:
         seen[id(value)] = _unwrapped(value, seen)
     return seen[id(value)]
@@ -139,12 +139,12 @@ def _finished(value: Any, seen: dict[int, Any]) -> Any:
 def _unwrapped(value: Any, seen: dict[int, Any]) -> Any:
     if isinstance(value, _Array):
         if value.array is None:
-            raise Refused("an array of unknown make")
+            raise Refused("an array in an unknown format")
         return value.array
     if isinstance(value, dict):
         return {_finished(k, seen): _finished(v, seen) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return type(value)(_finished(v, seen) for v in value)
-    if not isinstance(value, PLAIN):
-        raise Refused(f"a {type(value).__name__}, which is no plain value")
+    if not isinstance(value, PLAIN_TYPES):
+        raise Refused(f"a {type(value).__name__}, which is not a plain value")
     return value

@@ -1,7 +1,7 @@
-"""A checkpoint's tokenizer as the Hugging Face layout keeps it: tokens for images and padding too.
+"""Convert a tokenizer to the Hugging Face layout, with tokens for images and padding.
 
-LLaVA's code encodes what stands before and behind an image each for itself, so that each part
-begins with a space of its own. transformers calls this `legacy`, and it is asked for by name here.
+LLaVA's code encodes the text before and after an image separately, so each part starts with its own
+space. transformers calls this behaviour `legacy`, and it is set explicitly here.
 """
 
 from __future__ import annotations
@@ -16,16 +16,25 @@ from sdrpn.backbones.plain_text import SPACE, encode_as_sentencepiece
 from sdrpn.config import IMAGE_TOKEN
 from sdrpn.io.atomic import read_object
 from sdrpn.io.checkpoint_files import Source
-from sdrpn.io.checkpoints import broken_files_named
+from sdrpn.io.checkpoints import explain_load_errors
 
 PAD_TOKEN = "<pad>"
 FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def read_tokenizer(folder: Source, base: str | None = None) -> Any:
-    """The checkpoint's tokenizer, or its base's.
+    """Load the tokenizer of a checkpoint, or of its base.
 
-    Raises FileNotFoundError that names the files which are missing.
+    Args:
+        folder: The checkpoint.
+        base: Folder or Hub id that is searched if `folder` has no tokenizer.
+
+    Returns:
+        A transformers tokenizer with the tokens `<image>` and `<pad>`.
+
+    Raises:
+        FileNotFoundError: If neither has a tokenizer.
+        ValueError: If the files are malformed, or the conversion changes the encoding.
     """
     found = _find(folder) or (_find(Source(base)) if base is not None else None)
     if found is None:
@@ -39,15 +48,15 @@ def read_tokenizer(folder: Source, base: str | None = None) -> Any:
     if path.suffix == ".model":
         tokenizer = _from_sentencepiece(path, source)
     else:
-        # Its own config.json is of a kind that transformers does not know.
+        # transformers does not know the model_type of the checkpoint's own config.json.
         source.find("tokenizer_config.json")
-        with broken_files_named(source.name):
+        with explain_load_errors(source.name):
             tokenizer = AutoTokenizer.from_pretrained(
                 path.parent, config=LlamaConfig(), legacy=True, trust_remote_code=False
             )
     encode_as_sentencepiece(tokenizer)
     if isinstance(tokenizer, LlamaTokenizer):
-        # Saved with it: transformers keeps only what from_pretrained was given.
+        # transformers saves only the arguments that from_pretrained received.
         tokenizer.init_kwargs["legacy"] = True
     image = AddedToken(IMAGE_TOKEN, special=True, normalized=False)
     tokenizer.add_tokens(image, special_tokens=True)
@@ -61,9 +70,10 @@ def _find(source: Source) -> tuple[Source, Path] | None:
 
 
 def _from_sentencepiece(path: Path, source: Source) -> Any:
-    """LLaMA's tokenizer from its first format, which transformers reads through protobuf only.
+    """Convert tokenizer.model, which transformers reads only if protobuf is installed.
 
-    Raises ValueError where the result would not encode text as sentencepiece itself does.
+    Raises:
+        ValueError: If the result does not encode text as sentencepiece does.
     """
     try:
         from sentencepiece import SentencePieceProcessor
@@ -89,9 +99,9 @@ def _from_sentencepiece(path: Path, source: Source) -> Any:
 
 
 def _merges(model: Any) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two, in the order in which sentencepiece merges.
+    """List every pair of pieces that forms a third, in the order in which sentencepiece merges.
 
-    That is by score, the highest first, which need not be the order of the ids.
+    The order is by descending score, which can differ from the order of the ids.
     """
     ids = range(model.GetPieceSize())
     plain = [i for i in ids if not (model.IsControl(i) or model.IsByte(i) or model.IsUnknown(i))]
@@ -101,7 +111,7 @@ def _merges(model: Any) -> list[tuple[str, str]]:
         piece = model.IdToPiece(i)
         cuts = ((piece[:k], piece[k:]) for k in range(1, len(piece)))
         known = [(a, b) for a, b in cuts if a in scores and b in scores]
-        # Of one piece's two ways sentencepiece takes the leftmost in the text: the longer left.
+        # Of several splits of a piece, sentencepiece prefers the longer left part.
         merges += sorted(known, key=lambda pair: -len(pair[0]))
     return merges
 
@@ -121,26 +131,26 @@ PROBES = (
     *(f"a{' ' * count}b\n{' ' * count}{count}" for count in range(1, 34)),
     *(f"{'=' * count}{'-' * count}{'0' * count}{'.' * count}" for count in range(1, 18)),
 )
-"""Texts that a converted tokenizer must encode as sentencepiece does."""
+"""Texts on which the converted tokenizer is compared with sentencepiece."""
 
 
 def _check_same(tokenizer: Any, model: Any, path: Path) -> None:
     words = (_text_of(model, i) for i in range(model.GetPieceSize()) if _may_be_fixed(model, i))
-    # A user-defined piece never merges with what stands beside it.
+    # A user-defined piece never merges with its neighbours.
     defined = (f"{side}{word}{side}" for word in words for side in string.printable)
     for text in (*PROBES, *defined):
         found = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         expected = model.Encode(text)
         if found != expected:
             raise ValueError(
-                f"{path} is not a tokenizer of LLaMA's kind (byte-pair encoding without "
-                f"normalisation): sentencepiece encodes {text!r:.60} as {expected[:20]}, the "
-                f"converted tokenizer as {found[:20]}; give LLaVA-1.5's own, which is Vicuna's"
+                f"{path} is not a LLaMA tokenizer (byte-pair encoding without normalisation): "
+                f"sentencepiece encodes {text!r:.60} as {expected[:20]}, the converted tokenizer "
+                f"as {found[:20]}; give LLaVA-1.5's own, which is Vicuna's"
             )
 
 
 def _may_be_fixed(model: Any, number: int) -> bool:
-    """Whether a piece may be user-defined: those have score 0, as few others have."""
+    """Whether a piece may be user-defined; those have score 0, like few others."""
     special = model.IsControl(number) or model.IsUnknown(number) or model.IsByte(number)
     return not special and model.GetScore(number) == 0
 
@@ -150,9 +160,10 @@ def _text_of(model: Any, number: int) -> str:
 
 
 def _add_tokens(tokenizer: Any, source: Source, settings: dict[str, Any], size: int) -> None:
-    """Add the words that a fine-tune added behind the vocabulary of `size` pieces.
+    """Add the tokens that a fine-tune appended to the vocabulary of `size` pieces.
 
-    Raises ValueError for one whose id is not the next, which would shift all behind it.
+    Raises:
+        ValueError: If the ids have a gap, which would shift all later ones.
     """
     for number, token in enumerate(_added(source, settings, size), start=size):
         tokenizer.add_tokens(token[1])
@@ -164,17 +175,17 @@ def _add_tokens(tokenizer: Any, source: Source, settings: dict[str, Any], size: 
 
 
 def _added(source: Source, settings: dict[str, Any], size: int) -> list[tuple[int, AddedToken]]:
-    """(id, token) of what a fine-tune added, in the order of the ids.
+    """Return (id, token) of the tokens that a fine-tune added, sorted by id.
 
-    As transformers read them at the time: a plain word in added_tokens.json loses the spaces
-    around it, other ones are told by their own `lstrip` and `rstrip`.
+    As contemporary transformers did: a plain entry of added_tokens.json strips the spaces around
+    it, other entries have their own `lstrip` and `rstrip`.
     """
     tokens: dict[int, AddedToken] = {}
-    told = _told_apart(source)
+    flags = _special_token_flags(source)
     for text, number in _object(source, "added_tokens.json").items():
         if type(number) is not int:
             raise ValueError(f"{source.name}: added_tokens.json has no id for {text!r}")
-        tokens[number] = _token({"lstrip": True, "rstrip": True} | told.get(text, {}), text)
+        tokens[number] = _token({"lstrip": True, "rstrip": True} | flags.get(text, {}), text)
     decoder = settings.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise ValueError(
@@ -200,13 +211,13 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("content"), str)
 
 
-def _told_apart(source: Source) -> dict[str, dict[str, Any]]:
-    """Tokens whose spaces special_tokens_map.json says something about, by their text."""
+def _special_token_flags(source: Source) -> dict[str, dict[str, Any]]:
+    """The entries of special_tokens_map.json that have flags, by text."""
     entries: list[Any] = []
     for value in _object(source, "special_tokens_map.json").values():
         entries += value if isinstance(value, list) else [value]
-    found = [one for one in entries if _is_token(one)]
-    return {one["content"]: {"lstrip": False, "rstrip": False} | one for one in found}
+    tokens = [entry for entry in entries if _is_token(entry)]
+    return {token["content"]: {"lstrip": False, "rstrip": False} | token for token in tokens}
 
 
 def _object(source: Source, file: str) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from pyarrow import ArrowException, Table, compute, parquet
 
 from sdrpn.config import LabelConfig
 from sdrpn.distill.pseudo_labels import BACKGROUND, FOREGROUND, IGNORED
-from sdrpn.io.atomic import read_object, whole, write_json
-from sdrpn.io.images import inside, load_image
+from sdrpn.io.atomic import atomic_write, read_object, write_json
+from sdrpn.io.images import load_image, safe_join
 from sdrpn.io.plurals import agree, counted
 from sdrpn.io.resumable import ANEW
 
@@ -65,7 +65,7 @@ def shard_path(folder: Path, shard: int, shards: int) -> Path:
 def write_shard(rows: list[dict[str, Any]], path: Path) -> None:
     """Write a shard so that a file of this name is always whole, with checksums."""
     table: Any = Dataset.from_list(rows, features=FEATURES).with_format("arrow")[:]
-    with whole(path) as part:
+    with atomic_write(path) as part:
         parquet.write_table(table, part, compression="zstd", write_page_checksum=True)
 
 
@@ -250,7 +250,7 @@ class LabelledImages:
         self.rows, self.root = rows.select(keep), root
         names = set(self.rows["image"])
         # Path.is_file raises for names longer than any file's.
-        missing = sorted(name for name in names if not os.path.isfile(inside(root, name)))
+        missing = sorted(name for name in names if not os.path.isfile(safe_join(root, name)))
         if missing:
             raise ValueError(
                 f"{len(missing)} of {counted(len(names), 'image')} "
@@ -281,7 +281,7 @@ class LabelledImages:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row: dict[str, Any] = self.rows[index]
-        image: Image.Image = load_image(inside(self.root, row["image"]))
+        image: Image.Image = load_image(safe_join(self.root, row["image"]))
         labels = np.array(row["labels"]).reshape(row["rows"], row["columns"])
         return {"image": image, "question": row["question"], "labels": labels}
 

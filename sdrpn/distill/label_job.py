@@ -39,8 +39,8 @@ from sdrpn.distill.pseudo_labels import FOREGROUND, judge
 from sdrpn.distill.questions import Item
 from sdrpn.draw import Card, sheet
 from sdrpn.engine import Question, ZoomModel
-from sdrpn.io.atomic import remove_parts, whole
-from sdrpn.io.images import BadImage, image_key, inside, load_image
+from sdrpn.io.atomic import atomic_write, remove_partial_files
+from sdrpn.io.images import BadImage, image_key, load_image, safe_join
 from sdrpn.io.resumable import BatchRunner, guard_settings
 from sdrpn.roi.proposers import known_labels
 
@@ -166,8 +166,8 @@ class LabelJob:
     def _guard(self) -> None:
         """Note the settings; refuse a folder that was begun with others."""
         self.out.mkdir(parents=True, exist_ok=True)
-        remove_parts(self.out)
-        remove_parts(self.out / IMAGES_FOLDER)
+        remove_partial_files(self.out)
+        remove_partial_files(self.out / IMAGES_FOLDER)
         guard_settings(self.out / SETTINGS_FILE, self.settings)
 
     def _open(self, place: Place) -> tuple[str, Image.Image]:
@@ -175,7 +175,7 @@ class LabelJob:
         if item.content is not None:
             return self._keep(item.content(), item.id)
         assert self.images is not None
-        return item.image, load_image(inside(self.images, item.image))
+        return item.image, load_image(safe_join(self.images, item.image))
 
     def _keep(self, content: bytes, name: str) -> tuple[str, Image.Image]:
         """An image that came inside a data set, kept as a file that training can read."""
@@ -184,7 +184,7 @@ class LabelJob:
         path = self.out / IMAGES_FOLDER / file
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            with whole(path) as part:
+            with atomic_write(path) as part:
                 image.save(part, "PNG")
         return file, image
 
@@ -231,7 +231,7 @@ def relabel(source: Path, out: Path, config: LabelConfig) -> None:
     root = image_root(source).resolve()
     made = {"labels": asdict(config), "images": str(root), "relabelled_from": str(source.resolve())}
     out.mkdir(parents=True, exist_ok=True)
-    remove_parts(out)
+    remove_partial_files(out)
     guard_settings(out / SETTINGS_FILE, settings | made)
     for path in tqdm(shards, desc="Relabelling", unit="shard"):
         rows: Any = read_shard(path, tokens)
@@ -274,7 +274,7 @@ def preview(out: Path, count: int, seed: int = 0) -> Path:
 
 
 def _card(row: dict[str, Any], root: Path) -> Card:
-    image = load_image(inside(root, row["image"]))
+    image = load_image(safe_join(root, row["image"]))
     shape = row["rows"], row["columns"]
     grounding = np.array(row["grounding"], np.float32).reshape(shape)
     foreground = (np.array(row["labels"]) == FOREGROUND).reshape(shape).astype(float)

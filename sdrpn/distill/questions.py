@@ -17,7 +17,7 @@ from datasets import config as datasets_config
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from sdrpn.config import IMAGE_TOKEN
-from sdrpn.io.images import BadImage, inside
+from sdrpn.io.images import BadImage, safe_join
 from sdrpn.io.questions import TURNS, Entry, first_question, one_image, read_entries
 
 logger = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ class _Content:
         name = str(image.get("path") or "")
         for root in self.roots if name else ():
             with suppress(BadImage, OSError):
-                return inside(root, name).read_bytes()
+                return safe_join(root, name).read_bytes()
         raise BadImage("missing", f"{name or 'an image without a path'}, row {self.number}")
 
 

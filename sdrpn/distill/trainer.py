@@ -27,7 +27,7 @@ from sdrpn.distill.metrics import MapMetrics
 from sdrpn.distill.pseudo_labels import IGNORED
 from sdrpn.inference.decoder import run_layers
 from sdrpn.inference.prefix import Batch, batch_rows
-from sdrpn.io.checkpoint_files import read_all, reason, tensor_names
+from sdrpn.io.checkpoint_files import first_line, read_all, tensor_names
 from sdrpn.io.checkpoints import check_finite
 from sdrpn.rpn.checkpoint import RPN
 
@@ -254,7 +254,7 @@ class SafeTrainer(Trainer):
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
-                f"{folder} cannot be written ({reason(error)}): make room there, and the same "
+                f"{folder} cannot be written ({first_line(error)}): make room there, and the same "
                 "command goes on from the checkpoint before it"
             ) from error
 
@@ -299,7 +299,7 @@ def train(
         try:
             result = trainer.train(resume_from_checkpoint=str(last) if last else None)
         except UnpicklingError as error:  # of a state that is damaged, or asks for code
-            raise ValueError(f"{last} cannot be read ({reason(error)}); delete it") from error
+            raise ValueError(f"{last} cannot be read ({first_line(error)}); delete it") from error
         seconds = round(result.metrics["train_runtime"], 1)
     measured = trainer.evaluate() if held_out is not None else {}
     state = trainer.accelerator.get_state_dict(trainer.model)

@@ -44,7 +44,6 @@ def run_layers(
         hidden = layer(
             hidden,
             attention_mask=inputs.mask,
-            position_ids=inputs.position_ids,
             use_cache=cache is not None,
             position_embeddings=inputs.rotary,
             **cache_argument(cache),

@@ -148,6 +148,14 @@ def prefill(
     segments = [
         backbone.prefix_segment(one, tokens) for one, tokens in zip(inputs, features, strict=True)
     ]
+    return prefill_segments(backbone, rpn, segments)
+
+
+@torch.no_grad()
+def prefill_segments(
+    backbone: Backbone, rpn: BranchNetwork | None, segments: Sequence[Segment]
+) -> list[Prefix]:
+    """Prefill segments that begin a sequence and end with an image: each becomes a Prefix."""
     batch = batch_rows(segments, [0] * len(segments))
     cache = cache_of([])
     attention = batch.attention(backbone, cache)

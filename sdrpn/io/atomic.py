@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and JSON that others wrote, read with care."""
+"""Atomic writes, and strict reading of JSON from untrusted files."""
 
 from __future__ import annotations
 
@@ -20,35 +20,42 @@ from sdrpn.io.plurals import counted
 
 T = TypeVar("T")
 MAX_SETTINGS = 64 << 20
-"""Bytes of the largest settings file that is read; a checkpoint's index has about a tenth of one
-MB for each thousand tensors."""
+"""Maximum size of a settings file in bytes. A checkpoint index takes about 0.1 MB per thousand
+tensors."""
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A name to write a file under; it becomes `path` once it is whole, and goes where it fails.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Write a file under a temporary name: renamed on success, deleted on error.
 
-    The file has the mode that the umask allows. A process that is killed leaves the part, for
-    `remove_parts`. Raises OSError that names `path` where the disk is full, or whatever else keeps
-    it from being written.
+    A killed process leaves the temporary file behind; `remove_partial_files` deletes it.
+
+    Args:
+        path: Final path. The file gets the mode that the umask allows.
+
+    Yields:
+        The temporary path, in the same folder.
+
+    Raises:
+        OSError: If the file cannot be written, for example because the disk is full.
     """
     part = path.with_name(f"{path.name}.part{os.getpid()}-{threading.get_ident()}")
     try:
-        # safetensors gives its files 0600; of one made here the system says what they should have.
+        # safetensors creates files with mode 0600; record the mode that the umask gives.
         part.touch()
         mode = stat.S_IMODE(part.stat().st_mode)
         yield part
         if stat.S_IMODE(part.stat().st_mode) != mode:
             part.chmod(mode)
         os.replace(part, path)
-    except (OSError, SafetensorError) as error:  # safetensors' own, for a full disk too
+    except (OSError, SafetensorError) as error:  # SafetensorError also reports a full disk
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
 
 
-def allow_as_umask(path: Path) -> None:
-    """Give a file that a library wrote, as safetensors does with 0600, the mode of any new file."""
+def apply_umask(path: Path) -> None:
+    """Set the mode of a new file under the umask; safetensors writes its files with 0600."""
     probe = path.with_name(f"{path.name}.part{os.getpid()}-{threading.get_ident()}")
     try:
         probe.touch()
@@ -57,18 +64,18 @@ def allow_as_umask(path: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what a killed process left in a folder of files written by `whole`."""
+def remove_partial_files(folder: Path) -> None:
+    """Delete the temporary files that a killed process left in a folder (see `atomic_write`)."""
     for part in folder.glob("*.part*"):
         part.unlink(missing_ok=True)
 
 
 def as_json(value: Any, **options: Any) -> str:
-    """JSON as the standard has it: a NaN or an infinity, which it lacks, is written as null.
+    """Serialise to standard JSON: NaN and infinities, which it does not have, become null.
 
     Args:
-        value: What `json.dumps` takes.
-        **options: Of `json.dumps`, such as `indent`.
+        value: A value that `json.dumps` accepts.
+        **options: Passed to `json.dumps`, such as `indent`.
     """
     try:
         return json.dumps(value, allow_nan=False, **options)
@@ -85,49 +92,59 @@ def _finite(value: Any) -> Any:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write an object so that a file of this name is always whole."""
+    """Write a JSON object atomically, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(as_json(dict(values), indent=2) + "\n", encoding="utf-8")
 
 
 def parsed(schema: TypeAdapter[T], text: str | bytes) -> T:
-    """JSON of a schema, no value turned into another type.
+    """Parse JSON against a schema, in strict mode.
 
-    Raises ValueError with a sentence about the first place that is not as it should be.
+    Raises:
+        ValueError: With the location and description of the first violation.
     """
     try:
         return schema.validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        told = first["msg"].removeprefix("Invalid JSON: ")
-        raise ValueError(f"{where}: {told}" if where else told) from None
+        problem = first["msg"].removeprefix("Invalid JSON: ")
+        raise ValueError(f"{where}: {problem}" if where else problem) from None
 
 
 def parse_json(text: str | bytes) -> Any:
-    """json.loads, which raises ValueError for text that is nested too deeply, too."""
+    """`json.loads` that also raises ValueError for text that is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_bounded(path: Path, mend: str = "") -> bytes:
-    """A settings file's content, without a byte order mark, which JSON does not allow.
+def read_bounded(path: Path, hint: str = "") -> bytes:
+    """Read a settings file, without the byte order mark, which JSON does not allow.
 
-    Raises ValueError where it is larger than any is.
+    Args:
+        path: File to read.
+        hint: Appended to the error message.
+
+    Raises:
+        ValueError: If the file is larger than `MAX_SETTINGS`.
     """
     size = path.stat().st_size
     if size > MAX_SETTINGS:
         raise ValueError(
-            f"{path} has {counted(size, 'byte', commas=True)}, more than any settings file{mend}"
+            f"{path} has {counted(size, 'byte', commas=True)}, more than any settings file{hint}"
         )
     return path.read_bytes().removeprefix(codecs.BOM_UTF8)
 
 
 def read_parsed(schema: TypeAdapter[T], path: Path) -> T:
-    """A file of a schema. Raises ValueError, naming the file and the first place that is wrong."""
+    """Read a JSON file against a schema.
+
+    Raises:
+        ValueError: With the file and its first violation of the schema.
+    """
     content = read_bounded(path)
     try:
         return parsed(schema, content)
@@ -135,16 +152,21 @@ def read_parsed(schema: TypeAdapter[T], path: Path) -> T:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def read_object(path: Path, mend: str = "") -> dict[str, Any]:
-    """A JSON object from a settings file, such as a config.json.
+def read_object(path: Path, hint: str = "") -> dict[str, Any]:
+    """Read a JSON object from a settings file such as a config.json.
 
-    mend: what to do about a file that is none. Raises ValueError that names the file.
+    Args:
+        path: File to read.
+        hint: Remedy for a malformed file, appended to the error message.
+
+    Raises:
+        ValueError: If the file is too large, is not JSON, or holds another type.
     """
-    content = read_bounded(path, mend)
+    content = read_bounded(path, hint)
     try:
         values = parse_json(content.decode("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}{mend}") from None
+        raise ValueError(f"{path} is not valid JSON: {error}{hint}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}{mend}")
+        raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}{hint}")
     return values

@@ -1,6 +1,6 @@
-"""Weights as others store them: a folder or a hub id, one file or shards, .safetensors or .bin.
+"""Checkpoint files: local folder or Hub repository, single file or shards, .safetensors or .bin.
 
-Nothing is unpickled freely, and no file is fetched or read that is not asked for.
+Pickles are loaded with `weights_only=True`, and only the requested files are fetched and read.
 """
 
 from __future__ import annotations
@@ -29,17 +29,21 @@ from sdrpn.io.atomic import read_object
 CONFIG_FILE = "config.json"
 SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-"""Files of a model in the Hugging Face layout; of weights the first kind that there is."""
+"""Patterns of a model's files in the Hugging Face layout, the preferred weight format first."""
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 PICKLED = "get a .safetensors copy, or download the file again if it should hold tensors only"
 
 
 class Source:
-    """A folder or a repository of the hub, whose files are had one by one.
+    """A local folder or Hub repository, whose files are fetched one at a time.
 
-    download: arguments of hf_hub_download, such as revision. Raises FileNotFoundError for a name
-    that can only be a folder and is none.
+    Args:
+        name: Folder or Hub id.
+        **download: Arguments of `hf_hub_download`, such as `revision`.
+
+    Raises:
+        FileNotFoundError: If `name` is a path, but not of a folder.
     """
 
     def __init__(self, name: str, **download: Any) -> None:
@@ -52,10 +56,11 @@ class Source:
             raise FileNotFoundError(f"there is no folder {name}")
 
     def find(self, file: str) -> Path | None:
-        """Where a file lies, fetched first where that is needed; None where there is none.
+        """Return the local path of a file, fetching it if needed; None if it does not exist.
 
-        Raises OSError with the cause and its remedy where the Hub refuses the repository, or the
-        download fails.
+        Raises:
+            OSError: If the Hub refuses the repository or the download fails, with the cause and
+                remedy.
         """
         if self.folder is not None:
             path = self.folder / file
@@ -63,19 +68,21 @@ class Source:
         try:
             return Path(hf_hub_download(self.name, file, **self.download))
         except LocalEntryNotFoundError as error:
-            # Not known: the Hub could not be asked. Another of the files looked for may be cached.
+            # The Hub cannot be reached. Another candidate file may be in the cache.
             self._unreachable = self._unreachable or self._refused(error, file)
         except EntryNotFoundError:
             pass
-        except Exception as error:  # of the Hub, its client, the cache
+        except Exception as error:  # from the Hub, its client or the cache
             raise self._refused(error, file) from error
         return None
 
     def fetch_all(self) -> Path:
-        """The folder with all its settings and weights, fetched first where that is needed.
+        """Return the folder with all settings and weights, fetching them if needed.
 
-        transformers says of a file that the Hub refused that it is not there, whatever the cause.
-        Raises OSError as `find` does.
+        Fetched here, since transformers reports any refusal of the Hub as a missing file.
+
+        Raises:
+            OSError: As `find`.
         """
         if self.folder is not None:
             return self.folder
@@ -91,15 +98,15 @@ class Source:
                 )
                 if any(folder.glob(weights)):
                     break
-        except Exception as error:  # of the Hub, its client, the cache
+        except Exception as error:  # from the Hub, its client or the cache
             raise self._refused(error) from error
         return folder
 
     def _refused(self, error: Exception, file: str | None = None) -> Exception:
-        """The error with a sentence about it; as it is where nothing is known of it."""
+        """Return an error that explains the refusal, or the given one if its cause is unknown."""
         revision = self.download.get("revision")
-        told = hub.cause(error, self.name, revision=revision)
-        if told is None:
+        cause = hub.cause(error, self.name, revision=revision)
+        if cause is None:
             return error
         missing = (RepositoryNotFoundError, HFValidationError, OfflineModeIsEnabled)
         causes = (error, error.__cause__)
@@ -108,51 +115,61 @@ class Source:
         )
         if is_missing:
             return hub.HubFileNotFound(
-                f"{self.name} is no folder, and {file or 'its files'} cannot be fetched: {told}"
+                f"{self.name} is no folder, and {file or 'its files'} cannot be fetched: {cause}"
             )
         return hub.HubError(hub.explain(error, self.name, file, revision=revision))
 
     def fetch(self, file: str, what: str = "a checkpoint") -> Path:
-        """As `find`; raises FileNotFoundError that names the file where there is none."""
+        """Return the local path of a file as `find` does, but raise FileNotFoundError without one.
+
+        Args:
+            file: File name.
+            what: What the file belongs to, for the error message.
+        """
         path = self.find(file)
         if path is None:
             raise self.lacks(file, what)
         return path
 
     def lacks(self, files: str, what: str) -> Exception:
-        """The error for missing files; says why, where the Hub could not be asked."""
+        """Return the error for missing files, or the cause if the Hub could not be reached."""
         if self._unreachable is not None:
             return self._unreachable
         return FileNotFoundError(f"{self.name} holds no {files}: it is not {what}")
 
     def config(self, what: str = "a checkpoint") -> dict[str, Any]:
-        """Its config.json."""
+        """Read config.json; `what` as in `fetch`."""
         path = self.fetch(CONFIG_FILE, what)
         return read_object(path, f"; {hub.remedy(path)}")
 
 
-def reason(error: Exception) -> str:
-    """The first line of what an error says, for a sentence of our own.
+def first_line(error: Exception) -> str:
+    """Return the first line of an error message, to be quoted in another one.
 
-    Of torch's refusal to unpickle only what it refused: its advice is to switch that off.
+    For a refused pickle only the refused name is quoted, since torch's message advises to disable
+    the check.
     """
     text = str(error)
     if type(error).__name__ == "UnpicklingError" or "weights_only" in text:
-        asked = re.search(r"GLOBAL (\S+)", text) or re.search(
+        refused = re.search(r"GLOBAL (\S+)", text) or re.search(
             r"Unsupported (?:global|class) (\S+)", text
         )
-        if asked:
-            named = asked[1] or asked[2]
-            return f"it holds a Python object ({named}), and code in a checkpoint is never run"
+        if refused:
+            return f"it holds a Python object ({refused[1]}), and code in a checkpoint is never run"
         return "it holds more than tensors, or is damaged; code in a checkpoint is never run"
     return next(iter(text.splitlines()), type(error).__name__)
 
 
 class Weights:
-    """The tensors of a checkpoint by name, read from their files when they are asked for.
+    """Tensors of a checkpoint by name, loaded on demand.
 
-    files: stems to look for instead of a whole model's, such as adapter_model.safetensors.
-    Raises FileNotFoundError where there are none, ValueError for an index that makes no sense.
+    Args:
+        source: Folder or repository of the checkpoint.
+        files: Candidate files of unsharded weights, such as adapter_model.safetensors.
+
+    Raises:
+        FileNotFoundError: If there are no weights.
+        ValueError: If the index is malformed.
     """
 
     def __init__(self, source: Source, files: tuple[str, ...] = SINGLE_FILES) -> None:
@@ -181,19 +198,23 @@ class Weights:
         raise self.source.lacks(f"weights ({', '.join(looked)})", "a checkpoint")
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, on the CPU; touches only the files that hold them."""
+        """Load the named tensors on the CPU, reading only the files that hold them."""
         where = self._where or {}
         shards: dict[str, list[str]] = {}
         for name in names:
             shards.setdefault(where[name], []).append(name)
         tensors: dict[str, Tensor] = {}
-        for file, inside in shards.items():
-            tensors |= _read(self.source.fetch(file), inside)
+        for file, held in shards.items():
+            tensors |= _read(self.source.fetch(file), held)
         return tensors
 
 
 def read_all(path: Path) -> dict[str, Tensor]:
-    """Every tensor of one file, on the CPU; raises ValueError that names the file."""
+    """Load every tensor of one file on the CPU.
+
+    Raises:
+        ValueError: If the file is damaged or holds more than tensors.
+    """
     return _read(path, tensor_names(path))
 
 
@@ -201,16 +222,20 @@ def _weight_map(path: Path) -> dict[str, str]:
     where = read_object(path, f"; {hub.remedy(path)}").get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ValueError(
-            f"{path} has no weight_map, which says where each tensor is; {hub.remedy(path)}"
+            f"{path} has no weight_map, which maps tensors to files; {hub.remedy(path)}"
         )
     for name, file in where.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{path} puts {name} into {file!r}, which is no file beside it")
+            raise ValueError(f"{path} maps {name} to {file!r}, which is not a file beside it")
     return where
 
 
 def tensor_names(path: Path) -> list[str]:
-    """The names in one weights file; raises ValueError that names the file where it is broken."""
+    """List the tensors of one weights file.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
     if path.suffix != ".safetensors":
         return list(_unpickled(path))
     try:
@@ -243,15 +268,15 @@ def _read(path: Path, names: list[str]) -> dict[str, Tensor]:
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    """A .bin file's tensors, mapped from the disk where its format allows; never its code."""
+    """Load the tensors of a .bin file without executing code, memory-mapped if possible."""
     try:
         state = _torch_load(path)
     except OSError:
         raise
-    except Exception as error:  # torch raises many kinds for a file that is broken or hostile
-        told = reason(error)
-        mend = PICKLED if "never run" in told else hub.remedy(path)
-        raise ValueError(f"{path} is not a file of tensors: {told}; {mend}") from None
+    except Exception as error:  # torch raises many types for a damaged or hostile file
+        problem = first_line(error)
+        hint = PICKLED if "never run" in problem else hub.remedy(path)
+        raise ValueError(f"{path} is not a file of tensors: {problem}; {hint}") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} is not a file of tensors by name")
     return state
@@ -259,6 +284,6 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 def _torch_load(path: Path) -> Any:
     with open(path, "rb") as file:
-        # Files of torch before 1.6 are no zip archives, and only those can be mapped.
+        # Only zip archives can be memory-mapped; torch before 1.6 wrote another format.
         zipped = file.read(4) == b"PK\x03\x04"
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)

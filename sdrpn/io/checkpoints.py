@@ -1,4 +1,4 @@
-"""Weights that are there, whole, and numbers; or one sentence that says which are not."""
+"""Checks for missing, truncated and non-finite tensors, and access to offloaded weights."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from torch import Tensor, nn
 
 from sdrpn.io import hub
 from sdrpn.io.atomic import read_object
-from sdrpn.io.checkpoint_files import INDEXES, reason, tensor_names
+from sdrpn.io.checkpoint_files import INDEXES, first_line, tensor_names
 from sdrpn.io.plurals import counted
 
 MAX_LAYERS = 1000
-"""More layers than any model of this kind has; a config.json that asks for more is refused before
-anything is built."""
+"""Maximum number of layers in a config.json, checked before a model is built."""
 
 PARAMETERS_A_BYTE = 2
-"""Of weights in 4 bits, the fewest that are read."""
+"""Parameters per byte of 4-bit weights, the smallest supported."""
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: its weights' device, or the one offloaded weights are fetched to."""
+    """Return the device a module computes on, also if its weights are offloaded elsewhere."""
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):  # one, or several in a sequence
+        for one in getattr(hook, "hooks", (hook,)):  # a single hook or a SequentialHook
             device = getattr(one, "execution_device", None)
             if device is not None:
                 return torch.device(device)
@@ -37,9 +36,9 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's parameters by name, those that are offloaded fetched one submodule at a time.
+    """Iterate over parameters, fetching offloaded ones one submodule at a time.
 
-    A fetched tensor is valid until the next one is asked for.
+    A fetched tensor is valid until the next iteration.
     """
     for prefix, part in module.named_modules():
         with align_module_device(part):
@@ -48,45 +47,59 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def copy_weights(own: nn.Module, theirs: nn.Module) -> None:
-    """Copy a module's weights, offloaded or not, into one of the same shape."""
+    """Copy the weights of `theirs`, offloaded or not, to `own`.
+
+    Raises:
+        ValueError: If `own` has parameters that `theirs` lacks.
+    """
     with torch.no_grad():
         targets = dict(own.named_parameters())
         for name, weight in named_weights(theirs):
             targets.pop(name).copy_(weight)
     if targets:
-        raise ValueError(f"no weights to copy for {', '.join(sorted(targets))}")
+        raise ValueError(f"no weights to copy to {', '.join(sorted(targets))}")
 
 
 def check_finite(
     tensors: Iterable[tuple[str, Tensor]],
     where: str,
-    mend: str = "the file is damaged, or its training went wrong: get these weights anew",
+    hint: str = "the file is damaged or its training diverged: download or train the weights again",
 ) -> None:
-    """Raise ValueError that names the first tensor with a NaN or an infinity.
+    """Check tensors for NaN and infinity, in one pass at memory bandwidth.
 
-    One pass over the weights at the memory's speed; what holds no floats is passed over, and so is
-    what has no values (on the meta device). where: the model or file, for the message.
+    Args:
+        tensors: (name, tensor); integer, empty and meta tensors are skipped.
+        where: Model or file, for the message.
+        hint: Remedy, for the message.
+
+    Raises:
+        ValueError: If a tensor is not finite.
     """
     for name, tensor in tensors:
         if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
             continue
         values = tensor.detach()
-        if values.element_size() == 1:  # of 8-bit floats torch knows no maximum
+        if values.element_size() == 1:  # torch has no aminmax for 8-bit floats
             values = values.float()
-        # NaN goes through both; isfinite() would write a mask as large as the weights.
+        # Both extremes propagate NaN; isfinite() would allocate a mask as large as the weights.
         if not all(torch.isfinite(edge) for edge in torch.aminmax(values)):
-            raise ValueError(f"{where}: {name} holds values that are not finite; {mend}")
+            raise ValueError(f"{where}: {name} holds values that are not finite; {hint}")
 
 
 def check_complete(found: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError for weights that transformers would make up: missing, or of another shape.
+    """Check that transformers initialised no weight at random.
 
-    found: what from_pretrained tells with output_loading_info.
+    Args:
+        found: The loading info of `from_pretrained(output_loading_info=True)`.
+        where: Model, for the message.
+
+    Raises:
+        ValueError: If a weight is missing or has another shape than config.json describes.
     """
     for name, *shapes in sorted(found["mismatched_keys"]):
-        held, asked = (list(shape) for shape in shapes)
+        held, expected = (list(shape) for shape in shapes)
         raise ValueError(
-            f"{where}: {name} has the shape {held}, but its config.json asks for {asked}"
+            f"{where}: {name} has the shape {held}, but its config.json asks for {expected}"
         )
     missing = sorted(found["missing_keys"])
     if missing:
@@ -95,7 +108,11 @@ def check_complete(found: Mapping[str, Any], where: str) -> None:
 
 
 def check_layers(config: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError for a config.json that asks for more layers than could be meant."""
+    """Check the layer counts of a config.json.
+
+    Raises:
+        ValueError: If a count is not an integer up to `MAX_LAYERS`.
+    """
     for part in ("text_config", "vision_config"):
         values = config.get(part) or {}
         if not isinstance(values, Mapping):
@@ -111,9 +128,13 @@ def check_layers(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_size(parameters: int, model: str) -> None:
-    """Raise ValueError where a folder's weights files cannot hold a model of so many parameters.
+    """Check that the weights files of a folder are large enough for a model.
 
-    transformers would make up the rest, in memory. Of a hub id nothing is checked.
+    transformers would allocate missing weights and initialise them at random. Hub ids pass
+    unchecked.
+
+    Raises:
+        ValueError: If the files cannot hold `parameters` parameters.
     """
     files = [*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")]
     held = sum(path.stat().st_size for path in files)
@@ -121,45 +142,48 @@ def check_size(parameters: int, model: str) -> None:
         raise ValueError(
             _broken_weights(Path(model))
             or f"{model}: its config.json describes "
-            f"{counted(parameters, 'parameter', commas=True)}, more "
-            "than its "
-            f"weights files of {counted(held, 'byte', commas=True)} can hold: a file is missing, "
-            "or "
-            "config.json is "
-            "another's"
+            f"{counted(parameters, 'parameter', commas=True)}, more than its weights files of "
+            f"{counted(held, 'byte', commas=True)} can hold: a file is missing, or config.json "
+            "belongs to another model"
         )
 
 
 @contextmanager
-def broken_files_named(model: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what loading raises for files that make no sense into ValueError, named where possible.
+def explain_load_errors(model: str, revision: str | None = None) -> Iterator[None]:
+    """Re-raise loading errors with the damaged file and its remedy.
 
-    OSError, which transformers raises where something is not there, passes, and so does what no
-    file is to blame for. An error of the connection to the Hub becomes an OSError.
+    Args:
+        model: Folder or Hub id that is loaded.
+        revision: Revision of a Hub id.
+
+    Raises:
+        ValueError: If a file is malformed; names it where it can be found.
+        OSError: If the Hub cannot be reached, or a file is missing.
     """
     try:
         yield
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:  # transformers raises many types
         folder = hub.local_folder(model, revision)
         if isinstance(error, OSError):
-            # transformers says of a damaged file of the cache that it is not there.
-            if folder is None or hub.explain(error, model) or not (told := _broken_file(folder)):
+            # transformers reports a damaged file in the cache as missing.
+            if folder is None or hub.explain(error, model) or not (cause := _broken_file(folder)):
                 raise
-        elif told := hub.explain(error, model, revision=revision):
-            raise OSError(told) from error
+        elif cause := hub.explain(error, model, revision=revision):
+            raise OSError(cause) from error
         else:
-            told = (folder and _broken_file(folder)) or f"{type(error).__name__}: {reason(error)}"
-        raise ValueError(f"cannot load {model!r}: {told}") from error
+            cause = folder and _broken_file(folder)
+            cause = cause or f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"cannot load {model!r}: {cause}") from error
 
 
 def _broken_file(folder: Path) -> str | None:
-    """What is wrong with the first file that cannot be read, weights first; None where all can."""
-    if told := _broken_weights(folder):
-        return told
+    """Describe the first unreadable file, weights first; None if all are readable."""
+    if problem := _broken_weights(folder):
+        return problem
     for path in sorted(folder.glob("*.json")):
-        if path.read_bytes().startswith(codecs.BOM_UTF8):  # which transformers does not read
+        if path.read_bytes().startswith(codecs.BOM_UTF8):  # transformers cannot read it
             return f"{path} starts with a byte order mark: save it as UTF-8 without one"
         try:
             values = read_object(path, f"; {hub.remedy(path)}")
@@ -168,12 +192,12 @@ def _broken_file(folder: Path) -> str | None:
         named = values.get("weight_map") if path.name in INDEXES else None
         for file in sorted(set(named.values())) if isinstance(named, dict) else ():
             if not (folder / str(file)).is_file():
-                return f"{path} names {file}, which is not there: copy or download it again"
+                return f"{path} names {file}, which does not exist: copy or download it again"
     return None
 
 
 def _broken_weights(folder: Path) -> str | None:
-    """What is wrong with the first weights file that cannot be read; None where all can."""
+    """Describe the first unreadable weights file; None if all are readable."""
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         try:
             tensor_names(path)

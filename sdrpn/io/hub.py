@@ -1,8 +1,8 @@
-"""The Hugging Face Hub's errors in one sentence each: repository, file, cause, remedy.
+"""Hugging Face Hub errors as one sentence: repository, file, cause, remedy.
 
-huggingface_hub raises some of them itself and wraps others, transformers wraps them once more; what
-happened is found by walking the chain of causes. The HTTP client differs between versions of
-huggingface_hub, so its errors are known by their module's name.
+huggingface_hub raises some errors itself and wraps others, and transformers wraps them again, so
+the cause is found by walking the exception chain. The HTTP client differs between versions of
+huggingface_hub, so its errors are recognised by module name.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class HubError(OSError):
 
 
 class HubFileNotFound(HubError, FileNotFoundError):
-    """The Hub shows no such repository, or cannot be asked and the file is not in the cache."""
+    """The repository does not exist or is hidden, or the Hub is offline and the file not cached."""
 
 
 def explain(
@@ -55,33 +55,35 @@ def explain(
     repo_type: str = "model",
     revision: str | None = None,
 ) -> str | None:
-    """What kept a file of a repository from being fetched, and what to do about it.
+    """Explain why a file of a repository could not be fetched, and what to do about it.
 
     Args:
-        error: as raised by huggingface_hub, datasets or transformers.
-        file: of the repository; default: the one that the failed request named, if any.
-        revision: as the user gave it; None or "main" is not mentioned.
+        error: Exception raised by huggingface_hub, datasets or transformers.
+        repo: Repository id.
+        file: File of the repository; by default the one that the failed request names.
+        repo_type: `model` or `dataset`.
+        revision: As given by the user.
 
     Returns:
-        One sentence, or None where the error has nothing to do with the Hub.
+        One sentence, or None if the error does not come from the Hub.
     """
-    told = cause(error, repo, repo_type=repo_type, revision=revision)
-    if told is None:
+    found = cause(error, repo, repo_type=repo_type, revision=revision)
+    if found is None:
         return None
     file = file or next((name for one in _chain(error) if (name := _file(one))), None)
-    return f"cannot fetch {file} of {repo}: {told}" if file else f"cannot fetch {repo}: {told}"
+    return f"cannot fetch {file} of {repo}: {found}" if file else f"cannot fetch {repo}: {found}"
 
 
 def cause(
     error: BaseException, repo: str, *, repo_type: str = "model", revision: str | None = None
 ) -> str | None:
-    """As `explain`, the cause and the remedy alone."""
-    told = (_cause(one, repo, repo_type, revision) for one in _chain(error))
-    return next((sentence for sentence in told if sentence), None)
+    """Return the cause and remedy of `explain`, without repository and file."""
+    found = (_cause(one, repo, repo_type, revision) for one in _chain(error))
+    return next((sentence for sentence in found if sentence), None)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what caused it, innermost last."""
+    """Iterate over an exception and its causes, outermost first."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -93,7 +95,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _cause(error: BaseException, repo: str, repo_type: str, revision: str | None) -> str | None:
-    """Cause and remedy of one link of the chain; None for a link that says nothing of its own."""
+    """Cause and remedy of one exception of the chain; None if it only wraps another."""
     page = f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{repo}"
     if isinstance(error, HFValidationError):
         return "it is neither a folder nor a hub id (owner/name)"
@@ -122,7 +124,7 @@ def _cause(error: BaseException, repo: str, repo_type: str, revision: str | None
     if isinstance(error, RevisionNotFoundError):
         return f"the repository has no revision {revision!r}; see {page}/tree/main for its branches"
     if isinstance(error, LocalEntryNotFoundError):
-        return None  # the next link says why the Hub was not asked
+        return None  # its cause says why the Hub was not reached
     if isinstance(error, EntryNotFoundError):
         return f"the repository holds no such file, see {page}/tree/{revision or 'main'}"
     if isinstance(error, FileMetadataError):
@@ -133,9 +135,9 @@ def _cause(error: BaseException, repo: str, repo_type: str, revision: str | None
 
 
 def not_the_hub() -> str:
-    """Cause and remedy where something else answers in the Hub's place."""
+    """Return cause and remedy for responses that do not come from the Hub."""
     return (
-        f"{constants.ENDPOINT} answered, but not as the Hub does; a proxy or login page stands in "
+        f"{constants.ENDPOINT} answered, but not as the Hub does; a proxy or login page may be in "
         "between, so check HTTPS_PROXY and HF_ENDPOINT, and open the address in a browser"
     )
 
@@ -145,31 +147,31 @@ def _of_status(error: HfHubHTTPError) -> str | None:
     status = getattr(response, "status_code", None)
     if response is None or status is None:
         return None
-    said = f"HTTP {status} from {constants.ENDPOINT}"
+    answer = f"HTTP {status} from {constants.ENDPOINT}"
     if status == 401:
-        return f"the Hub does not accept the token ({said}); {LOG_IN_AGAIN}"
+        return f"the Hub does not accept the token ({answer}); {LOG_IN_AGAIN}"
     if status == 407:
-        return f"the proxy asks for a login ({said}); put user and password into HTTPS_PROXY"
+        return f"the proxy asks for a login ({answer}); put user and password into HTTPS_PROXY"
     if status == 429:
         wait = response.headers.get("Retry-After", "")
         after = counted(int(wait), "second") if wait.isdigit() else "a few minutes"
         more = "" if get_token() else f", or {LOG_IN} for a higher limit"
-        return f"too many requests ({said}); run again after {after}{more}"
+        return f"too many requests ({answer}); run again after {after}{more}"
     if status >= 500:
         return (
-            f"the Hub is out of order ({said}); run again in a few minutes, {STATUS_PAGE} shows "
+            f"the Hub is out of order ({answer}); run again in a few minutes, {STATUS_PAGE} shows "
             "outages"
         )
     if status == 403:
         return (
-            f"access is forbidden ({said}); the token lacks the permission, or a proxy blocks the "
-            f"address: {LOG_IN_AGAIN}, or check HTTPS_PROXY"
+            f"access is forbidden ({answer}); the token lacks the permission, or a proxy blocks "
+            f"the address: {LOG_IN_AGAIN}, or check HTTPS_PROXY"
         )
-    return f"the Hub refuses the request ({said})"
+    return f"the Hub refuses the request ({answer})"
 
 
 def _of_connection(error: BaseException) -> str | None:
-    """Errors of the HTTP client: no connection, or one that broke."""
+    """Errors of the HTTP client: no connection, or an interrupted one."""
     client = type(error).__module__.partition(".")[0] in HTTP_CLIENTS
     if not client and not isinstance(error, ConnectionError | TimeoutError):
         return None
@@ -187,15 +189,14 @@ def _of_connection(error: BaseException) -> str | None:
 
 
 def _of_file(error: BaseException) -> str | None:
-    """Errors of the cache: a body of another size, no room, no permission."""
+    """Errors of the cache: truncated download, full disk, missing permission."""
     if not isinstance(error, OSError):
         return None
     cut = re.search(r"should be of size (\d+) but has size (\d+)", str(error))
     if cut:
         return (
             f"the download was cut off at {int(cut[2]):,} of "
-            f"{counted(int(cut[1]), 'byte', commas=True)}; "
-            "run again"
+            f"{counted(int(cut[1]), 'byte', commas=True)}; run again"
         )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left for the cache {constants.HF_HUB_CACHE}; make room, or set HF_HOME"
@@ -205,11 +206,11 @@ def _of_file(error: BaseException) -> str | None:
 
 
 def _file(error: BaseException) -> str | None:
-    """The file that a failed request asked for."""
+    """The file that a failed request names."""
     try:
         response = getattr(error, "response", None)
         address = str(getattr(response, "url", "") or getattr(error, "request", None))
-    except RuntimeError:  # a client's error that has no request
+    except RuntimeError:  # the client's exception carries no request
         address = ""
     for text in (address, str(error)):
         if found := re.search(r"/resolve/[^/\s]+/([^\s?'\">]+)", text):
@@ -219,9 +220,11 @@ def _file(error: BaseException) -> str | None:
 
 
 def in_cache(path: Path) -> tuple[str, Path] | None:
-    """(repository, file to delete) of a file in the Hub's cache; None for any other file.
+    """Locate a file in the Hub cache.
 
-    The cache holds a link to a blob; only without the blob is the file fetched anew.
+    Returns:
+        (repository id, blob to delete), or None for a file outside the cache. The cached file is a
+        link to the blob; it is fetched again only once the blob is deleted.
     """
     parts = path.absolute().parts
     for folder in reversed(parts[:-2]):
@@ -232,20 +235,20 @@ def in_cache(path: Path) -> tuple[str, Path] | None:
 
 
 def remedy(path: Path) -> str:
-    """What to do about a damaged file, as the end of a sentence."""
+    """Return the remedy for a damaged file, as the end of a sentence."""
     cached = in_cache(path)
     if cached is None:
         return "the file is truncated or damaged; copy or download it again"
     repo, blob = cached
-    return f"the cached file of {repo} is damaged; delete {blob} and run again to fetch it anew"
+    return f"the cached file of {repo} is damaged; delete {blob} and run again to download it"
 
 
 def local_folder(repo: str, revision: str | None = None) -> Path | None:
-    """The local directory of a model: itself, or the Hub's in the cache; None without either."""
+    """Return the folder of a local or cached model, or None if there is neither."""
     if Path(repo).expanduser().is_dir():
         return Path(repo).expanduser()
     try:
         config = try_to_load_from_cache(repo, "config.json", revision=revision)
-    except ValueError:  # no valid Hub id either
+    except ValueError:  # not a valid Hub id
         return None
     return Path(config).parent if isinstance(config, str) else None

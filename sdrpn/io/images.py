@@ -1,7 +1,7 @@
-"""Images as a viewer shows them, or one sentence that says what is wrong; never too large for here.
+"""Image loading: EXIF orientation, transparency, bit depth, size limits.
 
-Every image goes through `as_shown`, from a file or out of memory, so the pixels that regions and
-boxes are counted in are the ones a viewer shows.
+Every image, from a file or from memory, passes through `as_shown`, so regions and boxes are in the
+pixels that an image viewer shows.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 MAX_ASPECT = 200
-"""Longest side over shortest; beyond it a picture padded to a square shows nothing."""
+"""Maximum aspect ratio; a narrower image, padded to a square, shows nothing."""
 LONGEST = 8192
-"""Pixels a side that are padded to a square as they are: its memory grows with the side squared
-(3.3 GB for 16000 x 2000)."""
+"""Longest side, in pixels, of an image that is padded to a square without downscaling. The memory
+for the square grows with the side squared (3.3 GB for 16000 x 2000)."""
 WIDEST = 64
-"""Times its shortest side that an image is resized at before its middle is cut out."""
+"""Maximum aspect ratio of an image that is resized before its centre is cropped."""
 FULL_SCALES = {"I": (255, 65535), "F": (1, 255, 65535)}
-"""What white may be in images of numbers: the first that no pixel exceeds."""
+"""Candidate values of white for integer and float images; the first that no pixel exceeds is used.
+"""
 
 _LENIENT = threading.Lock()
 
 
 class BadImage(ValueError):
-    """An image that cannot be used; `reason` is short and fit for counting."""
+    """An image that cannot be used; `reason` is a short category that can be counted."""
 
     def __init__(self, reason: str, where: str, detail: str = "") -> None:
         super().__init__(f"{where}: {reason}{f' ({detail})' if detail else ''}")
@@ -39,19 +40,23 @@ class BadImage(ValueError):
 
 
 def load_image(source: Path | bytes, name: str = "") -> Image.Image:
-    """Decode an image file to RGB, as a viewer shows it (`as_shown`); of an animation, its start.
+    """Decode an image file to RGB, as a viewer shows it (see `as_shown`).
 
-    source: a path, or the file's bytes, which `name` then names in errors. Raises BadImage for one
-    that is missing, empty, truncated, no image, too large to decode safely (Pillow's
-    MAX_IMAGE_PIXELS), or narrower than 1 : 200.
+    Args:
+        source: Path, or the content of the file. Of an animation the first frame is read.
+        name: Stands for the content in error messages.
+
+    Raises:
+        BadImage: If the image is missing, empty, truncated, of another format, too large to decode
+            safely (Pillow's MAX_IMAGE_PIXELS) or narrower than 1 : 200.
     """
     where = str(source) if isinstance(source, Path) else name or "an image in memory"
     file = source if isinstance(source, Path) else io.BytesIO(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tags that are damaged
-            with _no_half_images(), Image.open(file) as image:
-                # Looked at here: other threads may change what becomes of Pillow's warning.
+            warnings.simplefilter("ignore")  # damaged tags
+            with _refuse_truncated(), Image.open(file) as image:
+                # Checked here, since other threads may change the filter for Pillow's warning.
                 limit = Image.MAX_IMAGE_PIXELS
                 if limit is not None and image.width * image.height > limit:
                     size = f"{image.width} x {image.height} pixels"
@@ -69,15 +74,15 @@ def load_image(source: Path | bytes, name: str = "") -> Image.Image:
         raise BadImage("too large", where, f"{error} Shrink it first.") from None
     except UnidentifiedImageError:
         raise BadImage("not an image", where) from None
-    except Exception as error:  # Pillow's readers raise any kind for a file that is damaged
+    except Exception as error:  # Pillow's decoders raise any type for a damaged file
         raise BadImage("truncated or unreadable", where, str(error)) from None
 
 
 def as_shown(image: Image.Image) -> Image.Image:
-    """An image as a viewer shows it, in RGB; the image itself where it is that already.
+    """Convert an image to RGB as a viewer shows it; returns the same object if nothing changes.
 
-    Turned as its EXIF data says. What is transparent lies on white. Pixels of 16 bits and more are
-    scaled to 8 and not cut off at 255, which Pillow would do.
+    Applies the EXIF orientation, composites transparency on white, and scales pixels of 16 bits and
+    more to 8 bits instead of clipping them at 255 as Pillow does.
     """
     image.load()
     image = _upright(image)
@@ -93,11 +98,11 @@ def as_shown(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow raises any kind for data that is damaged
+    except Exception:  # Pillow raises any type for damaged data
         return image
     if orientation == 1:
         return image
-    # With no other tag: Pillow would write them all anew, and fail over one that is damaged.
+    # Without the other tags: exif_transpose rewrites them all and fails on a damaged one.
     bare = image.copy()
     bare.info = {k: v for k, v in image.info.items() if k == "transparency"}
     bare.getexif()[ExifTags.Base.Orientation] = orientation
@@ -113,10 +118,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(np.clip(values / white, 0, 1) * 255).astype(np.uint8))
 
 
-def bounded(image: Image.Image, padding: str) -> Image.Image:
-    """The image, or for the first look a smaller one, where making a square would take gigabytes.
+def limit_size(image: Image.Image, padding: str) -> Image.Image:
+    """Downscale (or for padding "crop" trim) an image whose square would take gigabytes.
 
-    padding: how the square will be made, as in `region.View`, whose geometry stays the same.
+    Args:
+        image: RGB image of any size.
+        padding: How the square is made, `pad` or `crop`; the image grid does not change.
     """
     if padding == "crop":
         reach = WIDEST * min(image.size)
@@ -130,9 +137,9 @@ def bounded(image: Image.Image, padding: str) -> Image.Image:
 
 
 @contextmanager
-def _no_half_images() -> Iterator[None]:
-    """Pillow as it is by itself: lmms-eval, once imported, lets it pass files that are cut off."""
-    with _LENIENT:  # asked with the lock held: another thread may have it switched off for a while
+def _refuse_truncated() -> Iterator[None]:
+    """Restore Pillow's default; lmms-eval makes it accept truncated files when it is imported."""
+    with _LENIENT:  # read under the lock: another thread may have changed it for a while
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             ImageFile.LOAD_TRUNCATED_IMAGES = False
             try:
@@ -143,11 +150,15 @@ def _no_half_images() -> Iterator[None]:
     yield
 
 
-def inside(root: Path, name: str) -> Path:
-    """root/name, refused where it would lead out of root: data files are not to be trusted."""
+def safe_join(root: Path, name: str) -> Path:
+    """Join a path from an untrusted data file to a root folder.
+
+    Raises:
+        BadImage: If the result lies outside `root`.
+    """
     try:
         path = (root / name).resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a NUL in the name
+    except (OSError, RuntimeError, ValueError) as error:  # circular links, a NUL in the name
         raise BadImage("not a path", repr(name), str(error)) from None
     if not path.is_relative_to(root.resolve()):
         raise BadImage("outside the image folder", name)
@@ -155,7 +166,7 @@ def inside(root: Path, name: str) -> Path:
 
 
 def image_key(image: Image.Image) -> str:
-    """A name for an image's content: equal for equal pixels, whatever file they came from."""
+    """Hash the pixels of an image; equal for equal pixels, whatever the file format."""
     rgb = as_shown(image)
     digest = hashlib.blake2b(rgb.tobytes(), digest_size=16)
     digest.update(str(rgb.size).encode())

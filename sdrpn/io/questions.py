@@ -11,7 +11,7 @@ from typing import Any
 
 from sdrpn.config import IMAGE_TOKEN
 from sdrpn.io.atomic import parse_json
-from sdrpn.io.images import BadImage, inside
+from sdrpn.io.images import BadImage, safe_join
 
 TURNS = "conversations"
 NAMES = {
@@ -57,7 +57,7 @@ def read_questions(path: Path, images: Path) -> list[Asked]:
                 f"{entry.where}: the id {asked.id!r} stands in {earlier.where} already"
             )
         try:
-            inside(images, asked.image)
+            safe_join(images, asked.image)
         except BadImage as error:
             raise ValueError(f"{entry.where}: image {error}") from None
     if not questions:

@@ -42,15 +42,18 @@ def crop_tokens(
     for (i, _), one, tokens in zip(pairs, inputs, backbone.encode(inputs), strict=True):
         encoded[i].append(tokens.unflatten(0, (one.grid.rows, one.grid.columns)))
     return [
-        _fitting(own, region, zoom, most) if own else []
+        _fitting(own, region, zoom, most, backbone.crop_marks) if own else []
         for own, region, zoom, most in zip(encoded, regions, zooms, room, strict=True)
     ]
 
 
 def _fitting(
-    features: Sequence[Tensor], region: Region, zoom: ZoomConfig, room: int
+    features: Sequence[Tensor], region: Region, zoom: ZoomConfig, room: int, marks: int
 ) -> list[CropTokens]:
-    """Tokens of one row's crops. features: [rows, columns, C] each; fewer where room is short."""
+    """Tokens of one row's crops. features: [rows, columns, C] each; fewer where room is short.
+
+    Crops that keep no token are left out, unless marks stand around them.
+    """
     grids = [
         budget(box, feature.shape[0], feature.shape[1], zoom)
         for feature, box in zip(features, region.grid_boxes, strict=True)
@@ -62,7 +65,7 @@ def _fitting(
         ]
         total = sum(len(crop.tokens) for crop in crops)
         if total <= room:
-            return crops if total else []
+            return crops if total or marks else []
         if all(rows == columns == 1 for rows, columns in grids):
             return []
         shrink = min(math.sqrt(max(room, 0) / total), 0.95)

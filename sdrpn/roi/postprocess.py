@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Float32
 from scipy import ndimage
 
 from sdrpn.boxes import GridBox, ImageGrid, PixelBox
-from sdrpn.config import ZoomConfig
+from sdrpn.config import SMALL_SQUARE, MapRules, ZoomConfig
 
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 SMALLEST_BOX = 3
@@ -46,6 +46,21 @@ def blur(
     # scipy's "mirror" is what torch calls "reflect": the border cell itself is not repeated.
     blurred = ndimage.correlate1d(probabilities.astype(np.float64), kernel, axis=0, mode="mirror")
     return ndimage.correlate1d(blurred, kernel, axis=1, mode="mirror").astype(np.float32)
+
+
+def darken(
+    values: Float[np.ndarray, "rows columns"], rules: MapRules
+) -> Float[np.ndarray, "rows columns"]:
+    """Set the sinks of large grids to 0: the first quarters of the top row and the left column.
+
+    values: [rows, columns]; returned as they are where the grid is small enough, else as a copy.
+    """
+    if rules.dark_above is None or values.size <= rules.dark_above:
+        return values
+    dark, (rows, columns) = values.copy(), values.shape
+    dark[: rows // 4, 0] = 0
+    dark[0, : columns // 4] = 0
+    return dark
 
 
 def components(
@@ -82,12 +97,15 @@ def grow(box: GridBox, rows: int, columns: int) -> GridBox:
 
 
 def propose(
-    blurred: Float[np.ndarray, "rows columns"], grid: ImageGrid, zoom: ZoomConfig
+    blurred: Float[np.ndarray, "rows columns"],
+    grid: ImageGrid,
+    zoom: ZoomConfig,
+    rules: MapRules = SMALL_SQUARE,
 ) -> Region:
     """Threshold a blurred map and choose the boxes to crop (SD-RPN, section 3.3).
 
-    blurred: [rows, columns] in [0, 1], from `blur`. NaN is refused: a broken map must not look like
-    an image without a region.
+    blurred: [rows, columns] in [0, 1], from `blur`. rules: of the model family. NaN is refused: a
+    broken map must not look like an image without a region.
     """
     if not np.isfinite(blurred).all():
         raise ValueError("the RoI map holds values that are not finite; check the RPN's weights")
@@ -95,8 +113,8 @@ def propose(
     if not over.any():
         return Region(reason=f"no cell over the threshold {zoom.threshold:g}")
     found = components(over, zoom)
-    if zoom.policy == "mask" and len(found) >= 2:
-        return _to_source([_around(over)], grid, zoom, keep=over)
+    if zoom.policy == "mask" and (rules.one_box or len(found) >= 2):
+        return _to_source([_around(over)], grid, zoom, rules, keep=over)
     if not found:
         return Region(reason="no component within the size limits")
     if zoom.policy == "strongest":
@@ -105,16 +123,29 @@ def propose(
         found = [max(seen, key=lambda one: float(blurred[one[1]].max()))]
     if len(found) > 2:
         return Region(reason=f"{len(found)} components, more than two")
-    return _to_source([box for box, _ in found], grid, zoom)
+    return _to_source([box for box, _ in found], grid, zoom, rules)
 
 
-def given(box: PixelBox, grid: ImageGrid) -> Region:
-    """A region chosen by the caller, checked against the image."""
+def given(box: PixelBox, grid: ImageGrid, rules: MapRules = SMALL_SQUARE) -> Region:
+    """A region chosen by the caller, checked against the image. rules: of the model family."""
     width, height = grid.size
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise ValueError(f"box {tuple(box)} does not lie inside the {width} x {height} image")
+    if refusal := refused(PixelBox(*box), rules):
+        return Region(reason=refusal)
     return Region(boxes=(PixelBox(*box),), grid_boxes=(grid.to_cells(PixelBox(*box)),))
+
+
+def refused(box: PixelBox, rules: MapRules) -> str | None:
+    """Why a family cannot read a crop of this size; None where it can."""
+    short, long = sorted((box.x1 - box.x0, box.y1 - box.y0))
+    size = f"the region is {box.x1 - box.x0} x {box.y1 - box.y0} pixels"
+    if short < rules.min_side:
+        return f"{size}, and crops with a side under {rules.min_side} are not read"
+    if rules.max_aspect is not None and long > rules.max_aspect * short:
+        return f"{size}, and crops narrower than 1 : {rules.max_aspect:g} are not read"
+    return None
 
 
 def budget(box: GridBox, rows: int, columns: int, zoom: ZoomConfig) -> tuple[int, int]:
@@ -138,13 +169,21 @@ def _around(mask: np.ndarray) -> GridBox:
 
 
 def _to_source(
-    boxes: list[GridBox], grid: ImageGrid, zoom: ZoomConfig, keep: np.ndarray | None = None
+    boxes: list[GridBox],
+    grid: ImageGrid,
+    zoom: ZoomConfig,
+    rules: MapRules,
+    keep: np.ndarray | None = None,
 ) -> Region:
     """Map to source pixels; boxes without a pixel, as in the padding, are left out."""
     pairs = [(box, grid.to_pixels(box)) for box in boxes]
     pairs = [(box, pixels) for box, pixels in pairs if pixels.area > 0]
     if not pairs:
         return Region(reason="the region holds no whole pixel of the image, only padding")
+    refusals = [refused(pixels, rules) for _, pixels in pairs]
+    pairs = [pair for pair, refusal in zip(pairs, refusals, strict=True) if refusal is None]
+    if not pairs:
+        return Region(reason=refusals[0])
     share = sum(pixels.area for _, pixels in pairs) / (grid.size[0] * grid.size[1])
     if zoom.skip_above is not None and share >= zoom.skip_above:
         return Region(reason=f"the region is {share:.0%} of the image, which was seen already")

@@ -11,20 +11,25 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Bool, Float, Float32
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sdrpn.backbones.base import Backbone
+from sdrpn.backbones.cache import KV
 from sdrpn.boxes import ImageGrid
 from sdrpn.config import LabelConfig, ZoomConfig
 from sdrpn.inference.attention_rows import read_rows
 from sdrpn.inference.decoder import run_layers
 from sdrpn.inference.generation import generate
 from sdrpn.inference.prefix import Prefix, batch_rows, stack
-from sdrpn.roi.postprocess import Region, blur, propose
+from sdrpn.roi.postprocess import Region, blur, darken, propose, refused
 from sdrpn.roi.sinks import remove_sinks
 from sdrpn.roi.vicrop import NEUTRAL_QUESTION, propose_window, relative_attention
 from sdrpn.rpn.checkpoint import RPN
+
+LOOKED_AT = 0.01
+"""A cell below this probability for every token of a question is dropped by `thin_above`."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,28 @@ Proposer = Callable[[Models, Sequence[Look]], list[Proposal]]
 
 @torch.no_grad()
 def roi_logits(models: Models, looks: Sequence[Look]) -> list[Float32[np.ndarray, "_ _"]]:
-    """The RPN's maps for a batch of looks: RoI logits [rows, columns] each, float32.
+    """The RPN's maps for a batch of looks: RoI logits [rows, columns] each, float32."""
+    states, (cos, sin), keys, rpn = _question_states(models, looks)
+    last = cos[:, -1:], sin[:, -1:]
+    logits = rpn.roi_logits(states[:, -1], last, pad_sequence(keys, batch_first=True))
+    pairs = zip(logits.cpu().numpy(), looks, strict=True)
+    return [look.shaped(one[: look.grid.cells]) for one, look in pairs]
+
+
+@torch.no_grad()
+def cells_looked_at(models: Models, look: Look) -> Bool[Tensor, " cells"]:
+    """The cells that any token behind the image looks at: a logit above that of `LOOKED_AT`."""
+    states, (cos, sin), (keys,), rpn = _question_states(models, [look])
+    tokens = states[0]  # one row: no padding among them
+    every = cos[0][:, None], sin[0][:, None]
+    logits = rpn.roi_logits(tokens, every, keys.expand(len(tokens), -1, -1))
+    return logits.max(0).values.sigmoid() > LOOKED_AT
+
+
+def _question_states(
+    models: Models, looks: Sequence[Look]
+) -> tuple[Float[Tensor, "batch new width"], KV, list[Tensor], RPN]:
+    """What the map head reads of the questions' tokens, their rotary embeddings, the image keys.
 
     The question runs through backbone layers 0..B-1 and the RPN, over the prefixes' KV.
     """
@@ -86,22 +112,18 @@ def roi_logits(models: Models, looks: Sequence[Look]) -> list[Float32[np.ndarray
     branch = run_layers(backbone.layers[:depth], batch.embeds, inputs, cache)
     states = rpn(branch, inputs, stack([p.rpn_kv for p in prefixes]))
     keys = [p.rpn_keys[0] for p in prefixes if p.rpn_keys is not None]
-    cos, sin = inputs.rotary
-    last = cos[:, -1:], sin[:, -1:]
-    logits = rpn.roi_logits(states[:, -1], last, pad_sequence(keys, batch_first=True))
-    pairs = zip(logits.cpu().numpy(), looks, strict=True)
-    return [look.shaped(one[: look.grid.cells]) for one, look in pairs]
+    return states, inputs.rotary, keys, rpn
 
 
 def by_rpn(models: Models, looks: Sequence[Look]) -> list[Proposal]:
     """Sigmoid, blur, threshold, boxes (SD-RPN, section 3.3)."""
-    logits = roi_logits(models, looks)
-    maps = [torch.sigmoid(torch.from_numpy(one)).numpy() for one in logits]
+    logits, rules = roi_logits(models, looks), models.backbone.map_rules
+    maps = [darken(torch.sigmoid(torch.from_numpy(one)).numpy(), rules) for one in logits]
     shown = [
         blur(_over_its_maximum(one) if look.zoom.relative else one)
         for one, look in zip(maps, looks, strict=True)
     ]
-    return _from_maps(shown, looks)
+    return _from_maps(models, shown, looks)
 
 
 def _over_its_maximum(values: np.ndarray) -> np.ndarray:
@@ -123,13 +145,17 @@ def known_labels(models: Models) -> LabelConfig:
 
 
 def response_attention(
-    models: Models, looks: Sequence[Look], responses: Sequence[Sequence[int]]
+    models: Models,
+    looks: Sequence[Look],
+    responses: Sequence[Sequence[int]],
+    labels: LabelConfig | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Grounding and sink maps, [T] each, of given responses; every response must have a token.
 
-    Raises ValueError where it is not known which heads of this model point.
+    labels: the heads to read; None for those that are known of the model. Without sink heads the
+    sink map is 0. Raises ValueError where it is not known which heads of this model point.
     """
-    labels = known_labels(models)
+    labels = labels or known_labels(models)
     rows = read_rows(
         models.backbone,
         [look.prefix for look in looks],
@@ -137,7 +163,8 @@ def response_attention(
         [len(r) for r in responses],
         [choice.layer for choice in (*labels.grounding, *labels.sink)],
     )
-    grounding, sink = rows.mean(labels.grounding), rows.mean(labels.sink)
+    grounding = rows.mean(labels.grounding)
+    sink = rows.mean(labels.sink) if labels.sink else [one * 0 for one in grounding]
     pairs = zip(grounding, sink, strict=True)
     return [(one.cpu().numpy(), other.cpu().numpy()) for one, other in pairs]
 
@@ -161,7 +188,7 @@ def by_attention(models: Models, looks: Sequence[Look]) -> list[Proposal]:
     for look, (grounding, sink) in zip(some, read, strict=True):
         clean = remove_sinks(grounding, sink, labels.sink_threshold)
         maps.append(blur(look.shaped(_over_its_maximum(clean))))
-    for i, proposal in zip(spoken, _from_maps(maps, some), strict=True):
+    for i, proposal in zip(spoken, _from_maps(models, maps, some), strict=True):
         proposals[i] = proposal
     return proposals
 
@@ -185,7 +212,10 @@ def by_vicrop(models: Models, looks: Sequence[Look]) -> list[Proposal]:
     for look, asked in zip(looks, asked_maps, strict=True):
         ratio = look.shaped(relative_attention(asked, plain[id(look.prefix)]))
         shown = (ratio / ratio.max()).astype(np.float32)
-        proposals.append(Proposal(propose_window(ratio, look.grid), shown))
+        region = propose_window(ratio, look.grid)
+        if refusal := refused(region.boxes[0], backbone.map_rules):
+            region = Region(reason=refusal)
+        proposals.append(Proposal(region, shown))
     return proposals
 
 
@@ -194,9 +224,10 @@ def by_none(models: Models, looks: Sequence[Look]) -> list[Proposal]:
     return [Proposal(Region(reason="proposer none")) for _ in looks]
 
 
-def _from_maps(maps: Sequence[np.ndarray], looks: Sequence[Look]) -> list[Proposal]:
+def _from_maps(models: Models, maps: Sequence[np.ndarray], looks: Sequence[Look]) -> list[Proposal]:
+    rules = models.backbone.map_rules
     pairs = zip(maps, looks, strict=True)
-    return [Proposal(propose(one, look.grid, look.zoom), one) for one, look in pairs]
+    return [Proposal(propose(one, look.grid, look.zoom, rules), one) for one, look in pairs]
 
 
 BY_NAME: Mapping[str, Proposer] = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from sdrpn.backbones.base import Backbone
 from sdrpn.backbones.fingerprint import base_hash
 from sdrpn.config import LabelConfig, RPNConfig, ZoomConfig
-from sdrpn.io.atomic import remove_parts, whole, write_json
+from sdrpn.io.atomic import atomic_write, remove_partial_files, write_json
 from sdrpn.io.checkpoint_files import Source, read_all
 from sdrpn.io.checkpoints import check_finite, copy_weights, execution_device
 from sdrpn.rpn import published
@@ -31,12 +31,12 @@ WHAT = "an RPN checkpoint"
 
 CARD = """---
 library_name: sdrpn
-tags: [sd-rpn, region-proposal, llava]
+tags: [sd-rpn, region-proposal, {backbone}]
 base_model: {base_model}
 ---
 # Region proposal network for {base_model}
 
-Says where LLaVA-1.5 should look again (SD-RPN, arXiv 2509.16944). It reads the backbone's hidden
+Says where the model should look again (SD-RPN, arXiv 2509.16944). It reads the backbone's hidden
 state behind layer {branch} and has {parameters:,} parameters of its own ({depth} layers).
 
 ```python
@@ -171,12 +171,12 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        remove_parts(save_directory)
-        with whole(save_directory / WEIGHTS_FILE) as part:
+        remove_partial_files(save_directory)
+        with atomic_write(save_directory / WEIGHTS_FILE) as part:
             save_file(tensors, part, metadata={"format": "pt"})
         write_json(save_directory / CONFIG_FILE, self.config.to_dict() | {"facts": self.facts})
         # The mixin would keep a card that is already there; a retrained RPN needs its own.
-        with whole(save_directory / "README.md") as part:
+        with atomic_write(save_directory / "README.md") as part:
             self.generate_model_card().save(part)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
@@ -185,6 +185,7 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
         return ModelCard(
             CARD.format(
                 base_model=self.config.base_model or "unknown",
+                backbone=self.config.backbone,
                 branch=self.config.branch_layer - 1,
                 depth=self.config.depth,
                 parameters=sum(p.numel() for p in self.parameters()),
@@ -223,11 +224,11 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
 
     @classmethod
     def _from_published(cls, values: Mapping[str, Any], source: Source) -> RPN:
-        """An RPN out of a checkpoint in the original LLaVA layout."""
+        """An RPN out of a checkpoint as the paper's authors lay it out."""
         config = published.read_config(values, source)
         with torch.device("meta"):
             shapes = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
-        tensors = published.read_tensors(source, config.depth, shapes)
+        tensors = published.read_tensors(source, config, shapes)
         check_finite(tensors.items(), source.name)
         return cls._of(config, tensors, {"converted from": source.name})
 

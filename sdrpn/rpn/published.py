@@ -1,6 +1,6 @@
 """The RPN checkpoints published by the paper's authors, read as they are (docs/method.md).
 
-A whole LLaVA with the RPN inside (7B), or one whose upper layers are gone (13B): either way only
+A whole model with the RPN inside ("filled"), or one whose upper layers are gone: either way only
 config.json, the index and the shards that hold the RPN are fetched and read.
 """
 
@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Size, Tensor
 
+from sdrpn.backbones import qwen25_vl_published as qwen
+from sdrpn.backbones.qwen25_vl import HEAD, Qwen25VL
 from sdrpn.config import (
     ASPECT_RATIO,
     NOTED_PADDINGS,
@@ -43,8 +45,9 @@ LLAVA15_IMAGE_TOKENS = 576
 
 
 def is_published(values: Mapping[str, Any]) -> bool:
-    """Whether a config.json is one of the original LLaVA layout, RPN inside or not."""
-    return values.get("model_type") in LLAVA_TYPES or any(key.startswith("twig_") for key in values)
+    """Whether a config.json is one of the authors' layouts, RPN inside or not."""
+    known = (*LLAVA_TYPES, Qwen25VL.model_type)
+    return values.get("model_type") in known or any(key.startswith("twig_") for key in values)
 
 
 def read_config(values: Mapping[str, Any], source: Source) -> RPNConfig:
@@ -52,10 +55,14 @@ def read_config(values: Mapping[str, Any], source: Source) -> RPNConfig:
 
     Raises ValueError that names the key which is missing or does not fit.
     """
+    is_qwen = values.get("model_type") == Qwen25VL.model_type
     if "twig_K" not in values and "twig_T" not in values:
+        what = "Qwen2.5-VL" if is_qwen else "LLaVA"
         raise ValueError(
-            f"{source.name} is a LLaVA without an RPN: its {CONFIG_FILE} has no twig_K and twig_T"
+            f"{source.name} is a {what} without an RPN: its {CONFIG_FILE} has no twig_K and twig_T"
         )
+    # transformers 5 writes the sizes of Qwen's language model into an object of their own.
+    values = {**values, **(values.get("text_config") or {})} if is_qwen else values
     source_of_map = values.get("roi_source", "qk")
     if source_of_map != "qk":
         raise ValueError(
@@ -66,7 +73,7 @@ def read_config(values: Mapping[str, Any], source: Source) -> RPNConfig:
     hidden = _number(values, "hidden_size", source)
     if hidden % heads:
         raise ValueError(f"{source.name}: hidden_size {hidden} is not a multiple of {heads} heads")
-    base, layers = BASES.get(hidden, ("", 0))
+    family = _qwen25_vl(hidden) if is_qwen else _llava15(hidden, values, source)
     return RPNConfig(
         hidden_size=hidden,
         intermediate_size=_number(values, "intermediate_size", source),
@@ -76,25 +83,49 @@ def read_config(values: Mapping[str, Any], source: Source) -> RPNConfig:
             {"num_key_value_heads": heads} | dict(values), "num_key_value_heads", source
         ),
         rms_norm_eps=_need(values, "rms_norm_eps", float, source),
-        image_tokens=image_tokens(values, source),
         branch_layer=_number(values, "twig_K", source, MAX_LAYERS),
         depth=_number(values, "twig_T", source, MAX_LAYERS),
         multi_head=_need(values, "roi_multi_head", bool, source),
-        base_model=base,
-        zoom=ZoomConfig(threshold=0.15, policy="mask"),
-        labels=published_labels(layers, hidden),
-        padding=NOTED_PADDINGS.get(str(values.get(ASPECT_RATIO)), ""),
+        **family,
     )
 
 
-def read_tensors(source: Source, depth: int, shapes: Mapping[str, Size]) -> dict[str, Tensor]:
+def _llava15(hidden: int, values: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """What an RPN for LLaVA-1.5 has of its own."""
+    base, layers = BASES.get(hidden, ("", 0))
+    return {
+        "image_tokens": image_tokens(values, source),
+        "base_model": base,
+        "zoom": ZoomConfig(threshold=0.15, policy="mask"),
+        "labels": published_labels(layers, hidden),
+        "padding": NOTED_PADDINGS.get(str(values.get(ASPECT_RATIO)), ""),
+    }
+
+
+def _qwen25_vl(hidden: int) -> dict[str, Any]:
+    """What an RPN for Qwen2.5-VL has of its own."""
+    size = qwen.size_of(hidden)
+    return {
+        "backbone": Qwen25VL.model_type,
+        "image_tokens": None,
+        **HEAD,
+        "base_model": size.base if size else "",
+        "zoom": ZoomConfig(threshold=qwen.THRESHOLD, policy="mask"),
+        "labels": size.labels if size else None,
+    }
+
+
+def read_tensors(
+    source: Source, config: RPNConfig, shapes: Mapping[str, Size]
+) -> dict[str, Tensor]:
     """The RPN's tensors under our names.
 
-    shapes: what our RPN of that config holds. Raises ValueError that names, as the checkpoint does,
-    a tensor that is unknown, missing or of another shape; FileNotFoundError for a missing file.
+    config: of the RPN. shapes: what our RPN of that config holds. Raises ValueError that names, as
+    the checkpoint does, a tensor that is unknown, missing or of another shape; FileNotFoundError
+    for a missing file.
     """
     weights = Weights(source)
-    names = rpn_names(depth)
+    names = rpn_names(config.depth, biases=config.head_bias, norm=config.final_norm)
     found = rename((n for n in weights.names if "twig" in n), names, source.name)
     require(found, (theirs for theirs, ours in names.items() if ours is not None), source.name)
     tensors = weights.load(found)

@@ -1,4 +1,4 @@
-"""The embedded demonstration: a tiny LLaVA, its scenes, its training and its benchmark."""
+"""The embedded demonstration: a tiny LLaVA, its RPN and its benchmark, and `make demo`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ def tiny_path() -> Path:
     """Folder of the embedded model, its RPN in `rpn`; FileNotFoundError where it is gone."""
     folder = HERE / "tiny"
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"the embedded model is missing from {folder}; reinstall sdrpn, or make it with "
-            "`python -m sdrpn_eval.demo.build`"
-        )
+        raise FileNotFoundError(f"the embedded model is missing from {folder}: reinstall sdrpn")
     return folder
 
 

@@ -24,8 +24,14 @@ from sdrpn.io.plurals import counted
 from sdrpn_eval.args import written_arguments
 from sdrpn_eval.demo import BENCHMARK
 from sdrpn_eval.record import read_records
-from sdrpn_eval.report.rungs import end_of, run_logged
-from sdrpn_eval.stats import Estimate, clustered, clustered_difference, rounded, with_interval
+from sdrpn_eval.results.ladder import end_of, run_logged
+from sdrpn_eval.results.stats import (
+    Estimate,
+    clustered,
+    clustered_difference,
+    rounded,
+    with_interval,
+)
 
 TASK = "tiny_vstar"
 PROPOSERS = {"stock": "none", "rpn": "rpn", "attention": "attention"}

@@ -1,1 +1,1 @@
-"""Results that can be believed: runs compared question by question, and a gate for CI."""
+"""What results say: tables for a terminal, Markdown, JUnit XML, one HTML page, figures."""

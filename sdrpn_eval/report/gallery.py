@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from PIL import Image
 
-from sdrpn.io.images import image_key
 from sdrpn.io.plurals import agree, counted
 from sdrpn_eval.record import RecordLine
-from sdrpn_eval.report.boxes import outcome
-from sdrpn_eval.report.checks import preprocessing
-from sdrpn_eval.report.documents import TaskData
 from sdrpn_eval.report.pictures import SIDE, Album, cut, in_order, needs_crop, shrunk
-from sdrpn_eval.report.results import RIGHT, Comparison
-from sdrpn_eval.report.scores import Document
+from sdrpn_eval.results.comparability import preprocessing
+from sdrpn_eval.results.comparison import RIGHT, Comparison
+from sdrpn_eval.results.documents import Documents
+from sdrpn_eval.results.regions import outcome
+from sdrpn_eval.results.scores import Document
 
 LONGEST = 4000
 """Characters of a prompt or answer on the page."""
@@ -38,7 +37,9 @@ def description(comparison: Comparison) -> dict[str, Any]:
     """What the page's script must know of the whole."""
     return {
         "runs": [run["name"] for run in comparison.runs],
-        "padding": [preprocessing(e.run).get("padding", "pad") for e in comparison.evidence],
+        "padding": [
+            preprocessing(e.run, e.facts).get("padding", "pad") for e in comparison.evidence
+        ],
         "tasks": [info.task for info in comparison.tasks],
         "metrics": [
             row.metric if (row := comparison.main_row(info.task)) else None
@@ -88,7 +89,7 @@ def _scores(comparison: Comparison, document: Document) -> list[float | None]:
 
 def add_pictures(
     comparison: Comparison,
-    data: Mapping[str, TaskData],
+    data: Mapping[str, Documents],
     questions: Mapping[Document, Question],
     album: Album,
     seed: int,
@@ -105,7 +106,7 @@ def add_pictures(
 
 def _add_picture(
     comparison: Comparison,
-    data: Mapping[str, TaskData],
+    data: Mapping[str, Documents],
     document: Document,
     question: Question,
     album: Album,
@@ -113,42 +114,52 @@ def _add_picture(
     """Add a question's picture, its crops and its maps. True where the data is another's."""
     task, doc_id = document
     looks = [e.record.looks.get(document) for e in comparison.evidence]
-    image = data[task].image(doc_id)
-    if image is None:
+    shown = next((look for look in looks if look and look.images and look.size), None)
+    key = data[task].key(doc_id)
+    if key is None:
         return False
-    if not _is_the_same(image, looks, data[task].prompt(doc_id), question["prompt"]):
+    if not _is_the_same(key, shown, data[task], doc_id, question["prompt"]):
         return True
-    known = next((look.images[:1] for look in looks if look and look.images), document)
-    boxes = [box for look in looks if look for box in look.regions] if needs_crop(image) else []
+
+    @functools.cache
+    def image() -> Image.Image:
+        found = data[task].image(doc_id)
+        assert found is not None  # it has a key
+        return found
+
+    size = shown.size if shown and shown.size else image().size
+    boxes = [box for look in looks if look for box in look.regions] if needs_crop(size) else []
     wanted: list[tuple[Hashable, Callable[[], Image.Image]]] = []
-    wanted += [(known, partial(shrunk, image, SIDE))]
-    wanted += [((known, tuple(box)), partial(cut, image, box)) for box in boxes]
+    wanted += [(key, lambda: shrunk(image(), SIDE))]
+    wanted += [((key, tuple(box)), lambda box=box: cut(image(), box)) for box in boxes]
     places = album.add(wanted)
     if places is None:
         return False
-    question["picture"], question["size"] = places[0], list(image.size)
+    question["picture"], question["size"] = places[0], list(size)
     crops = dict(zip((tuple(box) for box in boxes), places[1:], strict=True))
-    for look, shown in zip(looks, question["looks"], strict=True):
+    for look, told in zip(looks, question["looks"], strict=True):
         if look is not None:
-            shown |= {"crops": [crops.get(tuple(box)) for box in look.regions]}
-            shown |= {"map": look.heat, "grid": look.grid, "peak": look.map_max}
+            told |= {"crops": [crops.get(tuple(box)) for box in look.regions]}
+            told |= {"map": look.heat, "grid": look.grid, "peak": look.map_max}
             album.used += len(look.heat or "") + 80
     return False
 
 
 def _is_the_same(
-    image: Image.Image, looks: Sequence[RecordLine | None], prompt: str, asked: str
+    key: str, shown: RecordLine | None, data: Documents, doc_id: int, asked: str
 ) -> bool:
-    """Whether the document here is the one asked: by the image's hash, else by its prompt."""
-    hashes = next((look.images for look in looks if look and look.images), None)
-    return image_key(image) == hashes[0] if hashes else prompt[:LONGEST] in asked
+    """Whether the document here is the one asked: by its image's hash, else by its prompt."""
+    if shown is not None:
+        return key == shown.images[0]
+    prompt = data.prompt(doc_id)
+    return prompt is not None and prompt[:LONGEST] in asked
 
 
 def _left_out(
     questions: Mapping[Document, Question],
     changed: Sequence[Document],
     rest: Sequence[Document],
-    data: Mapping[str, TaskData],
+    data: Mapping[str, Documents],
     strangers: int,
     seed: int,
 ) -> list[str]:

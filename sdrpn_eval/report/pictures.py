@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from sdrpn.boxes import PixelBox
-from sdrpn_eval.report.scores import Document
+from sdrpn_eval.results.scores import Document
 
 SIDE = 640
 """Longest side of a picture; crops of larger originals get pictures of their own."""
@@ -72,9 +72,9 @@ def shrunk(image: Image.Image, side: int) -> Image.Image:
     return small
 
 
-def needs_crop(image: Image.Image) -> bool:
+def needs_crop(size: Sequence[int]) -> bool:
     """Whether the page's picture is coarser than the original, so that crops need their own."""
-    return max(image.size) > SIDE
+    return max(size) > SIDE
 
 
 def cut(image: Image.Image, box: PixelBox) -> Image.Image:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 
 from sdrpn.io.plurals import counted
-from sdrpn_eval.report.boxes import HOLDS, Looking
-from sdrpn_eval.report.columns import columns
-from sdrpn_eval.report.results import Comparison, Difference, MetricRow, RunScore, TaskInfo
-from sdrpn_eval.stats import with_interval
+from sdrpn_eval.report.tables import columns
+from sdrpn_eval.results.comparison import Comparison, Difference, MetricRow, RunScore, TaskInfo
+from sdrpn_eval.results.regions import HOLDS, Looking
+from sdrpn_eval.results.stats import with_interval
 
 METHOD = (
     "Intervals are 95 %, clustered by image: of scores in [0, 1] Korn and Graubard's, of their "
@@ -20,9 +19,18 @@ METHOD = (
     "two-sided, of a test that flips the signs of whole images' differences; wins and losses are "
     "questions scored higher and lower than by the first run."
 )
-
 FEW = 20
 """Images below which a bootstrap's interval is too narrow to be believed."""
+
+Cells = dict[str, str]
+"""A row of a table: text by the title of its column."""
+SCORES = ("task", "protocol", "metric", "questions / images", "run", "score", "difference")
+SCORES += ("p", "won / lost", "published")
+COSTS = ("task", "run", "questions zoomed", "crop's share of the image", "tokens a question")
+COSTS += ("seconds a question",)
+WHOLE = "answer's share of the image"
+LOOKED = ("task", "run", WHOLE, "questions", "right", "region holds the answer")
+LOOKED += ("wrong: no zoom", "wrong: looked wrong", "wrong: looked right, read wrong")
 
 
 @dataclass(frozen=True)
@@ -34,78 +42,130 @@ class Section:
     rows: Sequence[Sequence[str]]
 
 
-def blocks(comparison: Comparison) -> list[Section]:
-    """The tables for a terminal: one a metric or task, named in its title, a row a run.
-
-    The columns that matter most come first; what does not fit stands in the page.
-    """
-    found = [_score_block(row) for row in comparison.rows]
-    for task in comparison.tasks:
-        found += _look_blocks(task)
-    return [_without_empty(block) for block in found]
+def _section(title: str, header: Sequence[str], cells: Sequence[Cells]) -> Section:
+    return _filled(title, header, [[row.get(name, "") for name in header] for row in cells])
 
 
-def _score_block(row: MetricRow) -> Section:
-    differences = [None, *row.differences]
-    lines = [
-        [
-            score.run,
-            _interval(row, score),
-            _difference(row, difference) if difference else "",
-            f"{difference.p:.2g}" if difference else "",
-            f"{score.published:.1f}" if score.published is not None else "",
-            f"{difference.wins} / {difference.losses}" if difference else "",
-        ]
-        for score, difference in zip(row.scores, differences, strict=True)
-    ]
-    header = ["run", "score", "difference", "p", "published", "won / lost"]
-    metric = row.metric if row.filter == "none" else f"{row.metric} ({row.filter})"
-    named = ", ".join(part for part in (row.task, row.protocol, metric) if part)
-    counts = f"{counted(row.questions, 'question')}, {counted(row.images, 'image')}"
-    return Section(f"{named}: {counts}", header, lines)
-
-
-def _look_blocks(task: TaskInfo) -> list[Section]:
-    """What it cost, a row a run; then where each run looked, a row a size."""
-    costs = [
-        [run, _share(look["zoomed"]), _share(look["crop_share"]), *_cost(look)]
-        for run, look in task.looks.items()
-        if look["questions"]
-    ]
-    header = ["run", "questions zoomed", "crop's share of the image"]
-    header += ["tokens a question", "seconds a question"]
-    found = [Section(f"{task.task}: what it cost", header, costs)] if costs else []
-    for run, rows in task.boxes.items():
-        lines = [
-            [
-                _size(row),
-                str(row.questions),
-                _share(row.right / row.questions),
-                _share(row.holds / row.questions) if row.zoomed else "",
-                *_errors(row),
-            ]
-            for row in rows
-        ]
-        header = ["answer's share", "questions", "right", "region holds the answer"]
-        header += ["wrong: no zoom", "wrong: looked wrong", "wrong: looked right, read wrong"]
-        found.append(Section(f"{task.task}, {run}: where it looked", header, lines))
-    return found
+def _filled(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Section:
+    """A table without its empty columns, such as published scores where there are none."""
+    kept = [i for i, _ in enumerate(header) if any(row[i] for row in rows)]
+    return Section(title, [header[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def sections(comparison: Comparison) -> list[Section]:
-    """All tables that have rows, in reading order."""
-    every = [_scores(comparison), _looks(comparison), _boxes(comparison), _missing(comparison)]
-    return [_without_empty(section) for section in every if section.rows]
+    """All tables that have rows, in reading order; each row names its task where it changes."""
+    tasks = comparison.tasks
+    every = [
+        _section("Scores", SCORES, [c for row in comparison.rows for c in _score_cells(row)]),
+        _section("What it cost", COSTS, [c for task in tasks for c in _cost_cells(task)]),
+        _section(
+            f"Where it looked (to hold the answer: to cover {HOLDS:.0%} of its box)",
+            LOOKED,
+            [c for task in tasks for c in _look_cells(task)],
+        ),
+        _missing(comparison),
+    ]
+    return [section for section in every if section.rows]
 
 
-def _without_empty(section: Section) -> Section:
-    """Columns that say nothing, such as published numbers where there are none, are left out."""
-    filled = [i for i, _ in enumerate(section.header) if any(cells[i] for cells in section.rows)]
-    return Section(
-        section.title,
-        [section.header[i] for i in filled],
-        [[cells[i] for i in filled] for cells in section.rows],
-    )
+def blocks(comparison: Comparison) -> list[Section]:
+    """The tables for a terminal: one per metric or task, named in its title, a row per run.
+
+    The columns that matter most come first; what does not fit is in the page.
+    """
+    found = []
+    header = ("run", "score", "difference", "p", "published", "won / lost")
+    for row in comparison.rows:
+        named = ", ".join(part for part in (row.task, row.protocol, _metric(row)) if part)
+        title = f"{named}: {counted(row.questions, 'question')}, {counted(row.images, 'image')}"
+        found.append(_section(title, header, _score_cells(row)))
+    for task in comparison.tasks:
+        found.append(_section(f"{task.task}: what it cost", COSTS[1:], _cost_cells(task)))
+        for run in task.boxes:
+            short = [{"answer's share": c[WHOLE], **c} for c in _look_cells(task, run)]
+            title = f"{task.task}, {run}: where it looked"
+            found.append(_section(title, ("answer's share", *LOOKED[3:]), short))
+    return [block for block in found if block.rows]
+
+
+def _score_cells(row: MetricRow) -> list[Cells]:
+    """A row per run; the metric is named in the first."""
+    named = {"task": row.task, "protocol": row.protocol, "metric": _metric(row)}
+    named["questions / images"] = f"{row.questions} / {row.images}"
+    found: list[Cells] = []
+    for score, change in zip(row.scores, [None, *row.differences], strict=True):
+        cells = {"run": score.run, "score": _interval(row, score)}
+        if change is not None:
+            cells["difference"] = _difference(row, change)
+            cells |= {"p": f"{change.p:.2g}", "won / lost": f"{change.wins} / {change.losses}"}
+        if score.published is not None:
+            cells["published"] = f"{score.published:.1f}"
+        found.append(cells if found else named | cells)
+    return found
+
+
+def _metric(row: MetricRow) -> str:
+    return row.metric if row.filter == "none" else f"{row.metric} ({row.filter})"
+
+
+def _cost_cells(task: TaskInfo) -> list[Cells]:
+    return [
+        {
+            "task": task.task,
+            "run": run,
+            "questions zoomed": _share(look["zoomed"]),
+            "crop's share of the image": _share(look["crop_share"]),
+            "tokens a question": "" if look["tokens"] is None else f"{look['tokens']:.0f}",
+            "seconds a question": "" if look["seconds"] is None else f"{look['seconds']:.3f}",
+        }
+        for run, look in task.looks.items()
+        if look["questions"]
+    ]
+
+
+def _look_cells(task: TaskInfo, only: str | None = None) -> list[Cells]:
+    """A row per size of the answer; wrong answers split three ways.
+
+    A run that never zooms looked neither right nor wrong.
+    """
+    found: list[Cells] = []
+    for run, rows in task.boxes.items():
+        for place, row in enumerate(rows) if only in (None, run) else ():
+            cells = {"task": "" if found else task.task, "run": "" if place else run}
+            cells |= {WHOLE: _size(row), "questions": str(row.questions)}
+            cells["right"] = _share(row.right / row.questions)
+            cells["wrong: no zoom"] = str(row.wrong_no_zoom)
+            if row.zoomed:
+                cells["region holds the answer"] = _share(row.holds / row.questions)
+                cells["wrong: looked wrong"] = str(row.wrong_look)
+                cells["wrong: looked right, read wrong"] = str(row.wrong_read)
+            found.append(cells)
+    return found
+
+
+def _size(row: Looking) -> str:
+    return row.size if row.size == "all" else f"{row.size}, to {100 * row.to_share:.2g} %"
+
+
+def _missing(comparison: Comparison) -> Section:
+    names = [run["name"] for run in comparison.runs]
+    rows = [
+        [one.task, one.protocol, one.metric, one.reason]
+        + [_total(one.totals[name], one.published[name]) for name in names]
+        for one in comparison.not_compared
+    ]
+    header = ["task", "protocol", "metric", "why", *names]
+    return _filled("Not compared question by question", header, rows)
+
+
+def _left_out(comparison: Comparison) -> Iterator[str]:
+    """A sentence for each metric that is not compared question by question."""
+    for one in comparison.not_compared:
+        totals = ", ".join(f"{n} {_total(t, one.published[n])}" for n, t in one.totals.items())
+        yield (
+            f"{one.task}: {one.metric} is not compared question by question ({one.reason}): "
+            f"{totals}"
+        )
 
 
 def verdicts(comparison: Comparison) -> list[str]:
@@ -142,8 +202,7 @@ def cautions(comparison: Comparison) -> list[str]:
         if task.questions < task.original:
             found.append(
                 f"{task.task}: {task.questions} of {counted(task.original, 'document')}, not to "
-                "be held "
-                "against published numbers"
+                "be held against published numbers"
             )
         if task.clusters == "single documents":
             found.append(
@@ -157,109 +216,6 @@ def cautions(comparison: Comparison) -> list[str]:
         for task, n in few.items()
     ]
     return [*found, *comparison.notes]
-
-
-def _scores(comparison: Comparison) -> Section:
-    lines = []
-    for row in comparison.rows:
-        for i, score in enumerate(row.scores):
-            difference = row.differences[i - 1] if i else None
-            metric = row.metric if row.filter == "none" else f"{row.metric} ({row.filter})"
-            first = [row.task, row.protocol, metric, f"{row.questions} / {row.images}"]
-            lines.append(
-                [
-                    *(first if i == 0 else [""] * len(first)),
-                    score.run,
-                    _interval(row, score),
-                    _difference(row, difference) if difference else "",
-                    f"{difference.p:.2g}" if difference else "",
-                    f"{difference.wins} / {difference.losses}" if difference else "",
-                    f"{score.published:.1f}" if score.published is not None else "",
-                ]
-            )
-    header = ["task", "protocol", "metric", "questions / images", "run", "score", "difference"]
-    return Section("Scores", [*header, "p", "won / lost", "published"], lines)
-
-
-def _looks(comparison: Comparison) -> Section:
-    lines = [
-        [
-            task.task,
-            run,
-            _share(look["zoomed"]),
-            _share(look["crop_share"]),
-            *_cost(look),
-        ]
-        for task in comparison.tasks
-        for run, look in task.looks.items()
-        if look["questions"]
-    ]
-    header = ["task", "run", "questions zoomed", "crop's share of the image", "tokens a question"]
-    return Section("What it cost", [*header, "seconds a question"], lines)
-
-
-def _cost(look: Mapping[str, Any]) -> list[str]:
-    """Tokens and seconds a question."""
-    return [
-        "" if look["tokens"] is None else f"{look['tokens']:.0f}",
-        "" if look["seconds"] is None else f"{look['seconds']:.3f}",
-    ]
-
-
-def _size(row: Looking) -> str:
-    return row.size if row.size == "all" else f"{row.size}, to {100 * row.to_share:.2g} %"
-
-
-def _boxes(comparison: Comparison) -> Section:
-    lines = [
-        [
-            task.task if i == j == 0 else "",
-            run if j == 0 else "",
-            _size(row),
-            str(row.questions),
-            _share(row.right / row.questions),
-            _share(row.holds / row.questions) if row.zoomed else "",
-            *_errors(row),
-        ]
-        for task in comparison.tasks
-        for i, (run, rows) in enumerate(task.boxes.items())
-        for j, row in enumerate(rows)
-    ]
-    header = ["task", "run", "answer's share of the image", "questions", "right"]
-    header += ["region holds the answer", "wrong: no zoom", "wrong: looked wrong"]
-    title = f"Where it looked (to hold the answer: to cover {HOLDS:.0%} of its box)"
-    return Section(title, [*header, "wrong: looked right, read wrong"], lines)
-
-
-def _errors(row: Looking) -> list[str]:
-    """The wrong answers three ways; a run that never zooms looked neither right nor wrong."""
-    looked = [str(row.wrong_look), str(row.wrong_read)] if row.zoomed else ["", ""]
-    return [str(row.wrong_no_zoom), *looked]
-
-
-def _missing(comparison: Comparison) -> Section:
-    names = [run["name"] for run in comparison.runs]
-    lines = [
-        [
-            one.task,
-            one.protocol,
-            one.metric,
-            one.reason,
-            *(_total(one.totals[n], one.published[n]) for n in names),
-        ]
-        for one in comparison.not_compared
-    ]
-    header = ["task", "protocol", "metric", "why", *names]
-    return Section("Not compared question by question", header, lines)
-
-
-def _left_out(comparison: Comparison) -> list[str]:
-    """What is not compared question by question, a sentence a metric."""
-    return [
-        f"{one.task}: {one.metric} is not compared question by question ({one.reason}): "
-        + ", ".join(f"{n} {_total(t, one.published[n])}" for n, t in one.totals.items())
-        for one in comparison.not_compared
-    ]
 
 
 def _total(total: float | None, published: float | None) -> str:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import pytest
 import torch
-from flops import FORMULAS, STATIONS, Load, Sizes, counted, floor, least, span, tower
-from measuring import Job
-from systems import System, all_systems, middle_box
 
+from benchmarks.flops import FORMULAS, STATIONS, Load, Sizes, counted, floor, least, span, tower
+from benchmarks.measuring import Job
+from benchmarks.systems import System, all_systems, middle_box
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import RPNConfig
 from sdrpn.engine import Question

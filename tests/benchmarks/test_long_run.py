@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import long_run
+from benchmarks import long_run
 
 
 def test_a_short_one_through_the_plugin() -> None:

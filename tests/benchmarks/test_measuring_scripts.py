@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import batch_changes
-import cost_growth
-import label_speed
 import pytest
-from shapes import SHAPES, Shape
+
+from benchmarks import batch_changes, cost_growth, label_speed
+from benchmarks.shapes import SHAPES, Shape
 
 
 class Bar:

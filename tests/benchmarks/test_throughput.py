@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import plot_throughput
 import pytest
-import throughput
-import true_size
-from measuring import Job, jobs_of
-from shapes import SHAPES, Shape
-from systems import System, all_systems, generation_of, middle_box, preset_zoom, zooming_engine
-from workload import MIXES, Cell
 
+from benchmarks import plot_throughput, throughput, true_size
+from benchmarks.measuring import Job, jobs_of
+from benchmarks.shapes import SHAPES, Shape
+from benchmarks.systems import (
+    System,
+    all_systems,
+    generation_of,
+    middle_box,
+    preset_zoom,
+    zooming_engine,
+)
+from benchmarks.workload import MIXES, Cell
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.boxes import GridBox
 from sdrpn.engine import Question
@@ -74,7 +76,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SHAPES, "toy", TOY)
         # 112 px: a grid of 8 x 8.
-        patch.setattr("shapes.SIDE", 112)
+        patch.setattr("benchmarks.shapes.SIDE", 112)
         columns = ["--per-image", "2", "--mix", "textvqa"]
         sizes = ["--layers", "4", "--cells", "3", "--batch-sizes", "2"]
         return run_benchmark(out, *sizes, *columns, "--profile")

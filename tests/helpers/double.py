@@ -25,7 +25,7 @@ from sdrpn.backbones.base import Backbone, CropTokens, ImageInput, PromptIds, Se
 from sdrpn.backbones.cache import cache_argument
 from sdrpn.boxes import ImageGrid, PixelBox
 from sdrpn.config import RPNConfig
-from sdrpn_eval.demo.tiny_model import build_tokenizer
+from tools.tiny_vstar.tiny_model import build_tokenizer
 
 CELL = 8
 WIDTH, LAYERS, HEADS, GROUPS = 64, 6, 4, 2

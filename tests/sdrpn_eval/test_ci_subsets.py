@@ -13,18 +13,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from sdrpn_eval import subsets
+from sdrpn_eval.cli.subsets import app
 from sdrpn_eval.plugin import tasks_folder
-from sdrpn_eval.report import documents
-from sdrpn_eval.report.checks import NotComparable
-from sdrpn_eval.report.comparison import compare
-from sdrpn_eval.report.runs import read_run
-from sdrpn_eval.subsets import SOURCES, even_ids, make_subset, read_subset, stratified_ids, subset
+from sdrpn_eval.results import documents
+from sdrpn_eval.results.comparability import NotComparable
+from sdrpn_eval.results.compare import compare
+from sdrpn_eval.results.read import read_run
+from sdrpn_eval.subsets import Subset, even_ids, make_subset, read_subset, stratified_ids, subset
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.local_benchmarks import chartqa_rows, manager, textvqa_rows, vstar_rows, write
 from tests.helpers.run_folders import evaluate
 
 SHIPPED = tasks_folder() / "ci" / "ids"
+ROWS = {
+    "chartqa_ci": ("chartqa", 2500),
+    "docvqa_ci": ("docvqa_val", 5349),
+    "hrbench4k_ci": ("hrbench4k", 800),
+    "hrbench8k_ci": ("hrbench8k", 800),
+    "infovqa_ci": ("infovqa_val", 2801),
+    "ocrbench_ci": ("ocrbench", 1000),
+    "pope_ci": ("pope", 9000),
+    "textvqa_ci": ("textvqa_val", 5000),
+    "vstar_ci": ("vstar_harness", 191),
+}
+"""By subset, the task on the whole split and its rows, as the data sets' pages on the hub state."""
 
 
 @pytest.fixture
@@ -59,18 +71,19 @@ def local_rows(n: int, folder: Path) -> Any:
 
 
 def test_the_shipped_files_are_what_the_script_makes(tmp_path: Path) -> None:
-    done = CliRunner().invoke(subsets.app, ["make", "--out", str(tmp_path)])
+    done = CliRunner().invoke(app, ["make", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert made == {path.name: path.read_bytes() for path in SHIPPED.iterdir()}
-    assert set(made) == {f"{task}.json" for task in SOURCES}
+    assert set(made) == {f"{task}.json" for task in ROWS}
 
 
-@pytest.mark.parametrize("task", SOURCES)
+@pytest.mark.parametrize("task", ROWS)
 def test_a_document_of_every_stretch(task: str) -> None:
     chosen = read_subset(task)
     n, of = len(chosen.ids), chosen.rows
-    assert (n, of) == (min(200, SOURCES[task].rows), SOURCES[task].rows)
+    source, count = ROWS[task]
+    assert (chosen.source, n, of) == (source, min(200, count), count)
     assert all(of * i // n <= row < of * (i + 1) // n for i, row in enumerate(chosen.ids))
 
 
@@ -128,7 +141,7 @@ def test_a_larger_local_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_one_s_own_ids_go_before_the_shipped(own: Path) -> None:
-    make_subset("chartqa_ci", rows=10, count=5).save(own)
+    few(own, "chartqa_ci", [0, 2, 4, 6, 8], 10)
     assert read_subset("chartqa_ci").rows == 10
     assert read_subset("pope_ci").rows == 9000
     assert len(subset("chartqa_ci", rows(10))) == 5
@@ -152,9 +165,9 @@ def test_a_broken_file_of_ids_is_named(own: Path, content: str, says: str) -> No
 
 
 def test_an_unknown_subset_is_named() -> None:
-    with pytest.raises(ValueError, match="there is no subset gqa_ci, only textvqa_ci, docvqa_ci"):
+    with pytest.raises(ValueError, match="there is no subset gqa_ci, only chartqa_ci, docvqa_ci"):
         read_subset("gqa_ci")
-    done = CliRunner().invoke(subsets.app, ["make", "--out", "x", "--tasks", "gqa_ci"])
+    done = CliRunner().invoke(app, ["make", "--out", "x", "--tasks", "gqa_ci"])
     assert done.exit_code == 2
 
 
@@ -162,7 +175,7 @@ def test_an_unknown_subset_is_named() -> None:
 
 
 def few(own: Path, task: str, ids: list[int], of: int) -> None:
-    subsets.Subset(task, SOURCES[task].task, of, 0, "by hand", ids).save(own)
+    Subset(task, ROWS[task][0], of, 0, "by hand", ids).save(own)
 
 
 def test_documents_keep_their_rows(data: Path, own: Path) -> None:
@@ -210,12 +223,12 @@ def test_strata_of_a_real_column(
     write(chartqa_rows(12), data / "chartqa")
     small_index(monkeypatch, "chartqa")
     words = ["make", "--out", str(own), "--tasks", "chartqa_ci", "--by", "type", "--count", "4"]
-    done = CliRunner().invoke(subsets.app, words)
+    done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     chosen = read_subset("chartqa_ci")
     assert (chosen.rows, chosen.strata) == (12, "2 values of type, in proportion")
     assert sorted(i % 2 for i in chosen.ids) == [0, 0, 1, 1]
-    wrong = CliRunner().invoke(subsets.app, [*words[:-4], "--by", "colour"])
+    wrong = CliRunner().invoke(app, [*words[:-4], "--by", "colour"])
     assert "chartqa_ci has no column colour, only type, question, answer" in wrong.output
 
 
@@ -226,7 +239,7 @@ def test_rows_are_cut_out_and_serve_the_subset(
     few(own, "vstar_ci", [1, 6], 8)
     small_index(monkeypatch)
     out = tmp_path / "cut"
-    done = CliRunner().invoke(subsets.app, ["cut", "--out", str(out), "--tasks", "vstar_ci"])
+    done = CliRunner().invoke(app, ["cut", "--out", str(out), "--tasks", "vstar_ci"])
     assert done.exit_code == 0, done.output
     assert pq.read_table(out / "vstar_ci" / "test-00000-of-00001.parquet").num_rows == 2
     monkeypatch.setenv("SDRPN_DATA", str(out))

@@ -27,7 +27,7 @@ from tests.helpers.local_benchmarks import (
     write,
 )
 
-TINY_MODULE = pytest.importorskip("sdrpn_eval.demo.tiny_model")
+TINY_MODULE = pytest.importorskip("tools.tiny_vstar.tiny_model")
 
 
 @pytest.fixture

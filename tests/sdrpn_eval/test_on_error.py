@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from sdrpn import engine as zoom
 from sdrpn.io.resumable import DoesNotFit
 from sdrpn.roi import proposers
+from sdrpn_eval.cli import app
 from sdrpn_eval.on_error import BadDocument, BrokenRun
 from sdrpn_eval.record import read_records
-from sdrpn_eval.report.cli import app
 from tests.conftest import make_llava
 from tests.helpers.asking_by_hand import ask, image, logged, model, rows, texts
 from tests.helpers.fake_engine import FakeEngine

@@ -11,8 +11,10 @@ from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner
 
-from sdrpn_eval.report.checks import NotComparable
-from sdrpn_eval.threshold_curve import curve, curves, markdown
+from sdrpn_eval.cli.curve import curve
+from sdrpn_eval.report.curve import markdown
+from sdrpn_eval.results.comparability import NotComparable
+from sdrpn_eval.results.threshold_curve import curves
 from tests.helpers.run_folders import record_line, sample, write_record, write_run
 
 app = Typer()

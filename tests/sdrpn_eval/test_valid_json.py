@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from sdrpn.io.atomic import as_json, write_json
-from sdrpn_eval.report.page import as_json as for_page
-from sdrpn_eval.threshold_curve import Curve, Point, write
+from sdrpn_eval.report.curve import write
+from sdrpn_eval.report.html import as_json as for_page
+from sdrpn_eval.results.threshold_curve import Curve, Point
 
 NAN, INF = math.nan, math.inf
 

@@ -15,8 +15,8 @@ from lmms_eval.utils import load_yaml_config, make_table
 from sdrpn_eval.model import LlavaSdrpn
 from sdrpn_eval.plugin import tasks_folder
 from sdrpn_eval.provenance.fingerprints import scorer_fingerprint
-from sdrpn_eval.report.comparison import compare
-from sdrpn_eval.report.runs import read_run
+from sdrpn_eval.results.compare import compare
+from sdrpn_eval.results.read import read_run
 from sdrpn_eval.tasks_info import PROTOCOLS, parts, threshold_of
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.local_benchmarks import PAPER, manager, task_utils, vstar_true_rows, write_all

@@ -29,7 +29,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from sdrpn.backbones.llava15 import Llava15, WeightsUnavailable, check_is_llava15
+from sdrpn.backbones.llava15 import Llava15, check_is_llava15
+from sdrpn.backbones.loading import WeightsUnavailable
 from sdrpn.boxes import PixelBox
 from sdrpn.config import VICUNA_SYSTEM_PROMPT, LabelConfig, LayerHeads, ZoomConfig
 from sdrpn.engine import Question, ZoomModel

@@ -547,9 +547,9 @@ def test_adapters_that_do_not_fit(
 
 def test_a_base_is_for_lora_only(folder: Path, tmp_path: Path, random: Llava15) -> None:
     write_lora(tmp_path / "tuned", random)
-    with pytest.raises(ValueError, match=r"is a LoRA fine-tune .* say with --base what it was"):
+    with pytest.raises(ValueError, match=r"is a LoRA fine-tune .* set --base to the model"):
         read_base(str(tmp_path / "tuned"))
-    with pytest.raises(ValueError, match="it is no LoRA fine-tune, leave --base out"):
+    with pytest.raises(ValueError, match="not a LoRA fine-tune: omit --base"):
         read_base(str(folder), base=str(folder))
 
 
@@ -559,14 +559,14 @@ def test_a_lora_fine_tune_names_its_base(folder: Path, tmp_path: Path, random: L
     write_lora(tuned, random)
     told = said(str(tuned), "--out", out)
     assert (
-        f"{tuned} is a LoRA fine-tune (adapter_config.json is there): say with --base what it was "
+        f"{tuned} is a LoRA fine-tune (it has adapter_config.json): set --base to the model it was "
         "trained on, such as liuhaotian/llava-v1.5-7b" in told
     )
     write_lora(tuned, random, base_model_name_or_path="lmsys/vicuna-7b-v1.5")
     told = said(str(tuned), "--out", out)
-    assert "what it was trained on (adapter_config.json names 'lmsys/vicuna-7b-v1.5')" in told
+    assert "the model it was trained on (adapter_config.json names 'lmsys/vicuna-7b-v1.5')" in told
     (tuned / "config.json").unlink()
-    assert "say with --base what it was trained on" in said(str(tuned), "--out", out)
+    assert "set --base to the model it was trained on" in said(str(tuned), "--out", out)
 
 
 @pytest.mark.parametrize("named", ["", 3, None])
@@ -612,14 +612,14 @@ def test_a_base_in_the_other_layout_is_told(folder: Path, tmp_path: Path, random
     assert (
         f"--base {base} is in the Hugging Face layout, {tuned} in the original one: give the base "
         "in the original layout, such as liuhaotian/llava-v1.5-7b; an adapter trained on the "
-        "Hugging Face model needs no conversion, give it as peft=" in told
+        "Hugging Face model needs no conversion, pass it as peft=" in told
     )
     told = said(str(tuned), "--base", str(tuned), "--out", out)
-    assert f"--base {tuned} is a LoRA fine-tune itself: convert that one first" in told
+    assert f"--base {tuned} is a LoRA fine-tune itself: convert it first" in told
     told = said(str(base), "--out", out)
-    assert f"{base} is already in the Hugging Face layout: use it as it is" in told
+    assert f"{base} is already in the Hugging Face layout: use it without conversion" in told
     told = said(str(folder), "--base", str(folder), "--out", out)
-    assert f"{folder} is a whole model: it is no LoRA fine-tune, leave --base out" in told
+    assert f"{folder} is a full model, not a LoRA fine-tune: omit --base" in told
 
 
 @pytest.mark.parametrize(
@@ -634,7 +634,7 @@ def test_an_adapter_of_the_other_layout_is_told(
     pair = {f"{stem}.lora_A.weight": torch.zeros(4, 128)}
     pair |= {f"{stem}.lora_B.weight": torch.zeros(128, 4)}
     save_file(pair, tuned / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"needs no conversion: give it as peft=$") as error:
+    with pytest.raises(ValueError, match=r"needs no conversion: pass it as peft=$") as error:
         read_base(str(tuned), base=str(folder))
     assert str(error.value).startswith(
         f"{tuned} is an adapter of a model in the Hugging Face layout (it changes "
@@ -696,8 +696,8 @@ def test_a_projector_alone_needs_its_language_model(
     write_projector(alone, random, tensors)
     told = said(str(alone), "--out", str(tmp_path / "out"))
     assert (
-        f"{alone} is a projector alone (mm_projector.bin), as pretraining leaves it: say with "
-        "--base what it was trained on, such as lmsys/vicuna-7b-v1.5" in told
+        f"{alone} is a pretrained projector without a model (mm_projector.bin): set "
+        "--base to the model it was trained on, such as lmsys/vicuna-7b-v1.5" in told
     )
     vicuna.mkdir()
     words = {n: t for n, t in tensors.items() if "mm_projector" not in n and "vision" not in n}
@@ -733,8 +733,14 @@ def said(*words: str) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mm_vision_tower": None}, "no LLaVA in the original layout but 'llava_llama'"),
-        ({"model_type": "mistral"}, "no LLaVA in the original layout but 'mistral'"),
+        (
+            {"mm_vision_tower": None},
+            "its config.json has model_type 'llava_llama' without mm_vision_tower",
+        ),
+        (
+            {"model_type": "mistral"},
+            "not a LLaVA in the original layout: its config.json has model_type 'mistral';",
+        ),
         ({"vision_config": {}, "mm_vision_tower": None}, "is already in the Hugging Face layout"),
         (
             {"mm_projector_type": "linear"},
@@ -743,7 +749,7 @@ def said(*words: str) -> str:
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True, not False"),
         ({"mm_use_im_start_end": True}, "not a LLaVA-1.5: mm_use_im_start_end is True, not False"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
-        ({"mm_vision_tower": "no/clip"}, "the vision tower no/clip cannot be had; give its folder"),
+        ({"mm_vision_tower": "no/clip"}, "cannot load the vision tower no/clip ("),
         ({"vocab_size": None}, "config.json has no vocab_size"),
         (
             {"num_hidden_layers": 7},
@@ -829,12 +835,12 @@ def test_loading_it_as_it_is_names_the_command(folder: Path) -> None:
 def test_tensors_that_do_not_fit(folder: Path, tensors: original.Tensors, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     original.one_safetensors(folder, tensors | {"model.image_newline": torch.zeros(3)})
-    assert "holds a tensor model.image_newline, which has no" in said(str(folder), "--out", out)
+    assert "holds a tensor model.image_newline, which is not" in said(str(folder), "--out", out)
     lacking = dict(tensors)
     del lacking["model.mm_projector.2.bias"]
     original.one_safetensors(folder, lacking)
     told = said(str(folder), "--out", out)
-    assert "lacks model.mm_projector.2.bias; a pruned model is no base" in told
+    assert "lacks model.mm_projector.2.bias; a pruned model cannot be a base" in told
 
 
 def test_values_that_are_not_finite_are_named(

@@ -126,9 +126,9 @@ def test_a_length_that_is_no_number_is_left_out(folder: Path) -> None:
 )
 def test_a_model_of_another_kind_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     train(tmp_path / "tokenizer.model", size=400, **settings)
-    with pytest.raises(ValueError, match="is not a tokenizer of LLaMA's kind") as error:
+    with pytest.raises(ValueError, match="is not a LLaMA tokenizer") as error:
         read(tmp_path)
-    assert str(error.value).startswith(f"{tmp_path / 'tokenizer.model'} is not a tokenizer of LLaM")
+    assert str(error.value).startswith(f"{tmp_path / 'tokenizer.model'} is not a LLaMA tokenizer ")
     assert "sentencepiece encodes '" in str(error.value)
 
 

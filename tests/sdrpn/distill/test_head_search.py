@@ -45,7 +45,7 @@ from sdrpn.distill.scores import (
 )
 from sdrpn.inference.attention_rows import Rows
 from sdrpn_eval.demo import BENCHMARK, tiny_path
-from sdrpn_eval.demo.make_benchmark import benchmark_rows
+from tools.tiny_vstar.make_benchmark import benchmark_rows
 
 runner = CliRunner()
 CONFIG = LabelConfig(grounding=(), sink=(), vicrop_layer=0, sink_threshold=0.5)

@@ -46,7 +46,7 @@ from sdrpn.distill.questions import Item, fingerprint, read_items
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.inference.generation import generate
 from sdrpn.io.atomic import write_json
-from sdrpn.io.images import BadImage, inside, load_image
+from sdrpn.io.images import BadImage, load_image, safe_join
 from sdrpn_eval.demo import tiny_path
 from tests.conftest import QUESTIONS, make_image
 
@@ -513,7 +513,7 @@ def test_images_inside_a_data_set_are_kept_for_training(llava: Llava15, tmp_path
     LabelJob(zoom, read_items(str(tmp_path / "d.parquet")), tmp_path / "out", images=None).run()
     root = image_root(tmp_path / "out")
     labelled = load_labels(tmp_path / "out")
-    sizes = [load_image(inside(root, row["image"])).size for row in labelled]  # type: ignore[index]
+    sizes = [load_image(safe_join(root, row["image"])).size for row in labelled]  # type: ignore[index]
     assert sizes == [(50, 40), (50, 41), (50, 40)]
     assert len(list(root.iterdir())) == 2
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdrpn.backbones.llava15 import pick_dtype
-from sdrpn.io.atomic import allow_as_umask, whole, write_json
+from sdrpn.backbones.loading import pick_dtype
+from sdrpn.io.atomic import apply_umask, atomic_write, write_json
 from sdrpn.io.plurals import counted
 from sdrpn.rpn.checkpoint import RPN
 
@@ -34,10 +34,10 @@ def test_files_have_the_mode_that_the_umask_allows(
     """safetensors writes 0600, so an RPN shared on a cluster could not be read by others."""
     perturbed_rpn.save_pretrained(tmp_path / "rpn")
     write_json(tmp_path / "one.json", {})
-    with whole(tmp_path / "two.safetensors") as part:
+    with atomic_write(tmp_path / "two.safetensors") as part:
         save_file({"a": torch.zeros(1)}, part)
     save_file({"a": torch.zeros(1)}, tmp_path / "three.safetensors")
-    allow_as_umask(tmp_path / "three.safetensors")
+    apply_umask(tmp_path / "three.safetensors")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {"rpn.safetensors", "config.json", "two.safetensors"}
     assert {path.name: oct(mode(path)) for path in files} == {

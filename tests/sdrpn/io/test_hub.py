@@ -112,7 +112,7 @@ def test_each_refusal_has_its_cause_and_remedy(hub: Hub, tmp_path: Path) -> None
         "`hf auth login` or set HF_TOKEN for a higher limit",
         "broken": f"the Hub is out of order (HTTP 503 from {at}); run again in a few minutes, "
         "https://status.huggingface.co shows outages",
-        "hotel": f"{at} answered, but not as the Hub does; a proxy or login page stands in "
+        "hotel": f"{at} answered, but not as the Hub does; a proxy or login page may be in "
         "between, so check HTTPS_PROXY and HF_ENDPOINT, and open the address in a browser",
     }
     cases = [(kind, f"org/{name}-{kind}") for name in said for kind in ("rpn", "base")]
@@ -211,7 +211,7 @@ def test_a_damaged_file_of_the_cache_is_named_and_mended_as_told(
     assert kind == "ValueError"
     assert f"{path} {told}" in text
     assert text.endswith(
-        f"the cached file of org/{repo} is damaged; delete {blob} and run again to fetch it anew"
+        f"the cached file of org/{repo} is damaged; delete {blob} and run again to download it"
     )
     Path(re.findall(r"delete (\S+) and", text)[0]).unlink()
     assert load(hub, tmp_path, case) == [["loaded", ""]]
@@ -409,7 +409,7 @@ def test_a_run_that_died_before_its_model_does_not_pass_on_an_older_result(
     out = tmp_path / "out"
     words = ["--tasks", "tiny_vstar", "--limit", "4", "--log_samples", "--output_path", str(out)]
     lmms_eval(hub, tmp_path, *words, "--model_args", "pretrained=tiny", "--batch_size", "4")
-    gate = [sys.executable, "-m", "sdrpn_eval.report", "gate", str(out)]
+    gate = [sys.executable, "-m", "sdrpn_eval", "gate", str(out)]
     gate += ["--baseline", str(tmp_path / "base.json")]
 
     def judged(*more: str) -> subprocess.CompletedProcess[str]:

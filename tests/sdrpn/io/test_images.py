@@ -27,10 +27,10 @@ from sdrpn.io.images import (
     WIDEST,
     BadImage,
     as_shown,
-    bounded,
     image_key,
-    inside,
+    limit_size,
     load_image,
+    safe_join,
 )
 from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.model import LlavaSdrpn
@@ -301,15 +301,15 @@ def test_paths_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     root.mkdir()
     (root / "out").symlink_to(tmp_path)
     with pytest.raises(BadImage, match="outside the image folder"):
-        inside(root, name)
-    assert inside(root, "b/../a.png") == root.resolve() / "a.png"
+        safe_join(root, name)
+    assert safe_join(root, "b/../a.png") == root.resolve() / "a.png"
 
 
 def test_names_that_are_no_paths(tmp_path: Path) -> None:
     (tmp_path / "round").symlink_to("round")
     for name in ("a\0b.png", "round/a.png"):
         with pytest.raises(BadImage) as error:
-            load_image(inside(tmp_path, name))
+            load_image(safe_join(tmp_path, name))
         assert "\0" not in str(error.value)
 
 
@@ -354,12 +354,12 @@ def test_damaged_files_give_a_picture_or_one_sentence(
 def test_ordinary_images_are_looked_at_as_they_are(size: tuple[int, int], padding: str) -> None:
     image = Image.new("RGB", size)
     ordinary = padding == "pad" or max(size) <= WIDEST * min(size)
-    assert (bounded(image, padding) is image) == ordinary
+    assert (limit_size(image, padding) is image) == ordinary
 
 
 @pytest.mark.parametrize("size", [(1, 10000), (10000, 1), (1, 1_000_000), (20000, 1500)])
 def test_what_is_padded_is_bounded(size: tuple[int, int]) -> None:
-    small = bounded(Image.new("RGB", size), "pad")
+    small = limit_size(Image.new("RGB", size), "pad")
     assert max(small.size) == LONGEST
     assert min(small.size) == max(round(min(size) * LONGEST / max(size)), 1)
 
@@ -392,7 +392,7 @@ def test_a_cropped_view_shows_the_middle(llava: Llava15, monkeypatch: pytest.Mon
     image = make_image(1000, 100, 1)
     plain = crop.pixels([image])
     monkeypatch.setattr("sdrpn.io.images.WIDEST", 3)
-    assert bounded(image, "crop").size == (300, 100)
+    assert limit_size(image, "crop").size == (300, 100)
     assert (plain - crop.pixels([image])).abs().mean() < 0.03
 
 

@@ -722,6 +722,7 @@ def encoding(grid: int) -> dict[str, Any]:
     ready = ImageInput(torch.zeros(0), square_grid((1, 1), grid, 14))
     tokens = torch.arange(1.0, grid**2 + 1)[:, None]
     return {
+        "crop_marks": 0,
         "crop_input.return_value": ready,
         "encode.side_effect": lambda inputs: [tokens for _ in inputs],
     }

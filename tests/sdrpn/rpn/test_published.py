@@ -322,7 +322,7 @@ def test_settings_that_do_not_fit(folder: Path, changes: dict[str, Any], message
 )
 def test_unknown_names_fail(folder: Path, tensors: original.Tensors, name: str) -> None:
     original.one_safetensors(folder, tensors | {name: torch.zeros(2)})
-    with pytest.raises(ValueError, match=f"holds a tensor {name}, which has no place here"):
+    with pytest.raises(ValueError, match=f"holds a tensor {name}, which is not in its layout"):
         RPN.from_pretrained(str(folder))
 
 
@@ -416,7 +416,7 @@ def test_files_of_another_kind_are_named(folder: Path, content: bytes) -> None:
         ("{", "is not valid JSON"),
         ("[]", "must hold a JSON object, got a list"),
         ("{}", "has no weight_map"),
-        ('{"weight_map": {"a": "../b.bin"}}', "puts a into '../b.bin'"),
+        ('{"weight_map": {"a": "../b.bin"}}', "maps a to '../b.bin'"),
         (
             '{"weight_map": {"model.twig_norm.weight": "b.bin"}}',
             "lacks model.twig_layers.0.input_layernorm.weight and 20 more tensors",

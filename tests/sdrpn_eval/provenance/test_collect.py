@@ -24,10 +24,10 @@ from sdrpn_eval.provenance.collect import (
     versions,
     weights_only,
 )
-from sdrpn_eval.report.checks import established
-from sdrpn_eval.report.comparison import compare, gather
-from sdrpn_eval.report.runs import read_run
 from sdrpn_eval.requests import Request
+from sdrpn_eval.results.comparability import established
+from sdrpn_eval.results.compare import compare, gather
+from sdrpn_eval.results.read import read_run
 from tests.helpers import run_folders
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.local_benchmarks import TINY_VSTAR, manager, tiny_vstar_rows, write

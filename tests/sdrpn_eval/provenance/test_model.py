@@ -18,8 +18,8 @@ from sdrpn_eval.provenance.model import (
     read_latest,
     read_provenance,
 )
-from sdrpn_eval.report.looks import record_folders
-from sdrpn_eval.report.runs import read_run
+from sdrpn_eval.results.read import read_run
+from sdrpn_eval.results.records import record_folders
 from tests.helpers.run_folders import FACTS, sample, write_facts, write_run
 
 TEXT = "pretrained=tiny,record=elsewhere/record,threshold=0.2"

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from sdrpn.cli import shared
-from sdrpn_eval.report.cli import app
-from sdrpn_eval.report.columns import columns
+from sdrpn_eval.cli import app
+from sdrpn_eval.report.tables import columns
 from tests.helpers.run_folders import record_line, sample, write_record, write_run
 
 ROWS = [["stock", "1.0 [0.5, 1.0]", ""], ["second look", "0.5", "-0.5"]]

@@ -10,17 +10,17 @@ import pytest
 from typer.testing import CliRunner
 
 from sdrpn.boxes import PixelBox, covered
+from sdrpn_eval.cli import app
 from sdrpn_eval.report import text
-from sdrpn_eval.report.boxes import outcome
-from sdrpn_eval.report.checks import NotComparable, established
-from sdrpn_eval.report.cli import app
-from sdrpn_eval.report.comparison import compare
-from sdrpn_eval.report.documents import read_boxes
-from sdrpn_eval.report.looks import unfinished_later_run
-from sdrpn_eval.report.published import COLUMN_OF, PUBLISHED, published_score
-from sdrpn_eval.report.results import Comparison, MetricRow
-from sdrpn_eval.report.runs import BadRun, Run, parse_arguments, read_run
-from sdrpn_eval.report.scores import group_scores
+from sdrpn_eval.results.comparability import NotComparable, established
+from sdrpn_eval.results.compare import compare
+from sdrpn_eval.results.comparison import Comparison, MetricRow
+from sdrpn_eval.results.documents import read_boxes
+from sdrpn_eval.results.published import COLUMN_OF, PUBLISHED, published_score
+from sdrpn_eval.results.read import BadRun, Run, parse_arguments, read_run
+from sdrpn_eval.results.records import unfinished_later_run
+from sdrpn_eval.results.regions import outcome
+from sdrpn_eval.results.scores import group_scores
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.local_benchmarks import (
     docvqa_rows,
@@ -671,23 +671,24 @@ def test_a_later_run_without_results_is_noticed(tmp_path: Path) -> None:
     assert unfinished_later_run(read_run(folder)) is None
 
 
-def test_published_numbers_are_found_by_model_and_task(tmp_path: Path) -> None:
-    def run(model_args: str, model: str = "llava_sdrpn") -> Any:
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        return read_run(write_run(folder, {"toy": [sample(0)]}, model=model, model_args=model_args))
+def test_published_numbers_are_found_by_model_and_task() -> None:
+    def published(given: dict[str, str], task: str, metric: str, model: str = "llava_sdrpn") -> Any:
+        return published_score(model, given, task, metric)
 
-    seven = "pretrained=llava-hf/llava-1.5-7b-hf"
-    assert published_score(run(seven), "textvqa_val", "exact_match") == 58.7
-    assert published_score(run(f"{seven},proposer=none"), "textvqa_val", "exact_match") == 46.1
-    assert published_score(run(seven, "llava_hf"), "pope", "pope_f1_score") == 85.9
-    thirteen = "pretrained=llava-hf/llava-1.5-13b-hf,proposer=vicrop"
-    assert published_score(run(thirteen), "vstar", "accuracy") == 51.8
-    for other in (f"{seven},proposer=attention", "pretrained=tiny"):
-        assert published_score(run(other), "textvqa_val", "exact_match") is None
-    assert published_score(run(seven), "textvqa_val_lite", "exact_match") is None
-    stock = run(f"{seven},proposer=none")
-    assert published_score(stock, "textvqa_val_ocr", "exact_match") == 58.2
-    assert published_score(run(seven), "textvqa_val_ocr", "exact_match") is None
+    seven = {"pretrained": "llava-hf/llava-1.5-7b-hf"}
+    stock = {**seven, "proposer": "none"}
+    assert published(seven, "textvqa_val", "exact_match") == 58.7
+    assert published({}, "textvqa_val", "exact_match") == 58.7  # the default is LLaVA-1.5-7B
+    assert published(stock, "textvqa_val", "exact_match") == 46.1
+    assert published(seven, "pope", "pope_f1_score", "llava_hf") == 85.9
+    thirteen = {"pretrained": "llava-hf/llava-1.5-13b-hf", "proposer": "vicrop"}
+    assert published(thirteen, "vstar", "accuracy") == 51.8
+    for other in ({**seven, "proposer": "attention"}, {"pretrained": "tiny"}):
+        assert published(other, "textvqa_val", "exact_match") is None
+    assert published(seven, "textvqa_val", "exact_match", "qwen2_5_vl") is None
+    assert published(seven, "textvqa_val_lite", "exact_match") is None
+    assert published(stock, "textvqa_val_ocr", "exact_match") == 58.2
+    assert published(seven, "textvqa_val_ocr", "exact_match") is None
     assert set(COLUMN_OF.values()) < set(PUBLISHED["7b", "rpn"])
 
 

@@ -18,9 +18,9 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from sdrpn_eval.report.baseline import read_baseline
-from sdrpn_eval.report.cli import app
-from sdrpn_eval.report.gate import Rules
+from sdrpn_eval.cli import app
+from sdrpn_eval.results.baseline import read_baseline
+from sdrpn_eval.results.verdicts import Rules
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.local_benchmarks import tiny_vstar_rows, write
 from tests.helpers.run_folders import (
@@ -72,7 +72,7 @@ def test_a_fall_beyond_the_noise_fails_and_is_named(tmp_path: Path, baseline: Pa
 
 def test_rules_by_default() -> None:
     rules = Rules({})
-    assert (rules.alpha, rules.skipped, rules.max_age, rules.metrics) == (0.05, 0, None, None)
+    assert (rules.alpha, rules.skipped, rules.max_age, rules.metrics) == (0.05, 0, None, {})
     assert rules.allowed("x") is None
 
 
@@ -870,7 +870,7 @@ def test_commands_of_the_guide_and_the_workflow_run(tmp_path: Path) -> None:
     assert steps.pop(0) == "pip install ."
     commands = [*guide, *steps]
     assert sum("sdrpn-eval gate" in command for command in commands) == 5
-    programs = {"lmms-eval": "lmms_eval", "sdrpn-eval": "sdrpn_eval.report"}
+    programs = {"lmms-eval": "lmms_eval", "sdrpn-eval": "sdrpn_eval"}
     for name, module in programs.items():
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)

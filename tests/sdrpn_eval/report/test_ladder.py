@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from sdrpn_eval.report.cli import app
-from sdrpn_eval.report.comparison import compare
-from sdrpn_eval.report.ladder import caption
-from sdrpn_eval.report.ladder_figure import draw, shown
-from sdrpn_eval.report.rungs import Ladder, RungFailed, climb, finished
-from sdrpn_eval.report.runs import read_run
+from sdrpn_eval.cli import app
+from sdrpn_eval.cli.ladder import caption
+from sdrpn_eval.report.figures import draw_ladder, shown
+from sdrpn_eval.results.compare import compare
+from sdrpn_eval.results.ladder import Ladder, RungFailed, climb, finished
+from sdrpn_eval.results.read import read_run
 from tests.helpers.run_folders import sample, write_run
 
 RIGHT = {"none": 2, "vicrop": 3, "attention": 5, "rpn": 6, "box": 8}
@@ -31,6 +31,9 @@ class Documents:
         self.has_boxes = has_boxes
 
     def image(self, doc_id: int) -> None:
+        return None
+
+    def key(self, doc_id: int) -> None:
         return None
 
     def box(self, doc_id: int) -> None:
@@ -76,7 +79,7 @@ def run_ladder(
 ) -> tuple[int, str]:
     data = {"toy": Documents(boxes)}
     monkeypatch.setattr(
-        "sdrpn_eval.report.documents.load_data", lambda tasks, include_path: (data, [])
+        "sdrpn_eval.results.documents.load_data", lambda tasks, include_path: (data, [])
     )
     done = CliRunner().invoke(app, ["ladder", "--tasks", "toy", "--out", str(out), *words])
     assert done.exception is None or isinstance(done.exception, SystemExit)
@@ -257,7 +260,7 @@ def test_the_figure_names_what_it_shows(tmp_path: Path) -> None:
     comparison = compare(several_metrics(tmp_path))
     how = caption(comparison, plan(tmp_path))
     assert "--model_args pretrained=tiny --tasks toy, one run for each proposer" in how
-    draw(comparison, how, [tmp_path / "ladder.svg"])
+    draw_ladder(comparison, how, [tmp_path / "ladder.svg"])
     text = (tmp_path / "ladder.svg").read_text()
     for words in ("stock", "rpn", "all questions", "fine", "25.0", "75.0", "accuracy, %"):
         assert f"<!-- {words} -->" in text, words
@@ -272,7 +275,7 @@ def test_without_a_score_to_draw_there_is_no_figure(tmp_path: Path) -> None:
         for n in ("a", "b")
     ]
     with pytest.raises(ValueError, match="no task has a score a document between 0 and 1"):
-        draw(compare(runs), "", [tmp_path / "ladder.png"])
+        draw_ladder(compare(runs), "", [tmp_path / "ladder.png"])
 
 
 # With lmms-eval itself
@@ -294,7 +297,7 @@ def test_help_needs_no_torch() -> None:
     """Each command's --help comes up without the libraries that take seconds to load."""
     code = (
         "import sys; sys.argv = ['sdrpn-eval', '{}', '--help']\n"
-        "from sdrpn_eval.report.cli import app\n"
+        "from sdrpn_eval.cli import app\n"
         "try:\n    app()\n"
         "except SystemExit:\n    pass\n"
         "heavy = {{'torch', 'lmms_eval', 'transformers', 'datasets', 'matplotlib'}}\n"

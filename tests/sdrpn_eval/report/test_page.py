@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from sdrpn.io.images import image_key
-from sdrpn_eval.report.comparison import compare
-from sdrpn_eval.report.page import as_json, fill, write_page
+from sdrpn_eval.report.html import as_json, write_page
 from sdrpn_eval.report.pictures import TRIES, Album, in_order
-from sdrpn_eval.report.results import Comparison
-from sdrpn_eval.report.runs import read_run
+from sdrpn_eval.results.compare import compare
+from sdrpn_eval.results.comparison import Comparison
+from sdrpn_eval.results.read import read_run
 from tests.helpers.run_folders import record_line, sample, write_record, write_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -35,6 +35,9 @@ class Data:
         width, height = self.size
         rng = np.random.default_rng(doc_id // 2)
         return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+    def key(self, doc_id: int) -> str:
+        return image_key(self.image(doc_id))
 
     def prompt(self, doc_id: int) -> str:
         return f"question {doc_id}"
@@ -89,8 +92,29 @@ def test_json_cannot_leave_its_element() -> None:
     assert json.loads(plain) == {"a": HOSTILE}
 
 
-def test_what_is_put_into_a_template_is_not_searched_again() -> None:
-    assert fill("{{A}} {{B}}", A="{{B}}", B="{{A}}") == "{{B}} {{A}}"
+def test_names_and_notes_are_escaped_and_no_template_of_their_own(tmp_path: Path) -> None:
+    rows = [sample(i) for i in range(4)]
+    named = "<b>{{ payload }}{% raw %}"
+    folders = [write_run(tmp_path / n, {"toy": rows}) for n in ("a", "b")]
+    comparison = compare([read_run(folders[0], named), read_run(folders[1], HOSTILE)])
+    page = tmp_path / "page.html"
+    write_page(comparison, {}, page, notes=[HOSTILE, named])
+    summary = page.read_text().split('<section id="gallery">')[0].split("<body>")[1]
+    assert "<b>{{" not in summary
+    assert "<script" not in summary
+    assert "<img" not in summary
+    assert "&lt;b&gt;{{ payload }}{% raw %}" in summary
+
+
+def test_bars_and_marks_lie_where_the_numbers_are(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    write_page(runs(tmp_path, 40), {}, page)
+    html = page.read_text()
+    assert html.count('<b style="width: 50.0%"></b>') == 2  # both runs have half right
+    assert html.count('class="point" style="left: 50.0%"') == 1  # no difference, in the middle
+    left, width = map(float, re.findall(r'whisker" style="left: (.+?)%; width: (.+?)%"', html)[0])
+    assert 30 < left < 50 < left + width < 70
+    assert left + width / 2 == pytest.approx(50, abs=0.5)
 
 
 def test_page_fetches_nothing(tmp_path: Path) -> None:

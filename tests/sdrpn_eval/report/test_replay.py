@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from sdrpn_eval.report.answers import read_source
-from sdrpn_eval.report.cli import app
-from sdrpn_eval.report.reask import Replay, arguments_again, ask_again
-from sdrpn_eval.report.runs import BadRun, read_run
+from sdrpn_eval.cli import app
+from sdrpn_eval.results.read import BadRun, read_run
+from sdrpn_eval.results.replay import Replay, arguments_again, ask_again
+from sdrpn_eval.results.responses import read_source
 from tests.helpers.local_benchmarks import manager
 from tests.helpers.run_folders import evaluate, sample, write_facts, write_run
 
 DOCUMENT = ("tiny_vstar", 2)
-INDEX = "sdrpn_eval.report.documents.task_manager"
+INDEX = "sdrpn_eval.results.documents.task_manager"
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import yaml
 from lmms_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
-from sdrpn_eval.report.answers import answers_of, read_source
-from sdrpn_eval.report.checks import NotComparable
-from sdrpn_eval.report.cli import app
-from sdrpn_eval.report.comparison import compare
-from sdrpn_eval.report.rescore import Change, Moved, changes, score_again
-from sdrpn_eval.report.runs import BadRun, Run, read_run
+from sdrpn_eval.cli import app
+from sdrpn_eval.results.comparability import NotComparable
+from sdrpn_eval.results.compare import compare
+from sdrpn_eval.results.read import BadRun, Run, read_run
+from sdrpn_eval.results.rescore import Change, Moved, changes, score_again
+from sdrpn_eval.results.responses import answers_of, read_source
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.local_benchmarks import (
     docvqa_rows,
@@ -376,7 +376,7 @@ def test_command_says_what_changed(
 ) -> None:
     evaluate(tmp_path / "run", FakeEngine(lambda q: "Level."), ["mine"], own())
     mended = own(MENDED)
-    monkeypatch.setattr("sdrpn_eval.report.documents.task_manager", lambda path: mended)
+    monkeypatch.setattr("sdrpn_eval.results.documents.task_manager", lambda path: mended)
     done = CliRunner().invoke(app, ["score", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
     said = " ".join(done.stdout.split())

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from sdrpn_eval.args import LlavaArguments, parse_arguments, written_arguments
-from sdrpn_eval.report.answers import read_source
-from sdrpn_eval.report.comparison import compare, gather
-from sdrpn_eval.report.looks import read_looks
-from sdrpn_eval.report.reask import arguments_again
-from sdrpn_eval.report.rungs import Ladder
-from sdrpn_eval.report.runs import read_run
+from sdrpn_eval.results.compare import compare, gather
+from sdrpn_eval.results.ladder import Ladder
+from sdrpn_eval.results.read import read_run
+from sdrpn_eval.results.records import read_looks
+from sdrpn_eval.results.replay import arguments_again
+from sdrpn_eval.results.responses import read_source
 from tests.helpers.run_folders import (
     FACTS,
     record_line,

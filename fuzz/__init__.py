@@ -1,0 +1,1 @@
+"""Fuzzers, run from the root of the repository: `python -m fuzz.results`."""

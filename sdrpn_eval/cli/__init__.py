@@ -1,0 +1,35 @@
+"""The command line `sdrpn-eval`; one module per command."""
+
+from __future__ import annotations
+
+import os
+
+import typer
+
+from sdrpn_eval.cli.compare import compare
+from sdrpn_eval.cli.curve import curve
+from sdrpn_eval.cli.gate import gate
+from sdrpn_eval.cli.ladder import ladder
+from sdrpn_eval.cli.replay import replay
+from sdrpn_eval.cli.score import score
+from sdrpn_eval.cli.subsets import app as subsets
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Results of lmms-eval that can be believed. First: lmms-eval --model llava_sdrpn "
+    "--model_args pretrained=tiny --tasks tiny_vstar --output_path out/rpn --log_samples",
+)
+
+
+@app.callback()
+def _main(context: typer.Context) -> None:
+    # Tasks' documents are looked up on this machine; only what evaluates or cuts may download.
+    if context.invoked_subcommand not in ("ladder", "subsets"):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+for command in (compare, gate, score, replay, ladder, curve):
+    app.command()(command)
+app.add_typer(subsets, name="subsets")

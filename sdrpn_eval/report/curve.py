@@ -1,0 +1,70 @@
+"""Threshold curves in Markdown, in tables for a terminal, and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from sdrpn.io.atomic import as_json
+from sdrpn.io.plurals import counted
+from sdrpn_eval.report.tables import columns
+from sdrpn_eval.results.stats import with_interval
+from sdrpn_eval.results.threshold_curve import Curve, Point
+
+
+def write(curves: Sequence[Curve], folder: Path) -> None:
+    """Writes curve.json, curve.md and curve.png."""
+    # Imported here: the tables need no figures.
+    from sdrpn_eval.report.figures import draw_curves
+
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"curves": [asdict(curve) for curve in curves]}
+    text = as_json(content, indent=2, ensure_ascii=False) + "\n"
+    (folder / "curve.json").write_text(text, encoding="utf-8")
+    (folder / "curve.md").write_text(markdown(curves), encoding="utf-8")
+    draw_curves(curves, folder / "curve.png")
+
+
+def markdown(curves: Sequence[Curve]) -> str:
+    """A row a run, the published thresholds' beside those of one threshold for all tasks."""
+    head = ["", "threshold", *(curve.task for curve in curves)]
+    lines = [head, ["---"] * len(head)]
+    for points in zip(*(curve.points for curve in curves), strict=True):
+        first, own = points[0], _threshold(points[0])
+        cells = [_cell(c, p, first.published) for c, p in zip(curves, points, strict=True)]
+        lines.append([first.series, own, *cells])
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    counts = ", ".join(f"{c.task} {c.questions} / {c.images}" for c in curves)
+    return (
+        f"{table}\n\nFirst metric of each task, in percent where it is a share; 95 % intervals "
+        f"clustered by image. Questions / images: {counts}.\n"
+    )
+
+
+def lines(curves: Sequence[Curve], width: int) -> list[str]:
+    """The same for a terminal, a table a task."""
+    told: list[str] = []
+    for curve in curves:
+        rows = [
+            [", ".join(filter(None, (p.series, _threshold(p)))), _cell(curve, p, p.published)]
+            for p in curve.points
+        ]
+        told.append(
+            f"{curve.task}, {curve.metric}: {counted(curve.questions, 'question')}, "
+            f"{counted(curve.images, 'image')}"
+        )
+        told += [*columns(["threshold", "score"], rows, width), ""]
+    return told
+
+
+def _threshold(point: Point) -> str:
+    if point.published:
+        return "published, by task"
+    return "none" if point.threshold is None else f"{point.threshold:g} for all"
+
+
+def _cell(curve: Curve, point: Point, with_threshold: bool) -> str:
+    scale, digits = (100, ".1f") if curve.percent else (1, ".4g")
+    at = f" (t = {point.threshold:g})" if with_threshold else ""
+    return with_interval((point.mean, point.low, point.high), scale, digits) + at

@@ -1,0 +1,164 @@
+"""Figures of matplotlib: the bars of a ladder, the lines of threshold curves."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from sdrpn.io.plurals import counted
+from sdrpn_eval.results.comparison import Comparison, MetricRow, RunScore
+from sdrpn_eval.results.threshold_curve import Curve, Point
+
+COLOURS: dict[str, tuple[str, str]] = {
+    "stock": ("#8c8c8c", ""),
+    "vicrop": ("#e69f00", ""),
+    "attention": ("#009e73", ""),
+    "rpn": ("#0072b2", ""),
+    "true box": ("#ffffff", "///"),
+}
+"""Fill and hatch by run: Okabe and Ito's colours, which the colour-blind can tell apart."""
+WIDTH, HEIGHT = 8.0, 4.6
+"""In inches; at 100 dots an inch the size of a README's column."""
+DPI = 200
+CAPTION_WIDTH = 118
+STOCK, PUBLISHED = "#8c8c8c", "published thresholds"
+LINES = ("#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00")
+COLUMNS = 3
+"""Plots of threshold curves side by side."""
+
+
+def shown(comparison: Comparison) -> list[MetricRow]:
+    """What gets a group of bars: all percentages that should be high, of a single task; the main
+    metric of each, of several."""
+    rows = [row for row in comparison.rows if row.percent and row.higher_is_better]
+    tasks = {row.task for row in rows}
+    return rows if len(tasks) == 1 else [row for row in rows if row.main]
+
+
+def draw_ladder(comparison: Comparison, caption: str, paths: Sequence[Path]) -> None:
+    """Draws scores with their intervals, a bar for each way to look.
+
+    Args:
+        comparison: Of the ladder's runs.
+        caption: How it was measured.
+        paths: Files to write, each in the format that its name ends in.
+
+    Raises:
+        ValueError: If no task has a score per document between 0 and 1.
+    """
+    rows = shown(comparison)
+    if not rows:
+        raise ValueError("no task has a score a document between 0 and 1 to draw")
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axis = figure.subplots()
+    names = [run["name"] for run in comparison.runs]
+    for place, name in enumerate(names):
+        _draw_run(axis, rows, place, name, 0.84 / len(names))
+    axis.set_xticks(range(len(rows)), [_label(row, rows) for row in rows], fontsize=10.5)
+    axis.set_ylim(0, 112)
+    axis.set_yticks(range(0, 101, 20))
+    axis.set_ylabel(f"{_metric(rows)}, %", fontsize=10.5)
+    axis.tick_params(axis="x", length=0)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#dddddd", lw=0.7)
+    axis.set_axisbelow(True)
+    figure.legend(loc="outside upper center", ncols=len(names), frameon=False, fontsize=10.5)
+    wrapped = "\n".join(textwrap.wrap(caption, CAPTION_WIDTH))
+    figure.supxlabel(wrapped, fontsize=8, color="#444444", x=0.01, ha="left")
+    for path in paths:
+        figure.savefig(path, dpi=DPI, facecolor="white")
+
+
+def _draw_run(axis: Any, rows: Sequence[MetricRow], place: int, name: str, width: float) -> None:
+    """A run's bars, one in each group."""
+    fill, hatch = COLOURS.get(name, ("#cc79a7", ""))
+    style: dict[str, Any] = {"color": fill, "hatch": hatch, "edgecolor": "#333333", "lw": 0.6}
+    left = [group - 0.42 + width * (place + 0.5) for group in range(len(rows))]
+    scores = [row.scores[place] for row in rows]
+    means = [100 * score.mean for score in scores]
+    axis.bar(left, means, width * 0.9, **style)
+    ends = _whiskers(scores, 100)
+    axis.errorbar(left, means, ends, fmt="none", ecolor="#111111", elinewidth=1.1, capsize=3)
+    for x, mean, above in zip(left, means, ends[1], strict=True):
+        axis.text(x, mean + above + 1.5, f"{mean:.1f}", ha="center", va="bottom", fontsize=9)
+    axis.bar([0], [0], **style, label=name)
+
+
+def _whiskers(scores: Sequence[RunScore | Point], scale: float) -> list[list[float]]:
+    """Lengths below and above each mean; 0 where there is no interval, as of a single image."""
+    below = [0.0 if s.low is None else max(0.0, scale * (s.mean - s.low)) for s in scores]
+    above = [0.0 if s.high is None else max(0.0, scale * (s.high - s.mean)) for s in scores]
+    return [below, above]
+
+
+def _label(row: MetricRow, rows: Sequence[MetricRow]) -> str:
+    """The task; or of one task's metrics, what sets them apart from its main one."""
+    if len({one.task for one in rows}) > 1:
+        name = row.task
+    else:
+        main = next((one.metric for one in rows if one.main), row.metric)
+        rest = row.metric.removeprefix(main).strip("_").replace("_", " ")
+        name = rest or "all questions"
+    return f"{name}\n{counted(row.questions, 'question')}, {counted(row.images, 'image')}"
+
+
+def _metric(rows: Sequence[MetricRow]) -> str:
+    metrics = {row.metric for row in rows if row.main} or {row.metric for row in rows}
+    return metrics.pop().replace("_", " ") if len(metrics) == 1 else "score"
+
+
+def draw_curves(found: Sequence[Curve], path: Path) -> None:
+    """One plot a task: lines with intervals, and a dotted line at the published threshold."""
+    columns = min(COLUMNS, len(found))
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
+    plots = figure.subplots(rows, columns, squeeze=False).ravel()
+    for plot, curve in zip(plots, found, strict=False):
+        _draw_one(plot, curve)
+    for plot in plots[len(found) :]:
+        plot.axis("off")
+    handles, labels = plots[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_one(plot: Any, curve: Curve) -> None:
+    scale = 100 if curve.percent else 1
+    for i, series in enumerate(dict.fromkeys(p.series for p in curve.points)):
+        own = [p for p in curve.points if p.series == series]
+        level = [p for p in own if p.threshold is None]
+        given = [p for p in own if p.threshold is not None and not p.published]
+        colour = STOCK if level else LINES[i % len(LINES)]
+        for p in level:
+            plot.axhline(scale * p.mean, color=colour, linestyle="--", label=series or "no zoom")
+            if p.low is not None and p.high is not None:
+                plot.axhspan(scale * p.low, scale * p.high, color=colour, alpha=0.15, linewidth=0)
+        swept = sorted(given, key=lambda p: p.threshold or 0)
+        _draw_points(plot, swept, scale, colour, series or "one threshold for all", "o-")
+        published = [p for p in own if p.published]
+        label = f"{series}, {PUBLISHED}" if series else PUBLISHED
+        _draw_points(plot, published, scale, colour, label, "D")
+    plot.axvline(curve.published_threshold, color="black", linestyle=":", linewidth=1)
+    plot.set_title(f"{curve.task}, {curve.metric}", fontsize=10)
+    plot.set_xlabel("threshold")
+
+
+def _draw_points(
+    plot: Any, points: Sequence[Point], scale: int, colour: str, label: str, style: str
+) -> None:
+    if not points:
+        return
+    plot.errorbar(
+        [p.threshold for p in points],
+        [scale * p.mean for p in points],
+        yerr=_whiskers(points, scale),
+        fmt=style,
+        capsize=3,
+        color=colour,
+        markerfacecolor=colour if style == "o-" else "white",
+        label=label,
+    )

@@ -1,0 +1,185 @@
+"""A baseline: what a run scored, document by document, and what it was made of; one JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from sdrpn.io.atomic import as_json, read_object, read_parsed
+from sdrpn_eval.provenance.fingerprints import digest, without_addresses
+from sdrpn_eval.results.comparability import SCORING, Evidence
+from sdrpn_eval.results.compare import cluster_keys
+from sdrpn_eval.results.read import BESIDE
+from sdrpn_eval.results.scores import task_scores
+from sdrpn_eval.schemas import EXACT, FINITE
+
+FORMAT = 1
+MARK = 8
+"""Hex digits that stand for a document's prompt, target and image; enough to notice a change."""
+
+
+@dataclass(frozen=True)
+class MetricBaseline:
+    """A metric's scores in the order of the task's documents, None for those it does not count."""
+
+    __pydantic_config__ = FINITE
+    higher_is_better: bool
+    mean: float
+    scores: list[float | None]
+
+
+@dataclass(frozen=True)
+class TaskBaseline:
+    """A task's documents. questions, images: a mark each (None: no record named an image).
+
+    clusters: a number a document, the same for questions on one image.
+    scorer: fingerprint of its source, None where the run left no facts; settings: of its settings;
+    scoring: these settings themselves, which tell what changed.
+    """
+
+    __pydantic_config__ = EXACT
+    documents: list[int]
+    questions: list[str]
+    images: list[str | None]
+    clusters: list[int]
+    clustered_by: str
+    empty_answers: int
+    scorer: str | None
+    settings: str
+    metrics: dict[str, MetricBaseline]
+    """By "metric,filter", in lmms-eval's order."""
+    scoring: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """made_of: versions, weights, arguments, device, seeds of the run, where it left its facts.
+
+    written_on: versions and machine of whoever wrote the file, which is all there is of other runs.
+    tolerance: the largest fall that passes, by task; "" for all others.
+    """
+
+    __pydantic_config__ = FINITE
+    run: str
+    date: str
+    model: str
+    model_args: str
+    made_of: dict[str, Any] | None
+    written_on: dict[str, Any]
+    tasks: dict[str, TaskBaseline]
+    tolerance: dict[str, float] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def save(self, path: Path) -> None:
+        """Write it so that a pull request shows what changed: a line a field, lists in one line."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_lines(asdict(self)) + "\n", encoding="utf-8")
+
+
+READ = TypeAdapter(Baseline)
+
+
+def make_baseline(evidence: Evidence, tolerance: Mapping[str, float]) -> Baseline:
+    """The baseline of a whole run. Raises ValueError where no task has a score a document."""
+    run, facts = evidence.run, evidence.facts
+    tasks = {name: task_baseline(evidence, name) for name in run.tasks}
+    scored = {name: task for name, task in tasks.items() if task.metrics}
+    if not scored:
+        raise ValueError(f"{run.folder}: no task has a score a document to hold later runs against")
+    names = ("versions", "weights", "arguments", "device", "seeds", "source", "data", "prompts")
+    return Baseline(
+        run=str(run.file),
+        date=str(run.results["date"]),
+        model=run.model,
+        model_args=str(run.results["config"].get("model_args") or ""),
+        made_of={n: getattr(facts, n) for n in names} if facts else None,
+        written_on=_this_machine(),
+        tasks=scored,
+        tolerance=dict(tolerance),
+    )
+
+
+def _this_machine() -> dict[str, Any]:
+    # Imported here: seconds of imports, that a check against a baseline must not wait for.
+    import torch
+
+    from sdrpn_eval.provenance.collect import device_facts, versions
+
+    return {"versions": versions(), **device_facts(torch.device("cpu"))}
+
+
+def task_baseline(evidence: Evidence, name: str) -> TaskBaseline:
+    """One task of a run as a baseline holds it; a run is put in this form to be checked, too."""
+    task = evidence.run.tasks[name]
+    documents = sorted(task.samples)
+    how, keys = cluster_keys([evidence], name)
+    numbers = {key: i for i, key in enumerate(dict.fromkeys(keys[name, d] for d in documents))}
+    looks = [evidence.record.looks.get((name, d)) for d in documents]
+    samples = [task.samples[d] for d in documents]
+    return TaskBaseline(
+        documents=documents,
+        questions=[mark(s.prompt, s.target) for s in samples],
+        images=[mark(*look.images) if look and look.images else None for look in looks],
+        clusters=[numbers[keys[name, d]] for d in documents],
+        clustered_by=how,
+        empty_answers=sum(is_empty(s.answer) for s in samples),
+        scorer=evidence.facts.scorers.get(name) if evidence.facts else None,
+        settings=mark(*(without_addresses(task.config.get(part)) for part in SCORING)),
+        metrics={
+            f"{one.metric},{one.filter}": MetricBaseline(
+                one.higher_is_better,
+                sum(one.values.values()) / len(one.values),
+                [one.values.get((name, d)) for d in documents],
+            )
+            for one in task_scores(task)
+            if one.values
+        },
+        scoring={part: without_addresses(task.config.get(part)) for part in SCORING},
+    )
+
+
+def is_empty(answer: str) -> bool:
+    """Whether an answer, or each of several side by side, holds nothing but blanks."""
+    return not answer.replace(BESIDE.strip(), "").strip()
+
+
+def mark(*parts: str) -> str:
+    """A few hex digits for some texts."""
+    return f"{digest(*parts):032x}"[:MARK]
+
+
+def read_baseline(path: Path) -> Baseline:
+    """A baseline file. Raises ValueError, naming it, where it is missing or of another make."""
+    try:
+        made = read_object(path).get("format")
+        if made != FORMAT:
+            raise ValueError(f"its format is {made}, this version reads {FORMAT}")
+        found = read_parsed(READ, path)
+        for name, task in found.tasks.items():
+            _check_lengths(name, task)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; make it from a good run with --update") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no baseline, make it anew with --update: {error}") from None
+    return found
+
+
+def _check_lengths(name: str, task: TaskBaseline) -> None:
+    columns = [task.questions, task.images, task.clusters]
+    columns += [metric.scores for metric in task.metrics.values()]
+    if any(len(column) != len(task.documents) for column in columns) or not task.metrics:
+        raise ValueError(f"{name} has not one mark, cluster and score for each of its documents")
+
+
+def _lines(value: Any, indent: str = "") -> str:
+    """JSON with dicts over several lines and lists in one."""
+    if not isinstance(value, dict) or not value:
+        return as_json(value, ensure_ascii=False)
+    inner = indent + "  "
+    parts = [f"{inner}{json.dumps(str(k))}: {_lines(v, inner)}" for k, v in value.items()]
+    return "{\n" + ",\n".join(parts) + f"\n{indent}}}"

@@ -1,0 +1,256 @@
+"""Whether runs may be compared, and if not, what moved.
+
+Task versions do not tell: data sets, prompts and graders changed under the same version. So the
+documents themselves are compared (id, prompt, target, image), and the scorer by its source where
+both runs recorded it, else by the task's configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdrpn.io.plurals import counted
+from sdrpn_eval.provenance.fingerprints import without_addresses
+from sdrpn_eval.provenance.model import Provenance
+from sdrpn_eval.results.read import Run, TaskRun
+from sdrpn_eval.results.records import Record
+
+SCORING = ("metric_list", "filter_list", "process_results", "output_type", "score_key")
+SCORING += ("doc_to_choice", "doc_to_target", "repeats")
+"""The parts of a task's configuration that make its score."""
+
+CALLED = ("metric", "name", "function")
+"""Keys of an entry of a setting that say what it is called."""
+
+PREPROCESSING = {"padding": "pad", "system_prompt": None}
+"""Arguments of llava_sdrpn that change what the base model is shown, with their defaults."""
+
+
+class NotComparable(ValueError):
+    """Runs that differ in more than what is compared; the message names what moved."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A run with its record and its facts, where it has them."""
+
+    run: Run
+    record: Record
+    facts: Provenance | None
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Of the model: as resolved where the run left its facts, else as they were given."""
+        known = self.facts.arguments if self.facts else {}
+        return known or self.run.arguments
+
+
+def common_tasks(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
+    """(tasks of all runs, in the first one's order; sentences about those that some lack)."""
+    common = [t for t in runs[0].tasks if all(t in run.tasks for run in runs)]
+    every = dict.fromkeys(t for run in runs for t in run.tasks)
+    notes = [
+        f"{task} is not compared: {', '.join(r.name for r in runs if task not in r.tasks)} "
+        "has no such task"
+        for task in every
+        if task not in common
+    ]
+    if not common:
+        held = "; ".join(f"{run.name}: {', '.join(run.tasks)}" for run in runs)
+        raise NotComparable(f"the runs have no task in common ({held})")
+    return common, notes
+
+
+def refuse_moved(reference: Evidence, other: Evidence, tasks: Sequence[str]) -> None:
+    """Raise NotComparable, with one clause for all that moved, unless nothing did."""
+    moved = [clause for task in tasks for clause in moved_in_task(reference, other, task)]
+    if moved:
+        names = f"{reference.run.name} and {other.run.name}"
+        raise NotComparable(f"{names} cannot be compared: {'; '.join(moved)}")
+
+
+def moved_in_task(reference: Evidence, other: Evidence, task: str) -> list[str]:
+    """What differs between two runs of a task beside the model."""
+    first, second = reference.run.tasks[task], other.run.tasks[task]
+    return [
+        *_documents(reference, other, first, second),
+        *_scorer(reference, other, first, second),
+    ]
+
+
+def _documents(a: Evidence, b: Evidence, first: TaskRun, second: TaskRun) -> list[str]:
+    task = first.name
+    only = [set(first.samples) - set(second.samples), set(second.samples) - set(first.samples)]
+    if any(only):
+        limits = ""
+        if a.run.limit != b.run.limit:
+            limits = f" (limits: {_limit(a.run)} and {_limit(b.run)})"
+        counts = f"{len(first.samples)} and {len(second.samples)}"
+        example = min(only[0] or only[1])
+        return [f"{task}: other documents, {counts}, such as {example} in one only{limits}"]
+    clauses = []
+    for what, name in (("prompt", "prompts"), ("target", "targets")):
+        ids = [
+            i
+            for i in first.samples
+            if getattr(first.samples[i], what) != getattr(second.samples[i], what)
+        ]
+        if ids:
+            pair = [_short(getattr(t.samples[ids[0]], what)) for t in (first, second)]
+            clauses.append(
+                f"{task}: other {name} in {counted(len(ids), 'document')}, such as {ids[0]}: "
+                f"{pair[0]!r} and {pair[1]!r}"
+            )
+    clauses += _images(a.record, b.record, task)
+    return clauses or _data(a.facts, b.facts, task)
+
+
+def _images(a: Record, b: Record, task: str) -> list[str]:
+    both = [d for d in a.looks if d[0] == task and d in b.looks]
+    pairs = [(d, a.looks[d].images, b.looks[d].images) for d in both]
+    # A document that could not be shown has no image in its record.
+    changed = [d[1] for d, ours, others in pairs if ours and others and ours != others]
+    if not changed:
+        return []
+    return [f"{task}: other images in {counted(len(changed), 'document')}, such as {min(changed)}"]
+
+
+def _data(a: Provenance | None, b: Provenance | None, task: str) -> list[str]:
+    moved = other_data(*(facts.data.get(task) if facts else None for facts in (a, b)))
+    return [f"{task}: {moved}"] if moved else []
+
+
+def other_data(before: str | None, after: str | None) -> str | None:
+    """What to say of fingerprints of data that differ, of which prompt, target and image show
+    nothing, such as other answers that count as right; None where they do not, or one is unknown.
+    """
+    if None in (before, after) or before == after:
+        return None
+    return f"other data, in columns that prompts do not show ({before} and {after})"
+
+
+def _scorer(a: Evidence, b: Evidence, first: TaskRun, second: TaskRun) -> list[str]:
+    task = first.name
+    clauses = []
+    for part in SCORING:
+        for place, *pair in _differing(part, first.config.get(part), second.config.get(part)):
+            mine, its = map(_short, pair)
+            clauses.append(f"{task}: other scorer, {place} is {mine} and {its}")
+    if a.facts and b.facts and task in a.facts.scorers and task in b.facts.scorers:
+        pair = [facts.scorers[task] for facts in (a.facts, b.facts)]
+        if pair[0] == pair[1]:
+            return []
+        sources = [facts.scorer_sources.get(task) for facts in (a.facts, b.facts)]
+        if None not in sources and sources[0] != sources[1]:
+            clauses.append(f"{task}: other scorer (source {sources[0]} and {sources[1]})")
+        return clauses or [f"{task}: other scorer (source {pair[0]} and {pair[1]})"]
+    if set(first.totals) != set(second.totals):
+        odd = ", ".join(sorted(set(first.totals) ^ set(second.totals)))
+        clauses.append(f"{task}: other metrics, {odd} in one only")
+    return clauses
+
+
+def _differing(place: str, first: Any, second: Any) -> Iterator[tuple[str, str, str]]:
+    """Where two settings differ: ("metric_list[f1].higher_is_better", "True", "False").
+
+    Entries of a list are told apart by what they are called, where they are called something.
+    """
+    if without_addresses(first) == without_addresses(second):
+        return
+    entries = [_entries(value) for value in (first, second)]
+    if None in entries:
+        yield place, without_addresses(first), without_addresses(second)
+        return
+    ours, others = (entry or {} for entry in entries)
+    before = len({*ours} ^ {*others})
+    for name in dict.fromkeys([*ours, *others]):
+        inner = f"{place}[{name}]" if isinstance(first, list) else f"{place}.{name}"
+        if name in ours and name in others:
+            yield from _differing(inner, ours[name], others[name])
+        else:
+            there = ["there" if name in one else "missing" for one in (ours, others)]
+            yield inner, there[0], there[1]
+    if not before and list(ours) != list(others):
+        yield f"the order of {place}", ", ".join(ours), ", ".join(others)
+
+
+def _entries(value: Any) -> dict[str, Any] | None:
+    """The parts of a setting by name; None where it has none to tell apart."""
+    if isinstance(value, Mapping):
+        return {str(name): part for name, part in value.items()}
+    if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+        return None
+    called = [
+        next((str(one[k]) for k in CALLED if k in one), str(i)) for i, one in enumerate(value)
+    ]
+    if len(set(called)) < len(called):
+        called = [str(i) for i in range(len(value))]
+    return dict(zip(called, value, strict=True))
+
+
+def established(evidence: Sequence[Evidence], tasks: Sequence[str]) -> list[str]:
+    """What was found to be the same in all runs, and how it is known."""
+    questions = sum(len(evidence[0].run.tasks[task].samples) for task in tasks)
+    lines = [
+        f"Same documents, prompts and targets: {counted(questions, 'question')}, checked one by "
+        "one."
+    ]
+    unseen = [e.run.name for e in evidence if not e.record.looks]
+    if unseen:
+        lines.append(f"Same images: not known, {', '.join(unseen)} left no record of them.")
+    else:
+        lines.append("Same images: by the content hash of each.")
+    by_source = all(e.facts and set(tasks) <= set(e.facts.scorers) for e in evidence)
+    how = "source and settings" if by_source else "settings in the results file only"
+    return [*lines, f"Same scorer: by its {how}."]
+
+
+def labels(evidence: Evidence, every: Sequence[Evidence]) -> list[str]:
+    """What a reader must know of a run beside its name, as it stands against the first one."""
+    run, runs = evidence.run, [one.run for one in every]
+    found = [f"scored anew, from {run.scored_from}"] if run.scored_from else []
+    found += ["other preprocessing"] if _is_prepared_otherwise(evidence, every) else []
+    for name, task in run.tasks.items():
+        if name in runs[0].tasks:
+            moved = changes(_generation(task), _generation(runs[0].tasks[name]))
+            found += [f"other generation arguments: {key}={pair[0]}" for key, pair in moved.items()]
+    return list(dict.fromkeys(found))
+
+
+def _is_prepared_otherwise(evidence: Evidence, every: Sequence[Evidence]) -> bool:
+    """Against llava_sdrpn's runs where there are some, the first of them; else the first run."""
+    ours = [one for one in every if one.run.model == "llava_sdrpn"] or list(every)
+    pair = (evidence, ours[0])
+    # As resolved where both are known: a prompt may be named by its file, or given.
+    resolved = all(one.facts and set(PREPROCESSING) <= set(one.facts.arguments) for one in pair)
+    mine, its = (preprocessing(one.run, one.facts if resolved else None) for one in pair)
+    return mine != its
+
+
+def preprocessing(run: Run, facts: Provenance | None = None) -> dict[str, Any]:
+    """What decides how an image and a question reach the base model; by the facts where given."""
+    if run.model != "llava_sdrpn":
+        return {"model": run.model}
+    given = facts.arguments if facts else run.arguments
+    values = {name: given.get(name, default) for name, default in PREPROCESSING.items()}
+    return {name: None if value == "" else value for name, value in values.items()}
+
+
+def _generation(task: TaskRun) -> Mapping[str, Any]:
+    return task.config.get("generation_kwargs") or {}
+
+
+def changes(mine: Mapping[str, Any], its: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys with different values, and both values."""
+    keys = dict.fromkeys([*mine, *its])
+    return {k: (mine.get(k), its.get(k)) for k in keys if mine.get(k) != its.get(k)}
+
+
+def _limit(run: Run) -> str:
+    return "none" if run.limit is None else f"{run.limit:g}"
+
+
+def _short(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -1,0 +1,276 @@
+"""The documents behind a task, loaded from what is on this machine: images and true boxes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from loguru import logger
+from PIL import Image
+
+from sdrpn.boxes import PixelBox
+from sdrpn.io.atomic import read_parsed
+from sdrpn.io.images import image_key, load_image
+from sdrpn_eval.results.comparability import Evidence
+from sdrpn_eval.results.scores import Document
+from sdrpn_eval.schemas import BOXES
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Documents(Protocol):
+    """The documents of a task that this machine holds."""
+
+    def image(self, doc_id: int) -> Image.Image | None:
+        """The first image of a document; None where it has none."""
+        ...
+
+    def key(self, doc_id: int) -> str | None:
+        """Content hash of that image, see `sdrpn.io.images.image_key`."""
+        ...
+
+    def prompt(self, doc_id: int) -> str | None:
+        """The question as the task words it; None where only the task could tell."""
+        ...
+
+    def box(self, doc_id: int) -> PixelBox | None:
+        """The document's own `box` in pixels of its image, half-open; None without."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredData:
+    """The rows of a task's data set, for tasks that show an image column as it is stored.
+
+    files: that column's values, undecoded. boxes: the column `box`, None without one.
+    """
+
+    files: Sequence[Mapping[str, Any]]
+    boxes: Sequence[Sequence[float] | None] | None
+    _keys: dict[bytes, str] = field(default_factory=dict)
+
+    def image(self, doc_id: int) -> Image.Image:
+        file = self.files[doc_id]
+        return load_image(file["bytes"] or Path(file["path"]))
+
+    def key(self, doc_id: int) -> str:
+        """Documents that share a file share its key; it is decoded once."""
+        file = self.files[doc_id]
+        content = hashlib.blake2b(file["bytes"] or file["path"].encode()).digest()
+        if content not in self._keys:
+            self._keys[content] = image_key(self.image(doc_id))
+        return self._keys[content]
+
+    def prompt(self, doc_id: int) -> None:
+        return None
+
+    def box(self, doc_id: int) -> PixelBox | None:
+        box = self.boxes[doc_id] if self.boxes else None
+        return PixelBox(*(int(v) for v in box)) if box else None
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The documents of one task. task: lmms-eval's own object, which turns them into images."""
+
+    task: Any
+
+    def image(self, doc_id: int) -> Image.Image | None:
+        """The first image of a document; None where it has none."""
+        visuals = self.task.doc_to_visual(self.task.eval_docs[doc_id]) or []
+        return next((v for v in visuals if isinstance(v, Image.Image)), None)
+
+    def key(self, doc_id: int) -> str | None:
+        image = self.image(doc_id)
+        return image_key(image) if image else None
+
+    def prompt(self, doc_id: int) -> str:
+        """The question as the task words it."""
+        return str(self.task.doc_to_text(self.task.eval_docs_no_media[doc_id]))
+
+    def box(self, doc_id: int) -> PixelBox | None:
+        """The document's own `box` in pixels of the image, half-open; None without."""
+        box = self.task.eval_docs_no_media[doc_id].get("box")
+        return PixelBox(*(int(v) for v in box)) if box else None
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether its first document has a `box`."""
+        return len(self.task.eval_docs_no_media) > 0 and self.box(0) is not None
+
+
+def task_manager(include_path: Any = None, include_defaults: bool = True) -> Any:
+    """lmms-eval's index of tasks: its own unless told not to, ours and those under include_path."""
+    from lmms_eval.tasks import TaskManager
+
+    from sdrpn_eval.plugin import add_tasks
+
+    add_tasks()
+    with quiet():
+        return TaskManager("ERROR", include_path, include_defaults)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without lmms-eval's log, which tells of a run, and these commands are none."""
+    logger.disable("lmms_eval")
+    try:
+        yield
+    finally:
+        logger.enable("lmms_eval")
+
+
+def documents_of(
+    every: Sequence[Evidence], tasks: Sequence[str]
+) -> tuple[dict[str, Documents], list[str]]:
+    """The documents that runs were asked, read with as few imports as they allow.
+
+    Args:
+        every: Runs of the same documents. The first one's results say where its data is.
+        tasks: Names of tasks of all of them.
+
+    Returns:
+        By task, its documents; and one sentence for each task that this machine does not hold.
+    """
+    stored = {task: stored_data(every, task) for task in tasks}
+    found: dict[str, Documents] = {task: data for task, data in stored.items() if data}
+    rest = [task for task in tasks if task not in found]
+    if not rest:
+        return found, []
+    cli = every[0].run.results["config"].get("resolved_cli_args") or {}
+    loaded, notes = load_data(rest, cli.get("include_path"))
+    return found | loaded, notes
+
+
+def stored_data(every: Sequence[Evidence], task: str) -> StoredData | None:
+    """A task's rows without lmms-eval; None where they do not hold the images that were shown.
+
+    Known by the content hash of the first document's image, so only where a record names it.
+    """
+    run = every[0].run
+    config: Mapping[str, Any] = run.tasks[task].config
+    documents = [(task, doc_id) for doc_id in run.tasks[task].samples]
+    looks = next((e.record.looks for e in every if e.record.looks.keys() >= set(documents)), {})
+    first = looks.get(min(documents))
+    # A task that chooses documents counts them otherwise than its data set does.
+    if first is None or not first.images or config.get("process_docs"):
+        return None
+    try:
+        for stored in _read_rows(config):
+            if stored.key(min(documents)[1]) == first.images[0]:
+                return stored
+    except Exception:  # whatever a reader raises: lmms-eval tries next, and says what is wrong
+        return None
+    return None
+
+
+def _read_rows(config: Mapping[str, Any]) -> list[StoredData]:
+    """The split that a task asks, once by each of its image columns.
+
+    It is read from local parquet files, or as a data set of the hub that was fetched before.
+
+    Results files come from outside, and some formats of data sets run what they hold: no other
+    kind of place is opened.
+    """
+    path, kwargs = str(config.get("dataset_path")), config.get("dataset_kwargs") or {}
+    files = kwargs.get("data_files")
+    names = files.values() if isinstance(files, Mapping) else [files]
+    every = [name for one in names for name in (one if isinstance(one, list) else [one])]
+    local = path == "parquet" and all(Path(str(name)).is_file() for name in every)
+    if not local and (not HUB_ID.fullmatch(path) or Path(path).exists() or files):
+        return []
+    # Imported here: most of a second, for commands that show pictures.
+    import datasets
+
+    datasets.disable_progress_bars()
+    given: dict[str, Any] = {"data_files": files} if local else {"revision": kwargs.get("revision")}
+    split = config.get("test_split")
+    rows: Any = datasets.load_dataset(path, config.get("dataset_name"), split=split, **given)
+    boxes = rows["box"][:] if "box" in rows.column_names else None
+    undecoded = datasets.Image(decode=False)
+    return [
+        StoredData(rows.select_columns(name).cast_column(name, undecoded)[name], boxes)
+        for name, kind in rows.features.items()
+        if isinstance(kind, datasets.Image)
+    ]
+
+
+def load_data(
+    tasks: Iterable[str], include_path: Any = None, manager: Any = None
+) -> tuple[dict[str, TaskData], list[str]]:
+    """Data of tasks by name, and one sentence for each that this machine does not hold.
+
+    Nothing is fetched while HF_HUB_OFFLINE=1 is set, as the command line does.
+    include_path: lmms-eval's, for tasks of the user's own. manager: an index already built.
+    """
+    from lmms_eval.tasks import get_task_dict
+
+    tasks = list(tasks)
+    manager = manager or _smallest_index(tasks, include_path)
+    found: dict[str, TaskData] = {}
+    notes = []
+    for name in tasks:
+        try:
+            with quiet():
+                found[name] = TaskData(get_task_dict([name], manager)[name])
+        except Exception as error:  # whatever a task's own code raises: the page goes without
+            cause = _cause(error)
+            notes.append(f"{name}: no pictures, its data cannot be loaded here ({cause})")
+    return found, notes
+
+
+def _smallest_index(tasks: Sequence[str], include_path: Any) -> Any:
+    """An index that holds the tasks: lmms-eval's own, thousands of files, only where needed."""
+    manager = task_manager(include_path, include_defaults=False)
+    if set(tasks) <= set(manager.all_tasks):
+        return manager
+    return task_manager(include_path)
+
+
+def _cause(error: BaseException) -> str:
+    """One line; lmms-eval wraps what went wrong in a retry's error."""
+    attempt = getattr(error, "last_attempt", None)
+    inner = attempt.exception() if attempt is not None else None
+    text = str(inner or error).splitlines() or [""]
+    return f"{type(inner or error).__name__}: {text[0]}"[:160]
+
+
+def boxes_of(
+    data: Mapping[str, Documents], documents: Sequence[Document], given: Mapping[Document, PixelBox]
+) -> dict[Document, PixelBox]:
+    """True boxes: those handed in, else the documents' own."""
+    found = dict(given)
+    for document in documents:
+        task, doc_id = document
+        if document not in found and task in data:
+            box = data[task].box(doc_id)
+            if box is not None:
+                found[document] = box
+    return found
+
+
+def read_boxes(file: Path) -> dict[Document, PixelBox]:
+    """A file of true boxes: {task: {document id: [x0, y0, x1, y1]}}, pixels, half-open."""
+    try:
+        content = read_parsed(BOXES, file)
+        return {
+            (task, doc_id): _valid(box, f"{task} {doc_id}")
+            for task, boxes in content.items()
+            for doc_id, box in boxes.items()
+        }
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} must hold {{task: {{document id: [x0, y0, x1, y1]}}}} in pixels: {error}"
+        ) from None
+
+
+def _valid(box: Sequence[Any], where: str) -> PixelBox:
+    x0, y0, x1, y1 = (int(v) for v in box)
+    if not (0 <= x0 < x1 and 0 <= y0 < y1):
+        raise ValueError(f"the box {list(box)} of {where} is empty or turned round")
+    return PixelBox(x0, y0, x1, y1)

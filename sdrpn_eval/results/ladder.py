@@ -1,0 +1,128 @@
+"""The rungs of a ladder: one run of lmms-eval for each way to look, in a folder of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdrpn_eval.args import LlavaArguments, parse_arguments
+from sdrpn_eval.loading import revisions, sources
+from sdrpn_eval.provenance.collect import hash_sources, weights_only
+from sdrpn_eval.provenance.model import Provenance
+from sdrpn_eval.results.comparability import changes
+from sdrpn_eval.results.read import BadRun, Run, find_results, read_run
+from sdrpn_eval.results.records import read_facts, record_folders
+from sdrpn_eval.results.responses import arguments_of
+
+NAMES: Mapping[str, str] = {"none": "stock", "box": "true box"}
+"""What a run is called, where it is not called as its proposer."""
+TAIL = 15
+"""Lines of a log that are shown of a run that failed."""
+
+
+class RungFailed(ValueError):
+    """lmms-eval left no whole results; it exits with 0 all the same."""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What all rungs have in common. model_args: without the proposer, as lmms-eval takes them."""
+
+    out: Path
+    tasks: str
+    model_args: str
+    limit: int | None
+    batch_size: str
+    include_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if "proposer" in parse_arguments(self.model_args):
+            raise ValueError("--model_args must not name a proposer; --proposers lists them")
+        if "proposer" not in parse_arguments(self.arguments("rpn")):
+            raise ValueError(
+                f"--model_args {self.model_args!r} leaves a quotation mark or bracket open; put "
+                "the value in quotes"
+            )
+
+    def folder(self, proposer: str) -> Path:
+        return self.out / proposer
+
+    def arguments(self, proposer: str) -> str:
+        return ",".join(part for part in (self.model_args, f"proposer={proposer}") if part)
+
+    def command(self, proposer: str) -> list[str]:
+        """The command line that makes a rung."""
+        words = [sys.executable, "-m", "lmms_eval", "--model", "llava_sdrpn", "--tasks", self.tasks]
+        words += ["--model_args", self.arguments(proposer), "--batch_size", self.batch_size]
+        words += ["--output_path", str(self.folder(proposer)), "--log_samples"]
+        words += ["--limit", str(self.limit)] if self.limit else []
+        return words + (["--include_path", self.include_path] if self.include_path else [])
+
+
+def finished(ladder: Ladder, proposer: str) -> Run | None:
+    """A rung that is done already; None where it is not, or not whole.
+
+    Raises ValueError where the folder holds another run: other tasks, arguments, limit or weights.
+    """
+    folder = ladder.folder(proposer)
+    try:
+        find_results(folder)
+        run = read_run(folder, NAMES.get(proposer, proposer))
+    except BadRun:
+        return None
+    cli = run.results["config"].get("resolved_cli_args") or {}
+    then = {"--tasks": cli.get("tasks"), "--limit": run.limit, **run.arguments}
+    now = {"--tasks": ladder.tasks, "--limit": ladder.limit}
+    moved = changes(then, now | parse_arguments(ladder.arguments(proposer)))
+    facts = read_facts(run, record_folders(run))
+    if facts is not None:
+        weights = changes(facts.weights, _weights(facts))
+        moved |= {f"the weights {name}": pair for name, pair in weights.items()}
+    if moved:
+        said = "; ".join(f"{name} {a} then, {b} now" for name, (a, b) in moved.items())
+        raise ValueError(f"{folder} holds another run ({said}); give another --out, or remove it")
+    return run
+
+
+def _weights(facts: Provenance) -> dict[str, str]:
+    given = arguments_of(facts)
+    values = LlavaArguments.of(given)
+    return weights_only(hash_sources(sources(values), revisions(values)))
+
+
+def climb(ladder: Ladder, proposer: str) -> tuple[Run, float]:
+    """Make a rung; (its run, seconds of the whole command).
+
+    Raises RungFailed with the end of its log and lmms-eval's exit code.
+    """
+    folder = ladder.folder(proposer)
+    before = set(folder.rglob("*_results.json"))
+    log = folder / "log.txt"
+    code, seconds = run_logged(ladder.command(proposer), log)
+    try:
+        if not set(folder.rglob("*_results.json")) - before:
+            raise BadRun(f"lmms-eval left no results in {folder}")
+        return read_run(folder, NAMES.get(proposer, proposer)), seconds
+    except BadRun as error:
+        raise RungFailed(
+            f"proposer={proposer}: {error}. lmms-eval's exit code was {code}; {log} ends with:\n"
+            f"{end_of(log)}"
+        ) from None
+
+
+def run_logged(command: Sequence[str], log: Path) -> tuple[int, float]:
+    """Run a command, all it prints into a log; (its exit code, seconds)."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+    return done.returncode, time.perf_counter() - started
+
+
+def end_of(log: Path) -> str:
+    """The last lines of a log."""
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:])

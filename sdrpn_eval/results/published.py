@@ -1,0 +1,124 @@
+"""What the paper printed (arXiv 2509.16944), and which of our scores is which of its columns.
+
+In percent. `throughput` is relative to stock on one A6000. The paper's TextVQA prompt carries no
+OCR tokens; with them (as in LLaVA's own evaluation) stock LLaVA-1.5-7B is at 58.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sdrpn.model_registry import LLAVA_7B
+
+COLUMNS: tuple[str, ...] = ("throughput", "docvqa", "chartqa", "ocrbench", "infovqa", "textvqa")
+COLUMNS += ("vstar_attribute", "vstar_spatial", "vstar_overall", "pope_f1", "pope_accuracy")
+COLUMNS += ("hrbench4k", "hrbench8k")
+
+_ROWS: Mapping[tuple[str, str], tuple[float, ...]] = {
+    ("7b", "stock"): (1.0, 21.5, 18.1, 31.4, 20.4, 46.1, 48.7, 52.6, 50.3, 85.9, 87.4, 37.5, 33.8),
+    ("7b", "S2"): (0.70, 27.1, 18.9, 32.6, 22.5, 52.6, 53.0, 59.1, 55.5, 87.1, 87.9, 44.0, 38.5),
+    ("7b", "vicrop"): (
+        0.42,
+        27.0,
+        20.0,
+        33.2,
+        21.4,
+        57.2,
+        53.9,
+        50.0,
+        52.4,
+        88.0,
+        88.6,
+        47.8,
+        36.1,
+    ),
+    ("7b", "rpn"): (0.62, 33.9, 20.1, 37.0, 22.0, 58.7, 67.8, 67.1, 67.5, 87.1, 87.8, 48.0, 39.1),
+    ("13b", "stock"): (1.0, 23.5, 18.1, 33.7, 23.4, 48.7, 47.0, 56.6, 50.8, 85.9, 87.1, 43.0, 36.6),
+    ("13b", "S2"): (0.71, 30.7, 20.3, 36.4, 24.7, 54.5, 43.5, 59.2, 49.7, 87.3, 88.1, 49.1, 42.9),
+    ("13b", "vicrop"): (
+        0.39,
+        30.2,
+        20.1,
+        36.1,
+        25.9,
+        60.3,
+        47.8,
+        57.9,
+        51.8,
+        88.0,
+        88.7,
+        53.3,
+        40.6,
+    ),
+    ("13b", "rpn"): (0.51, 39.7, 21.4, 38.8, 24.7, 62.3, 59.1, 67.1, 62.3, 87.3, 88.1, 52.8, 43.6),
+}
+PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
+    row: dict(zip(COLUMNS, values, strict=True)) for row, values in _ROWS.items()
+}
+"""(size, who says where to look) -> column -> score."""
+
+COLUMN_OF: Mapping[tuple[str, str], str] = {
+    ("docvqa_val", "anls"): "docvqa",
+    ("chartqa", "relaxed_overall"): "chartqa",
+    ("ocrbench", "ocrbench_accuracy"): "ocrbench",
+    ("infovqa_val", "anls"): "infovqa",
+    ("textvqa_val", "exact_match"): "textvqa",
+    ("vstar_direct_attributes", "accuracy"): "vstar_attribute",
+    ("vstar_relative_position", "accuracy"): "vstar_spatial",
+    ("vstar", "accuracy"): "vstar_overall",
+    ("vstar_bench", "vstar_overall_acc"): "vstar_overall",
+    ("vstar_bench_direct_attributes", "vstar_direct_attributes_acc"): "vstar_attribute",
+    ("vstar_bench_relative_position", "vstar_relative_position_acc"): "vstar_spatial",
+    ("pope", "pope_f1_score"): "pope_f1",
+    ("pope", "pope_accuracy"): "pope_accuracy",
+    ("hrbench4k", "average"): "hrbench4k",
+    ("hrbench8k", "average"): "hrbench8k",
+    ("hrbench4k_offline", "average"): "hrbench4k",
+    ("hrbench8k_offline", "average"): "hrbench8k",
+    ("vstar_harness", "vstar_overall_acc"): "vstar_overall",
+    ("vstar_harness", "vstar_direct_attributes_acc"): "vstar_attribute",
+    ("vstar_harness", "vstar_relative_position_acc"): "vstar_spatial",
+}
+"""(task, metric) -> column: whole data sets only, a subset is another benchmark.
+
+`X_public` is X, read without a login.
+"""
+
+WITH_OCR: Mapping[tuple[str, str], float] = {("7b", "stock"): 58.2, ("13b", "stock"): 61.3}
+"""`textvqa_val_ocr` of LLaVA-1.5's own paper (arXiv 2310.03744), by row."""
+
+
+def row_of(model: str, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The published row that a run repeats; None for other models and other ways to look."""
+    pretrained = str(arguments.get("pretrained", LLAVA_7B)).lower()
+    if "llava" not in pretrained or "1.5" not in pretrained:
+        return None
+    size = next((size for size in ("13b", "7b") if size in pretrained), None)
+    method = "stock"
+    if model == "llava_sdrpn":
+        proposer = str(arguments.get("proposer", "rpn"))
+        method = {"none": "stock"}.get(proposer, proposer)
+    elif model != "llava_hf":
+        return None
+    return (size, method) if size and (size, method) in PUBLISHED else None
+
+
+def published_score(
+    model: str, arguments: Mapping[str, Any], task: str, metric: str
+) -> float | None:
+    """The paper's number for what a run measured, in percent.
+
+    Args:
+        model: Name of the model in lmms-eval.
+        arguments: Its `--model_args` by name, as resolved or as given.
+        task: Name of the task or group.
+        metric: Name of its metric.
+
+    Returns:
+        The score; None where the paper has none for this model, task and metric.
+    """
+    column, row = COLUMN_OF.get((task.removesuffix("_public"), metric)), row_of(model, arguments)
+    if row and (task, metric) == ("textvqa_val_ocr", "exact_match"):
+        return WITH_OCR.get(row)
+    return PUBLISHED[row][column] if column and row else None

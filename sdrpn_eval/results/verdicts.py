@@ -1,0 +1,233 @@
+"""The verdict about a task: how far its score fell, and whether that is more than noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+
+from sdrpn.io.plurals import agree, counted
+from sdrpn_eval.results.baseline import MetricBaseline, TaskBaseline
+from sdrpn_eval.results.stats import (
+    clustered_difference,
+    holm,
+    images_needed,
+    sign_flip,
+    smallest_p,
+)
+
+PASSED, FELL, BROKEN = 0, 1, 2
+ROUNDING = 1e-9
+EMPTY = 0.5
+"""More empty answers than this share, where the baseline had fewer: generation failed silently."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How far a task may fall. tolerance: by task, "" for all others; in the units of the score.
+
+    Without a tolerance a fall counts when it is beyond the noise: p < alpha in the sign-flip test
+    over images, after Holm's correction for several tasks. Where so few images can fall that their
+    p tells nothing, every fall counts. metrics: the one to hold a task by, where it is not its
+    first. max_age: of the results. skipped: documents of a task that may have been skipped, see
+    the model's `on_error`.
+    """
+
+    tolerance: Mapping[str, float]
+    alpha: float = 0.05
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    max_age: timedelta | None = None
+    skipped: int = 0
+
+    def allowed(self, task: str) -> float | None:
+        return self.tolerance.get(task, self.tolerance.get(""))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one task (or of the whole run). code: PASSED, FELL or BROKEN.
+
+    fall: how much worse than the baseline, in the units of the score; negative where better.
+    noise: how far the fall's 95 % interval, clustered by image, reaches below it; None where there
+    is no interval. p: of the sign-flip test, adjusted where the task is judged by it. images: that
+    can fall.
+    """
+
+    task: str
+    metric: str
+    code: int
+    reason: str
+    before: float | None = None
+    after: float | None = None
+    fall: float | None = None
+    noise: float | None = None
+    p: float | None = None
+    images: int | None = None
+
+
+def metric_key(name: str, task: TaskBaseline, wanted: str | None = None) -> str:
+    """The metric a task is held by: the one asked for, else its first that should be high."""
+    if wanted is None:
+        high = [key for key, metric in task.metrics.items() if metric.higher_is_better]
+        return (high or list(task.metrics))[0]
+    for key in task.metrics:
+        if wanted in (key, key.rpartition(",")[0]):
+            return key
+    raise ValueError(f"{name} has no metric {wanted} in the baseline: {', '.join(task.metrics)}")
+
+
+def judge(
+    name: str, key: str, before: TaskBaseline, after: TaskBaseline, allowed: float | None
+) -> Verdict:
+    old, new = before.metrics[key], after.metrics[key]
+    if [s is None for s in old.scores] != [s is None for s in new.scores]:
+        return Verdict(name, key, BROKEN, f"{key} is scored on other documents than the baseline's")
+    if after.empty_answers > EMPTY * len(after.documents) > before.empty_answers:
+        empty, answers = after.empty_answers, counted(len(after.documents), "answer")
+        reason = f"{empty} of {answers} {agree(empty, 'is', 'are')} empty"
+        return Verdict(name, key, BROKEN, reason)
+    falls, clusters = _paired(old, new, before.clusters)
+    shares = largest_fall(old) == largest_fall(new) == 1.0
+    fall = clustered_difference(falls, clusters, shares=shares)
+    verdict = Verdict(
+        name,
+        key,
+        PASSED,
+        "",
+        old.mean,
+        new.mean,
+        fall.mean,
+        None if fall.low is None else fall.mean - fall.low,
+        sign_flip(falls, clusters),
+        images_that_can_fall(before, key),
+    )
+    if allowed is None:
+        return verdict  # judged with the other tasks, in beyond_noise
+    if fall.mean > allowed + ROUNDING:
+        reason = f"fell by {fall.mean:.4f}, more than the tolerance of {allowed:g}"
+        return replace(verdict, code=FELL, reason=reason)
+    said = f"fell by {fall.mean:.4f}" if fall.mean > ROUNDING else "did not fall"
+    return replace(verdict, reason=f"{said}, tolerance {allowed:g}")
+
+
+def _paired(
+    old: MetricBaseline, new: MetricBaseline, clusters: Sequence[int]
+) -> tuple[list[float], list[int]]:
+    """(how much worse each scored document is, its cluster)."""
+    sign = 1 if old.higher_is_better else -1
+    both = zip(old.scores, new.scores, clusters, strict=True)
+    pairs = [(sign * (a - b), c) for a, b, c in both if a is not None and b is not None]
+    return [fall for fall, _ in pairs], [cluster for _, cluster in pairs]
+
+
+def images_that_can_fall(task: TaskBaseline, key: str) -> int:
+    """Images with a document whose score is not the worst there is, and so can get worse.
+
+    The worst is 0 of scores that are never negative, 1 of shares that should be low; of other
+    scores there is none.
+    """
+    metric = task.metrics[key]
+    scored = [(s, c) for s, c in zip(metric.scores, task.clusters, strict=True) if s is not None]
+    if largest_fall(metric) is None:
+        return len({cluster for _, cluster in scored})
+    worst = 0 if metric.higher_is_better else 1
+    return len({cluster for score, cluster in scored if score != worst})
+
+
+def decided_by_noise(images: Mapping[str, int], alpha: float) -> dict[str, int]:
+    """Tasks with enough images for the sign-flip test, with the images that each needs.
+
+    The fewest go first, and then the others are fewer tests to correct for.
+
+    Args:
+        images: By task, how many can fall.
+        alpha: Level that the p-values, after Holm's correction, are held against.
+
+    Returns:
+        By task, the images needed; only of tasks that have them.
+    """
+    left = dict(images)
+    while left:
+        needed = images_needed(alpha, len(left))
+        fewest = min(left, key=lambda task: left[task])
+        if needed is not None and left[fewest] >= needed:
+            return dict.fromkeys(left, needed)
+        del left[fewest]
+    return {}
+
+
+def small(tasks: Mapping[str, TaskBaseline], rules: Rules) -> dict[str, str]:
+    """By task of a baseline, why the noise cannot decide about it; none where it can."""
+    waiting = {
+        name: images_that_can_fall(task, metric_key(name, task, rules.metrics.get(name)))
+        for name, task in tasks.items()
+        if rules.allowed(name) is None
+    }
+    enough = decided_by_noise(waiting, rules.alpha)
+    return {
+        name: too_few(images, rules.alpha, len(enough) + 1)
+        for name, images in waiting.items()
+        if name not in enough
+    }
+
+
+def too_few(images: int, alpha: float, tests: int) -> str:
+    """Why the noise cannot decide about a task, and how many images it takes."""
+    if not images:
+        return "the baseline's score is the worst there is, so no fall can be seen"
+    least, half = (min(1.0, tests * smallest_p(n)) for n in (images, images // 2))
+    corrected = f", corrected for {tests} tasks" if tests > 1 else ""
+    why = f"the smallest p-value that they can reach is {least:.2g}"
+    if least < alpha:
+        why = f"the smallest p-value where half of them fall is {half:.2g}"
+    return (
+        f"only {counted(images, 'image')} can fall, too few to tell a fall from noise "
+        f"({why}{corrected}, not below alpha = {alpha:g}); at least "
+        f"{images_needed(alpha, tests)} are needed"
+    )
+
+
+def beyond_noise(verdicts: Sequence[Verdict], alpha: float) -> list[Verdict]:
+    """Judge the tasks without a tolerance, together: of many, one falls by chance."""
+    waiting = {v.task: v.images or 0 for v in verdicts if not v.reason}
+    enough = decided_by_noise(waiting, alpha)
+    order = [i for i, v in enumerate(verdicts) if not v.reason and v.task in enough]
+    adjusted = dict(zip(order, holm([verdicts[i].p or 0.0 for i in order]), strict=True))
+    judged = []
+    for i, verdict in enumerate(verdicts):
+        if verdict.reason:
+            judged.append(verdict)
+        elif i in adjusted:
+            judged.append(_against_noise(verdict, adjusted[i], alpha))
+        else:
+            judged.append(_without_noise(verdict, alpha, len(enough) + 1))
+    return judged
+
+
+def _against_noise(verdict: Verdict, p: float, alpha: float) -> Verdict:
+    fall, noise = verdict.fall or 0.0, verdict.noise
+    if fall <= ROUNDING:
+        return replace(verdict, reason="did not fall", p=p)
+    if p < alpha:
+        return replace(verdict, code=FELL, reason=f"fell by {fall:.4f}, p = {p:.2g}", p=p)
+    by_chance = f"not more than chance (p = {p:.2g})"
+    if noise is not None and fall <= noise:
+        by_chance = f"within the noise of {noise:.4f} (p = {p:.2g})"
+    return replace(verdict, reason=f"fell by {fall:.4f}, {by_chance}", p=p)
+
+
+def _without_noise(verdict: Verdict, alpha: float, tests: int) -> Verdict:
+    """Any fall counts: no p-value of so few images would be below alpha."""
+    fall = verdict.fall or 0.0
+    few = too_few(verdict.images or 0, alpha, tests)
+    if fall <= ROUNDING:
+        return replace(verdict, reason=f"did not fall; {few}")
+    return replace(verdict, code=FELL, reason=f"fell by {fall:.4f}; {few}, or a --tolerance")
+
+
+def largest_fall(metric: MetricBaseline) -> float | None:
+    """How far a mean can fall at most, by the scale of its scores; None where it has no end."""
+    scores = [score for score in metric.scores if score is not None]
+    if all(0 <= score <= 1 for score in scores):
+        return 1.0
+    return max(scores) if metric.higher_is_better and min(scores) >= 0 else None

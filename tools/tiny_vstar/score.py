@@ -1,0 +1,213 @@
+"""The table of proposers on tiny_vstar: `python -m tools.tiny_vstar.score --out FILE.json`.
+
+Stock, the second look by every proposer, a sweep of the threshold, random boxes below and the true
+boxes as the ceiling, all on the shipped questions, by fine and coarse, with 95 % intervals
+clustered by image, and paired differences to stock and to `attention` at its best threshold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import load_dataset
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from sdrpn import RPN, Answer, Question, ZoomModel
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.boxes import PixelBox
+from sdrpn.io.atomic import write_json
+from sdrpn_eval.demo import BENCHMARK, tiny_path
+from sdrpn_eval.results.stats import (
+    Estimate,
+    clustered,
+    clustered_difference,
+    rounded,
+    with_interval,
+)
+from tools.tiny_vstar.scenes import CELL, GRID, oracle_box
+
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+POLICIES = ("strongest", "mask", "bbox")
+BATCH = 64
+GENERATION = {"max_new_tokens": 8}
+
+
+def random_box(rng: np.random.Generator) -> PixelBox:
+    """Any 3 x 3 cells."""
+    column, row = (int(v) * CELL for v in rng.integers(0, GRID - 2, 2))
+    return PixelBox(column, row, column + 3 * CELL, row + 3 * CELL)
+
+
+def is_right(text: str, row: Mapping[str, Any]) -> bool:
+    """Exact match of the pattern's word, with or without the colour before it."""
+    return text.split() in ([row["answer"]], [row["colour"], row["answer"]])
+
+
+def ask_all(engine: ZoomModel, questions: Sequence[Question], title: str) -> list[Answer]:
+    """Answers to all questions, in batches, with a progress bar."""
+    answers: list[Answer] = []
+    for start in tqdm(range(0, len(questions), BATCH), title, leave=False):
+        answers += engine.ask_batch(questions[start : start + BATCH], GENERATION)
+    return answers
+
+
+class Scorer:
+    """Asks one model every question of the benchmark, one proposer after another."""
+
+    def __init__(self, model: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.rows = rows
+        self.backbone = Llava15.load(str(model), dtype="float32")
+        self.rpn = RPN.from_pretrained(str(model / "rpn"))
+        self.zoom = self.rpn.config.zoom
+        self.images = [row["image"].convert("RGB") for row in rows]
+        self.results: list[dict[str, Any]] = []
+        self.correct: dict[str, np.ndarray] = {}
+
+    def run(
+        self,
+        name: str,
+        proposer: str = "none",
+        threshold: float | None = None,
+        policy: str | None = None,
+        boxes: Sequence[PixelBox] | None = None,
+    ) -> None:
+        """Answer all questions one way and keep the scores under `name`."""
+        zoom = replace(
+            self.zoom,
+            threshold=threshold or self.zoom.threshold,
+            policy=policy or self.zoom.policy,
+        )
+        engine = ZoomModel(self.backbone, self.rpn, proposer=proposer, zoom=zoom)
+        questions = [
+            Question(row["question"], (image,), boxes[i] if boxes else None)
+            for i, (row, image) in enumerate(zip(self.rows, self.images, strict=True))
+        ]
+        started = time.perf_counter()
+        answers = ask_all(engine, questions, name)
+        seconds = time.perf_counter() - started
+        right = [is_right(a.text, row) for a, row in zip(answers, self.rows, strict=True)]
+        self.correct[name] = np.array(right, dtype=float)
+        self.results.append(
+            {
+                "name": name,
+                "proposer": proposer if boxes is None else "box",
+                "threshold": threshold,
+                "policy": policy or self.zoom.policy,
+                **{group: self.estimate(self.correct[name], group) for group in GROUPS},
+                "zoomed": round(sum(bool(a.regions) for a in answers) / len(answers), 4),
+                "seconds_per_question": round(seconds / len(answers), 4),
+            }
+        )
+
+    def estimate(
+        self, values: np.ndarray, group: str, how: Callable[..., Estimate] = clustered
+    ) -> list[float | None]:
+        """[mean, low, high] of one group of questions."""
+        chosen = [i for i, r in enumerate(self.rows) if group in ("all", r["category"])]
+        images = [self.rows[i]["image_id"] for i in chosen]
+        return rounded(how([float(values[i]) for i in chosen], images))
+
+    def difference(self, name: str, other: str) -> dict[str, list[float | None]]:
+        """Paired difference of two runs, by group."""
+        delta = self.correct[name] - self.correct[other]
+        return {group: self.estimate(delta, group, clustered_difference) for group in GROUPS}
+
+
+GROUPS = ("all", "fine", "coarse")
+
+
+def score(model: Path, benchmark: Path) -> dict[str, Any]:
+    """Every row of the table, and the paired differences that the claim rests on."""
+    rows: Any = list(load_dataset("parquet", data_files=str(benchmark), split="train"))
+    scorer = Scorer(model, rows)
+    rng = np.random.default_rng(0)
+    scorer.run("stock")
+    scorer.run("random 3 x 3 cells", boxes=[random_box(rng) for _ in rows])
+    middles = [((x0 + x1) / 2, (y0 + y1) / 2) for x0, y0, x1, y1 in (row["box"] for row in rows)]
+    scorer.run("oracle box, 168 px", boxes=[PixelBox(*oracle_box(middle)) for middle in middles])
+    scorer.run("vicrop", "vicrop")
+    for proposer in ("rpn", "attention"):
+        for threshold in THRESHOLDS:
+            scorer.run(f"{proposer}, t = {threshold}", proposer, threshold)
+    default = scorer.zoom.threshold
+    for policy in POLICIES[1:]:
+        scorer.run(f"rpn, t = {default}, {policy}", "rpn", default, policy)
+    best = max(
+        (f"attention, t = {t}" for t in THRESHOLDS), key=lambda name: scorer.correct[name].mean()
+    )
+    rpn = f"rpn, t = {default}"
+    return {
+        "questions": len(rows),
+        "images": len({row["image_id"] for row in rows}),
+        "fine_share": round(float(np.mean([row["category"] == "fine" for row in rows])), 4),
+        "rows": scorer.results,
+        "rpn": rpn,
+        "attention_best": best,
+        "rpn_minus_stock": scorer.difference(rpn, "stock"),
+        "rpn_minus_attention_best": scorer.difference(rpn, best),
+        "oracle_minus_rpn": scorer.difference("oracle box, 168 px", rpn),
+        "correct": {
+            name: "".join(str(int(v)) for v in scorer.correct[name]) for name in ("stock", rpn)
+        },
+        "spread_over_thresholds": {
+            p: round(float(np.ptp([scorer.correct[f"{p}, t = {t}"].mean() for t in THRESHOLDS])), 4)
+            for p in ("rpn", "attention")
+        },
+    }
+
+
+def headline(result: Mapping[str, Any]) -> list[str]:
+    """Names of the rows that the README shows."""
+    first = ["stock", "random 3 x 3 cells", "vicrop", result["attention_best"], result["rpn"]]
+    return [*first, "oracle box, 168 px"]
+
+
+def markdown(result: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
+    """The table of chosen rows (default: all) in percent, with 95 % intervals by image."""
+    rows = {row["name"]: row for row in result["rows"]}
+    lines = ["| proposer | all | fine | coarse | zoomed |", "|---|---|---|---|---|"]
+    for row in (rows[name] for name in names or rows):
+        cells = (with_interval(row[group], 100, ".1f") for group in GROUPS)
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {100 * row['zoomed']:.0f} % |")
+    return "\n".join(lines)
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Print the table."""
+    title = f"tiny_vstar: {result['questions']} questions, {result['images']} images"
+    table = Table(title=title)
+    for column in ("", *GROUPS, "zoomed"):
+        table.add_column(column)
+    for row in result["rows"]:
+        cells = [with_interval(row[g], 1, ".3f") for g in GROUPS]
+        table.add_row(row["name"], *cells, f"{row['zoomed']:.2f}")
+    console = Console(width=130)
+    console.print(table)
+    for name in ("rpn_minus_stock", "rpn_minus_attention_best", "oracle_minus_rpn"):
+        console.print(name, result[name])
+    console.print("spread over thresholds", result["spread_over_thresholds"])
+
+
+def main() -> None:
+    """Read the command line, score, print and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder of a tiny model; default: the shipped")
+    parser.add_argument("--benchmark", type=Path, default=BENCHMARK, help="parquet file")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    result = score(args.model or tiny_path(), args.benchmark)
+    show(result)
+    if args.out:
+        write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()
