@@ -1,4 +1,5 @@
-# make demo: install and show the second look. make test: the suite. make check: all that CI runs.
+# make demo: install and show the second look. make test: the suite; make test-fast: its fast part.
+# make check: all that CI runs.
 # make check-oldest: the suite on the oldest supported libraries. make dist: wheel and sdist.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,13 +8,17 @@ INSTALLED := $(VENV)/.sdrpn-installed
 OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.sdrpn-installed
 
-.PHONY: demo test check check-oldest contracts lint mutate types dist tiny
+.PHONY: demo test test-fast check check-oldest contracts lint mutate types dist tiny
 
 demo: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m sdrpn_eval.demo.run --out out/demo
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sdrpn_eval.demo --out out/demo
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# Without the tests marked slow: under 2 minutes on 2 cores.
+test-fast: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 check: lint types contracts test
 
@@ -24,6 +29,7 @@ check-oldest: $(OLDEST_INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -p no:xdist tools/lint/*.py
 
 types: $(INSTALLED)
 	$(BIN)/pyright

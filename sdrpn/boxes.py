@@ -1,6 +1,6 @@
-"""Boxes and grids: cells of a RoI map, pixels of the original image, and the way between them.
+"""Boxes in cells of a RoI map and in source pixels, and the image grid that maps between them.
 
-A box is (x0, y0, x1, y1), half-open. Its type says what it counts: `GridBox` cells, `PixelBox`
+A box is (x0, y0, x1, y1), half-open. Its type gives the unit: `GridBox` is in cells, `PixelBox` in
 source pixels.
 """
 
@@ -41,19 +41,19 @@ class PixelBox(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageGrid:
-    """How the image tokens of a model lie on the source image.
+    """Position of a model's image tokens on the source image.
 
-    The *model frame* is the picture that the image encoder sees, in its pixels. Source pixel x lies
-    at `x * scale[0] + offset[0]` there, and cell c covers `c * cell` to `(c + 1) * cell`.
+    The *model frame* is the input of the image encoder, in its pixels. Source coordinate x maps to
+    `x * scale[0] + offset[0]` there, and cell c covers `c * cell` to `(c + 1) * cell`.
 
     Args:
         rows: Cells from top to bottom.
         columns: Cells from left to right.
         size: (width, height) of the source image, in pixels.
         cell: Side of a cell, in pixels of the model frame.
-        scale: Pixels of the model frame per source pixel, in x and y; exact as fractions.
-        offset: Where the corner of the source image lies in the model frame, in x and y; positive
-            where the image is padded, negative where its sides are cut off.
+        scale: Pixels of the model frame per source pixel, in x and y; fractions are exact.
+        offset: Position of the source image's top left corner in the model frame, in x and y;
+            positive if the image is padded, negative if it is cropped.
     """
 
     rows: int
@@ -75,25 +75,22 @@ class ImageGrid:
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
-        """Where the grid lies on the source image: (x0, y0, x1, y1) in source pixels.
-
-        It reaches beyond the image where that is padded.
-        """
+        """(x0, y0, x1, y1) of the grid in source pixels; extends beyond a padded image."""
         (width, height), (ox, oy) = self.frame, self.offset
         sx, sy = map(float, self.scale)
         return -ox / sx, -oy / sy, (width - ox) / sx, (height - oy) / sy
 
     def to_pixels(self, box: GridBox) -> PixelBox:
-        """Map cells to source pixels: undo padding and resizing, truncate, clamp to the image.
+        """Map a box in cells to source pixels, truncated and clamped to the image.
 
-        In float32 throughout, as docs/method.md states ("From the map to the crop", step 5).
+        Computed in float32 (docs/method.md, "From the map to the crop", step 5).
         """
         x0, x1 = (self._to_source(edge, axis=0) for edge in (box.x0, box.x1))
         y0, y1 = (self._to_source(edge, axis=1) for edge in (box.y0, box.y1))
         return PixelBox(x0, y0, x1, y1)
 
     def to_cells(self, box: PixelBox) -> GridBox:
-        """The cells that a box in source pixels touches; at least one in each direction."""
+        """Return the cells that a box in source pixels overlaps, at least one in each direction."""
         x0, x1 = self._touched(box.x0, box.x1, axis=0, cells=self.columns)
         y0, y1 = self._touched(box.y0, box.y1, axis=1, cells=self.rows)
         return GridBox(x0, y0, x1, y1)
@@ -104,7 +101,7 @@ class ImageGrid:
         return int(np.clip(source, 0, self.size[axis]))
 
     def _touched(self, low: int, high: int, axis: int, cells: int) -> tuple[int, int]:
-        # Exact fractions decide: a box that ends where a cell does must not touch the next.
+        # Exact fractions, so that a box ending at a cell's edge does not overlap the next cell.
         scale, offset = Fraction(self.scale[axis]), Fraction(self.offset[axis])
         first = math.floor((low * scale + offset) / Fraction(self.cell))
         last = math.ceil((high * scale + offset) / Fraction(self.cell))

@@ -1,4 +1,4 @@
-"""Every constant of the method, as frozen dataclasses that are saved with what they made."""
+"""Constants and settings of the method, as frozen dataclasses that are saved with their results."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ VICUNA_SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-"""The sentence LLaVA-1.5 was trained and scored with; the hub's chat template leaves it out."""
+"""System prompt of LLaVA-1.5's training and published scores, missing in the Hub's template."""
 
 IMAGE_TOKEN = "<image>"
-"""Stands for an image in a prompt, in LLaVA's data, and in the tokenizer."""
+"""Placeholder for an image in prompts, in LLaVA's data and in the tokenizer."""
 
 ONE_WORD = "Answer the question using a single word or phrase."
 """What short answers are asked for with, in benchmarks and in LLaVA's data."""
@@ -22,7 +22,7 @@ ONE_WORD = "Answer the question using a single word or phrase."
 POLICIES = ("mask", "bbox", "strongest")
 PADDINGS = ("pad", "crop")
 ASPECT_RATIO = "image_aspect_ratio"
-"""Key of a LLaVA's config.json, original LLaVA's own: how images were made square in training."""
+"""Key of config.json, from the original LLaVA: how images are made square."""
 
 NOTED_PADDINGS = {"pad": "pad", "square": "crop"}
 """Values of ASPECT_RATIO -> padding. `square` is resized and cropped by the CLIP processor."""
@@ -32,13 +32,12 @@ KINDS = ("natural", "text")
 
 PROPOSERS = ("rpn", "attention", "vicrop", "none")
 
-
 PLAIN = {bool, float, int, str, type(None)}
-"""Kinds of values that a JSON file holds as they are."""
+"""Types of JSON scalars."""
 
 
 def _from_mapping(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a JSON object's keys against a dataclass: an unknown key is an error, not a default."""
+    """Check the keys of a JSON object against a dataclass; unknown keys raise ValueError."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{cls.__name__} must be an object, got a {type(values).__name__}")
     known = {f.name for f in fields(cls)}
@@ -50,7 +49,7 @@ def _from_mapping(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_json(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`_from_mapping`, and the kind of each plain value: JSON from outside may hold anything."""
+    """Check the keys (`_from_mapping`) and the types of scalar values of a JSON object."""
     checked = _from_mapping(cls, values)
     for name, hint in get_type_hints(cls).items():
         kinds = set(get_args(hint) or (hint,))
@@ -61,7 +60,7 @@ def _from_json(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_one_of(value: Any, kinds: set[type]) -> bool:
-    """Whether a value is of one of the kinds: whole numbers are floats, truth is no number."""
+    """Whether a value has one of the types; integers count as floats, booleans do not."""
     if type(value) in kinds:
         return type(value) is not float or math.isfinite(value)
     return type(value) is int and float in kinds
@@ -73,7 +72,7 @@ _READ: Mapping[str, Any] = {
     "thin_above": int,
     "relative": {"true": True, "false": False}.__getitem__,
 }
-"""How text becomes a setting, where that is not a float."""
+"""Parsers of settings that are not floats."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,11 @@ class ZoomConfig:
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """`threshold=0.1,policy=strongest` -> settings; empty text gives the defaults."""
+        """Parse settings such as `threshold=0.1,policy=strongest`; empty text gives the defaults.
+
+        Raises:
+            ValueError: If a setting is unknown or invalid.
+        """
         pairs = [part.partition("=") for part in text.split(",") if part.strip()]
         values: dict[str, Any] = {name.strip(): value.strip() for name, _, value in pairs}
         checked = _from_mapping(cls, values)
@@ -169,7 +172,7 @@ SMALL_SQUARE = MapRules()
 
 @dataclass(frozen=True)
 class LayerHeads:
-    """Attention heads of one decoder layer; `heads=None` takes all of them. Counted from 0."""
+    """Attention heads of one decoder layer, counted from 0; `heads=None` means all."""
 
     layer: int
     heads: tuple[int, ...] | None = None
@@ -280,13 +283,13 @@ LABELS_13B = LabelConfig(
 
 
 def published_labels(num_layers: int, hidden_size: int) -> LabelConfig | None:
-    """The published head lists, which fit LLaVA-1.5-7B and 13B only; None for any other shape."""
+    """Return the published head lists of LLaVA-1.5-7B and 13B; None for other shapes."""
     return {(32, 4096): LABELS_7B, (40, 5120): LABELS_13B}.get((num_layers, hidden_size))
 
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 SIZES += ("image_tokens",)
-"""Fields of an RPNConfig that count something of its base model."""
+"""Fields of `RPNConfig` that must be positive."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Pictures of what the model saw: the image with map and boxes, the crops, the answers."""
+"""Draw questions with the RoI map, boxes, crops and answers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 
 from sdrpn.boxes import PixelBox
 from sdrpn.io.atomic import atomic_write
+from sdrpn.io.extras import needs
 
 BOX_COLOUR = "#ff2fd0"
 TRUE_COLOUR = "#2fe05a"
@@ -22,11 +21,19 @@ TRUE_COLOUR = "#2fe05a"
 
 @dataclass(frozen=True)
 class Card:
-    """One question to draw: answers are lines of text by the name of who gave them.
+    """One question to draw.
 
-    extent: where maps lie on the image, (x0, y0, x1, y1) in pixels, as `ImageGrid.extent` has it.
-    roi_map: [rows, columns] in [0, 1] or None. truth: the true box where it is known. second_map:
-    drawn over the image once more, where the crop would stand.
+    Args:
+        image: The image.
+        question: Text of the question.
+        answers: Answers by the name of the model or setting.
+        regions: Boxes in source pixels; the first one is also drawn as a crop.
+        extent: Position of the maps on the image, (x0, y0, x1, y1) in source pixels, see
+            `ImageGrid.extent`.
+        roi_map: [rows, columns] in [0, 1], or None.
+        truth: Ground-truth box in source pixels, or None.
+        note: Text below the answers.
+        second_map: Another map, drawn on a copy of the image instead of the crop.
     """
 
     image: Image.Image
@@ -41,7 +48,22 @@ class Card:
 
 
 def sheet(cards: Sequence[Card], out: Path | str, columns: int = 1) -> Path:
-    """Write cards as one picture: the whole image with map and box, the crop, the answers."""
+    """Draw cards as one picture: image with map and boxes, crop, and answers.
+
+    Args:
+        cards: Questions to draw.
+        out: File to write; its suffix sets the format.
+        columns: Cards side by side.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        MissingExtra: If matplotlib is not installed.
+    """
+    needs("matplotlib", extra="plot", what=f"drawing {out}")
+    from matplotlib.figure import Figure
+
     rows = -(-len(cards) // columns)
     figure = Figure(figsize=(7.2 * columns, 3.0 * rows), layout="constrained", dpi=110)
     axes = figure.subplots(rows, 3 * columns, squeeze=False, width_ratios=[1, 1, 1.1] * columns)
@@ -58,21 +80,23 @@ def sheet(cards: Sequence[Card], out: Path | str, columns: int = 1) -> Path:
 
 
 def _draw(card: Card, axes: Any) -> None:
-    whole, cut, words = axes
+    from matplotlib.patches import Rectangle
+
+    overview, detail, words = axes
     rgb = card.image.convert("RGB")
-    _draw_image(whole, rgb, card.roi_map, card.extent)
+    _draw_image(overview, rgb, card.roi_map, card.extent)
     for box, colour in [*((b, BOX_COLOUR) for b in card.regions), (card.truth, TRUE_COLOUR)]:
         if box is not None:
             x0, y0, x1, y1 = box
             frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=2)
-            whole.add_patch(frame)
+            overview.add_patch(frame)
     if card.second_map is not None:
-        _draw_image(cut, rgb, card.second_map, card.extent)
+        _draw_image(detail, rgb, card.second_map, card.extent)
     elif card.regions:
         x0, y0, x1, y1 = card.regions[0]
-        cut.imshow(rgb.crop((x0, y0, x1, y1)))
+        detail.imshow(rgb.crop((x0, y0, x1, y1)))
     else:
-        cut.text(0.5, 0.5, "no zoom", ha="center", va="center", transform=cut.transAxes)
+        detail.text(0.5, 0.5, "no zoom", ha="center", va="center", transform=detail.transAxes)
     lines = [*textwrap.wrap(card.question, 34), ""]
     for name, answer in card.answers.items():
         lines += textwrap.wrap(f"{name}: {answer}", 34)
@@ -83,7 +107,7 @@ def _draw(card: Card, axes: Any) -> None:
 def _draw_image(
     axis: Any, rgb: Image.Image, roi_map: np.ndarray | None, extent: tuple[float, ...]
 ) -> None:
-    """The whole image, with a map over it where there is one."""
+    """Draw the image and, if there is one, a map over it."""
     axis.imshow(rgb)
     if roi_map is not None:
         x0, y0, x1, y1 = extent

@@ -1,6 +1,6 @@
-"""Short names of models that installed packages bring, by the entry-point group `sdrpn.models`.
+"""Short names of models, which installed packages register in the entry-point group `sdrpn.models`.
 
-An entry point names a function without arguments that returns (model folder, RPN folder).
+An entry point is a function without arguments that returns (model folder, RPN folder).
 """
 
 from __future__ import annotations
@@ -17,15 +17,23 @@ PUBLISHED_RPN = {
     LLAVA_7B: "YuhengSSS/llava-v1.5-7b-roi-K15T3-152k-v1bf16Mheads-twiginit-filled",
     LLAVA_13B: "YuhengSSS/llava-v1.5-13b-roi-K15T3-152k-v1bf16Mheads-twiginit",
 }
-"""The RPNs the paper's authors published, by base model."""
+"""RPNs published by the paper's authors, by base model."""
 
 
 def resolve(model: str, rpn: str | None) -> tuple[str, str | None]:
-    """Where a model and its RPN are; anything else than a short name stays as it is, but for `~`.
+    """Resolve the short name of a model to its folders; other names are returned with `~` expanded.
 
-    Raises ValueError for a path without a folder, which would be looked for on the hub.
+    Args:
+        model: Short name, folder or Hub id.
+        rpn: Folder or Hub id; None for the RPN of the short name, if any.
+
+    Returns:
+        (model, RPN or None), each a folder or Hub id.
+
+    Raises:
+        ValueError: If `model` is a path, but there is no such folder.
     """
-    # A shell leaves `--model=~/x` as it is.
+    # A shell does not expand `--model=~/x`.
     model = os.path.expanduser(model)
     rpn = None if rpn is None else os.path.expanduser(rpn)
     for point in entry_points(group=GROUP, name=model):
@@ -33,11 +41,11 @@ def resolve(model: str, rpn: str | None) -> tuple[str, str | None]:
         return folder, rpn or own_rpn
     path = Path(model)
     is_path = path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2
-    if is_path and not os.path.isdir(model):  # Path.is_dir raises for names that are too long
-        raise ValueError(f"there is no folder {model}, and no model of the hub is called so")
+    if is_path and not os.path.isdir(model):  # Path.is_dir raises for overlong names
+        raise ValueError(f"there is no folder {model}, and it is not a Hub id")
     return model, rpn
 
 
 def known() -> list[str]:
-    """The short names at hand."""
+    """Return the registered short names."""
     return sorted(point.name for point in entry_points(group=GROUP))

@@ -17,7 +17,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from loguru import logger
 from pydantic import TypeAdapter
 
 from sdrpn.io.atomic import as_json, read_parsed
@@ -152,6 +151,8 @@ def subset(task: str, dataset: Any) -> Any:
         return dataset.select(chosen.ids)
     if len(dataset) <= len(chosen.ids) and _is_local(dataset):
         if len(dataset) < len(chosen.ids):
+            from loguru import logger  # comes with an extra; the commands here work without
+
             logger.warning(
                 f"{task}: {counted(len(dataset), 'local row')} asked, all there are; the subset "
                 "has "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import BitsAndBytesConfig
 
 from sdrpn.io import hub
 from sdrpn.io.checkpoint_files import first_line
+from sdrpn.io.extras import needs
 
 KEPT_WHOLE = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 """Modules that 4-bit loading leaves as they are: small, and what the maps are made from."""
@@ -19,10 +19,9 @@ KEPT_WHOLE = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 def four_bits(dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of from_pretrained for a language model in 4 bits (nf4) that computes in `dtype`.
 
-    Raises ValueError that says what to install where bitsandbytes is missing.
+    Raises MissingExtra where bitsandbytes is not installed.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+    needs("bitsandbytes", extra="4bit", what="load_in_4bit")
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -36,12 +35,12 @@ def with_adapter(model: Any, adapter: str, *, merge: bool = True) -> Any:
     """The model with a PEFT adapter's weights, from a folder or hub id.
 
     merge: add them to the base's own, so that nothing runs slower; a base in 4 bits cannot take
-    them in and keeps them beside it. Raises ValueError that says what is missing or does not fit.
+    them in and keeps them beside it. Raises ValueError that says what does not fit, MissingExtra
+    where peft is not installed.
     """
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise ValueError(f"peft={adapter} needs the package peft: pip install peft") from None
+    needs("peft", extra="peft", what=f"peft={adapter}")
+    from peft import PeftModel
+
     try:
         with warnings.catch_warnings():
             # PEFT only warns of weights it could not place, and would go on without them.

@@ -1,4 +1,4 @@
-"""The command line: `sdrpn look` and its like, one module a command."""
+"""The `sdrpn` command line, one module per command."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from sdrpn.cli.train import train
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="A second, closer look for LLaVA-1.5. Evaluate with: lmms-eval --model llava_sdrpn ...",
+    help="Zoom into the region of an image that a question is about, with a LLaVA-1.5. Evaluate "
+    "with: lmms-eval --model llava_sdrpn ...",
 )
 app.command()(look)
 app.command()(answer)
 app.command()(heads)
 app.command()(label)
 app.command()(relabel)
-# Fields of TrainingArguments follow the options of its own.
+# `train` also accepts the fields of TrainingArguments.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 app.add_typer(convert, name="convert")

@@ -1,4 +1,4 @@
-"""`python -m sdrpn.cli`, which is also how accelerate and torchrun start a command."""
+"""`python -m sdrpn.cli`, the entry point for accelerate and torchrun."""
 
 from sdrpn.cli import app
 

@@ -1,4 +1,4 @@
-"""`sdrpn convert`: what others published, into this project's own files."""
+"""`sdrpn convert`: published RPNs, pseudo-labels and base models to this project's formats."""
 
 from __future__ import annotations
 
@@ -9,40 +9,41 @@ import typer
 
 from sdrpn.cli.shared import check_images, print_label_summary, report_errors, say
 
-OUT_HELP = "A new folder."
+OUT_HELP = "New folder."
 SIZES = ("7b", "13b")
 
 convert = typer.Typer(
     no_args_is_help=True,
-    help="Published RPNs, pseudo-labels and LLaVA-1.5 bases -> folders that everything here reads.",
+    help="Convert published RPNs, pseudo-labels and LLaVA-1.5 base models.",
 )
 
 
 @convert.command("rpn")
 def convert_rpn(
-    source: Annotated[str, typer.Argument(help="The authors' checkpoint: folder or hub id.")],
+    source: Annotated[str, typer.Argument(help="The authors' checkpoint: folder or Hub id.")],
     out: Annotated[Path, typer.Option(help=OUT_HELP)],
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the hub id.")
+        str | None, typer.Option(help="Branch, tag or commit of the Hub id.")
     ] = None,
 ) -> None:
-    """Keep only the RPN of a checkpoint by the paper's authors, once and for all.
+    """Extract the RPN from a checkpoint of the paper's authors.
 
-    `rpn=` and --rpn read such a checkpoint as it is, too; this saves the disk the rest of it.
+    Conversion is optional, since `rpn=` and --rpn also read the original checkpoint; it saves disk
+    space.
 
     Example: sdrpn convert rpn
     YuhengSSS/llava-v1.5-7b-roi-K15T3-152k-v1bf16Mheads-twiginit-filled --out rpn-7b/
     """
     with report_errors():
         new_folder(out)
-        # Imported here, so that --help and a wrong path answer at once.
+        # Imported here to keep --help and path errors fast.
         from sdrpn.rpn.checkpoint import RPN
 
         rpn = RPN.from_pretrained(source, revision=revision)
         rpn.save_pretrained(out)
         config = rpn.config
         say(
-            f"RPN: {out} (R = {config.depth} behind B = {config.branch_layer}, "
+            f"RPN: {out} (B = {config.branch_layer}, R = {config.depth}, "
             f"{sum(p.numel() for p in rpn.parameters()):,} parameters)"
         )
 
@@ -53,15 +54,15 @@ def labels(
     out: Annotated[Path, typer.Option(help=OUT_HELP)],
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder that its image paths start from; noted for training."),
+        typer.Option(help="Folder that image paths are relative to; saved for training."),
     ] = None,
     size: Annotated[
-        str, typer.Option(help=f"LLaVA-1.5 whose attention it holds: {' or '.join(SIZES)}; noted.")
+        str, typer.Option(help=f"Size of the LLaVA-1.5 that was labelled: {' or '.join(SIZES)}.")
     ] = "7b",
 ) -> None:
-    """Turn the authors' pseudo-labels into a folder of labels, as `sdrpn label` makes them.
+    """Convert the authors' pseudo-labels to a labels folder, as `sdrpn label` writes it.
 
-    Nothing in the pickle is run: one that asks for more than numpy arrays is refused.
+    No code in the pickle is executed: a pickle of anything but plain values and arrays is refused.
 
     Example: sdrpn convert labels llava_v1_5_7b_pseudo_roi_release.pkl --images images/ --out
     labels/, then sdrpn train --labels labels/ --out rpn-7b/
@@ -84,18 +85,20 @@ def labels(
 
 @convert.command("base")
 def base_model(
-    source: Annotated[str, typer.Argument(help="LLaVA-1.5 in its first layout: folder or hub id.")],
+    source: Annotated[
+        str, typer.Argument(help="LLaVA-1.5 in the original layout: folder or Hub id.")
+    ],
     out: Annotated[Path, typer.Option(help=OUT_HELP)],
     base: Annotated[
         str | None,
-        typer.Option(help="For a LoRA fine-tune: what it was trained on, merged with it."),
+        typer.Option(help="For a LoRA fine-tune: the base model, with which it is merged."),
     ] = None,
     vision_tower: Annotated[
         str | None,
-        typer.Option(help="The CLIP's folder, where config.json's mm_vision_tower is not."),
+        typer.Option(help="Folder or Hub id of the CLIP; default: mm_vision_tower in config.json."),
     ] = None,
 ) -> None:
-    """Turn a LLaVA-1.5 in the layout of its authors' code into the Hugging Face layout.
+    """Convert a LLaVA-1.5 from the original layout to the Hugging Face layout.
 
     Example: sdrpn convert base my-finetune/ --out my-llava/
 
@@ -110,6 +113,6 @@ def base_model(
 
 
 def new_folder(out: Path) -> None:
-    """Refuse a folder that holds something: a source must not be written over, nor mixed with."""
+    """Raise ValueError unless the output folder is new or empty."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"--out {out} holds something already: give a new folder")
+        raise ValueError(f"--out {out} is not empty: give a new folder")

@@ -1,4 +1,4 @@
-"""`sdrpn look`: what the model sees, as a picture and as text."""
+"""`sdrpn look`: draw the region that the model zooms into and print both answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from PIL import Image
 
-from sdrpn import model_registry as names
+from sdrpn import model_registry
 from sdrpn.cli.shared import (
     DtypeOption,
     ModelOption,
@@ -24,39 +24,58 @@ from sdrpn.cli.shared import (
     say,
     weights_hint,
 )
+from sdrpn.io.extras import MissingExtra, needs
 
 if TYPE_CHECKING:
+    from sdrpn.draw import Card
     from sdrpn.engine import ZoomModel
+
+DEFAULT_OUT = Path("look.png")
 
 
 def look(
     image: Annotated[Path, typer.Argument(help="An image file.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
-    model: ModelOption = names.LLAVA_7B,
+    question: Annotated[str, typer.Argument(help="A question about it.")],
+    model: ModelOption = model_registry.LLAVA_7B,
     rpn: RpnOption = None,
     rpn_revision: RpnRevisionOption = None,
-    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("look.png"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The picture to write; default: look.png, if matplotlib is installed."),
+    ] = None,
     proposer: ProposerOption = "rpn",
     threshold: ThresholdOption = None,
     policy: PolicyOption = None,
     dtype: DtypeOption = "auto",
     padding: PaddingOption = None,
 ) -> None:
-    """Ask one question twice, stock and with the second look, and draw where it looked.
+    """Answer a question with the stock model and with zoom, and draw the region.
 
     Example: sdrpn look scene.png "what pattern is on the red disc ?" --model tiny
     """
     picture = open_image(image)
+    with report_errors():
+        if out is not None:
+            needs("matplotlib", extra="plot", what=f"--out {out}")
     with report_errors(weights_hint(model)):
         zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype, padding, rpn_revision)
-        text, path = _look(zoom, picture, question, out)
-    say(text)
-    say(f"picture: {path}")
+        text, card = _look(zoom, picture, question)
+        say(text)
+        say(_drawn(card, out or DEFAULT_OUT))
 
 
-def _look(zoom: ZoomModel, picture: Image.Image, question: str, out: Path) -> tuple[str, Path]:
+def _drawn(card: Card, out: Path) -> str:
+    from sdrpn.draw import sheet
+
+    try:
+        return f"picture: {sheet([card], out)}"
+    except MissingExtra as error:
+        return f"no picture: {error}"
+
+
+def _look(zoom: ZoomModel, picture: Image.Image, question: str) -> tuple[str, Card]:
     # Imported here, so that --help and a wrong path answer at once.
-    from sdrpn.draw import Card, sheet
+    from sdrpn.draw import Card
     from sdrpn.engine import ZoomModel
 
     answer = zoom.ask(picture, question)
@@ -73,9 +92,9 @@ def _look(zoom: ZoomModel, picture: Image.Image, question: str, out: Path) -> tu
     )
     boxes = ", ".join(str(tuple(box)) for box in answer.regions) or f"none ({answer.reason})"
     lines = [f"{name}: {text}" for name, text in answers.items()]
-    lines += [f"looked at (x0, y0, x1, y1 in pixels): {boxes}"]
+    lines += [f"region (x0, y0, x1, y1 in pixels): {boxes}"]
     if answer.roi_map is not None:
         peak = answer.roi_map.max()
         lines.append(f"map maximum: {peak:.3f}, threshold {zoom.zoom.threshold:g}")
     lines.append(f"tokens: {answer.image_tokens} image, {answer.crop_tokens} crop")
-    return "\n".join(lines), sheet([card], out)
+    return "\n".join(lines), card

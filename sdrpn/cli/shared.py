@@ -1,4 +1,4 @@
-"""What the commands share: the console, errors of one sentence, files."""
+"""Shared by the commands: options, console output, error reporting, loading."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from sdrpn import model_registry as names
+from sdrpn import model_registry
 from sdrpn.config import POLICIES, PROPOSERS, ZoomConfig
+from sdrpn.io.extras import MissingExtra
 from sdrpn.io.plurals import counted
 
 if TYPE_CHECKING:
     from sdrpn.engine import ZoomModel
 
-MODEL_HELP = "LLaVA-1.5: a folder, a hub id, or `tiny`, the embedded toy."
+MODEL_HELP = "LLaVA-1.5: a folder, a Hub id, or `tiny`, the embedded toy model."
 
 ModelOption = Annotated[str, typer.Option(help=MODEL_HELP)]
 RpnOption = Annotated[
-    str | None, typer.Option(help="RPN: a folder or a hub id; `tiny` brings its own.")
+    str | None, typer.Option(help="RPN: a folder or Hub id; `tiny` includes its own.")
 ]
 RpnRevisionOption = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of the RPN's hub id.")
+    str | None, typer.Option(help="Branch, tag or commit of the RPN's Hub id.")
 ]
 ProposerOption = Annotated[str, typer.Option(help=f"One of {', '.join(PROPOSERS)}.")]
 ThresholdOption = Annotated[
-    float | None, typer.Option(help="On the map, in (0, 1); default: the RPN's own.")
+    float | None, typer.Option(help="Threshold on the map, in (0, 1); default: the RPN's own.")
 ]
 PolicyOption = Annotated[
     str | None, typer.Option(help=f"One of {', '.join(POLICIES)}; default: the RPN's own.")
@@ -39,8 +40,8 @@ PolicyOption = Annotated[
 PaddingOption = Annotated[
     str | None,
     typer.Option(
-        help="pad (the whole image on a square) or crop (its centre); default: as config.json "
-        "notes in image_aspect_ratio, else pad."
+        help="pad the image to a square, or crop its centre; default: image_aspect_ratio in "
+        "config.json, else pad."
     ),
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
@@ -49,7 +50,7 @@ console = Console()
 
 
 def fail(message: str) -> typer.Exit:
-    """Say on stderr what was wrong; raise what returns, and the command ends with 2."""
+    """Print an error to stderr and return the exception that ends the command with exit code 2."""
     text = Text.assemble(("error: ", "bold red"), message)
     Console(stderr=True).print(text, soft_wrap=True)
     return typer.Exit(2)
@@ -57,16 +58,25 @@ def fail(message: str) -> typer.Exit:
 
 @contextmanager
 def report_errors(hint: str = "") -> Iterator[None]:
-    """Wrong values and files end the command with what they say, and a hint; no traceback."""
+    """Report OSError and ValueError as one sentence without a traceback.
+
+    Args:
+        hint: Appended to the message.
+
+    Raises:
+        typer.Exit: With exit code 2.
+    """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MissingExtra) as error:
         raise fail(f"{error}{hint}") from None
 
 
 def weights_hint(model: str) -> str:
-    """What to try first, for an error about a model that has to be fetched."""
-    return "" if model in names.known() else "\nFor a first try without weights: --model tiny"
+    """Return a hint for errors about a model that has to be downloaded."""
+    if model in model_registry.known():
+        return ""
+    return "\nFor a first try without weights: --model tiny"
 
 
 def load_zoom(
@@ -79,21 +89,26 @@ def load_zoom(
     padding: str | None = None,
     rpn_revision: str | None = None,
 ) -> ZoomModel:
-    """The engine that the options of these names ask for."""
+    """Load the engine with the command-line options of these names.
+
+    Raises:
+        ValueError: If an option is invalid, before weights are loaded.
+        OSError: If files are missing or cannot be fetched.
+    """
     given = {"threshold": threshold, "policy": policy}
     chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    ZoomConfig(**chosen)  # wrong ones are told before the weights are loaded
-    # Imported here, so that --help and a wrong path answer at once.
+    ZoomConfig(**chosen)  # validate before weights are loaded
+    # Imported here to keep --help and path errors fast.
     from sdrpn.backbones.llava15 import check_padding
     from sdrpn.engine import ZoomModel
 
     check_padding(padding)
     if proposer == "rpn":
-        rpn = rpn or names.PUBLISHED_RPN.get(model)
-    folder, network = names.resolve(model, rpn)
+        rpn = rpn or model_registry.PUBLISHED_RPN.get(model)
+    folder, rpn_folder = model_registry.resolve(model, rpn)
     zoom = ZoomModel.from_pretrained(
         folder,
-        network,
+        rpn_folder,
         proposer=proposer,
         dtype=dtype,
         padding=padding,
@@ -105,21 +120,23 @@ def load_zoom(
 
 
 def check_images(images: Path | None) -> None:
-    """Refuse an --images folder that is not there."""
+    """Raise ValueError if the --images folder does not exist."""
     if images is not None and not images.is_dir():
-        raise ValueError(f"there is no folder {images}; give the one the image paths start from")
+        raise ValueError(
+            f"there is no folder {images}; give the one that image paths are relative to"
+        )
 
 
 def print_label_summary(found: Mapping[str, Any]) -> None:
-    """Print how many questions gave labels, and why the others did not: a folder's summary."""
+    """Print the summary of a labels folder: labelled and ignored questions."""
     say(f"{found['kept']} of {counted(found['questions'], 'question')} gave labels")
     for reason, count in found["ignored"].items():
         say(f"  ignored, {reason}: {count}")
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image file as RGB; ends the command with a sentence that names the file."""
-    # Imported here, so that --help answers at once.
+    """Load an image file as RGB, or end the command with an error."""
+    # Imported here to keep --help fast.
     from sdrpn.io.images import load_image
 
     with report_errors():
@@ -127,5 +144,5 @@ def open_image(path: Path) -> Image.Image:
 
 
 def say(text: str) -> None:
-    """Print a line as it stands."""
+    """Print text without markup, highlighting or wrapping."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`sdrpn train`: from labels to an RPN checkpoint."""
+"""`sdrpn train`: train an RPN on a labels folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdrpn import model_registry as names
+from sdrpn import model_registry
 from sdrpn.cli.shared import MODEL_HELP, report_errors, say
 from sdrpn.config import ZoomConfig
 
@@ -17,49 +17,49 @@ FACTS = "training.json"
 
 def train(
     context: typer.Context,
-    labels: Annotated[Path, typer.Option(help="A finished folder of `sdrpn label`.")],
-    out: Annotated[Path, typer.Option(help="Folder for the RPN; a begun one is gone on with.")],
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = names.LLAVA_7B,
+    labels: Annotated[Path, typer.Option(help="Complete labels folder of `sdrpn label`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the RPN; resumes if training was begun.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = model_registry.LLAVA_7B,
     images: Annotated[
-        Path | None, typer.Option(help="Image folder, where it is no longer where it was labelled.")
+        Path | None, typer.Option(help="Image folder, if moved since labelling.")
     ] = None,
     branch_layer: Annotated[int, typer.Option(help="B: backbone layers below the RPN.")] = 15,
     depth: Annotated[int, typer.Option(help="R: R-1 decoder layers and the map head.")] = 3,
     held_out: Annotated[
-        float, typer.Option(help="Share of the images kept back to measure on; 0 for none.")
+        float, typer.Option(help="Share of the images held out for evaluation; 0 for none.")
     ] = 0.02,
     samples: Annotated[
-        int | None, typer.Option(help="Train on so many labels only, drawn at random.")
+        int | None, typer.Option(help="Number of training labels, drawn at random; default: all.")
     ] = None,
     global_batch: Annotated[
-        int, typer.Option(help="Questions a step over all processes, by accumulation.")
+        int, typer.Option(help="Questions per step over all processes; sets accumulation.")
     ] = 512,
     zoom: Annotated[
         str,
-        typer.Option(help="Zoom settings to note in the RPN: threshold=0.1,policy=strongest,..."),
+        typer.Option(help="Zoom settings to save in the RPN: threshold=0.1,policy=strongest,..."),
     ] = "",
     dtype: Annotated[
-        str, typer.Option(help="Of the frozen model: auto, float32, bfloat16 or float16.")
+        str, typer.Option(help="Dtype of the frozen model: auto, float32, bfloat16 or float16.")
     ] = "auto",
     save_dtype: Annotated[
-        str, typer.Option(help="Of the saved RPN; auto: bfloat16 on a GPU, else float32.")
+        str, typer.Option(help="Dtype of the saved RPN; auto: bfloat16 on a GPU, else float32.")
     ] = "auto",
     padding: Annotated[
-        str | None, typer.Option(help="pad or crop; default: as the labels were made.")
+        str | None, typer.Option(help="pad or crop; default: the padding of the labels.")
     ] = None,
 ) -> None:
-    """Train an RPN on labels, with the published hyper-parameters unless told otherwise.
+    """Train an RPN on a labels folder, with the published hyper-parameters by default.
 
-    Every field of transformers' TrainingArguments can be set too, such as --learning_rate 1e-4,
+    Also accepts every field of transformers' TrainingArguments, such as --learning_rate 1e-4,
     --per_device_train_batch_size 8, --max_steps 100, --report_to wandb, --bf16 false.
 
     Example: sdrpn train --labels labels/ --out rpn-7b/
 
-    Several GPUs: accelerate launch -m sdrpn.cli train ...  Stopped at any moment, the same command
-    goes on from its last checkpoint; --resume_from_checkpoint is not needed.
+    Several GPUs: accelerate launch -m sdrpn.cli train ...  After an interruption the same command
+    resumes from the last checkpoint, without --resume_from_checkpoint.
     """
     with report_errors():
-        # Imported here, so that --help and a wrong path answer at once.
+        # Imported here to keep --help and path errors fast.
         from sdrpn.distill.label_dataset import (
             LabelledImages,
             image_root,
@@ -72,7 +72,7 @@ def train(
 
         settings = read_settings(labels)
         rows = LabelledImages(load_labels(labels), image_root(labels, images))
-        noted = ZoomConfig.from_text(zoom)
+        zoom_config = ZoomConfig.from_text(zoom)
         arguments = training_arguments(
             context.args, out / CHECKPOINTS, global_batch, measured=held_out > 0
         )
@@ -81,11 +81,11 @@ def train(
         from sdrpn.distill.trainer import train as run
         from sdrpn.rpn.checkpoint import RPN
 
-        # Before the weights are loaded, for what is wrong with the numbers.
-        trained, kept_back = split_by_image(rows, held_out, samples, arguments.seed)
+        # Before the weights are loaded, to report invalid settings early.
+        trained, evaluated = split_by_image(rows, held_out, samples, arguments.seed)
         check_padding(padding)
         labelled = check_same_padding(padding, settings, labels)
-        folder, _ = names.resolve(model, None)
+        folder, _ = model_registry.resolve(model, None)
         layers = branch_layer + depth
         llava = Llava15.load(
             folder, dtype=dtype, device=arguments.device, num_layers=layers, padding=labelled
@@ -96,14 +96,14 @@ def train(
             lambda question, cells: llava.room(cells, llava.prompt_ids(question).after) < 1
         )
         if skipped:
-            trained, kept_back = split_by_image(rows, held_out, samples, arguments.seed)
+            trained, evaluated = split_by_image(rows, held_out, samples, arguments.seed)
             if arguments.process_index == 0:
                 say(
                     f"skipped, does not fit the context of {llava.context_length} tokens: "
                     f"{len(skipped)} labels, such as {skipped[0]!r}"
                 )
-        made = read_label_config(labels)
-        rpn = RPN.from_backbone(llava, branch_layer, depth, zoom=noted, labels=made)
+        label_config = read_label_config(labels)
+        rpn = RPN.from_backbone(llava, branch_layer, depth, zoom=zoom_config, labels=label_config)
         if arguments.process_index == 0:
             chosen = {
                 "model": model,
@@ -117,11 +117,11 @@ def train(
                 "global_batch": global_batch,
                 "arguments": context.args,
             }
-            if llava.padding != "pad":  # which earlier versions always used and did not note
+            if llava.padding != "pad":  # earlier versions always used pad and did not save it
                 chosen["padding"] = llava.padding
             remove_partial_files(out / CHECKPOINTS)
             guard_settings(out / CHECKPOINTS / "settings.json", chosen)
-        facts = run(llava, rpn, trained, arguments, held_out=kept_back, tell=say)
+        facts = run(llava, rpn, trained, arguments, held_out=evaluated, log=say)
         earlier = read_object(out / FACTS, ANEW) if (out / FACTS).exists() else {}
         rpn.facts = {"labels": settings.get("data", str(labels)), **facts}
         if skipped:
@@ -136,7 +136,18 @@ def train(
 
 
 def training_arguments(more: list[str], out: Path, global_batch: int, measured: bool) -> Any:
-    """The published hyper-parameters, then what the command line says, as TrainingArguments."""
+    """Build TrainingArguments from the published hyper-parameters and the command line.
+
+    Args:
+        more: Command-line words beyond the options of `sdrpn train`.
+        out: Folder for checkpoints.
+        global_batch: Questions per step over all processes.
+        measured: Whether there is a held-out set.
+
+    Raises:
+        ValueError: If an option is unknown, or `global_batch` is not a multiple of the questions
+            that all processes handle at once.
+    """
     from transformers import HfArgumentParser, TrainingArguments
 
     from sdrpn.distill.trainer import defaults
@@ -150,15 +161,15 @@ def training_arguments(more: list[str], out: Path, global_batch: int, measured: 
         (arguments,) = parser.parse_args_into_dataclasses([*words, *more], look_for_args_file=False)
     except SystemExit:
         raise ValueError(
-            f"not all of {' '.join(more)} is known: give options of `sdrpn train --help` or fields "
-            "of transformers' TrainingArguments"
+            f"unknown option among {' '.join(more)}: give options of `sdrpn train --help` or "
+            "fields of transformers' TrainingArguments"
         ) from None
     if "gradient_accumulation_steps" not in given:
         at_once = arguments.per_device_train_batch_size * arguments.world_size
         if global_batch % at_once:
             raise ValueError(
-                f"global_batch {global_batch} is no multiple of the {at_once} questions that "
-                f"{arguments.world_size} process(es) take at once; set "
+                f"global_batch {global_batch} is not a multiple of the {at_once} questions that "
+                f"{arguments.world_size} process(es) handle at once; set "
                 "--per_device_train_batch_size or --global-batch"
             )
         arguments.gradient_accumulation_steps = global_batch // at_once
@@ -166,31 +177,40 @@ def training_arguments(more: list[str], out: Path, global_batch: int, measured: 
 
 
 def check_same_grid(backbone: Any, settings: dict[str, Any], labels: Path) -> None:
-    """Refuse labels of another grid of image tokens than the model's."""
+    """Raise ValueError unless the labels have the model's number of image tokens."""
     cells, own = settings.get("image_tokens"), backbone.rpn_shape()["image_tokens"]
     if cells != own:
         raise ValueError(
-            f"{labels} labels {cells} image tokens, {backbone.name} has {own}: label with this "
-            "model"
+            f"{labels} has labels for {cells} image tokens, {backbone.name} has {own}: label with "
+            "this model"
         )
 
 
 def check_same_padding(padding: str | None, settings: dict[str, Any], labels: Path) -> str | None:
-    """The padding that the labels were made with; refuse another one, whose cells lie elsewhere.
+    """Return the padding of the labels, since another one places their cells elsewhere.
 
-    None where neither the command nor the labels name one.
+    Args:
+        padding: The --padding option.
+        settings: Settings of the labels folder.
+        labels: The labels folder.
+
+    Returns:
+        The padding, or None if neither the option nor the settings name one.
+
+    Raises:
+        ValueError: If the option differs from the settings.
     """
     made = settings.get("padding")
     if padding is not None and made is not None and padding != made:
         raise ValueError(
-            f"--padding {padding}, but {labels} was labelled with padding {made}: leave --padding "
-            "out, or label again with it"
+            f"--padding {padding}, but {labels} was labelled with padding {made}: omit --padding, "
+            "or label again with it"
         )
     return padding or made
 
 
 def pick_save_dtype(name: str, device: str) -> Any:
-    """torch's dtype; `auto` is bfloat16 where training ran on a GPU."""
+    """Return the torch dtype of a name; `auto` is bfloat16 for a GPU and float32 for a CPU."""
     from sdrpn.backbones.loading import DTYPES
 
     if name == "auto":

@@ -23,7 +23,7 @@ from sdrpn.distill.label_dataset import (
     write_settings,
     write_shard,
 )
-from sdrpn.distill.pseudo_labels import judge
+from sdrpn.distill.pseudo_labels import label_cells
 from sdrpn.io.atomic import write_json
 
 KEYS = ("question_id", "prompt", "text", "image", "sink_attn", "grounding_attn_o2i")
@@ -112,7 +112,7 @@ def _row(
         raise ValueError(f"{where}: {tokens} image tokens do not make a square grid")
     grounding, sink = (one.reshape(side, side) for one in (grounding, sink))
     try:
-        labels, reason = judge(grounding, sink, config)
+        labels, reason = label_cells(grounding, sink, config)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return label_row(

@@ -17,6 +17,7 @@ from sdrpn.config import IMAGE_TOKEN
 from sdrpn.io.atomic import read_object
 from sdrpn.io.checkpoint_files import Source
 from sdrpn.io.checkpoints import explain_load_errors
+from sdrpn.io.extras import needs
 
 PAD_TOKEN = "<pad>"
 FILES = ("tokenizer.json", "tokenizer.model")
@@ -74,11 +75,11 @@ def _from_sentencepiece(path: Path, source: Source) -> Any:
 
     Raises:
         ValueError: If the result does not encode text as sentencepiece does.
+        MissingExtra: If sentencepiece is not installed.
     """
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError:
-        raise ValueError(f"{path} needs sentencepiece: pip install sentencepiece") from None
+    needs("sentencepiece", extra="convert", what=str(path))
+    from sentencepiece import SentencePieceProcessor
+
     model: Any = SentencePieceProcessor()
     try:
         model.Load(str(path))

@@ -1,4 +1,4 @@
-"""A frozen model answers probe questions, and every head's attention to the image is read."""
+"""Ask a frozen model probe questions and read the attention of every head to the image."""
 
 from __future__ import annotations
 
@@ -17,30 +17,38 @@ from sdrpn.engine import ZoomModel
 from sdrpn.inference.attention_rows import Rows, read_rows
 
 COVERED = 0.1
-"""A cell shows an object that covers this share of it."""
+"""Share of a cell that an object must cover to count as visible there."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One question on its way: its picture, its token ids, where one should look, the response."""
+class ProbeQuestion:
+    """A question about a probe picture.
+
+    Args:
+        image: The picture.
+        question: Its text.
+        token_ids: Prompt tokens after the image.
+        target: Where the model should look.
+        response: Token ids of the answer, empty before it is given.
+    """
 
     image: Image.Image
     question: str
-    words: tuple[int, ...]
+    token_ids: tuple[int, ...]
     target: Targets
     response: tuple[int, ...] = ()
 
 
-class Listener:
-    """Puts questions to a model in batches. Memory does not grow with their number."""
+class AttentionProbe:
+    """Run probe questions through a model in batches; memory does not grow with their number."""
 
     def __init__(self, zoom: ZoomModel, batch_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         self.zoom, self.backbone, self.batch_size = zoom, zoom.backbone, batch_size
 
-    def questions(self, probes: Sequence[Probe]) -> list[Asked]:
-        """One question a disc, unanswered, picture by picture."""
+    def questions(self, probes: Sequence[Probe]) -> list[ProbeQuestion]:
+        """Build one question per disc, grouped by picture."""
         asked = []
         for number, probe in enumerate(probes):
             grid = self.backbone.image_grid(probe.image)
@@ -50,39 +58,53 @@ class Listener:
             for disc, cover in zip(probe.discs, covers, strict=True):
                 box = box_cover(disc.box, grid.extent, *shape).ravel()
                 target = Targets(cover > COVERED, box, objects, number, shape)
-                words = self.backbone.prompt_ids(disc.question).after
-                asked.append(Asked(probe.image, disc.question, words, target))
+                token_ids = self.backbone.prompt_ids(disc.question).after
+                asked.append(ProbeQuestion(probe.image, disc.question, token_ids, target))
         return asked
 
-    def answer(self, asked: Sequence[Asked], max_new_tokens: int) -> list[Asked]:
-        """The questions with the model's greedy responses.
+    def answer(self, asked: Sequence[ProbeQuestion], max_new_tokens: int) -> list[ProbeQuestion]:
+        """Return the questions with their greedy responses.
 
-        Those without a word, and those that do not fit the context, are left out.
+        Questions with an empty response, or that exceed the context, are left out.
         """
         answered = []
         for some in self._batches(asked, "Answering probes"):
             prefixes = self.zoom.prefill([one.image for one in some])
-            said = respond(self.backbone, prefixes, [one.words for one in some], max_new_tokens)
+            token_ids = [one.token_ids for one in some]
+            responses = respond(self.backbone, prefixes, token_ids, max_new_tokens)
             answered += [
-                replace(one, response=tuple(r)) for one, r in zip(some, said, strict=True) if r
+                replace(one, response=tuple(response))
+                for one, response in zip(some, responses, strict=True)
+                if response
             ]
         return answered
 
-    def listen(
-        self, asked: Sequence[Asked], layers: Sequence[int], title: str
-    ) -> Iterator[tuple[Sequence[Asked], Rows]]:
-        """Attention of the responses to the image, mean over their tokens, batch by batch."""
+    def read_attention(
+        self, asked: Sequence[ProbeQuestion], layers: Sequence[int], title: str
+    ) -> Iterator[tuple[Sequence[ProbeQuestion], Rows]]:
+        """Yield each batch with the attention of its responses to the image.
+
+        Args:
+            asked: Answered questions.
+            layers: Layers to read.
+            title: Label of the progress bar.
+
+        Yields:
+            (questions, attention rows averaged over the response tokens).
+        """
         for some in self._batches(asked, title):
             prefixes = self.zoom.prefill([one.image for one in some])
-            suffixes = [(*one.words, *one.response) for one in some]
+            suffixes = [(*one.token_ids, *one.response) for one in some]
             counts = [len(one.response) for one in some]
             yield some, read_rows(self.backbone, prefixes, suffixes, counts, layers)
 
-    def text(self, one: Asked) -> str:
-        """What the model said."""
+    def text(self, one: ProbeQuestion) -> str:
+        """Decode the response to a question."""
         return self.backbone.tokenizer.decode(one.response, skip_special_tokens=True).strip()
 
-    def _batches(self, asked: Sequence[Asked], title: str) -> Iterator[Sequence[Asked]]:
+    def _batches(
+        self, asked: Sequence[ProbeQuestion], title: str
+    ) -> Iterator[Sequence[ProbeQuestion]]:
         with tqdm(total=len(asked), desc=title) as progress:
             for start in range(0, len(asked), self.batch_size):
                 some = asked[start : start + self.batch_size]
@@ -90,7 +112,7 @@ class Listener:
                 progress.update(len(some))
 
 
-def stacked(rows: Rows, layers: Sequence[int]) -> list[np.ndarray]:
-    """Each row of a batch as one array: float32 [L, H, T]."""
+def stack_layers(rows: Rows, layers: Sequence[int]) -> list[np.ndarray]:
+    """Stack the layers of each row of a batch: one float32 [L, H, T] per question."""
     by_row = zip(*(rows.by_layer[layer] for layer in layers), strict=True)
     return [torch.stack(list(one)).cpu().numpy() for one in by_row]

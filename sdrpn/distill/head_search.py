@@ -1,8 +1,8 @@
-"""Which heads point, for any backbone, without annotation (docs/heads.md).
+"""Find the attention heads that point at what is asked, without annotation (docs/heads.md).
 
-The model answers questions about pictures drawn here (probes.py), so it is known where it should
-look; the attention of its own answers (listening.py) is scored against that (scores.py). Half of
-the pictures choose, the other half say how good the choice is.
+The model answers questions about synthetic pictures (probes.py), for which the correct region is
+known. The attention of its answers (attention_probe.py) is scored against it (scores.py). Half of
+the pictures select the heads, the other half evaluate the selection.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch import Tensor
 from sdrpn import __version__
 from sdrpn.backbones.base import Backbone
 from sdrpn.config import LabelConfig, LayerHeads
-from sdrpn.distill.attention_probe import Asked, Listener, stacked
+from sdrpn.distill.attention_probe import AttentionProbe, ProbeQuestion, stack_layers
 from sdrpn.distill.probes import SIDE, draw_probes
 from sdrpn.distill.scores import (
-    MEASURES,
+    METRICS,
     Sinks,
     Targets,
-    branch_layer,
+    choose_branch_layer,
     find_sinks,
     join_heads,
-    ranked,
+    rank_heads,
     score_maps,
 )
 from sdrpn.engine import ZoomModel
@@ -38,10 +38,10 @@ from sdrpn.inference.attention_rows import Rows
 from sdrpn.io.atomic import read_object, write_json
 
 CANDIDATES = 16
-"""How many of the best single heads are tried together."""
+"""Number of the best single heads that are considered for the combination."""
 CHOSEN = "chosen heads"
 ELSEWHERE = "chosen heads, another disc's box"
-"""The control: what a map gets that looks at discs, whichever was asked for."""
+"""The control: the score of maps that highlight any disc, whichever is asked for."""
 
 Head = tuple[int, int]
 """(layer, head), both counted from 0."""
@@ -49,12 +49,17 @@ Head = tuple[int, int]
 
 @dataclass(frozen=True)
 class Findings:
-    """What `find_heads` found, and what it rests on.
+    """Result of `find_heads`.
 
-    labels: makes this model's pseudo-labels. joined: its heads in the order of joining, each with
-    the joint IoU from then on. branch_layer: B, where its RPN should branch off, and why.
-    scores: {measure: [L, H]} of every head alone, on the pictures that chose. held_out: {whose map
-    against what: {measure: mean}} on the others. facts: model, probes, answers.
+    Args:
+        labels: Settings for this model's pseudo-labels.
+        sinks: The layer and threshold of its attention sinks.
+        joined: (head, IoU of the combination up to it) in the order of selection.
+        branch_layer: B, the layer that the RPN should branch off from.
+        branch_why: The reason for B, in one sentence.
+        scores: {metric: [L, H]} of single heads on the selection pictures.
+        held_out: {map and target: {metric: mean}} on the evaluation pictures.
+        facts: Model, probes and examples of answers.
     """
 
     labels: LabelConfig
@@ -68,11 +73,11 @@ class Findings:
 
     @property
     def follows_question(self) -> bool:
-        """Whether the heads look at what was asked, not merely at whatever is there."""
+        """Whether the heads look at the disc that is asked about, not just at any disc."""
         return self.held_out[CHOSEN]["iou"] > 2 * self.held_out[ELSEWHERE]["iou"]
 
     def report(self) -> dict[str, Any]:
-        """All of it but the labels, ready for JSON."""
+        """Return everything but the labels, as JSON values."""
         return {
             **self.facts,
             "joined": [
@@ -99,33 +104,43 @@ def find_heads(
     max_heads: int = 7,
     depth: int = 3,
 ) -> Findings:
-    """Find the heads that point, the sinks, and the branch layer of an RPN of `depth`.
+    """Find the pointing heads of a model, its sinks, and the branch layer of its RPN.
 
-    scenes: pictures of `side` px; every disc is asked about. Raises ValueError where the model
-    answers nothing, where no head points, and for settings out of range.
+    Args:
+        zoom: Engine of the model; its proposer is not used.
+        scenes: Number of probe pictures; there is a question about each disc.
+        seed: Seed of the pictures.
+        side: Side of the pictures, in pixels.
+        batch_size: Questions per batch.
+        max_new_tokens: Maximum length of an answer.
+        max_heads: Maximum number of selected heads.
+        depth: R of the RPN that will be trained.
+
+    Raises:
+        ValueError: If a setting is out of range, the model answers no question, or no head points.
     """
     if scenes < 4 or max_heads < 1:
         raise ValueError(f"scenes must be 4, max_heads 1 or more, got {scenes}, {max_heads}")
     layers = zoom.backbone.num_layers
-    branch_layer(0, layers, depth)  # a depth that does not fit is refused before the work
-    listener = Listener(zoom, batch_size)
-    questions = listener.questions(draw_probes(seed, scenes, side))
-    _check_room(zoom.backbone, questions)
-    asked = listener.answer(questions, max_new_tokens)
+    choose_branch_layer(0, layers, depth)  # raises before the work if the depth does not fit
+    probe = AttentionProbe(zoom, batch_size)
+    questions = probe.questions(draw_probes(seed, scenes, side))
+    _check_token_budget(zoom.backbone, questions)
+    asked = probe.answer(questions, max_new_tokens)
     choosing, held_out = ([a for a in asked if a.target.image % 2 == half] for half in (0, 1))
     if not choosing or not held_out:
         raise ValueError(
-            f"{zoom.backbone.name} answered no probe question with a word, or with none that its "
-            f"context of {zoom.backbone.context_length} tokens holds: check the model"
+            f"{zoom.backbone.name} gave no answer to any probe question, or none that fits its "
+            f"context of {zoom.backbone.context_length} tokens: check the model"
         )
 
-    sinks = _sinks(listener, choosing)
+    sinks = _sinks(probe, choosing)
     config = _without_heads(sinks, max_new_tokens)
-    scores = _score_all(listener, choosing, config)
-    joined = _join(listener, choosing, scores, config, max_heads)
+    scores = _score_all(probe, choosing, config)
+    joined = _join(probe, choosing, scores, config, max_heads)
     best, _ = joined[0][0]
     labels = _with_heads(config, [head for head, _ in joined], sinks)
-    measured = _compare(listener, held_out, labels, best)
+    measured = _compare(probe, held_out, labels, best)
     facts = {
         "model": zoom.backbone.name,
         "sdrpn_version": __version__,
@@ -135,17 +150,17 @@ def find_heads(
             "held_out": len(held_out),
             "unanswered": len(questions) - len(asked),
         },
-        "answers": {one.question: listener.text(one) for one in asked[:5]},
+        "answers": {one.question: probe.text(one) for one in asked[:5]},
     }
-    branch, why = branch_layer(best, layers, depth)
+    branch, why = choose_branch_layer(best, layers, depth)
     return Findings(labels, sinks, joined, branch, why, scores, measured, facts)
 
 
-def _check_room(backbone: Backbone, asked: Sequence[Asked]) -> None:
+def _check_token_budget(backbone: Backbone, asked: Sequence[ProbeQuestion]) -> None:
     """Raise ValueError unless every probe question leaves room for an answer."""
-    room = min(backbone.room(len(one.target.inside), one.words) for one in asked)
-    if room < 1:
-        tokens = backbone.context_length - room
+    budget = min(backbone.room(len(one.target.inside), one.token_ids) for one in asked)
+    if budget < 1:
+        tokens = backbone.context_length - budget
         raise ValueError(
             f"a probe question of {tokens} tokens leaves no room for an answer in "
             f"{backbone.name}'s context of {backbone.context_length}: max_position_embeddings in "
@@ -153,15 +168,15 @@ def _check_room(backbone: Backbone, asked: Sequence[Asked]) -> None:
         )
 
 
-def _sinks(listener: Listener, asked: Sequence[Asked]) -> Sinks:
-    layers = range(listener.backbone.num_layers)
-    heard = listener.listen(asked, layers, "Looking for sinks")
-    means = [row.mean(1) for _, rows in heard for row in stacked(rows, layers)]
+def _sinks(probe: AttentionProbe, asked: Sequence[ProbeQuestion]) -> Sinks:
+    layers = range(probe.backbone.num_layers)
+    batches = probe.read_attention(asked, layers, "Looking for sinks")
+    means = [row.mean(1) for _, rows in batches for row in stack_layers(rows, layers)]
     return find_sinks(means, [one.target for one in asked])
 
 
 def _without_heads(sinks: Sinks, max_new_tokens: int) -> LabelConfig:
-    """The published thresholds with this model's sinks; the heads are not known yet."""
+    """The published thresholds with this model's sinks, before heads are selected."""
     return LabelConfig(
         grounding=(),
         sink=(LayerHeads(sinks.layer or 0),),
@@ -172,86 +187,86 @@ def _without_heads(sinks: Sinks, max_new_tokens: int) -> LabelConfig:
 
 
 def _with_heads(config: LabelConfig, heads: Sequence[Head], sinks: Sinks) -> LabelConfig:
-    """The chosen heads; ViCrop, as published, reads the layer of the best."""
+    """Settings with the selected heads; ViCrop reads the layer of the best one, as published."""
     layers = sorted({layer for layer, _ in heads})
     grounding = [
         LayerHeads(layer, tuple(sorted(head for other, head in heads if other == layer)))
         for layer in layers
     ]
     best = heads[0][0]
-    # Without sinks nothing is removed; then no layer should have to run for their sake.
+    # Without sinks nothing is removed, so reading another layer would be wasted.
     sink = config.sink if sinks.layer is not None else (LayerHeads(best),)
     return replace(config, grounding=tuple(grounding), sink=sink, vicrop_layer=best)
 
 
 def _score_all(
-    listener: Listener, asked: Sequence[Asked], config: LabelConfig
+    probe: AttentionProbe, asked: Sequence[ProbeQuestion], config: LabelConfig
 ) -> dict[str, np.ndarray]:
-    """Mean score of every head alone: {measure: [L, H]}."""
-    layers, found = range(listener.backbone.num_layers), []
-    for some, rows in listener.listen(asked, layers, "Scoring heads"):
-        maps, sinks = stacked(rows, layers), _arrays(rows.mean(config.sink))
+    """Mean score of every single head: {metric: [L, H]}."""
+    layers, found = range(probe.backbone.num_layers), []
+    for some, rows in probe.read_attention(asked, layers, "Scoring heads"):
+        maps, sinks = stack_layers(rows, layers), _arrays(rows.mean(config.sink))
         for one, own, sink in zip(some, maps, sinks, strict=True):
             found.append(score_maps(own.reshape(-1, own.shape[-1]), sink, one.target, config))
-    means = np.mean(found, axis=0).reshape(len(layers), -1, len(MEASURES))
-    return {name: means[..., i] for i, name in enumerate(MEASURES)}
+    means = np.mean(found, axis=0).reshape(len(layers), -1, len(METRICS))
+    return {name: means[..., i] for i, name in enumerate(METRICS)}
 
 
 def _join(
-    listener: Listener,
-    asked: Sequence[Asked],
+    probe: AttentionProbe,
+    asked: Sequence[ProbeQuestion],
     scores: Mapping[str, np.ndarray],
     config: LabelConfig,
-    most: int,
+    max_heads: int,
 ) -> list[tuple[Head, float]]:
-    """The heads that point best together, each with the joint IoU once it has joined."""
+    """Select the heads that point best together: (head, IoU of the combination up to it)."""
     if not scores["iou"].max() > 0:
         raise ValueError(
-            f"no attention head of {listener.backbone.name} points at what is asked: on "
-            f"{len(asked)} probe questions no head's pseudo-labels touch the true box"
+            f"no attention head of {probe.backbone.name} points at what is asked: on "
+            f"{len(asked)} probe questions no head's pseudo-labels overlap the true box"
         )
-    candidates = ranked(scores["iou"], scores["mass"], CANDIDATES)
+    candidates = rank_heads(scores["iou"], scores["mass"], CANDIDATES)
     layers = sorted({layer for layer, _ in candidates} | {one.layer for one in config.sink})
     maps, sinks = [], []
-    for _, rows in listener.listen(asked, layers, "Joining heads"):
+    for _, rows in probe.read_attention(asked, layers, "Joining heads"):
         by_head = zip(*(_heads_of(rows, layer, head) for layer, head in candidates), strict=True)
         maps += [np.stack(one) for one in by_head]
         sinks += _arrays(rows.mean(config.sink))
     targets = [one.target for one in asked]
-    trail = join_heads(maps, sinks, targets, config, most=most)
-    return [(candidates[index], value) for index, value in trail]
+    selected = join_heads(maps, sinks, targets, config, max_heads=max_heads)
+    return [(candidates[index], value) for index, value in selected]
 
 
 def _compare(
-    listener: Listener, asked: Sequence[Asked], labels: LabelConfig, layer: int
+    probe: AttentionProbe, asked: Sequence[ProbeQuestion], labels: LabelConfig, layer: int
 ) -> dict[str, dict[str, float]]:
-    """Mean scores of the chosen heads, of their layer's average, and of the published list."""
-    published = listener.backbone.published_labels()
-    everything = replace(labels, grounding=(LayerHeads(layer),))
+    """Mean scores of the selected heads, their layer's mean, the control, and published heads."""
+    published = probe.backbone.published_labels()
+    whole_layer = replace(labels, grounding=(LayerHeads(layer),))
     own = [one.target for one in asked]
-    rivals = {
+    variants = {
         CHOSEN: (labels, own),
-        f"all heads of layer {layer}": (everything, own),
+        f"all heads of layer {layer}": (whole_layer, own),
         ELSEWHERE: (labels, _neighbours(own)),
     }
-    rivals |= {"published heads": (published, own)} if published else {}
-    layers = sorted({c.layer for one, _ in rivals.values() for c in (*one.grounding, *one.sink)})
-    read: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in rivals}
-    for _, rows in listener.listen(asked, layers, "Held-out scenes"):
-        for name, (one, _) in rivals.items():
+    variants |= {"published heads": (published, own)} if published else {}
+    layers = sorted({c.layer for one, _ in variants.values() for c in (*one.grounding, *one.sink)})
+    maps: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in variants}
+    for _, rows in probe.read_attention(asked, layers, "Held-out scenes"):
+        for name, (one, _) in variants.items():
             batch = (_arrays(rows.mean(heads)) for heads in (one.grounding, one.sink))
-            read[name] += zip(*batch, strict=True)
+            maps[name] += zip(*batch, strict=True)
     measured = {}
-    for name, (one, targets) in rivals.items():
-        pairs = zip(read[name], targets, strict=True)
+    for name, (one, targets) in variants.items():
+        pairs = zip(maps[name], targets, strict=True)
         each = [score_maps(own[None], sink, target, one)[0] for (own, sink), target in pairs]
         means = np.round(np.mean(each, axis=0), 4).tolist()
-        measured[name] = dict(zip(MEASURES, means, strict=True))
+        measured[name] = dict(zip(METRICS, means, strict=True))
     return measured
 
 
 def _heads_of(rows: Rows, layer: int, head: int) -> list[np.ndarray]:
-    """One head's attention to the image, [T] for each row."""
+    """Attention of one head to the image: [T] for each row."""
     return _arrays([row[head] for row in rows.by_layer[layer]])
 
 
@@ -260,7 +275,7 @@ def _arrays(values: Sequence[Tensor]) -> list[np.ndarray]:
 
 
 def _neighbours(targets: Sequence[Targets]) -> list[Targets]:
-    """For each question the target of the next one about the same image."""
+    """For each question, the target of the next question about the same image."""
     of_image: dict[int, list[Targets]] = {}
     for target in targets:
         of_image.setdefault(target.image, []).append(target)
@@ -271,7 +286,15 @@ def _neighbours(targets: Sequence[Targets]) -> list[Targets]:
 
 
 def save_findings(findings: Findings, out: Path | str) -> Path:
-    """Write heads.json (a LabelConfig), report.json and heads.png into a folder; returns it."""
+    """Write heads.json (a `LabelConfig`), report.json and heads.png.
+
+    Args:
+        findings: Result of `find_heads`.
+        out: Folder, created if it does not exist.
+
+    Returns:
+        The folder.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     heat_map(findings).savefig(out / "heads.png")
@@ -281,28 +304,30 @@ def save_findings(findings: Findings, out: Path | str) -> Path:
 
 
 def load_label_config(path: Path | str) -> LabelConfig:
-    """Read a heads.json, or that of the folder `sdrpn heads` wrote.
+    """Read a heads.json, given the file or its folder.
 
-    Raises FileNotFoundError where there is none, and ValueError, naming the file, where it is not
-    JSON, has unknown or missing keys, or names no head.
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not JSON, has unknown or missing keys, or names no head.
     """
     path = Path(path)
     path = path / "heads.json" if path.is_dir() else path
     if not path.is_file():
-        hint = "make one with `sdrpn heads --model MODEL --out DIR`"
+        hint = "create one with `sdrpn heads --model MODEL --out DIR`"
         raise FileNotFoundError(f"there is no head list at {path}; {hint}")
     try:
         config = LabelConfig.from_dict(read_object(path))
     except ValueError as error:
         raise ValueError(f"{path} is no head list: {error}") from None
-    read = (*config.grounding, *config.sink)
-    if not config.grounding or not config.sink or not all(o.heads is None or o.heads for o in read):
+    layers = (*config.grounding, *config.sink)
+    complete = config.grounding and config.sink
+    if not complete or not all(one.heads is None or one.heads for one in layers):
         raise ValueError(f"{path} is no head list: it names no head to read")
     return config
 
 
 def heat_map(findings: Findings) -> Figure:
-    """Every head's scores, layers down and heads across, the chosen ones framed; and the result."""
+    """Plot the scores of all heads (selected ones framed) and the held-out IoU."""
     figure = Figure(figsize=(11.5, 4.2), layout="constrained", dpi=110)
     *maps, bars = figure.subplots(1, 3, width_ratios=[1, 1, 0.9])
     titles = {"iou": "IoU with the true box", "mass": "attention inside the object"}

@@ -1,4 +1,4 @@
-"""Make pseudo-labels: the frozen model answers, and its own attention says where it looked."""
+"""Create pseudo-labels from the attention of a frozen model's own answers."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ from tqdm import tqdm
 
 from sdrpn.backbones.base import Backbone
 from sdrpn.boxes import ImageGrid
-from sdrpn.distill.pseudo_labels import IGNORED, judge
+from sdrpn.distill.pseudo_labels import IGNORED, label_cells
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.inference.generation import generate
 from sdrpn.inference.prefix import Prefix
 from sdrpn.roi.proposers import Look, known_labels, response_attention
 
 EMPTY_RESPONSE = "empty response"
-NOT_FITTING = "does not fit the context"
-NO_MAP = (EMPTY_RESPONSE, NOT_FITTING)
-"""Why a sample has no map that labels could be made from."""
+EXCEEDS_CONTEXT = "does not fit the context"
+NO_MAP = (EMPTY_RESPONSE, EXCEEDS_CONTEXT)
+"""Reasons for samples without maps."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """One question's pseudo-labels and the maps they were made from (docs/method.md).
+    """Pseudo-labels of one question and the maps they are made from (docs/method.md).
 
-    grounding, sink: float16 [rows, columns]. labels: int8 [rows, columns] of 1, 0, -100.
-    grid: how these cells lie on the image. reason: why a sample gave none.
+    Args:
+        response: The model's answer.
+        grounding: float16 [rows, columns].
+        sink: float16 [rows, columns].
+        labels: int8 [rows, columns] of 1, 0, -100.
+        grid: Position of the cells on the image.
+        reason: Why the sample has no labels, or None.
     """
 
     response: str
@@ -41,9 +46,15 @@ class Labelled:
 def label(
     zoom: ZoomModel, questions: Sequence[Question], *, batch_size: int = 16
 ) -> Iterator[Labelled]:
-    """Label questions on one image each, in their order, with a progress bar.
+    """Label questions on one image each, with a progress bar.
 
-    zoom: an engine that knows which heads point (its `labels`); its proposer is not asked.
+    Args:
+        zoom: Engine with head lists (`labels`); its proposer is not used.
+        questions: Questions with one image each.
+        batch_size: Questions per batch.
+
+    Yields:
+        One result per question, in order.
     """
     with tqdm(total=len(questions), desc="Labelling") as progress:
         for start in range(0, len(questions), batch_size):
@@ -53,7 +64,12 @@ def label(
 
 
 def label_batch(zoom: ZoomModel, questions: Sequence[Question]) -> list[Labelled]:
-    """Label one batch: answer greedily, then read the chosen attention rows of the answers."""
+    """Label one batch: answer greedily, then read the attention rows of the answers.
+
+    Args:
+        zoom: As in `label`.
+        questions: Questions with one image each.
+    """
     backbone, config = zoom.backbone, known_labels(zoom.models)
     prefixes = zoom.prefill([q.images[0] for q in questions])
     looks = [
@@ -65,26 +81,27 @@ def label_batch(zoom: ZoomModel, questions: Sequence[Question]) -> list[Labelled
         )
         for prefix, q in zip(prefixes, questions, strict=True)
     ]
-    words = [look.question for look in looks]
-    responses = respond(backbone, prefixes, words, config.max_new_tokens)
-    spoken = {i: response for i, response in enumerate(responses) if response}
+    token_ids = [look.question for look in looks]
+    responses = respond(backbone, prefixes, token_ids, config.max_new_tokens)
+    answered = {i: response for i, response in enumerate(responses) if response}
     maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    if spoken:
-        asked = [looks[i] for i in spoken]
-        read = response_attention(zoom.models, asked, list(spoken.values()))
-        maps = dict(zip(spoken, read, strict=True))
+    if answered:
+        attention = response_attention(
+            zoom.models, [looks[i] for i in answered], list(answered.values())
+        )
+        maps = dict(zip(answered, attention, strict=True))
     results = []
     for i, (look, response) in enumerate(zip(looks, responses, strict=True)):
         text = backbone.tokenizer.decode(response or [], skip_special_tokens=True).strip()
         if i not in maps:
             shape = look.grid.rows, look.grid.columns
-            nothing, ignored = np.zeros(shape, np.float16), np.full(shape, IGNORED, np.int8)
-            reason = NOT_FITTING if response is None else EMPTY_RESPONSE
-            results.append(Labelled(text, nothing, nothing, ignored, look.grid, reason))
+            empty, ignored = np.zeros(shape, np.float16), np.full(shape, IGNORED, np.int8)
+            reason = EXCEEDS_CONTEXT if response is None else EMPTY_RESPONSE
+            results.append(Labelled(text, empty, empty, ignored, look.grid, reason))
             continue
-        # From the maps as they are kept, so that relabelling gives the same again.
+        # From the maps as they are stored, so that relabelling reproduces the labels.
         half = [look.shaped(one.astype(np.float16)) for one in maps[i]]
-        labels, reason = judge(half[0].astype(np.float32), half[1].astype(np.float32), config)
+        labels, reason = label_cells(half[0].astype(np.float32), half[1].astype(np.float32), config)
         results.append(Labelled(text, half[0], half[1], labels, look.grid, reason))
     return results
 
@@ -92,36 +109,38 @@ def label_batch(zoom: ZoomModel, questions: Sequence[Question]) -> list[Labelled
 def respond(
     backbone: Backbone,
     prefixes: Sequence[Prefix],
-    words: Sequence[tuple[int, ...]],
+    token_ids: Sequence[tuple[int, ...]],
     max_new_tokens: int,
 ) -> list[list[int] | None]:
     """Answer a batch greedily, each question within the model's context.
 
-    A sample fits if its prompt, image tokens and answer do: the model has not learned the positions
-    behind its context, and where it looks there means nothing. An answer that is cut at
-    `max_new_tokens` fits; one that is cut at the end of the context does not.
+    Prompt, image tokens and answer must fit the context, since the model is not trained on the
+    positions beyond it and its attention there is meaningless. An answer may be truncated by
+    `max_new_tokens`, but not by the end of the context.
 
     Args:
-        prefixes: of each question's image.
-        words: token ids behind the image, question by question.
-        max_new_tokens: of an answer.
+        backbone: The model.
+        prefixes: Prefix of each question's image.
+        token_ids: Prompt tokens after the image, per question.
+        max_new_tokens: Maximum length of an answer.
 
     Returns:
-        The answers' token ids without their end token, [] for an empty answer; None for a sample
-        that does not fit.
+        Token ids of each answer without the end token, [] for an empty answer; None for a sample
+        that exceeds the context.
     """
-    rooms = [
+    budgets = [
         backbone.context_length - prefix.length - len(ids)
-        for prefix, ids in zip(prefixes, words, strict=True)
+        for prefix, ids in zip(prefixes, token_ids, strict=True)
     ]
-    # One token more than there is room for, to see whether an answer of this very length ends.
-    limits = [min(max_new_tokens, room + 1) if room > 0 else 0 for room in rooms]
-    responses: list[list[int] | None] = [None] * len(words)
+    # One token beyond the budget, to see whether an answer that fills it ends there.
+    limits = [min(max_new_tokens, budget + 1) if budget > 0 else 0 for budget in budgets]
+    responses: list[list[int] | None] = [None] * len(token_ids)
     for limit in sorted(set(limits) - {0}):
         group = [i for i, own in enumerate(limits) if own == limit]
-        asked = [prefixes[i] for i in group]
-        suffixes = [backbone.suffix_segment(prefixes[i].next_position, words[i]) for i in group]
-        said = generate(backbone, asked, suffixes, {"max_new_tokens": limit})
-        for i, response in zip(group, said, strict=True):
-            responses[i] = response if len(response) <= rooms[i] else None
+        suffixes = [backbone.suffix_segment(prefixes[i].next_position, token_ids[i]) for i in group]
+        answers = generate(
+            backbone, [prefixes[i] for i in group], suffixes, {"max_new_tokens": limit}
+        )
+        for i, response in zip(group, answers, strict=True):
+            responses[i] = response if len(response) <= budgets[i] else None
     return responses

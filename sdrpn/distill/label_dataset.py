@@ -1,4 +1,4 @@
-"""Labels on disk: a folder of parquet shards, written whole or not at all, and their settings."""
+"""Labels on disk: a folder of atomically written Parquet shards with their settings."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ FEATURES = Features(
         "reason": Value("string"),
     }
 )
-"""One question a row. image: path below the image folder. grounding, sink: the maps, row-major,
-[rows * columns], kept so that labels can be made anew. labels: the same of 1, 0, -100. rows,
-columns: the grid; 0 where there are no maps. extent: where it lies on the image, (x0, y0, x1, y1)
-in pixels. foreground, background: how many of each label. reason: why a sample gave no label, null
-where it gave one."""
+"""One question per row. image: path relative to the image folder. grounding, sink: row-major maps,
+[rows * columns], stored for relabelling. labels: 1, 0 or -100 per cell. rows, columns: shape of the
+grid, 0 without maps. extent: position of the grid on the image, (x0, y0, x1, y1) in source pixels.
+foreground, background: cells of each label. reason: why the sample has no labels, or null."""
 
 GRID_COLUMNS = ("rows", "columns", "extent")
-"""Columns that version 0.1 did not write."""
+"""Columns that shards of version 0.1 lack."""
 
 SETTINGS_FILE = "settings.json"
-NEEDED = {"shards": int, "labels": dict}
-"""What every folder's settings say, and its kind."""
+REQUIRED_SETTINGS = {"shards": int, "labels": dict}
+"""Required keys of settings.json and their types."""
 
 MAX_SHARDS = 99_999
-"""As many as the names of shards have room for."""
+"""Maximum number of shards that five digits in the file names allow."""
 
 SUMMARY_FILE = "summary.json"
 IMAGES_FOLDER = "images"
-"""Where images lie that came inside a data set."""
+"""Folder of images that were embedded in the dataset."""
 
 
 def shard_path(folder: Path, shard: int, shards: int) -> Path:
+    """Return the path of a shard, counted from 0."""
     return folder / f"labels-{shard:05d}-of-{shards:05d}.parquet"
 
 
 def write_shard(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write a shard so that a file of this name is always whole, with checksums."""
+    """Write a shard atomically, with checksums."""
     table: Any = Dataset.from_list(rows, features=FEATURES).with_format("arrow")[:]
     with atomic_write(path) as part:
         parquet.write_table(table, part, compression="zstd", write_page_checksum=True)
@@ -81,10 +81,7 @@ def label_row(
     extent: tuple[float, ...] = (),
     reason: str | None = None,
 ) -> dict[str, Any]:
-    """A row of FEATURES; its counts are those of `labels`.
-
-    The maps and labels are [rows, columns], or flat for a square grid.
-    """
+    """Build a row of `FEATURES`; maps and labels are [rows, columns], or flat for a square grid."""
     rows, columns = (0, 0) if labels is None else _shape(labels)
 
     def cells(values: np.ndarray | None, kind: type) -> list[Any]:
@@ -113,17 +110,21 @@ def _shape(labels: np.ndarray) -> tuple[int, int]:
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Note what a folder of labels was made with."""
+    """Save the settings of a labels folder."""
     write_json(folder / SETTINGS_FILE, settings)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What a folder of labels was made with. Raises ValueError where it is no such folder."""
+    """Read the settings of a labels folder.
+
+    Raises:
+        ValueError: If the folder has no valid settings.
+    """
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise ValueError(f"{folder} holds no {SETTINGS_FILE}: it is not a folder of labels")
     settings = read_object(path, ANEW)
-    for name, kind in NEEDED.items():
+    for name, kind in REQUIRED_SETTINGS.items():
         if type(settings.get(name)) is not kind:
             raise ValueError(
                 f"{path}: {name} must be {kind.__name__}, got {settings.get(name)!r:.80}"
@@ -142,43 +143,54 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_label_config(folder: Path) -> LabelConfig:
-    """How a folder's labels were made. Raises ValueError that names its settings."""
+    """Read the label configuration of a labels folder.
+
+    Raises:
+        ValueError: If its settings are invalid.
+    """
     try:
         return LabelConfig.from_dict(read_settings(folder)["labels"])
     except ValueError as error:
         raise ValueError(f"{folder / SETTINGS_FILE}: labels: {error}") from None
 
 
-def shards_of(folder: Path) -> list[Path]:
-    """The shards of a finished folder, in order; ValueError says how many are missing."""
+def shard_paths(folder: Path) -> list[Path]:
+    """List the shards of a complete labels folder, in order.
+
+    Raises:
+        ValueError: If shards are missing.
+    """
     shards = read_settings(folder)["shards"]
     paths = [shard_path(folder, k, shards) for k in range(shards)]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise ValueError(
             f"{folder} is not finished: {len(missing)} of {counted(len(paths), 'shard')} "
-            f"{agree(len(missing), 'is', 'are')} "
-            "missing "
-            f"({missing[0]}, ...); run the same `sdrpn label` command again to go on"
+            f"{agree(len(missing), 'is', 'are')} missing ({missing[0]}, ...); run the same "
+            "`sdrpn label` command again to resume"
         )
     return paths
 
 
 def load_labels(folder: Path | str) -> Dataset:
-    """All rows of a finished folder of labels, in the order of their data.
+    """Load all rows of a complete labels folder, in the order of the questions.
 
-    Raises ValueError that names the folder or shard.
+    Raises:
+        ValueError: If the folder is incomplete or a shard is damaged.
     """
     tokens = read_settings(Path(folder))["image_tokens"]
-    return concatenate_datasets([read_shard(path, tokens) for path in shards_of(Path(folder))])
+    return concatenate_datasets([read_shard(path, tokens) for path in shard_paths(Path(folder))])
 
 
 def read_shard(path: Path, tokens: int | None) -> Dataset:
-    """The rows of one shard, checked: its checksums, its columns, the lengths of maps and labels.
+    """Load one shard and check its checksums, columns and the sizes of maps and labels.
 
-    tokens: the cells of every grid; None where grids differ.
+    Args:
+        path: File of the shard.
+        tokens: Cells of every grid, or None if grids differ.
 
-    Raises ValueError that names it where it is broken.
+    Raises:
+        ValueError: If the shard is damaged.
     """
     try:
         table = parquet.read_table(path, page_checksum_verification=True)
@@ -192,7 +204,7 @@ def read_shard(path: Path, tokens: int | None) -> Dataset:
 
 
 def _with_grids(table: Table) -> Table:
-    """A shard of version 0.1, which knew only square grids, with the columns that it lacks."""
+    """Add the columns that shards of version 0.1, which had only square grids, lack."""
     if table.column_names != [name for name in FEATURES if name not in GRID_COLUMNS]:
         return table
     lengths: Any = compute.list_value_length(table["labels"])  # type: ignore[attr-defined]
@@ -203,7 +215,7 @@ def _with_grids(table: Table) -> Table:
 
 
 def _check_rows(table: Table, tokens: int | None) -> None:
-    """Raise ValueError for what no labelling writes, and training would fail on half-way."""
+    """Raise ValueError for values on which training would fail."""
     of: Any = compute
     for name in table.column_names:
         if name != "reason" and table[name].null_count:
@@ -222,8 +234,8 @@ def _check_rows(table: Table, tokens: int | None) -> None:
                 f"{table['rows'][at].as_py()} x {table['columns'][at].as_py()} cells has "
                 f"{cells[at].as_py()}"
             )
-    bare = of.equal(of.list_value_length(table["labels"]), 0)
-    if of.any(of.and_(of.is_null(table["reason"]), bare)).as_py():
+    unlabelled = of.equal(of.list_value_length(table["labels"]), 0)
+    if of.any(of.and_(of.is_null(table["reason"]), unlabelled)).as_py():
         raise ValueError("a row has neither labels nor a reason why there are none")
     values = of.unique(of.list_flatten(table["labels"])).to_pylist()
     if not {FOREGROUND, BACKGROUND, IGNORED}.issuperset(values):
@@ -231,7 +243,12 @@ def _check_rows(table: Table, tokens: int | None) -> None:
 
 
 def image_root(folder: Path | str, images: Path | str | None = None) -> Path:
-    """Where a folder's images are: as given, else as they were when it was labelled."""
+    """Return the image folder of a labels folder.
+
+    Args:
+        folder: Labels folder.
+        images: Overrides the folder that the images were labelled from.
+    """
     folder = Path(folder)
     if images is not None:
         return Path(images).expanduser()
@@ -240,33 +257,40 @@ def image_root(folder: Path | str, images: Path | str | None = None) -> Path:
 
 
 class LabelledImages:
-    """Rows for training: `image` (decoded), `question`, `labels`; only those with a label.
+    """Labelled rows for training: `image` (decoded), `question`, `labels` [rows, columns].
 
-    Raises ValueError where images are not there any more: not in the middle of the training.
+    Args:
+        rows: Rows of a labels folder; those without labels are left out.
+        root: Image folder.
+
+    Raises:
+        ValueError: If images are missing, so that training does not fail on one later.
     """
 
     def __init__(self, rows: Dataset, root: Path) -> None:
         keep = [i for i, reason in enumerate(rows["reason"]) if reason is None]
         self.rows, self.root = rows.select(keep), root
         names = set(self.rows["image"])
-        # Path.is_file raises for names longer than any file's.
+        # Path.is_file raises for overlong names.
         missing = sorted(name for name in names if not os.path.isfile(safe_join(root, name)))
         if missing:
             raise ValueError(
                 f"{len(missing)} of {counted(len(names), 'image')} "
-                f"{agree(len(missing), 'is', 'are')} not in {root} "
-                f"({missing[0]}, ...): say "
-                "with --images where they are now"
+                f"{agree(len(missing), 'is', 'are')} not in {root} ({missing[0]}, ...): set "
+                "--images to their folder"
             )
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def drop(self, misfit: Callable[[str, int], bool]) -> list[str]:
-        """Leave out the rows whose question and number of image tokens are a misfit.
+        """Remove rows.
+
+        Args:
+            misfit: Whether to remove a row, given its question and number of image tokens.
 
         Returns:
-            Their ids.
+            The ids of the removed rows.
         """
         keep, dropped = [], []
         columns = (self.rows[name] for name in ("id", "question", "rows", "columns"))
@@ -287,7 +311,7 @@ class LabelledImages:
 
 
 def summarise(rows: Dataset) -> dict[str, Any]:
-    """Counts over all rows: kept, ignored by reason, mean share of foreground cells of the kept."""
+    """Count rows with labels and ignored rows by reason, and average the foreground share."""
     reasons = Counter(rows["reason"])
     kept, share = reasons.pop(None, 0), 0.0
     if kept:

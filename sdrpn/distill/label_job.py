@@ -31,11 +31,11 @@ from sdrpn.distill.label_dataset import (
     read_settings,
     read_shard,
     shard_path,
-    shards_of,
+    shard_paths,
     summarise,
     write_shard,
 )
-from sdrpn.distill.pseudo_labels import FOREGROUND, judge
+from sdrpn.distill.pseudo_labels import FOREGROUND, label_cells
 from sdrpn.distill.questions import Item
 from sdrpn.draw import Card, sheet
 from sdrpn.engine import Question, ZoomModel
@@ -227,7 +227,7 @@ def relabel(source: Path, out: Path, config: LabelConfig) -> None:
     if out.resolve() == source.resolve():
         raise ValueError(f"{out} is where the labels come from; relabel into another folder")
     settings = read_settings(source)
-    shards, tokens = shards_of(source), settings["image_tokens"]
+    shards, tokens = shard_paths(source), settings["image_tokens"]
     root = image_root(source).resolve()
     made = {"labels": asdict(config), "images": str(root), "relabelled_from": str(source.resolve())}
     out.mkdir(parents=True, exist_ok=True)
@@ -243,7 +243,7 @@ def _judge_anew(row: dict[str, Any], config: LabelConfig) -> dict[str, Any]:
         return row
     shape = row["rows"], row["columns"]
     grounding, sink = (np.array(row[n], np.float32).reshape(shape) for n in ("grounding", "sink"))
-    labels, reason = judge(grounding, sink, config)
+    labels, reason = label_cells(grounding, sink, config)
     words = (row[name] for name in ("id", "image", "question", "response"))
     return label_row(
         *words,

@@ -1,4 +1,4 @@
-"""How well a RoI map agrees with pseudo-labels it was not trained on."""
+"""Agreement of RoI maps with held-out pseudo-labels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from sdrpn.distill.pseudo_labels import IGNORED
 
 
 def map_scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float] | None:
-    """Average precision, and IoU of the cells over a half, of one map; None without both labels.
+    """Compute average precision and IoU of one RoI map.
 
-    logits, labels: [T]; only cells labelled 1 or 0 count.
+    Args:
+        logits: [T] RoI logits.
+        labels: [T] of 1, 0 and -100; only cells labelled 1 or 0 count.
+
+    Returns:
+        `average_precision`, and `iou` of the cells with a probability above 0.5; None unless both
+        labels occur.
     """
     labelled = labels != IGNORED
     truth, scores = labels[labelled] == 1, logits[labelled]
@@ -27,9 +33,9 @@ def map_scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float] | Non
 
 
 class MapMetrics:
-    """compute_metrics of transformers' Trainer: means of `map_scores` over all samples.
+    """`compute_metrics` of transformers' Trainer: `map_scores` averaged over samples.
 
-    Fed batch by batch (`batch_eval_metrics`), so that no map outlives its batch.
+    Called for each batch (`batch_eval_metrics`), so maps are not accumulated.
     """
 
     def __init__(self) -> None:
@@ -42,7 +48,7 @@ class MapMetrics:
         if not compute_result:
             return {}
         names = ("average_precision", "iou")
-        # Of no sample at all the mean is not a number, and best checkpoints go by the loss.
+        # Without samples the mean is NaN, which is harmless: the best checkpoint is chosen by loss.
         means = {
             n: float(np.mean([s[n] for s in self._scores])) if self._scores else float("nan")
             for n in names

@@ -1,9 +1,8 @@
-"""Probe pictures for `sdrpn heads`: patterned discs whose boxes are known because we drew them.
+"""Synthetic probe pictures for `sdrpn heads`: patterned discs with known boxes.
 
-A probe is a square picture of 3 to 6 discs that do not touch, on a smooth ground, each in a colour
-of its own and filled with one of six patterns of the same mean brightness. A question asks for the
-pattern of one disc, so a model that answers must look for it, and where it should look is known.
-The scenes of the embedded tiny model are drawn by the same functions.
+A probe is a square picture of 3 to 6 disjoint discs on a smooth background. Each has its own colour
+and one of six patterns of equal mean brightness. A question asks for the pattern of one disc, so
+the model must look at that disc. The scenes of the embedded tiny model use the same functions.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 PATTERNS = ("level", "upright", "rising", "falling", "checked", "dotted")
 SIDE = 448
-"""Side of a picture in pixels for which the sizes below hold; another side scales them."""
+"""Default side of a picture, in pixels; the sizes below are for this side and scale with it."""
 RADIUS = (22.0, 49.0)
 COARSE_PERIOD = (15.0, 18.0)
 DARK = 0.35
 QUESTION = "what pattern is on the {colour} disc ?"
 STREAM = 0x5D12
-"""Third number of a probe's seed, so that probes share no draw with the tiny model's scenes."""
+"""Third component of the seed, which separates probes from the scenes of the tiny model."""
 
 
 @dataclass(frozen=True)
 class Disc:
-    """One disc; centre, radius and the period of its pattern in pixels of its picture."""
+    """A disc; centre, radius and the period of its pattern are in pixels of the picture."""
 
     colour: str
     pattern: str
@@ -70,10 +69,15 @@ class Probe:
 
 
 def draw_probes(seed: int, count: int, side: int = SIDE) -> list[Probe]:
-    """Draw `count` probes of `side` px with coarse patterns; a seed gives the same ones always.
+    """Draw probe pictures with coarse patterns.
 
-    A longer list starts with a shorter one of the same seed. Raises ValueError for a side below
-    112 px, where patterns end.
+    Args:
+        seed: Seed of the pictures; a longer list extends a shorter one with the same seed.
+        count: Number of pictures.
+        side: Side of a picture, in pixels.
+
+    Raises:
+        ValueError: If the side is below 112 px, where patterns cannot be resolved.
     """
     if side < 112:
         raise ValueError(f"side of the probe pictures must be 112 px or more, got {side}")
@@ -86,7 +90,16 @@ def draw_probes(seed: int, count: int, side: int = SIDE) -> list[Probe]:
 def draw(
     rng: np.random.Generator, period: Callable[[np.random.Generator], float], side: int = SIDE
 ) -> tuple[np.ndarray, tuple[Disc, ...]]:
-    """Draw one picture, uint8 [side, side, 3], and its discs; `period` draws each one's period."""
+    """Draw one picture.
+
+    Args:
+        rng: Source of randomness.
+        period: Draws the period of a disc's pattern, in pixels.
+        side: Side of the picture, in pixels.
+
+    Returns:
+        (uint8 [side, side, 3], the discs on it).
+    """
     places = _place(rng, int(rng.integers(3, 7)), side)
     colours = rng.permutation(list(COLOURS))
     canvas = _ground(rng, side).copy()
@@ -100,11 +113,11 @@ def draw(
 
 
 Extent = tuple[float, float, float, float]
-"""Where a grid lies on a picture: (x0, y0, x1, y1) in its pixels."""
+"""Position of a grid on a picture: (x0, y0, x1, y1) in its pixels."""
 
 
 def disc_cover(disc: Disc, extent: Extent, rows: int, columns: int) -> np.ndarray:
-    """The share of each cell of a grid that the disc covers: [rows, columns]."""
+    """Return the share of each grid cell that the disc covers: [rows, columns]."""
     x0, y0, x1, y1 = extent
     xs = x0 + (np.arange(4 * columns) + 0.5) / (4 * columns) * (x1 - x0)
     ys = y0 + (np.arange(4 * rows) + 0.5) / (4 * rows) * (y1 - y0)
@@ -113,7 +126,7 @@ def disc_cover(disc: Disc, extent: Extent, rows: int, columns: int) -> np.ndarra
 
 
 def box_cover(box: PixelBox, extent: Extent, rows: int, columns: int) -> np.ndarray:
-    """The share of each cell of a grid that `box` covers: [rows, columns]."""
+    """Return the share of each grid cell that a box covers: [rows, columns]."""
 
     def shares(low: float, high: float, start: float, end: float, cells: int) -> np.ndarray:
         edges = start + np.arange(cells + 1) * (end - start) / cells
@@ -125,7 +138,7 @@ def box_cover(box: PixelBox, extent: Extent, rows: int, columns: int) -> np.ndar
 
 
 def _place(rng: np.random.Generator, count: int, side: int) -> list[tuple[float, float, float]]:
-    """Centres and radii of `count` discs (or as many as found room) that do not touch."""
+    """Place up to `count` disjoint discs: (x, y, radius)."""
     scale = side / SIDE
     placed: list[tuple[float, float, float]] = []
     for _ in range(60 * count):
@@ -139,7 +152,7 @@ def _place(rng: np.random.Generator, count: int, side: int) -> list[tuple[float,
 
 
 def _ground(rng: np.random.Generator, side: int) -> np.ndarray:
-    """A smooth ground of 7 x 7 subdued colours, uint8 [side, side, 3]."""
+    """A smooth background of 7 x 7 muted colours, uint8 [side, side, 3]."""
     knots = rng.uniform(40, 215, (7, 7, 3))
     knots = 0.45 * knots + 0.55 * knots.mean(axis=2, keepdims=True)
     small = Image.fromarray(knots.astype(np.uint8))
@@ -163,7 +176,18 @@ def _paint(canvas: np.ndarray, disc: Disc, rng: np.random.Generator) -> None:
 def texture(
     pattern: str, x: np.ndarray, y: np.ndarray, period: float, phase: tuple[float, float]
 ) -> np.ndarray:
-    """Brightness in [0, 1], mean about a half, of `pattern` at the pixel positions x and y."""
+    """Return the brightness of a pattern in [0, 1], with a mean of about 0.5.
+
+    Args:
+        pattern: One of `PATTERNS`.
+        x: Horizontal pixel positions.
+        y: Vertical pixel positions.
+        period: Period of the pattern, in pixels.
+        phase: Phase in x and y, in radians.
+
+    Raises:
+        ValueError: If the pattern is unknown.
+    """
     along, across, half = (x + y) / math.sqrt(2), (x - y) / math.sqrt(2), math.sqrt(2)
     if pattern == "level":
         wave = _wave(y, period, phase[0])
@@ -173,9 +197,9 @@ def texture(
         wave = _wave(along, period, phase[0])
     elif pattern == "falling":
         wave = _wave(across, period, phase[0])
-    elif pattern == "checked":  # its diagonal waves have the period that the stripes have
+    elif pattern == "checked":  # its diagonals have the period of the stripes
         wave = 1.6 * _wave(x, period * half, phase[0]) * _wave(y, period * half, phase[1])
-    elif pattern == "dotted":  # round dots of half the area
+    elif pattern == "dotted":  # round dots that cover half of the area
         shift = period / (2 * math.pi)
         from_dot = [
             (p + a * shift) % period - period / 2 for p, a in ((x, phase[0]), (y, phase[1]))

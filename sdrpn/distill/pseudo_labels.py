@@ -1,4 +1,4 @@
-"""From attention maps to pseudo-labels: plain arrays, no model (docs/method.md)."""
+"""Label rules that turn attention maps into pseudo-labels, on plain arrays (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdrpn.roi.sinks import remove_sinks
 
 FOREGROUND, BACKGROUND = 1, 0
 IGNORED = -100
-"""Label of tokens that do not train the RPN; torch's and transformers' usual value."""
+"""Label of tokens without a loss, the default `ignore_index` of torch."""
 
 NOT_FINITE = "attention that is not finite"
 NO_ATTENTION = "no attention left without the sinks"
@@ -32,20 +32,20 @@ def pseudo_labels(
     Args:
         grounding: [rows, columns] attention shares, >= 0.
         sink: [rows, columns] attention shares of the sink map.
-        config: Where the lines are drawn.
-        padding: [rows, columns] bool, the cells that show no picture; None for none.
+        config: Thresholds.
+        padding: bool [rows, columns], cells that contain only padding, or None.
 
     Returns:
-        int8 [rows, columns]; see `judge`.
+        int8 [rows, columns]; see `label_cells`.
     """
-    return judge(grounding, sink, config, padding)[0]
+    return label_cells(grounding, sink, config, padding)[0]
 
 
 def padding_cells(size: tuple[int, int], cells: int) -> np.ndarray:
-    """The cells of a padded square that show none of a picture.
+    """Return the cells of a square that contain only padding.
 
     Args:
-        size: (width, height) of the picture, in pixels, which lies in the square's middle.
+        size: (width, height) of the image, in pixels, which is centred in the square.
         cells: Rows and columns of the square.
 
     Returns:
@@ -63,53 +63,62 @@ def padding_cells(size: tuple[int, int], cells: int) -> np.ndarray:
     return padding
 
 
-def judge(
+def label_cells(
     grounding: np.ndarray,
     sink: np.ndarray,
     config: LabelConfig,
     padding: np.ndarray | None = None,
 ) -> tuple[np.ndarray, str | None]:
-    """The labels, and the reason where there are none.
+    """Label every image token, with the reason if all are ignored.
 
-    All tokens are ignored when a map holds a NaN or an infinity, when its maximum off sinks and
-    padding is 0 or below `floor`, when the foreground's bounding box, grown by `box_margin`, holds
-    `max_box_fraction` of the grid or more, or when it has more than `max_components` components.
-    Arguments as in `pseudo_labels`.
+    All tokens are ignored if a map is not finite, if its maximum outside sinks and padding is 0 or
+    below `floor`, if the bounding box of the foreground, expanded by `box_margin`, covers
+    `max_box_fraction` of the grid or more, or if the foreground has more than `max_components`
+    connected components.
+
+    Args:
+        grounding: [rows, columns] attention shares, >= 0.
+        sink: [rows, columns] attention shares of the sink map.
+        config: Thresholds.
+        padding: bool [rows, columns], cells that contain only padding, or None.
+
+    Returns:
+        (int8 [rows, columns], reason or None).
 
     Raises:
-        ValueError: For maps that are not two grids of one shape.
+        ValueError: If the maps are not two grids of one shape.
     """
     if grounding.shape != sink.shape or grounding.ndim != 2 or not grounding.size:
         raise ValueError(
             f"maps must be two grids (rows, columns) of one shape, got {grounding.shape} and "
             f"{sink.shape}"
         )
-    nothing = np.full(grounding.shape, IGNORED, dtype=np.int8)
+    ignored = np.full(grounding.shape, IGNORED, dtype=np.int8)
     if not (np.isfinite(grounding).all() and np.isfinite(sink).all()):
-        return nothing, NOT_FINITE
+        return ignored, NOT_FINITE
     attention = remove_sinks(grounding, sink, config.sink_threshold)
     blank = np.zeros(grounding.shape, dtype=bool) if padding is None else padding
     peak = attention[~blank].max(initial=0)
     if not peak > 0:
-        return nothing, NO_ATTENTION
+        return ignored, NO_ATTENTION
     if peak < config.floor:
-        return nothing, TOO_FAINT
+        return ignored, TOO_FAINT
     foreground = (attention > config.foreground * peak) & ~blank
     box = _box(foreground, config.box_margin)
     if box.sum() >= config.max_box_fraction * grounding.size:
-        return nothing, TOO_LARGE
+        return ignored, TOO_LARGE
     if config.max_components is not None:
-        _, parts = ndimage.label(foreground, np.ones((3, 3)))  # type: ignore[misc]
-        if parts > config.max_components:
-            return nothing, SEVERAL_PLACES
-    labels = nothing.copy()
+        _, components = ndimage.label(foreground, np.ones((3, 3)))  # type: ignore[misc]
+        if components > config.max_components:
+            return ignored, SEVERAL_PLACES
+    labels = ignored.copy()
     labels[~box & (attention < config.background * peak) | blank] = BACKGROUND
     labels[foreground] = FOREGROUND
     return labels, None
 
 
 def _box(foreground: np.ndarray, margin: int) -> np.ndarray:
-    """The cells of the box around the foreground, grown by so many on each side."""
+    """The cells of the foreground's bounding box, expanded by `margin` cells on each side."""
     rows, columns = (
         slice(max(at.min() - margin, 0), at.max() + 1 + margin) for at in np.nonzero(foreground)
     )

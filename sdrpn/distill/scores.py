@@ -1,6 +1,6 @@
-"""How well attention points, which heads do it best, and which tokens are sinks: arrays, no model.
+"""Score how well attention maps point, select heads and find sinks, on plain arrays.
 
-Shapes: n questions, L layers, H heads or maps, T image tokens of a grid, row-major.
+Shapes: L layers, H heads or maps, T image tokens of a grid in row-major order.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from sdrpn.distill.pseudo_labels import FOREGROUND, pseudo_labels
 from sdrpn.roi.sinks import remove_sinks
 
 SINK_FACTOR = 5.0
-"""A sink takes at least this many times the attention of an average image token, always."""
+"""A sink has at least this multiple of the mean attention of image tokens, for every question."""
 SINK_MARGIN = 2.0
-"""A sink's attention is at least this many times what the cells of the asked object take."""
+"""A sink has at least this multiple of the attention on the object that is asked about."""
 SMALLEST_GAIN = 0.005
-"""A head joins the others if it adds at least this much IoU, and twice the gain's standard error:
-of many candidates one always seems to help a little."""
+"""Minimum gain in IoU of an added head. It must also exceed twice its standard error, since the
+best of many candidates always shows some gain."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Where one question should make the model look.
+    """Where the model should look for one question.
 
-    inside: bool [T], cells that the asked object covers. box: [T], the share of each cell that its
-    bounding box covers. objects: bool [T], cells of any object of the image. image: its number.
-    shape: (rows, columns) of the grid.
+    Args:
+        inside: bool [T], cells that the object covers.
+        box: [T], share of each cell that the bounding box of the object covers.
+        objects: bool [T], cells that any object of the image covers.
+        image: Index of the image.
+        shape: (rows, columns) of the grid.
     """
 
     inside: np.ndarray
@@ -42,11 +45,18 @@ class Targets:
 def score_maps(
     maps: np.ndarray, sink: np.ndarray, target: Targets, config: LabelConfig
 ) -> np.ndarray:
-    """Score the attention maps of one question: [H, 4], columns as in `MEASURES`.
+    """Score the attention maps of one question.
 
-    maps: [H, T]. sink: [T]. mass: share of the map that lies inside the object, sinks removed.
-    hit: 1 where the maximum does. iou: of the pseudo-labels' foreground with the true box, in
-    area; a map that gives no labels has 0. kept: 1 where there are labels.
+    Args:
+        maps: [H, T] attention maps.
+        sink: [T] sink map.
+        target: Where the maps should point.
+        config: Label thresholds.
+
+    Returns:
+        [H, 4], columns as in `METRICS`. mass: share of the attention inside the object, without
+        sinks. hits: 1 if the maximum is inside. iou: of the pseudo-labels' foreground with the true
+        box, in area; 0 without labels. kept: 1 if the map gives labels.
     """
     clean = remove_sinks(maps, sink, config.sink_threshold)
     total = clean.sum(1)
@@ -60,17 +70,17 @@ def score_maps(
     return np.stack([mass, hit, iou(foregrounds, target.box), kept], axis=1)
 
 
-MEASURES = ("mass", "hits", "iou", "kept")
+METRICS = ("mass", "hits", "iou", "kept")
 
 
 def iou(foreground: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Intersection over union, in area, of sets of cells (bool [..., T]) and a box (shares [T])."""
+    """Intersection over union, in area, of cells (bool [..., T]) and a box (cell shares [T])."""
     both = (foreground * box).sum(-1)
     return both / (foreground.sum(-1) + box.sum() - both)
 
 
-def ranked(ious: np.ndarray, masses: np.ndarray, count: int) -> list[tuple[int, int]]:
-    """The `count` best (layer, head) of [L, H] scores: by IoU, then by mass."""
+def rank_heads(ious: np.ndarray, masses: np.ndarray, count: int) -> list[tuple[int, int]]:
+    """Return the `count` best (layer, head) of [L, H] scores, by IoU and then by mass."""
     order = np.lexsort((-masses.ravel(), -ious.ravel()))[:count]
     return [(int(i) // ious.shape[1], int(i) % ious.shape[1]) for i in order]
 
@@ -81,41 +91,51 @@ def join_heads(
     targets: Sequence[Targets],
     config: LabelConfig,
     *,
-    most: int = 7,
+    max_heads: int = 7,
 ) -> list[tuple[int, float]]:
-    """Greedily join maps while the mean of them points better.
+    """Select heads by greedy forward selection on the IoU of their mean map.
 
-    maps: [H, T] of each of n questions, the first head the best on its own. sinks: [T] of each.
-    Returns (map, IoU once it has joined) in the order of joining: the first, then whichever helps
-    most, until the gain is too small (see `SMALLEST_GAIN`) or there are `most`.
+    Args:
+        maps: [H, T] per question; head 0 is the best single one and is always selected.
+        sinks: [T] per question.
+        targets: Where the maps should point.
+        config: Label thresholds.
+        max_heads: Maximum number of heads. Selection also ends when the gain is too small, see
+            `SMALLEST_GAIN`.
+
+    Returns:
+        (head, IoU of the combination up to it) in the order of selection.
     """
 
-    def joint(chosen: list[int]) -> np.ndarray:
-        together = [own[chosen].mean(0, keepdims=True) for own in maps]
-        rows = zip(together, sinks, targets, strict=True)
+    def combined_iou(heads: list[int]) -> np.ndarray:
+        means = [own[heads].mean(0, keepdims=True) for own in maps]
+        rows = zip(means, sinks, targets, strict=True)
         return np.array([score_maps(*row, config)[0, 2] for row in rows])
 
-    before = joint([0])
-    trail = [(0, float(before.mean()))]
-    while len(trail) < min(most, len(maps[0])):
-        chosen = [head for head, _ in trail]
-        others = [head for head in range(len(maps[0])) if head not in chosen]
-        tried = {head: joint([*chosen, head]) for head in others}
+    before = combined_iou([0])
+    selected = [(0, float(before.mean()))]
+    while len(selected) < min(max_heads, len(maps[0])):
+        heads = [head for head, _ in selected]
+        others = [head for head in range(len(maps[0])) if head not in heads]
+        tried = {head: combined_iou([*heads, head]) for head in others}
         best = max(tried, key=lambda head: tried[head].mean())
         gains = tried[best] - before
         if gains.mean() < max(SMALLEST_GAIN, 2 * gains.std() / len(gains) ** 0.5):
             break
         before = tried[best]
-        trail.append((best, float(before.mean())))
-    return trail
+        selected.append((best, float(before.mean())))
+    return selected
 
 
 @dataclass(frozen=True)
 class Sinks:
-    """Image tokens that take attention whatever is asked; layer None: the model has none.
+    """Image tokens that attract attention whatever is asked.
 
-    threshold: on the mean over the heads of `layer`; 1.0 where there are none. per_image: how many
-    there are on average. why: the finding in one sentence.
+    Args:
+        layer: Layer whose mean over heads is the sink map; None if the model has no sinks.
+        threshold: Minimum value of a sink in that map; 1.0 without sinks.
+        per_image: Mean number of sinks per image.
+        why: The finding in one sentence.
     """
 
     layer: int | None
@@ -125,13 +145,16 @@ class Sinks:
 
 
 def find_sinks(means: Sequence[np.ndarray], targets: Sequence[Targets]) -> Sinks:
-    """The layer whose sinks stand out most, and a threshold that tells them from what was asked.
+    """Find the layer whose sinks stand out most, and a threshold that separates them from objects.
 
-    means: [L, T] of each of n questions, mean over the heads of each layer. A sink holds nothing
-    that could be asked for (no object covers it) and takes `SINK_FACTOR` times an average token's
-    attention under every question on its image. A layer counts if half of the images have sinks and
-    if nearly all of those (95 %) take `SINK_MARGIN` times what the asked objects nearly always stay
-    below. The threshold is the geometric mean of these two limits.
+    A sink is covered by no object and has `SINK_FACTOR` times the mean attention for every question
+    on its image. A layer qualifies if half of its images have sinks, and if the 5 % quantile of
+    their attention is `SINK_MARGIN` times the 95 % quantile of the peak on the object asked about.
+    The threshold is the geometric mean of these two quantiles.
+
+    Args:
+        means: [L, T] per question, the mean over the heads of each layer.
+        targets: Where the model should look, per question.
     """
     best, found = 0.0, Sinks(None, 1.0, 0.0, "no layer has tokens that all questions look at")
     for layer in range(len(means[0])):
@@ -142,17 +165,17 @@ def find_sinks(means: Sequence[np.ndarray], targets: Sequence[Targets]) -> Sinks
         if low > max(best, SINK_MARGIN) * high:
             best, threshold = low / high, float(f"{(low * high) ** 0.5:.2g}")
             why = (
-                f"in layer {layer} {per_image:.1f} tokens an image take {low:.2g} or more whatever "
-                f"is asked, and what was asked for at most {high:.2g}"
+                f"in layer {layer}, {per_image:.1f} tokens per image have an attention of "
+                f"{low:.2g} or more whatever is asked, and objects asked about at most {high:.2g}"
             )
             found = Sinks(layer, threshold, per_image, why)
     return found
 
 
 def _sink_level(rows: Sequence[np.ndarray], targets: Sequence[Targets]) -> tuple[float, float]:
-    """What nearly all sinks of a layer take: (5 % quantile, sinks per image), or zeros.
+    """(5 % quantile of the attention on the sinks of a layer, sinks per image), or zeros.
 
-    rows: [T] of each question.
+    rows: [T] per question.
     """
     of_image: dict[int, list[np.ndarray]] = {}
     for row, target in zip(rows, targets, strict=True):
@@ -161,7 +184,7 @@ def _sink_level(rows: Sequence[np.ndarray], targets: Sequence[Targets]) -> tuple
     taken, images, counts = [], 0, []
     for image in sorted(of_image):
         some = np.stack(of_image[image])
-        if len(some) < 2:  # one question cannot tell what all of them look at
+        if len(some) < 2:  # sinks are common to several questions
             continue
         average = some.mean(1, keepdims=True)
         always = (some >= SINK_FACTOR * average).all(0) & (average > 0).all()
@@ -174,19 +197,29 @@ def _sink_level(rows: Sequence[np.ndarray], targets: Sequence[Targets]) -> tuple
     return float(np.quantile(np.concatenate(taken), 0.05)), float(np.mean(counts))
 
 
-def branch_layer(best: int, layers: int, depth: int) -> tuple[int, str]:
-    """Where an RPN of `depth` should branch off, and the reason in one line.
+def choose_branch_layer(best: int, layers: int, depth: int) -> tuple[int, str]:
+    """Choose the layer that an RPN branches off from: just above the best pointing head.
 
-    Just past the layer of the best pointing head: 15 for LLaVA-1.5-7B, whose heads lie in layer
-    14. No deeper than leaves `depth` layers to copy. Raises ValueError where there are too few.
+    For LLaVA-1.5-7B, whose pointing heads are in layer 14, this is 15.
+
+    Args:
+        best: Layer of the best pointing head.
+        layers: Layers of the backbone.
+        depth: Layers of the RPN, which are copied from those above the branch.
+
+    Returns:
+        (branch layer, the reason in one sentence).
+
+    Raises:
+        ValueError: If the backbone has too few layers.
     """
     if depth >= layers:
-        raise ValueError(f"an RPN of depth {depth} needs more than the {layers} layers there are")
+        raise ValueError(f"an RPN of depth {depth} needs more than {layers} backbone layers")
     branch = min(best + 1, layers - depth)
-    reason = f"B = {branch}: the best pointing head is in layer {best}, and B is just past it"
+    reason = f"B = {branch}: just above the best pointing head, which is in layer {best}"
     if branch != best + 1:
         reason = (
-            f"B = {branch}: the best pointing head is in layer {best}, but R = {depth} layers must "
-            f"be left of {layers} to copy"
+            f"B = {branch}: the best pointing head is in layer {best}, but R = {depth} of the "
+            f"{layers} layers must be left to copy"
         )
     return branch, reason

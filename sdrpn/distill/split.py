@@ -1,4 +1,4 @@
-"""Which labels train and which only measure: split by image, so that none is on both sides."""
+"""Split labels by image into training and held-out sets."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ from sdrpn.io.plurals import counted
 def split_by_image(
     rows: LabelledImages, held_out: float, samples: int | None, seed: int
 ) -> tuple[Subset, Subset | None]:
-    """(rows to train on, rows to measure on or None). held_out: share of the images kept back.
+    """Split rows so that no image is in both sets.
 
-    samples: train on so many rows, drawn with `seed`; a larger number draws a superset. Raises
-    ValueError where nothing is left to train or to measure on.
+    Args:
+        rows: Labelled rows.
+        held_out: Share of the images to hold out, in [0, 1).
+        samples: Number of training rows, drawn at random; a larger number draws a superset.
+        seed: Seed of both draws.
+
+    Returns:
+        (training rows, held-out rows or None).
+
+    Raises:
+        ValueError: If one of the sets would be empty.
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be a share in [0, 1), got {held_out}")
@@ -26,7 +35,7 @@ def split_by_image(
     back = {images[i] for i in order[: round(held_out * len(images))]}
     if held_out and not back:
         raise ValueError(
-            f"held_out {held_out} of {counted(len(images), 'image')} is none: raise it, or set "
+            f"held_out {held_out} of {counted(len(images), 'image')} is none: increase it, or set "
             "it to 0"
         )
     named = rows.rows["image"]
@@ -34,7 +43,7 @@ def split_by_image(
     trained = [i for i, image in enumerate(named) if image not in back]
     if samples is not None:
         if not 1 <= samples <= len(trained):
-            raise ValueError(f"samples must be 1 to {len(trained)}, the labels there are")
+            raise ValueError(f"samples must be 1 to {len(trained)}, the number of labels")
         trained = [trained[i] for i in np.random.default_rng(seed).permutation(len(trained))]
         trained = sorted(trained[:samples])
     return Subset(rows, trained), Subset(rows, measured) if back else None  # type: ignore[arg-type]

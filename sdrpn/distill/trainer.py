@@ -1,4 +1,4 @@
-"""Train an RPN on pseudo-labels, over a frozen backbone, with transformers' Trainer."""
+"""Train an RPN on pseudo-labels over a frozen backbone, with transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CHECKPOINTING = next(
     for f in fields(TrainingArguments)
     if f.name in ("activation_checkpointing", "gradient_checkpointing")
 )
-"""transformers 5.2x renamed it."""
+"""Name of the field, which transformers 5.2x changed."""
 
 PUBLISHED: Mapping[str, Any] = {
     "num_train_epochs": 1,
@@ -45,18 +45,19 @@ PUBLISHED: Mapping[str, Any] = {
     "adam_beta2": 0.98,
     "weight_decay": 0.0,
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.03,  # below 1: a share of all steps
+    "warmup_steps": 0.03,  # below 1, a share of all steps
 }
-"""Published hyper-parameters that hold on any machine (docs/method.md)."""
+"""Published hyper-parameters that do not depend on the hardware (docs/method.md)."""
 
 STATE_FILE = "trainer_state.json"
-"""Written last into a checkpoint, so one without it was cut off."""
+"""Written last, so a checkpoint without it is incomplete."""
 
 
 def defaults(measured: bool) -> dict[str, Any]:
-    """What the command line sets where the user does not: the published values and good habits.
+    """Return the defaults of `sdrpn train`: published hyper-parameters and checkpointing.
 
-    measured: there is a held-out set, so the best checkpoint can be told.
+    Args:
+        measured: Whether there is a held-out set, by which the best checkpoint is selected.
     """
     gpu = torch.cuda.is_available()
     values = {
@@ -86,7 +87,12 @@ def defaults(measured: bool) -> dict[str, Any]:
 
 
 def training_arguments(out: Path | str, **overrides: Any) -> TrainingArguments:
-    """The published hyper-parameters; every field of TrainingArguments can be overridden."""
+    """Build TrainingArguments with the published hyper-parameters.
+
+    Args:
+        out: Folder for checkpoints.
+        **overrides: Any fields of TrainingArguments.
+    """
     return TrainingArguments(
         output_dir=str(out),
         remove_unused_columns=False,
@@ -96,9 +102,9 @@ def training_arguments(out: Path | str, **overrides: Any) -> TrainingArguments:
 
 
 class RPNForTraining(nn.Module):
-    """An RPN over its frozen backbone; only the RPN is a submodule, so only it is trained.
+    """An RPN over its frozen backbone; only the RPN is a submodule and is trained.
 
-    Its weights are float32, whatever the backbone's are; under bf16 the Trainer's autocast
+    Its weights are float32 whatever the dtype of the backbone; with `bf16`, the Trainer's autocast
     computes in bfloat16.
     """
 
@@ -114,28 +120,29 @@ class RPNForTraining(nn.Module):
         attention_mask: Tensor,
         labels: Tensor,
     ) -> dict[str, Tensor]:
-        """Loss and RoI logits of a batch.
+        """Compute the loss and RoI logits of a batch of B samples.
 
         Args:
-            images: The B whole images, preprocessed.
+            images: B preprocessed images.
             input_ids: [B, N] token ids after the image, left-padded.
-            attention_mask: [B, N], 1 where there is a token.
-            labels: [B, T] of 1, 0, -100; T is the most image tokens of a row, -100 behind others.
+            attention_mask: [B, N], 1 for tokens and 0 for padding.
+            labels: [B, T] of 1, 0 and -100, where T is the largest number of image tokens;
+                right-padded with -100.
 
         Returns:
-            `loss`, the mean over all labelled tokens of the batch (0 where there is none), and
-            `logits`, [B, T], 0 behind the tokens of a row.
+            `loss`, the mean over all labelled tokens of the batch (0 if there are none), and
+            `logits`, [B, T], right-padded with 0.
         """
         logits = self._logits(images, input_ids, attention_mask)
         labels = labels.to(logits.device)
         labelled = labels != IGNORED
         targets = labels.clamp(min=0).to(logits.dtype)
-        each = binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        loss = (each * labelled).sum() / labelled.sum().clamp(min=1)
+        losses = binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        loss = (losses * labelled).sum() / labelled.sum().clamp(min=1)
         return {"loss": loss, "logits": logits}
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
-        """Recompute each RPN layer in the backward pass; the Trainer asks for it by argument."""
+        """Recompute each RPN layer in the backward pass; called by the Trainer."""
         chosen = next(
             (v for k, v in options.items() if k.endswith("checkpointing_kwargs") and v), {}
         )
@@ -146,7 +153,7 @@ class RPNForTraining(nn.Module):
             layer._gradient_checkpointing_func = run
 
     gradient_checkpointing_enable = activation_checkpointing_enable
-    """Its name in older versions of transformers."""
+    """The method's name in older versions of transformers."""
 
     def _logits(
         self, images: Sequence[ImageInput], input_ids: Tensor, attention_mask: Tensor
@@ -187,9 +194,13 @@ def _columns(rotary: KV, count: int) -> KV:
 
 
 class RPNSamples(Dataset):
-    """Rows with `image` (a PIL image), `question` and `labels` [rows, columns], preprocessed.
+    """Preprocessed training samples.
 
-    Raises ValueError, when it is read, for a question that does not fit the context.
+    Indexing raises ValueError for a question that exceeds the context.
+
+    Args:
+        rows: Rows with `image` (a PIL image), `question` and `labels` [rows, columns].
+        backbone: The frozen model.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]] | Any, backbone: Backbone) -> None:
@@ -201,25 +212,24 @@ class RPNSamples(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         (image,) = self.backbone.preprocess([row["image"]])
-        words = self.backbone.prompt_ids(row["question"]).after
-        if (room := self.backbone.room(image.grid.cells, words)) < 1:
+        token_ids = self.backbone.prompt_ids(row["question"]).after
+        if (budget := self.backbone.room(image.grid.cells, token_ids)) < 1:
             limit = self.backbone.context_length
             raise ValueError(
-                f"sample {index} has a prompt of {limit - room} tokens, {1 - room} too many for a "
-                f"context of {limit} with one token to answer ({row['question']!r:.60}): leave it "
-                "out"
+                f"sample {index} has a prompt of {limit - budget} tokens, {1 - budget} too many "
+                f"for a context of {limit} with one token to answer ({row['question']!r:.60}): "
+                "remove it"
             )
         labels = torch.tensor(row["labels"], dtype=torch.long)
         return {
             "images": image,
-            "input_ids": torch.tensor(words),
+            "input_ids": torch.tensor(token_ids),
             "labels": labels.flatten(),
         }
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Batch samples: questions left-padded, so that each row ends with its last token; labels
-    right-padded with -100."""
+    """Batch samples, with questions left-padded and labels right-padded with -100."""
     ids = [sample["input_ids"] for sample in samples]
     ones = [torch.ones_like(one) for one in ids]
     labels = [sample["labels"] for sample in samples]
@@ -231,31 +241,31 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-class SafeTrainer(Trainer):
-    """transformers' Trainer, which saves no broken weights and says what keeps it from saving."""
+class RPNTrainer(Trainer):
+    """transformers' Trainer that saves only finite weights and explains why saving failed."""
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """As the Trainer's; raises ValueError for weights that are not finite."""
-        self._check()
+        """Evaluate as the Trainer does; raises ValueError if weights are not finite."""
+        self._check_finite()
         return super().evaluate(*arguments, **options)
 
-    def _check(self) -> None:
-        mend = "the training went wrong: use a lower --learning_rate and another --out"
+    def _check_finite(self) -> None:
+        hint = "the training diverged: use a lower --learning_rate and another --out"
         assert self.model is not None
-        check_finite(self.model.named_parameters(), f"step {self.state.global_step}", mend)
+        check_finite(self.model.named_parameters(), f"step {self.state.global_step}", hint)
 
     def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
-        self._check()
+        self._check_finite()
         try:
             super()._save_checkpoint(*arguments, **options)
         except torch.OutOfMemoryError:
             raise
-        except (OSError, RuntimeError, SafetensorError) as error:  # one each of who writes there
+        except (OSError, RuntimeError, SafetensorError) as error:  # Python, torch, safetensors
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
-                f"{folder} cannot be written ({first_line(error)}): make room there, and the same "
-                "command goes on from the checkpoint before it"
+                f"{folder} cannot be written ({first_line(error)}): free disk space, then run the "
+                "same command to resume from the previous checkpoint"
             ) from error
 
 
@@ -266,15 +276,28 @@ def train(
     arguments: TrainingArguments,
     *,
     held_out: Sequence[Mapping[str, Any]] | Any | None = None,
-    tell: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train `rpn` in place on labelled rows (see RPNSamples); returns and notes the facts.
+    """Train an RPN in place, resuming from the last complete checkpoint in the output folder.
 
-    held_out: rows that are only measured: loss, average precision and IoU of the map against the
-    pseudo-labels. Goes on from the last whole checkpoint in `arguments.output_dir`, with the same
-    curve as without the interruption.
+    An interrupted training that is resumed gives the same weights as an uninterrupted one.
+
+    Args:
+        backbone: The frozen model.
+        rpn: The RPN, on any device; moved to the CPU at the end.
+        rows: Labelled rows, see `RPNSamples`.
+        arguments: Settings; checkpoints are in `output_dir`.
+        held_out: Rows for evaluation: loss, average precision and IoU against the pseudo-labels.
+        log: Receives progress messages.
+
+    Returns:
+        Facts for the model card, also saved as `rpn.facts`.
+
+    Raises:
+        ValueError: If the weights diverge or a checkpoint is damaged.
+        OSError: If a checkpoint cannot be written.
     """
-    trainer = SafeTrainer(
+    trainer = RPNTrainer(
         model=RPNForTraining(backbone, rpn),
         args=arguments,
         train_dataset=RPNSamples(rows, backbone),
@@ -282,25 +305,8 @@ def train(
         compute_metrics=MapMetrics() if held_out is not None else None,
         data_collator=collate,
     )
-    trainer.add_callback(_BestStaysHere())
-    last, broken = last_checkpoint(Path(str(arguments.output_dir)))
-    for folder in broken:
-        tell(f"{folder} is not whole, and is made anew")
-        if arguments.process_index == 0:  # what is written there must not mix with what was
-            shutil.rmtree(folder, ignore_errors=True)
-    seconds = None
-    if last is not None and _is_finished(last):
-        # Asked to go on from its last step, the Trainer would add one.
-        tell(f"{last} is the end of this training; nothing is left to do")
-        _load_end(trainer, last)
-    else:
-        if last is not None:
-            tell(f"going on from {last}")
-        try:
-            result = trainer.train(resume_from_checkpoint=str(last) if last else None)
-        except UnpicklingError as error:  # of a state that is damaged, or asks for code
-            raise ValueError(f"{last} cannot be read ({first_line(error)}); delete it") from error
-        seconds = round(result.metrics["train_runtime"], 1)
+    trainer.add_callback(_RelocateBestCheckpoint())
+    seconds = _run(trainer, log)
     measured = trainer.evaluate() if held_out is not None else {}
     state = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_world_process_zero() and state:
@@ -310,41 +316,63 @@ def train(
     return rpn.facts
 
 
+def _run(trainer: Trainer, log: Callable[[str], None]) -> float | None:
+    """Train from the last complete checkpoint: seconds, or None if it is already finished."""
+    arguments = trainer.args
+    last, incomplete = last_checkpoint(Path(str(arguments.output_dir)))
+    for folder in incomplete:
+        log(f"removing incomplete checkpoint {folder}")
+        if arguments.process_index == 0:  # otherwise its files would mix with the new ones
+            shutil.rmtree(folder, ignore_errors=True)
+    if last is not None and _is_finished(last):
+        # The Trainer would add a step if resumed from the last one.
+        log(f"training is already complete: {last}")
+        _load_final(trainer, last)
+        return None
+    if last is not None:
+        log(f"resuming from {last}")
+    try:
+        result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except UnpicklingError as error:  # a damaged state, or one that contains code
+        raise ValueError(f"{last} cannot be read ({first_line(error)}); delete it") from error
+    return round(result.metrics["train_runtime"], 1)
+
+
 def _is_finished(checkpoint: Path) -> bool:
     state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     return state.global_step >= state.max_steps
 
 
-def _load_end(trainer: Trainer, checkpoint: Path) -> None:
-    """What a finished training ended with: its state, and the weights it took as the best."""
+def _load_final(trainer: Trainer, checkpoint: Path) -> None:
+    """Load the state of a finished training and its best weights."""
     trainer.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     best = _best_checkpoint(trainer.state, checkpoint.parent)
     source = best if best and trainer.args.load_best_model_at_end else checkpoint
     weights = source / "model.safetensors"
     if not weights.exists():
         raise ValueError(
-            f"{weights} is missing, which holds the best weights of a training that is finished: "
-            f"put it back, or delete {checkpoint.parent} and train again"
+            f"{weights} is missing, the best weights of a finished training: restore it, or delete "
+            f"{checkpoint.parent} and train again"
         )
     model: Any = trainer.model
     model.load_state_dict(read_all(weights))
 
 
 def _best_checkpoint(state: TrainerState, folder: Path) -> Path | None:
-    """The checkpoint of the smallest held-out loss, in the folder of checkpoints as it is now.
+    """The checkpoint with the smallest held-out loss, in the current checkpoint folder.
 
-    The state notes the path of the run that wrote it; the folder may have been moved since.
+    The state contains the original path; the folder may have been moved since.
     """
     if state.best_model_checkpoint is not None:
         return folder / Path(state.best_model_checkpoint).name
     return folder / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
 
 
-class _BestStaysHere(TrainerCallback):
-    """Lets a training that is resumed in a moved folder find its best checkpoint there.
+class _RelocateBestCheckpoint(TrainerCallback):
+    """Update the path of the best checkpoint when training resumes in a moved folder.
 
-    The Trainer forgets a checkpoint that is not where the state says, but not its loss, and so
-    would end with the last weights.
+    The Trainer ignores a best checkpoint at another path but keeps its loss, so it would end with
+    the last weights instead of the best ones.
     """
 
     def on_train_begin(
@@ -353,12 +381,12 @@ class _BestStaysHere(TrainerCallback):
         best = _best_checkpoint(state, Path(str(args.output_dir)))
         if best is not None and best.is_dir():
             state.best_model_checkpoint = str(best)
-        else:  # deleted: the best of what is still to come
+        else:  # it was deleted, so the best of the following ones is used
             state.best_model_checkpoint = state.best_metric = None
 
 
 def _facts(trainer: Trainer, samples: int, seconds: float | None) -> dict[str, Any]:
-    """What the card says. seconds: of this run, None where there was nothing to do."""
+    """Facts for the model card. seconds: duration of this run, None if it was already complete."""
     arguments = trainer.args
     accumulated = arguments.gradient_accumulation_steps * arguments.world_size
     loss = _last_loss(trainer)
@@ -379,24 +407,31 @@ def _held_out_facts(measured: Mapping[str, float], held_out: Any) -> dict[str, A
         return {}
     names = {"loss": "loss", "average_precision": "average precision", "iou": "IoU"}
     return {"held-out samples": len(held_out)} | {
-        f"held-out {said}": round(measured[f"eval_{name}"], 4) for name, said in names.items()
+        f"held-out {label}": round(measured[f"eval_{name}"], 4) for name, label in names.items()
     }
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
-    """(the newest whole checkpoint in a folder, those after it that were cut off or damaged)."""
+    """Find the newest complete checkpoint.
+
+    Args:
+        folder: Folder of checkpoints.
+
+    Returns:
+        (the newest complete checkpoint or None, later ones that are truncated or damaged).
+    """
     found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("*")}
     steps = {path: int(match[1]) for path, match in found.items() if match}
-    broken = []
+    incomplete = []
     for path in sorted(steps, key=lambda path: steps[path], reverse=True):
-        if _is_whole(path):
-            return path, broken
-        broken.append(path)
-    return None, broken
+        if _is_complete(path):
+            return path, incomplete
+        incomplete.append(path)
+    return None, incomplete
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether the state, written last, is there, and no file beside it was cut."""
+def _is_complete(folder: Path) -> bool:
+    """Whether the state, which is written last, exists and no other file is truncated."""
     try:
         TrainerState.load_from_json(str(folder / STATE_FILE))
         for path in folder.iterdir():
@@ -410,6 +445,6 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _last_loss(trainer: Trainer) -> float | None:
-    """None where the training was shorter than --logging_steps."""
+    """The last logged loss; None if training was shorter than --logging_steps."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses[-1] if losses else None

@@ -6,6 +6,8 @@ import os
 
 import typer
 
+from sdrpn.cli.shared import report_errors
+from sdrpn.io.extras import needs
 from sdrpn_eval.cli.compare import compare
 from sdrpn_eval.cli.curve import curve
 from sdrpn_eval.cli.gate import gate
@@ -25,6 +27,8 @@ app = typer.Typer(
 
 @app.callback()
 def _main(context: typer.Context) -> None:
+    with report_errors():
+        needs("lmms_eval", "matplotlib", "jinja2", extra="eval", what="sdrpn-eval")
     # Tasks' documents are looked up on this machine; only what evaluates or cuts may download.
     if context.invoked_subcommand not in ("ladder", "subsets"):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

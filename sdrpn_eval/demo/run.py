@@ -6,7 +6,6 @@ Leaves lmms-eval's own output folders, the records, a contact sheet of eight que
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -177,20 +176,3 @@ def demo(out: Path, *, batch_size: int = 32, limit: int | None = None) -> dict[s
     console.print(f"contact sheet: {contact_sheet(out, rows)}", highlight=False)
     console.print(f"summary: {out / 'summary.json'}", highlight=False)
     return summary
-
-
-def main() -> None:
-    """Read the command line and run."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="output folder")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--limit", type=int, help="first documents only, for a quick try")
-    args = parser.parse_args()
-    try:
-        demo(args.out, batch_size=args.batch_size, limit=args.limit)
-    except EvaluationFailed as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -290,6 +290,7 @@ ZOOM = {
     "token_budget": 2.5,
     "max_crop_tokens": 64,
     "skip_above": 0.7,
+    "thin_above": 512,
 }
 IN_FILES = {"pretrained", "revision", "rpn", "rpn_revision", "peft"}
 IN_ZOOM = {"threshold", "policy", "token_budget", "skip_above", "relative", "max_crop_tokens"}

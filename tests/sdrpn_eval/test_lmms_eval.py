@@ -26,8 +26,7 @@ from tests.helpers.local_benchmarks import (
     vstar_rows,
     write,
 )
-
-TINY_MODULE = pytest.importorskip("tools.tiny_vstar.tiny_model")
+from tools.tiny_vstar.tiny_model import build_model, build_processor
 
 
 @pytest.fixture
@@ -198,8 +197,8 @@ def random_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("random_llava")
     torch.manual_seed(0)
-    processor = TINY_MODULE.build_processor()
-    TINY_MODULE.build_model(processor.tokenizer).save_pretrained(folder)
+    processor = build_processor()
+    build_model(processor.tokenizer).save_pretrained(folder)
     processor.save_pretrained(folder)
     RPN.from_backbone(Llava15.load(str(folder), device="cpu"), 3, 3).save_pretrained(folder / "rpn")
     return folder

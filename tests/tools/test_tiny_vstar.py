@@ -77,5 +77,5 @@ def test_rpn_knows_its_model_and_facts() -> None:
 
 
 def test_readme_shows_the_measured_table(published: dict) -> None:
-    assert score.markdown(published, score.headline(published)) in README.read_text()
+    assert score.brief_table(published) in README.read_text()
     assert score.markdown(published) in (README.parent / "docs" / "tiny_vstar.md").read_text()

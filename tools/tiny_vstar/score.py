@@ -164,17 +164,30 @@ def score(model: Path, benchmark: Path) -> dict[str, Any]:
     }
 
 
-def headline(result: Mapping[str, Any]) -> list[str]:
-    """Names of the rows that the README shows."""
-    first = ["stock", "random 3 x 3 cells", "vicrop", result["attention_best"], result["rpn"]]
-    return [*first, "oracle box, 168 px"]
-
-
-def markdown(result: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
-    """The table of chosen rows (default: all) in percent, with 95 % intervals by image."""
+def brief_table(result: Mapping[str, Any]) -> str:
+    """The table of the README: exact match in percent, without intervals."""
+    names = {
+        "stock": "stock model",
+        "random 3 x 3 cells": "second look at a random region",
+        result["rpn"]: "**second look, RPN**",
+        "oracle box, 168 px": "second look at the true region",
+    }
     rows = {row["name"]: row for row in result["rows"]}
+    lines = [
+        "| exact match, % | all questions | fine patterns | coarse patterns |",
+        "|---|---|---|---|",
+    ]
+    for name, shown in names.items():
+        bold = "**" if shown.startswith("**") else ""
+        cells = (f"{bold}{100 * rows[name][group][0]:.1f}{bold}" for group in GROUPS)
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The table of all rows in percent, with 95 % intervals by image."""
     lines = ["| proposer | all | fine | coarse | zoomed |", "|---|---|---|---|---|"]
-    for row in (rows[name] for name in names or rows):
+    for row in result["rows"]:
         cells = (with_interval(row[group], 100, ".1f") for group in GROUPS)
         lines.append(f"| {row['name']} | {' | '.join(cells)} | {100 * row['zoomed']:.0f} % |")
     return "\n".join(lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from sdrpn.backbones.fingerprint import base_hash
 from sdrpn.backbones.llava15 import Llava15
+from sdrpn.io.extras import MissingExtra
 from sdrpn_eval import loading
 from sdrpn_eval.args import LlavaArguments
 from sdrpn_eval.model import LlavaSdrpn
@@ -88,18 +88,15 @@ def test_values_of_the_wrong_type() -> None:
 
 def test_without_peft_it_says_so(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"peft=my/adapter needs .*: pip install peft"):
+    with pytest.raises(
+        MissingExtra, match=r"peft=my/adapter needs peft: pip install 'sdrpn\[peft\]'"
+    ):
         Llava15.load(str(base), peft="my/adapter", device="cpu")
 
 
 def test_without_bitsandbytes_it_says_so(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda n, *more: None if n == "bitsandbytes" else find(n, *more),
-    )
-    with pytest.raises(ValueError, match=r"load_in_4bit needs .*: pip install bitsandbytes"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingExtra, match=r"load_in_4bit needs .*: pip install 'sdrpn\[4bit\]'"):
         Llava15.load(str(base), load_in_4bit=True, device="cpu")
 
 

@@ -102,8 +102,8 @@ def test_from_labels_to_an_rpn(folder: Path) -> None:
     code, told = run(*words("train", folder, *few, "--padding", "pad"))
     assert code == 2
     assert (
-        f"--padding pad, but {folder / 'labels'} was labelled with padding crop: leave --padding "
-        "out, or label again with it" in told
+        f"--padding pad, but {folder / 'labels'} was labelled with padding crop: omit --padding, "
+        "or label again with it" in told
     )
     code, told = run(*words("train", folder, *few, "--padding", "stretch"))
     assert (code, "padding must be one of pad, crop, got 'stretch'" in told) == (2, True)

@@ -29,7 +29,7 @@ def test_look_says_what_it_saw_and_draws_it(picture: Path, tmp_path: Path) -> No
         app, ["look", str(picture), QUESTION, "--model", "tiny", "--out", str(out)]
     )
     assert result.exit_code == 0, result.output
-    for word in ("stock:", "second look:", "looked at", "map maximum", "tokens: 64 image"):
+    for word in ("stock:", "second look:", "region (x0", "map maximum", "tokens: 64 image"):
         assert word in result.output
     assert Image.open(out).size[0] > 500
 

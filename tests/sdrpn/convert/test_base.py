@@ -854,7 +854,7 @@ def test_values_that_are_not_finite_are_named(
 
 def test_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    assert "holds something already" in said(str(folder), "--out", str(folder))
+    assert "is not empty" in said(str(folder), "--out", str(folder))
     assert "there is no folder /no/llava" in said("/no/llava", "--out", out)
     for path in folder.glob("token*"):
         path.unlink()

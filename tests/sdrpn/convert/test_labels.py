@@ -365,7 +365,7 @@ def test_the_command(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["nothing.pkl", "--out", "{tmp}/out"], "there is no file nothing.pkl"),
-        (["{file}", "--out", "{tmp}"], "holds something already: give a new folder"),
+        (["{file}", "--out", "{tmp}"], "is not empty: give a new folder"),
         (["{file}", "--out", "{tmp}/out", "--size", "70b"], "--size must be 7b or 13b, got '70b'"),
         (["{file}", "--out", "{tmp}/out", "--images", "/none"], "there is no folder /none"),
         (["{file}", "--out", "{tmp}/out"], "it contains subprocess.getoutput"),

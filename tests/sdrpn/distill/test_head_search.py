@@ -20,7 +20,7 @@ from sdrpn.boxes import PixelBox
 from sdrpn.cli import app
 from sdrpn.config import LABELS_13B, LayerHeads
 from sdrpn.distill import probes
-from sdrpn.distill.attention_probe import Asked, Listener
+from sdrpn.distill.attention_probe import AttentionProbe, ProbeQuestion
 from sdrpn.distill.head_search import CHOSEN, ELSEWHERE, Findings, find_heads, load_label_config
 from sdrpn.distill.label import label
 from sdrpn.distill.probes import (
@@ -36,11 +36,11 @@ from sdrpn.distill.probes import (
 )
 from sdrpn.distill.scores import (
     Targets,
-    branch_layer,
+    choose_branch_layer,
     find_sinks,
     iou,
     join_heads,
-    ranked,
+    rank_heads,
     score_maps,
 )
 from sdrpn.inference.attention_rows import Rows
@@ -221,8 +221,8 @@ def test_iou_is_of_areas() -> None:
 def test_ranking_is_by_iou_then_by_mass() -> None:
     ious = np.array([[0.1, 0.3, 0.0], [0.3, 0.2, 0.0]])
     masses = np.array([[0.9, 0.1, 0.0], [0.2, 0.1, 0.1]])
-    assert ranked(ious, masses, 4) == [(1, 0), (0, 1), (1, 1), (0, 0)]
-    assert ranked(ious, masses, 5)[4] == (1, 2)
+    assert rank_heads(ious, masses, 4) == [(1, 0), (0, 1), (1, 1), (0, 0)]
+    assert rank_heads(ious, masses, 5)[4] == (1, 2)
 
 
 def test_heads_join_while_they_help() -> None:
@@ -231,7 +231,7 @@ def test_heads_join_while_they_help() -> None:
     maps = np.stack([looks(t5=0.5), looks(t12=0.5), looks(t6=0.5), looks(t5=0.5)])[None]
     sinks = np.zeros((1, 16))
     assert join_heads(maps, sinks, [target], CONFIG) == [(0, 0.5), (2, 1.0)]
-    assert join_heads(maps, sinks, [target], CONFIG, most=1) == [(0, 0.5)]
+    assert join_heads(maps, sinks, [target], CONFIG, max_heads=1) == [(0, 0.5)]
     alone = np.stack([looks(t5=0.5, t6=0.5), looks(t6=0.5)])[None]
     assert join_heads(alone, sinks, [target], CONFIG) == [(0, 1.0)]
 
@@ -311,7 +311,7 @@ def test_sinks_are_found_where_they_stand_out_most() -> None:
     means = np.stack([heard(targets, *layer) for layer in layers], axis=1)
     found = find_sinks(means, targets)
     assert (found.layer, found.threshold, found.per_image) == (1, 0.05, 1)
-    assert "in layer 1 1.0 tokens an image take 0.25 or more" in found.why
+    assert "in layer 1, 1.0 tokens per image have an attention of 0.25 or more" in found.why
     for row, target in zip(means[:, 1], targets, strict=True):
         assert np.flatnonzero(row >= found.threshold).tolist() == [30 + target.image]
     assert find_sinks(means[:, 2:], targets).layer == 0
@@ -400,16 +400,16 @@ def test_a_sink_s_level_is_what_nearly_all_take() -> None:
 
 
 def test_branch_layer_is_just_past_the_best_head() -> None:
-    assert branch_layer(14, 32, 3) == (
+    assert choose_branch_layer(14, 32, 3) == (
         15,
-        "B = 15: the best pointing head is in layer 14, and B is just past it",
+        "B = 15: just above the best pointing head, which is in layer 14",
     )
-    assert branch_layer(0, 6, 3)[0] == 1
-    deep, reason = branch_layer(5, 6, 3)
+    assert choose_branch_layer(0, 6, 3)[0] == 1
+    deep, reason = choose_branch_layer(5, 6, 3)
     assert deep == 3
-    assert "R = 3 layers must be left of 6" in reason
-    with pytest.raises(ValueError, match="depth 6 needs more than the 6 layers"):
-        branch_layer(0, 6, 6)
+    assert "R = 3 of the 6 layers must be left" in reason
+    with pytest.raises(ValueError, match="depth 6 needs more than 6 backbone layers"):
+        choose_branch_layer(0, 6, 6)
 
 
 # --- the tiny model ----------------------------------------------------------------------------
@@ -450,7 +450,7 @@ def test_where_a_probe_should_be_looked_at(tiny: ZoomModel) -> None:
     red = Disc("red", "level", (30.0, 30.0), 12.8, 16.0)
     blue = Disc("blue", "level", (130.0, 130.0), 10.0, 16.0)
     probe = Probe(Image.new("RGB", (160, 160)), (red, blue))
-    asked = Listener(tiny, 1).questions([probe, probe])
+    asked = AttentionProbe(tiny, 1).questions([probe, probe])
     assert [one.question for one in asked[:2]] == [
         "what pattern is on the red disc ?",
         "what pattern is on the blue disc ?",
@@ -470,15 +470,15 @@ def test_where_a_probe_should_be_looked_at(tiny: ZoomModel) -> None:
 def test_what_was_said_leaves_special_tokens_out(tiny: ZoomModel) -> None:
     tokenizer = tiny.backbone.tokenizer
     ids = (tokenizer.eos_token_id, *tokenizer("red", add_special_tokens=False)["input_ids"])
-    one = Listener(tiny, 1).questions([draw_probes(0, 1)[0]])[0]
-    assert Listener(tiny, 1).text(replace(one, response=ids)) == "red"
+    one = AttentionProbe(tiny, 1).questions([draw_probes(0, 1)[0]])[0]
+    assert AttentionProbe(tiny, 1).text(replace(one, response=ids)) == "red"
 
 
 def test_probes_that_do_not_fit_the_context_are_left_out(
     tiny: ZoomModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tiny model answers a colour and a pattern: two tokens, for which there must be room."""
-    listener = Listener(tiny, 8)
+    listener = AttentionProbe(tiny, 8)
     asked = listener.questions(draw_probes(0, 2))
     prompt = len(tiny.backbone.plain_ids(asked[0].question)) - 1 + 64
     (length,) = {len(one.response) for one in listener.answer(asked, 128)}
@@ -486,7 +486,7 @@ def test_probes_that_do_not_fit_the_context_are_left_out(
     assert len(listener.answer(asked, 128)) == len(asked)
     monkeypatch.setattr(tiny.backbone, "context_length", prompt + length - 1)
     assert listener.answer(asked, 128) == []
-    with pytest.raises(ValueError, match="answered no probe question with a word, or with none"):
+    with pytest.raises(ValueError, match="gave no answer to any probe question, or none"):
         find_heads(tiny, scenes=4)
     monkeypatch.setattr(tiny.backbone, "context_length", prompt)
     with pytest.raises(ValueError, match=rf"of {prompt} tokens leaves no room for an answer in"):
@@ -521,7 +521,7 @@ def test_labels_from_the_chosen_heads_are_better_than_from_the_whole_layer(
     assert means["chosen"] > means["all"] + 0.03
 
 
-def planted(self: Listener, asked: list[Asked], layers: list[int], title: str):
+def planted(self: AttentionProbe, asked: list[ProbeQuestion], layers: list[int], title: str):
     """Heads 2.1 and 4.0 each see half of what was asked; a ground token drowns every map."""
     for one in asked:
         sink = int(np.flatnonzero(~one.target.objects)[0])
@@ -535,7 +535,7 @@ def planted(self: Listener, asked: list[Asked], layers: list[int], title: str):
 def test_planted_heads_and_sinks_are_found(
     tiny: ZoomModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Listener, "listen", planted)
+    monkeypatch.setattr(AttentionProbe, "read_attention", planted)
     found = find_heads(tiny, scenes=8)
     (first, alone), (second, together) = found.joined
     assert {first, second} == {(2, 1), (4, 0)}
@@ -565,7 +565,11 @@ def test_heads_command(tmp_path: Path) -> None:
     arguments = ["heads", "--model", "tiny", "--scenes", "6", "--out", str(out)]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    for line in ("heads that point: layer 0: (3,)", "all heads of layer 0: IoU", "B = 1: the best"):
+    for line in (
+        "heads that point: layer 0: (3,)",
+        "all heads of layer 0: IoU",
+        "B = 1: just above the best",
+    ):
         assert line in result.output
     written = json.loads((out / "heads.json").read_text())
     assert set(written) == {field.name for field in fields(LabelConfig)}
@@ -589,7 +593,7 @@ def test_heads_command(tmp_path: Path) -> None:
     [
         (["--scenes", "3"], "scenes must be 4, max_heads 1 or more, got 3, 7"),
         (["--side", "50"], "side of the probe pictures must be 112 px or more, got 50"),
-        (["--depth", "6"], "depth 6 needs more than the 6 layers"),
+        (["--depth", "6"], "depth 6 needs more than 6 backbone layers"),
         (["--batch-size", "0"], "batch_size must be 1 or more, got 0"),
         (["--dtype", "int8"], "dtype must be"),
         (["--model", "nowhere"], "For a first try without weights: --model tiny"),
@@ -634,7 +638,7 @@ def test_broken_head_lists_are_named(tmp_path: Path, change: dict, message: str)
 
 
 def test_missing_and_foreign_head_lists_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no head list at .*heads\.json; make one"):
+    with pytest.raises(FileNotFoundError, match=r"no head list at .*heads\.json; create one"):
         load_label_config(tmp_path)
     path = tmp_path / "mine.json"
     for text, message in (("{", "mine.json is no head list"), ("[]", "mine.json is no head list")):

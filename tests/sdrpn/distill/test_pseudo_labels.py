@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sdrpn.config import LABELS_7B, LABELS_13B, LabelConfig, LayerHeads, published_labels
-from sdrpn.distill.pseudo_labels import IGNORED, judge, pseudo_labels
+from sdrpn.distill.pseudo_labels import IGNORED, label_cells, pseudo_labels
 from sdrpn.roi.sinks import remove_sinks
 
 CONFIG = LABELS_7B
@@ -156,7 +156,7 @@ def test_why_there_are_no_labels() -> None:
         (apart, CONFIG, None),
         (apart, one, "foreground at several places"),
     ):
-        labels, told = judge(grounding.reshape(4, 4), sink.reshape(4, 4), config)
+        labels, told = label_cells(grounding.reshape(4, 4), sink.reshape(4, 4), config)
         assert told == reason
         assert (labels == IGNORED).all() == (reason is not None)
 

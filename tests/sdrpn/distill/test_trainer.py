@@ -101,15 +101,15 @@ def test_interrupted_and_uninterrupted_runs_end_equal(
         return rpn.state_dict(), [e["loss"] for e in state["log_history"] if "loss" in e]
 
     whole, curve = run(tmp_path / "whole")
-    trainer = module.SafeTrainer
+    trainer = module.RPNTrainer
 
     def killed(**options: Any) -> Any:
         return trainer(**options, callbacks=[KillAt(5)])
 
-    monkeypatch.setattr(module, "SafeTrainer", killed)
+    monkeypatch.setattr(module, "RPNTrainer", killed)
     with pytest.raises(Killed):
         run(tmp_path / "cut")
-    monkeypatch.setattr(module, "SafeTrainer", trainer)
+    monkeypatch.setattr(module, "RPNTrainer", trainer)
     # Killed while it wrote: a folder without its last file is passed by.
     shutil.copytree(tmp_path / "cut" / "checkpoint-4", tmp_path / "cut" / "checkpoint-5")
     (tmp_path / "cut" / "checkpoint-5" / "trainer_state.json").unlink()
@@ -141,7 +141,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes the held-out losses of steps 1, 2, ... what a test says, whatever the weights are."""
 
     def plan(*losses: float) -> None:
-        class Planned(module.SafeTrainer):
+        class Planned(module.RPNTrainer):
             def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
                 measure = Trainer.evaluation_loop
 
@@ -156,7 +156,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 finally:
                     monkeypatch.setattr(Trainer, "evaluation_loop", measure)
 
-        monkeypatch.setattr(module, "SafeTrainer", Planned)
+        monkeypatch.setattr(module, "RPNTrainer", Planned)
 
     return plan
 
@@ -199,17 +199,17 @@ def test_a_finished_training_gives_the_best_weights_again(
         (tmp_path / "a").rename(folder)
     again, told = RPN.from_backbone(llava, 2, 3), []
     given = arguments(folder, **BEST)
-    train(llava, again, samples(), given, held_out=samples(5), tell=told.append)
-    assert told == [f"{folder / 'checkpoint-5'} is the end of this training; nothing is left to do"]
+    train(llava, again, samples(), given, held_out=samples(5), log=told.append)
+    assert told == [f"training is already complete: {folder / 'checkpoint-5'}"]
     assert holds(again, weights_at(folder, 2))
     assert not holds(again, weights_at(folder, 5))
     # Without a held-out set there is no best, and the last weights are what was trained.
     last = RPN.from_backbone(llava, 2, 3)
-    train(llava, last, samples(), arguments(folder, max_steps=5), tell=told.append)
+    train(llava, last, samples(), arguments(folder, max_steps=5), log=told.append)
     assert holds(last, weights_at(folder, 5))
     shutil.rmtree(folder / "checkpoint-2")
     with pytest.raises(ValueError, match=r"checkpoint-2/model\.safetensors is missing"):
-        train(llava, again, samples(), given, held_out=samples(5), tell=told.append)
+        train(llava, again, samples(), given, held_out=samples(5), log=told.append)
 
 
 @pytest.mark.parametrize("deleted", [False, True], ids=["moved", "deleted"])
@@ -259,13 +259,13 @@ class Watch(TrainerCallback):
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    watch, trainer = Watch(), module.SafeTrainer
+    watch, trainer = Watch(), module.RPNTrainer
 
     def watched(**options: Any) -> Any:
         watch.trainer = trainer(**options, callbacks=[watch])
         return watch.trainer
 
-    monkeypatch.setattr(module, "SafeTrainer", watched)
+    monkeypatch.setattr(module, "RPNTrainer", watched)
     return watch
 
 
@@ -315,13 +315,13 @@ def test_on_a_gpu_it_is_bfloat16_with_checkpointing(
     monkeypatch.undo()
     assert module.defaults(measured=False)["bf16"] is torch.cuda.is_available()
     # Both reach the run: on the CPU here, by the same settings.
-    trainer, models = module.SafeTrainer, []
+    trainer, models = module.RPNTrainer, []
 
     def kept(**options: Any) -> Any:
         models.append(options["model"])
         return trainer(**options)
 
-    monkeypatch.setattr(module, "SafeTrainer", kept)
+    monkeypatch.setattr(module, "RPNTrainer", kept)
     given = arguments(tmp_path, max_steps=1, bf16=True, save_strategy="no", **{name: True})
     dtypes = []
     rpn = RPN.from_backbone(llava, 2, 3)
@@ -583,10 +583,10 @@ def test_the_command_leaves_an_rpn_that_says_how_it_was_made(labels: Path, tmp_p
     assert f"held-out IoU: {facts['held-out IoU']}" in (out / "README.md").read_text()
     size = sum(p.numel() for p in rpn.parameters()) * 2
     assert (out / "rpn.safetensors").stat().st_size == pytest.approx(size, rel=0.02)
-    # The same command again: nothing is left to do, and the same comes out.
+    # The same command again: training is complete, and the result is the same.
     before = (out / "rpn.safetensors").read_bytes()
     result = runner.invoke(app, words(labels, out, *zoom, "--learning_rate", "1e-3"))
-    assert "nothing is left to do" in result.output
+    assert "training is already complete" in result.output
     assert json.loads((out / "training.json").read_text()) == facts
     assert (out / "rpn.safetensors").read_bytes() == before
     result = runner.invoke(app, words(labels, out, *zoom, "--learning_rate", "2e-3"))
@@ -623,7 +623,7 @@ def test_two_processes_train_as_one(labels: Path, tmp_path: Path) -> None:
     [
         (["--labels", "nowhere"], "nowhere holds no settings.json"),
         (["--no_such_field", "1"], "--no_such_field"),
-        (["--global-batch", "6"], "global_batch 6 is no multiple of the 4"),
+        (["--global-batch", "6"], "global_batch 6 is not a multiple of the 4"),
         (["--zoom", "treshold=1"], "unknown key(s) treshold"),
         (["--zoom", "threshold=2"], "threshold must be in (0, 1), got 2"),
         (["--branch-layer", "5"], "has 6 decoder layers, 8 are needed"),
@@ -672,4 +672,4 @@ def test_labels_of_another_grid_are_refused(labels: Path, tmp_path: Path) -> Non
     write_shard(rows, shard_path(labels, 0, 1))
     result = runner.invoke(app, words(labels, tmp_path / "rpn"))
     assert result.exit_code == 2
-    assert "labels 576 image tokens, tiny has 64" in " ".join(result.output.split())
+    assert "has labels for 576 image tokens, tiny has 64" in " ".join(result.output.split())

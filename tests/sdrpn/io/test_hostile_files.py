@@ -38,7 +38,7 @@ from sdrpn.distill.label_dataset import (
     write_settings,
     write_shard,
 )
-from sdrpn.distill.pseudo_labels import IGNORED, NOT_FINITE, judge
+from sdrpn.distill.pseudo_labels import IGNORED, NOT_FINITE, label_cells
 from sdrpn.distill.questions import fingerprint, read_items
 from sdrpn.distill.trainer import train
 from sdrpn.engine import ZoomModel
@@ -247,7 +247,9 @@ def test_training_reads_no_image_from_elsewhere(root: Path, tmp_path: Path) -> N
             LabelledImages(load_labels(folder), root)
     assert len(LabelledImages(load_labels(labels_of(tmp_path / "good", ["good.png"])), root)) == 1
     gone = labels_of(tmp_path / "gone", ["gone.png", "good.png", "lost.png"])
-    with pytest.raises(ValueError, match=r"2 of 3 images are not in .*\(gone.png, \.\.\.\): say"):
+    with pytest.raises(
+        ValueError, match=r"2 of 3 images are not in .*\(gone.png, \.\.\.\): set --images"
+    ):
         LabelledImages(load_labels(gone), root)
 
 
@@ -560,7 +562,7 @@ def test_maps_that_are_not_finite_make_no_labels(value: float) -> None:
     bad = good.copy()
     bad[0, 3] = value
     for pair in ((good, bad), (bad, good)):
-        labels, reason = judge(*pair, LABELS_13B)
+        labels, reason = label_cells(*pair, LABELS_13B)
         assert reason == NOT_FINITE
         assert (labels == IGNORED).all()
 

@@ -465,7 +465,7 @@ def test_convert_writes_ours(folder: Path, tmp_path: Path, perturbed_rpn: RPN) -
     out = tmp_path / "ours"
     done = runner.invoke(app, ["convert", "rpn", str(folder), "--out", str(out)])
     assert done.exit_code == 0, done.output
-    assert "R = 3 behind B = 2" in done.output
+    assert "B = 2, R = 3" in done.output
     assert {path.name for path in out.iterdir()} == {"README.md", "config.json", "rpn.safetensors"}
     again = RPN.from_pretrained(str(out))
     same_weights(again, perturbed_rpn)
@@ -483,7 +483,7 @@ def test_convert_says_what_is_wrong(folder: Path, tmp_path: Path) -> None:
         return " ".join(done.output.split())
 
     out = str(tmp_path / "ours")
-    assert "holds something already" in said(str(folder), "--out", str(folder))
+    assert "is not empty" in said(str(folder), "--out", str(folder))
     assert "there is no folder /no/such/rpn" in said("/no/such/rpn", "--out", out)
     edit(folder, twig_K=None)
     assert "config.json has no twig_K" in said(str(folder), "--out", out)

@@ -867,7 +867,7 @@ def test_commands_of_the_guide_and_the_workflow_run(tmp_path: Path) -> None:
     guide = re.findall(r"```bash\n(.*?)```", (docs / "ci.md").read_text(), re.DOTALL)
     (job,) = yaml.safe_load((docs / "github-actions.yml").read_text())["jobs"].values()
     steps = [step["run"] for step in job["steps"] if "run" in step]
-    assert steps.pop(0) == "pip install ."
+    assert steps.pop(0) == "pip install '.[eval]'"
     commands = [*guide, *steps]
     assert sum("sdrpn-eval gate" in command for command in commands) == 5
     programs = {"lmms-eval": "lmms_eval", "sdrpn-eval": "sdrpn_eval"}

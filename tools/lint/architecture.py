@@ -9,13 +9,22 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 WORDS = re.findall(r"`([^`\n]+)`", PAGE)
 FOLDERS = ("sdrpn", "sdrpn_eval", "tasks", "tests", "tools", "benchmarks")
 PACKAGES = ("sdrpn", "sdrpn_eval", "tools")
-PARAGRAPHS = ("sdrpn/distill", "sdrpn/convert", "sdrpn/cli", "sdrpn_eval/results")
-PARAGRAPHS += ("sdrpn_eval/report", "sdrpn_eval/cli", "sdrpn_eval/demo")
+PARAGRAPHS = (
+    "sdrpn/distill",
+    "sdrpn/convert",
+    "sdrpn/cli",
+    "sdrpn_eval/results",
+    "sdrpn_eval/report",
+    "sdrpn_eval/cli",
+    "sdrpn_eval/demo",
+    "tools/tiny_vstar",
+    "tools/lint",
+)
 
 
 def modules() -> Iterator[Path]:

@@ -19,7 +19,7 @@ from sdrpn_eval.subsets import names, read_subset
 from sdrpn_eval.tasks_info import PROTOCOLS, THRESHOLDS
 from tests.helpers.local_benchmarks import PAPER, manager
 
-PAGE = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text(encoding="utf-8")
 WORDS = " ".join(PAGE.split())
 
 
