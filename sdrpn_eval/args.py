@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
 )
 
+from sdrpn.config import Padding, Policy, Proposer
 from sdrpn.model_registry import LLAVA_7B
 
 WITHOUT_THRESHOLD = ("none", "box", "vicrop")
@@ -114,11 +115,11 @@ class ModelArguments(BaseModel):
     """folder or hub id of a PEFT adapter for the base (needs peft)"""
     load_in_4bit: Flag = False
     """the base's language model, with bitsandbytes"""
-    proposer: Literal["rpn", "attention", "vicrop", "none", "box"] = "rpn"
+    proposer: Proposer | Literal["box"] = "rpn"
     """who says where to look: rpn, attention, vicrop, none (stock), box (the document's own)"""
     threshold: Fraction | None = None
     """for all tasks; default: the published one of each"""
-    policy: Literal["mask", "bbox", "strongest"] | None = None
+    policy: Policy | None = None
     """map to crops: mask, bbox, strongest"""
     token_budget: Positive | None = None
     """crop tokens a side per cell of the box, or none"""
@@ -291,7 +292,7 @@ class LlavaArguments(ModelArguments):
 
     pretrained: Annotated[Any, BeforeValidator(_as_path)] = LLAVA_7B
     """folder, hub id, `tiny` (embedded), or a model in memory"""
-    padding: Literal["pad", "crop"] = "pad"
+    padding: Padding = "pad"
     """pad to a square, or crop the centre; default: as config.json notes, else"""
     system_prompt: Path | None = None
     """sentence, or file with it; empty: no sentence"""
