@@ -16,7 +16,7 @@ from typing import Any
 
 from loguru import logger
 
-from sdrpn_eval.args import on_command_line, parse_arguments
+from sdrpn_eval.command_line import on_command_line, parse_arguments
 
 REFUSED: Mapping[str, str] = {
     "system_instruction": "lmms-eval glues it to every question; give the sentence as "

@@ -42,9 +42,9 @@ class Journal:
         dtype: The model's.
     """
 
-    def __init__(self, provenance: Collector, uses: Sequence[str], dtype: str, rank: int) -> None:
+    def __init__(self, provenance: Collector, uses: Sequence[str], dtype: str) -> None:
         self.provenance = provenance
-        self.writer = RecordWriter(provenance.folder, rank)
+        self.writer = RecordWriter(provenance.folder, provenance.rank)
         self._uses = uses
         self._dtype = dtype
         self._visuals: dict[str, str] = {}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,16 +23,17 @@ from sdrpn.engine import Question, ZoomModel
 from sdrpn.io.resumable import BatchRunner
 from sdrpn_eval import tasks_info
 from sdrpn_eval.announce import Announcer
-from sdrpn_eval.args import LlavaArguments, ModelArguments, on_command_line, stated
+from sdrpn_eval.args import LlavaArguments, ModelArguments, stated
+from sdrpn_eval.command_line import on_command_line
 from sdrpn_eval.harness import check_harness, refuse_number_as_path, refuse_task_settings
 from sdrpn_eval.journal import Journal
-from sdrpn_eval.loading import load_engine, revisions, sources, zoom_settings
+from sdrpn_eval.loading import load_engine, zoom_settings
 from sdrpn_eval.on_error import Failures, ending_all
-from sdrpn_eval.provenance.collect import Collector, hash_ahead
 from sdrpn_eval.provenance.model import RUN_STAMP
-from sdrpn_eval.record import RecordLine, check_writable
+from sdrpn_eval.record import RecordLine
 from sdrpn_eval.request_types import Fields, GenerateUntil, Loglikelihood, RequestType, result
 from sdrpn_eval.requests import Documents, Request, batches, parse, question_text
+from sdrpn_eval.run_record import RunRecord
 
 AUTO_BATCH_SIZE = 32
 """Where `batch_size=auto` starts."""
@@ -59,14 +58,13 @@ class SdrpnModel(lmms):
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
         self._device = self.accelerator.device
-        self.run_name = self._name_run()
-        self._journal: Journal | None = None
+        self._record = RunRecord(self._name_run(), self._rank, self._world_size)
         self._zooms: dict[str, ZoomConfig] = {}
         self._harness_checked = False
         with ending_all(self._world_size):
             refuse_number_as_path(on_command_line("--output_path", sys.argv))
             # Before anything else can fail, so that a gate sees that this run began.
-            self._provenance = self._begin(given)
+            self._record.begin(given, self._device)
             self.arguments = args = self.argument_class.of(given)
             self._read_files(args)
             self._device = self._choose_device()
@@ -80,8 +78,7 @@ class SdrpnModel(lmms):
                 # Noted in the record as it is, whoever decided it.
                 args.note(self.engine.backbone.preprocessing)
             self._zoom_settings = zoom_settings(self.engine, args)
-            if self._provenance is not None:
-                self._start_hashing(self._provenance)
+            self._record.loaded(args, self._device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SdrpnModel:
         """Itself: lmms-eval's tracker copies the model it was given, weights and all, into text."""
@@ -236,7 +233,8 @@ class SdrpnModel(lmms):
 
     def _key(self, request: Request, kind: RequestType) -> str | None:
         """What a later run finds the request's line by."""
-        return self._journal.key(request, kind, self._zoom(request.task)) if self._journal else None
+        journal = self._record.journal
+        return None if journal is None else journal.key(request, kind, self._zoom(request.task))
 
     def _line(
         self, request: Request, question: Question | None, fields: Fields, **more: str | None
@@ -245,7 +243,7 @@ class SdrpnModel(lmms):
         zoom = self._zoom(request.task)
         return RecordLine.model_validate(
             {
-                "run": self.run_name,
+                "run": self._record.run,
                 "task": request.task,
                 "split": request.split,
                 "doc_id": request.doc_id,
@@ -267,11 +265,12 @@ class SdrpnModel(lmms):
         fresh = [task for task in tasks if task not in self._zooms]
         self._announcer.announce(tasks, {task: self._zoom(task).threshold for task in fresh})
         self._check_harness(tasks)
-        if self._journal is None:
-            self._journal = self._new_journal(tasks.values())
-        if self._journal is not None:
-            self._journal.provenance.add(requests, self.task_dict)
-        return self._journal
+        in_memory = not isinstance(self.arguments.pretrained, str)
+        dtype = "" if in_memory else str(self.engine.backbone.dtype)
+        journal = self._record.open(tasks.values(), self.arguments, self._device, dtype)
+        if journal is not None:
+            journal.provenance.add(requests, self.task_dict)
+        return journal
 
     def _check_harness(self, tasks: dict[str, Any]) -> None:
         # A model made in Python is older than the evaluation that asks it.
@@ -280,60 +279,6 @@ class SdrpnModel(lmms):
             told = bool(tasks_info.requested(sys.argv))
             check_harness(list(tasks), main_process=self.rank == 0 and not told)
             self._harness_checked = True
-
-    def _record_folder(
-        self, outputs: Iterable[str | None], record: Any, on_error: Any
-    ) -> Path | None:
-        """`record=`, else `sdrpn_record` in one of lmms-eval's output folders; None for none."""
-        if record is None:
-            return next((Path(path) / "sdrpn_record" for path in outputs if path), None)
-        if str(record).lower() not in ("none", "false"):
-            return Path(str(record)).expanduser()
-        if (on_error or "raise") != "raise":
-            raise ValueError(
-                f"on_error={on_error} needs a record, which tells what was skipped; leave "
-                "record=none out"
-            )
-        return None
-
-    def _begin(self, given: dict[str, Any]) -> Collector | None:
-        """Write that this run began; None where no folder for its record is known by now."""
-        outputs = [on_command_line("--output_path", sys.argv)]
-        folder = self._record_folder(outputs, given.get("record"), given.get("on_error"))
-        if folder is None:
-            return None
-        check_writable(folder)
-        provenance = self._new_provenance(folder, given)
-        provenance.write()
-        return provenance
-
-    def _new_provenance(self, folder: Path, arguments: dict[str, Any]) -> Collector:
-        ranks = (self._rank, self._world_size)
-        return Collector(
-            *(folder, self.run_name, *ranks, arguments, Future(), self._device),
-            model_args=on_command_line("--model_args", sys.argv),
-        )
-
-    def _start_hashing(self, provenance: Collector) -> None:
-        """Begin to hash the weights: once they are loaded, their files are here and in memory."""
-        provenance.arguments, provenance.device = dict(self.arguments), self._device
-        provenance.hashes = hash_ahead(sources(self.arguments), revisions(self.arguments))
-
-    def _new_journal(self, tasks: Iterable[Any]) -> Journal | None:
-        outputs = [getattr(getattr(task, "args", None), "output_path", None) for task in tasks]
-        folder = self._record_folder(outputs, self.arguments.record, self.arguments.on_error)
-        if folder is None:
-            return None
-        check_writable(folder)
-        if self.rank == 0:
-            logger.info(f"record of this run ({self.run_name}): {folder}")
-        if self._provenance is None or self._provenance.folder != folder:  # from Python
-            self._provenance = self._new_provenance(folder, dict(self.arguments))
-            self._start_hashing(self._provenance)
-        in_memory = not isinstance(self.arguments.pretrained, str)
-        dtype = "" if in_memory else str(self.engine.backbone.dtype)
-        uses = [use for use, source in sources(self.arguments).items() if source]
-        return Journal(self._provenance, uses, dtype, self.rank)
 
 
 class LlavaSdrpn(SdrpnModel):

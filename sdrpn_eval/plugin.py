@@ -16,7 +16,8 @@ from typing import Any
 
 from loguru import logger
 
-from sdrpn_eval.args import LlavaArguments, on_command_line
+from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.command_line import on_command_line
 from sdrpn_eval.harness import refuse_folder_as_task
 from sdrpn_eval.local_data import use_local_data
 

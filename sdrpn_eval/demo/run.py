@@ -20,7 +20,7 @@ from sdrpn.boxes import PixelBox
 from sdrpn.draw import Card, sheet
 from sdrpn.io.atomic import write_json
 from sdrpn.io.plurals import counted
-from sdrpn_eval.args import written_arguments
+from sdrpn_eval.command_line import written_arguments
 from sdrpn_eval.demo import BENCHMARK
 from sdrpn_eval.record import read_records
 from sdrpn_eval.results.ladder import end_of, run_logged

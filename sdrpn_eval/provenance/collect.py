@@ -22,7 +22,7 @@ import torch
 
 from sdrpn.io.atomic import write_json
 from sdrpn.io.hub import local_folder
-from sdrpn_eval.args import parse_arguments
+from sdrpn_eval.command_line import parse_arguments
 from sdrpn_eval.provenance import fingerprints
 from sdrpn_eval.provenance.model import ParsedArguments, Provenance, TaskFingerprints
 from sdrpn_eval.requests import Request

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdrpn_eval.args import LlavaArguments, parse_arguments
+from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.command_line import parse_arguments
 from sdrpn_eval.loading import revisions, sources
 from sdrpn_eval.provenance.collect import hash_sources, weights_only
 from sdrpn_eval.provenance.model import Provenance

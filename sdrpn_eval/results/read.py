@@ -21,7 +21,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 from sdrpn.io.atomic import parsed, read_bounded
 from sdrpn.io.plurals import counted
 from sdrpn_eval import schemas
-from sdrpn_eval.args import parse_arguments
+from sdrpn_eval.command_line import parse_arguments
 from sdrpn_eval.provenance.model import parsed_arguments
 from sdrpn_eval.schemas import Counts, Results, SampleLine
 

@@ -14,7 +14,8 @@ from PIL import Image
 from sdrpn.boxes import PixelBox
 from sdrpn.draw import Card, sheet
 from sdrpn.io.atomic import write_json
-from sdrpn_eval.args import LlavaArguments, parse_arguments
+from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.command_line import parse_arguments
 from sdrpn_eval.model import LlavaSdrpn
 from sdrpn_eval.provenance.model import Provenance, read_latest
 from sdrpn_eval.record import RecordLine, read_records

@@ -18,7 +18,7 @@ from lmms_eval.api.reasoning import parse_reasoning_tags_config
 from sdrpn.io.atomic import parsed
 from sdrpn.io.plurals import counted
 from sdrpn_eval import request_types
-from sdrpn_eval.args import written_arguments
+from sdrpn_eval.command_line import written_arguments
 from sdrpn_eval.provenance.model import Provenance, read_latest
 from sdrpn_eval.record import RecordLine, read_all_records
 from sdrpn_eval.results.read import (

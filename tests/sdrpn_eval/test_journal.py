@@ -17,7 +17,7 @@ import torch
 from lmms_eval.api.instance import unwrap_generation_output
 
 from sdrpn.config import ZoomConfig
-from sdrpn_eval import journal
+from sdrpn_eval import journal, run_record
 from sdrpn_eval import model as plugin_model
 from sdrpn_eval.args import LlavaArguments
 from sdrpn_eval.model import LlavaSdrpn
@@ -39,7 +39,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "config.json").write_text("{}")
     found = {"pretrained": str(folder), "rpn": None, "peft": None}
-    monkeypatch.setattr(plugin_model, "sources", lambda arguments: found)
+    monkeypatch.setattr(run_record, "sources", lambda arguments: found)
     return folder
 
 
@@ -73,7 +73,7 @@ def killed(record: Path, after: int, **more: Any) -> None:
 
     engine.ask_batch = interrupted  # type: ignore[method-assign]
     lm = model(engine, rows(N), record=record, batch_size=2)
-    lm._rank = more.get("rank", 0)
+    lm._record.rank = more.get("rank", 0)
     with pytest.raises(KeyboardInterrupt):
         lm.generate_until(more.get("requests") or requests())
 
@@ -145,7 +145,7 @@ def test_shares_of_other_processes_are_found(weights: Path, tmp_path: Path) -> N
     for rank in range(3):
         engine = FakeEngine()
         lm = model(engine, rows(N), record=tmp_path / "r")
-        lm._rank = rank
+        lm._record.rank = rank
         lm.generate_until(requests()[rank::3])
         assert engine.batches == []
 
@@ -317,7 +317,7 @@ def key(
     facts = Collector(tmp_path, "run", 0, 1, given, known, torch.device("cpu"))
     facts.documents["mytask"] = {0: document, 1: document}
     facts.documents["other"] = {0: document}
-    made = journal.Journal(facts, uses, dtype, rank=0)
+    made = journal.Journal(facts, uses, dtype)
     asked = {"task": "mytask", "doc_id": 0, "prompt": "q", "extra": {"max_new_tokens": 4}}
     asked |= {"split": "test", "doc_to_visual": visual} | (request or {})
     one = Request(index=0, padding_only=False, **asked)
@@ -406,7 +406,7 @@ def test_weights_that_are_not_found_are_not_taken_for_known(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {"pretrained": str(weights), "rpn": "nobody/no-such-rpn", "peft": None}
-    monkeypatch.setattr(plugin_model, "sources", lambda arguments: found)
+    monkeypatch.setattr(run_record, "sources", lambda arguments: found)
     for _ in range(2):
         assert len(run(tmp_path / "r")[0]) == N
 
@@ -418,7 +418,7 @@ def test_weights_are_hashed_beside_the_first_batch(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes: Future[dict[str, str]] = Future()
-    monkeypatch.setattr(plugin_model, "hash_ahead", lambda *_: hashes)
+    monkeypatch.setattr(run_record, "hash_ahead", lambda *_: hashes)
 
     def say(question: Any) -> str:
         if not hashes.done():

@@ -168,7 +168,7 @@ def test_a_bad_document_is_asked_again_by_the_next_run(
 ) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x")
     found = {"pretrained": str(tmp_path)}
-    monkeypatch.setattr("sdrpn_eval.model.sources", lambda arguments: found)
+    monkeypatch.setattr("sdrpn_eval.run_record.sources", lambda arguments: found)
     record = tmp_path / "r"
     model(Failing("q2"), rows(N), on_error="empty", record=record).generate_until(requests())
     engine = FakeEngine()
@@ -241,7 +241,7 @@ def test_a_run_that_goes_on_with_nothing_but_bad_documents_is_not_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    monkeypatch.setattr("sdrpn_eval.model.sources", lambda _: {"pretrained": str(tmp_path)})
+    monkeypatch.setattr("sdrpn_eval.run_record.sources", lambda _: {"pretrained": str(tmp_path)})
     bad = ["q4", "q5", "q6", "q7"]
     for _ in range(2):
         lm = model(Failing(*bad), rows(N), on_error="empty", record=tmp_path / "r", batch_size=1)

@@ -134,7 +134,7 @@ def test_facts_of_a_run_are_found_again_and_ranks_put_together(
     write(tiny_vstar_rows(6), tmp_path / "data" / "tiny_vstar")
     monkeypatch.setenv("SDRPN_DATA", str(tmp_path / "data"))
     rpn = {"rpn": str(embedded_model()[1])}
-    monkeypatch.setattr("sdrpn_eval.model.sources", lambda arguments: rpn)
+    monkeypatch.setattr("sdrpn_eval.run_record.sources", lambda arguments: rpn)
     folders = []
     for name in ("one", "two"):
         engine = FakeEngine(lambda q: "red level")

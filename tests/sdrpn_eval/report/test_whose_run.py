@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from sdrpn_eval.args import LlavaArguments, parse_arguments, written_arguments
+from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.command_line import parse_arguments, written_arguments
 from sdrpn_eval.results.compare import compare, gather
 from sdrpn_eval.results.ladder import Ladder
 from sdrpn_eval.results.read import read_run
