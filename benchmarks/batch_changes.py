@@ -1,10 +1,10 @@
-"""How many answers change with the batch size: ours, and stock LLaVA in a left-padded batch.
+"""Count the answers that change with the batch size, for sdrpn and left-padded stock LLaVA.
 
     python -m benchmarks.batch_changes --out docs/batch_changes.json
 
-Every question of tiny_vstar is asked at batch size 1 and at --batch-size, in the order of the
-benchmark, on the embedded model; what is counted is the answers whose text differs. In float32 none
-should; in half precision a batch's matrix products round otherwise than a single row's.
+Asks every question of tiny_vstar at batch size 1 and at --batch-size, in benchmark order, on the
+embedded model, and counts the answers whose text differs. In float32 there should be none; in half
+precision, matrix products of a batch round differently from those of a single row.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _stock(llava: Llava15) -> Ask:
 
 
 def systems(dtype: str) -> dict[str, Ask]:
-    """What is compared, over one set of weights."""
+    """The systems to compare, over the same weights."""
     llava = Llava15.load(str(tiny_path()), dtype=dtype)
     rpn = RPN.from_pretrained(str(tiny_path() / "rpn"))
     return {
@@ -54,7 +54,7 @@ def _in_batches(ask: Ask, questions: Sequence[Question], size: int, title: str) 
 
 
 def measure(size: int, dtypes: Sequence[str], limit: int | None = None) -> list[dict[str, Any]]:
-    """One row a system and dtype: answers changed, and those of them that changed the score."""
+    """Return a row per system and dtype: changed answers, and those that changed the score."""
     rows = benchmark_rows()[:limit]
     questions = [Question(row["question"], (row["picture"],)) for row in rows]
     found = []
@@ -78,13 +78,13 @@ def measure(size: int, dtypes: Sequence[str], limit: int | None = None) -> list[
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Count, print and write."""
+    """Run the benchmark from the command line."""
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     p.add_argument("--out", type=Path, help="JSON file to write")
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    p.add_argument("--limit", type=int, help="only so many questions, to try it")
+    p.add_argument("--limit", type=int, help="number of questions, for a quick run")
     args = p.parse_args(arguments)
     rows = measure(args.batch_size, args.dtypes, args.limit)
     if args.out:

@@ -1,17 +1,17 @@
-"""How the cost of a question grows: with questions per image, batch, image size, answer, processes.
+"""Measure how cost scales with questions per image, batch, image size, answer and processes.
 
     python -m benchmarks.cost_growth --out docs/cost_growth.json
 
-writes the seconds and the picture beside them (same name, .png). Random weights of --shape, preset
-fast, a forced region, as in throughput.py. One thing grows at a time; the rest stays at one
-question an image, batch size 1, 640 x 480 pixels, 4 new tokens. Points of one sweep take turns
-within every repeat. The slope is that of a straight line through the medians.
+Writes the seconds and a plot (same name, .png). Random weights of --shape, preset fast, a given
+region, as in throughput.py. Each sweep varies one parameter; the others are one question per image,
+batch size 1, 640 x 480 pixels and 4 new tokens. The points of a sweep are interleaved within every
+repeat. The slope is that of a straight line through the medians.
 
-questions per image   seconds of all questions on one image, against their number
-batch size            seconds of a whole batch on as many images, against its size
-image size            seconds of a question, against megapixels
-answer length         seconds of a question, against new tokens
-processes             seconds of the same questions shared by 1 or 2 processes of one thread each
+questions per image   seconds for all questions on one image, over their number
+batch size            seconds for a batch with one question per image, over its size
+image size            seconds per question, over megapixels
+answer length         seconds per question, over new tokens
+processes             seconds for the same questions in 1 or 2 single-threaded processes
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ SIDES = (336, 672, 1344, 2688, 5376)
 LENGTHS = (1, 4, 16, 64)
 PROCESSES = (1, 2)
 SHARED = 8
-"""Questions of the sweep over processes."""
+"""Number of questions of the sweep over processes."""
 
 Point = tuple[float, Callable[[], None]]
 
 
 class Sweeps:
-    """One engine, and each sweep's points: (x, what to time)."""
+    """An engine and the points of each sweep: (x, function to time)."""
 
     def __init__(self, shape: str) -> None:
         self.engine = _engine(shape)
@@ -65,7 +65,7 @@ class Sweeps:
         return lambda: _answer(self.engine, asked, batch, new)
 
     def points(self) -> dict[str, list[Point]]:
-        """Every sweep that one process can run."""
+        """Return the sweeps that run in one process."""
         return {
             "questions per image": [(n, self._ask([n])) for n in COUNTS],
             "batch size": [(n, self._ask([1] * n, batch=n)) for n in BATCHES],
@@ -89,7 +89,7 @@ def _answer(engine: ZoomModel, asked: Sequence[Question], batch: int, new: int) 
 
 
 def sweep(points: Sequence[Point], repeats: int, progress: Any) -> list[dict[str, Any]]:
-    """Seconds of each point, its repeats interleaved with the others'; the first is a warm-up."""
+    """Time each point, interleaving repeats of all points; the first round is a warm-up."""
     clock = Clock(torch.device("cpu"))
     seconds: list[list[float]] = [[] for _ in points]
     for repeat in range(repeats + 1):
@@ -119,7 +119,7 @@ def _share(shape: str, mine: int, repeats: int, barrier: Any, answer: Any) -> No
 
 
 def processes(shape: str, repeats: int, progress: Any) -> list[dict[str, Any]]:
-    """The same questions shared by one process and by two, of one thread each."""
+    """Time the same questions in one and in two single-threaded processes."""
     context = multiprocessing.get_context("spawn")
     rows = []
     for count in PROCESSES:
@@ -137,13 +137,13 @@ def processes(shape: str, repeats: int, progress: Any) -> list[dict[str, Any]]:
 
 
 def slope(rows: Sequence[dict[str, Any]]) -> list[float]:
-    """Slope and height at 0 of the straight line through the medians."""
+    """Fit a straight line to the medians: (slope, intercept)."""
     line = np.polyfit([row["x"] for row in rows], [row["seconds"] for row in rows], 1)
     return [float(v) for v in line]
 
 
 def said(name: str, rows: Sequence[dict[str, Any]]) -> str:
-    """A sweep's slope in words."""
+    """Describe the slope of a sweep."""
     if name == "processes":
         return f"2 processes: {rows[0]['seconds'] / rows[1]['seconds']:.2f} times as fast as 1"
     rise, start = slope(rows)
@@ -154,7 +154,7 @@ def said(name: str, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def figure(result: dict[str, Any]) -> Figure:
-    """A panel a sweep."""
+    """Plot one panel per sweep."""
     sweeps = result["sweeps"]
     drawn = Figure(figsize=(3.0 * len(sweeps), 3.1), layout="constrained", dpi=120)
     panels = drawn.subplots(1, len(sweeps))
@@ -175,10 +175,12 @@ def figure(result: dict[str, Any]) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, draw, write, print the slopes."""
+    """Run the benchmark from the command line."""
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    p.add_argument("--out", type=Path, required=True, help="JSON file; the picture goes beside it")
+    p.add_argument(
+        "--out", type=Path, required=True, help="JSON file; the plot is written next to it"
+    )
     p.add_argument("--shape", choices=sorted(SHAPES), default="small")
     p.add_argument("--repeats", type=int, default=3)
     args = p.parse_args(arguments)

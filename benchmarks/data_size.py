@@ -1,11 +1,11 @@
-"""What more labels buy: RPNs of the tiny model trained on 100, 1 K and 10 K labels.
+"""Train RPNs of the tiny model on 100, 1,000 and 10,000 labels and score them.
 
     python -m tools.tiny_vstar.train_rpn --model sdrpn_eval/demo/tiny \\
         --work out/distil --out out/rpn
     python -m benchmarks.data_size --work out/distil --docs docs
 
-Same held-out images, same steps, the checkpoint with the lowest held-out loss each time; then all
-questions of tiny_vstar with each.
+All use the same held-out images and number of steps, and the checkpoint with the lowest held-out
+loss. Each is scored on all questions of tiny_vstar.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEPS = 300
 
 
 def measure(work: Path, sizes: tuple[int, ...], steps: int) -> list[dict[str, Any]]:
-    """Train on each number of labels and score; one row each."""
+    """Train and score with each number of labels; returns one row each."""
     rows: Any = list(load_dataset("parquet", data_files=str(BENCHMARK), split="train"))
     scorer = Scorer(tiny_path(), rows)
     scorer.run("stock")
@@ -52,7 +52,7 @@ def measure(work: Path, sizes: tuple[int, ...], steps: int) -> list[dict[str, An
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    """Exact match on tiny_vstar, and average precision on held-out labels, over labels."""
+    """Plot exact match on tiny_vstar and held-out average precision over the number of labels."""
     stock, trained = rows[0], rows[1:]
     figure = Figure(figsize=(6.4, 3.4), layout="constrained", dpi=120)
     axis = figure.subplots()
@@ -71,7 +71,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line, measure, draw and write."""
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of train_rpn's --work")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder to write to")

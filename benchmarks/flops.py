@@ -1,7 +1,7 @@
-"""Floating-point operations of a question: counted, by closed formula, and the floor under both.
+"""Floating-point operations of a question: measured, by closed formula, and a lower bound.
 
-A multiplication with its addition counts as two, as in torch's counter. Only matrix products and
-attention are counted; norms, rotations and softmax are a rounding error beside them.
+A multiply-add counts as two operations, as in torch's counter. Only matrix products and attention
+are counted; norms, rotary embeddings and softmax are negligible.
 
 Shapes: P prefix tokens (text before the image and image), T image tokens, C hidden size.
 """
@@ -22,14 +22,14 @@ CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 STATIONS = ("read", "look", "crop", "prefill", "decode")
 
 Stations = dict[str, float]
-"""Operations a question, station by station."""
+"""Operations per question, by stage."""
 
 
 def counted(work: Callable[[], Any]) -> int:
-    """Operations that torch's counter sees in `work`.
+    """Count the operations of `work` with torch's counter.
 
-    torch 2.14's counter knows no formula for fused attention on the CPU and counts 0 for it, so one
-    is given to it there, the same as it uses for fused attention on GPUs.
+    torch 2.14's counter has no formula for fused attention on the CPU and counts 0, so the formula
+    for fused attention on GPUs is registered for it.
     """
 
     def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -44,9 +44,9 @@ def counted(work: Callable[[], Any]) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the formulas need to know of a LLaVA and its RPN; widths in features, counts in tokens.
+    """Dimensions of a LLaVA and its RPN; widths in features, counts in tokens.
 
-    kv_width: features of a key. head_tokens: text before the image. feature_layers: layers of the
+    kv_width: features of a key. head_tokens: tokens before the image. feature_layers: layers of the
     vision tower that the image features need (transformers runs all of them).
     """
 
@@ -94,10 +94,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Load:
-    """One question: how many share its image, and its tokens.
+    """Token counts of a question, and the number of questions on its image.
 
     neutral: tokens of ViCrop's neutral prompt. vicrop_layer: the layer whose attention it reads.
-    together: questions of an image in one batch, which share the neutral prompt's pass.
+    together: questions on an image in one batch, which share the pass of the neutral prompt.
     """
 
     questions_per_image: float
@@ -113,7 +113,7 @@ class Load:
 
 
 def tower(s: Sizes, layers: int) -> float:
-    """Vision tower (so many layers) and projector, one image."""
+    """Vision tower with `layers` layers and projector, for one image."""
     tokens, width = s.image_tokens + 1, s.vision_hidden
     each = 8 * tokens * width**2 + 4 * tokens * width * s.vision_intermediate
     attention = 4 * tokens**2 * width
@@ -127,28 +127,28 @@ def _keys(s: Sizes, tokens: float) -> float:
 
 
 def _rest(s: Sizes, tokens: float) -> float:
-    """What a layer does for a token beside its key and value, attention apart."""
+    """Operations of a layer per token, without keys, values and attention."""
     return tokens * (4 * s.hidden**2 + 6 * s.hidden * s.intermediate)
 
 
 def span(s: Sizes, layers: int, new: int, cached: int) -> float:
-    """Decoder layers over new tokens behind cached ones, every query with every key.
+    """Decoder layers over new tokens after cached ones, every query with every key.
 
-    Kernels skip half of a causal square, but a counter (torch's, too) does not see it.
+    Kernels skip half of a causal square, which counters, including torch's, do not see.
     """
     attention = 4 * new * (cached + new) * s.hidden
     return layers * (_keys(s, new) + _rest(s, new) + attention)
 
 
 def fill(s: Sizes, layers: int, new: int, cached: int) -> float:
-    """The same for the cache alone: of the last layer only the keys and values."""
+    """Decoder layers that only fill the cache: of the last layer only keys and values."""
     return span(s, layers - 1, new, cached) + _keys(s, new)
 
 
 def least(s: Sizes, layers: int, new: int, cached: int, outputs: int) -> float:
-    """The same, no more than needed: keys that are seen, and of the last layer `outputs` tokens.
+    """Lower bound of decoder layers: unmasked keys, and `outputs` tokens of the last layer.
 
-    The last layer's other tokens need only their keys and values.
+    The other tokens of the last layer need only keys and values.
     """
     pairs = new * cached + new * (new + 1) / 2
     full = _keys(s, new) + _rest(s, new) + 4 * pairs * s.hidden
@@ -157,13 +157,13 @@ def least(s: Sizes, layers: int, new: int, cached: int, outputs: int) -> float:
 
 
 def decode(s: Sizes, steps: int, length: int, heads: int) -> float:
-    """So many one-token steps, the first behind `length` tokens, and so many rows of logits."""
+    """Decoding steps of one token, the first after `length` tokens, and rows of logits."""
     words = heads * 2 * s.hidden * s.vocabulary
     return words + sum(span(s, s.layers, 1, length + i) for i in range(steps))
 
 
 def _map_query(s: Sizes) -> float:
-    """The RPN's map of one question: a query, and its products with the image keys."""
+    """The RPN's map for one question: a query and its products with the image keys."""
     return 2 * s.hidden**2 + 2 * s.image_tokens * s.hidden
 
 
@@ -175,7 +175,7 @@ def _map_keys(s: Sizes) -> float:
 
 
 def stock(s: Sizes, w: Load) -> Stations:
-    """The whole prompt, for every question."""
+    """The full prompt for every question."""
     length = s.prefix + w.question
     return {
         "read": tower(s, s.vision_layers),
@@ -185,7 +185,7 @@ def stock(s: Sizes, w: Load) -> Stations:
 
 
 def two_pass(s: Sizes, w: Load) -> Stations:
-    """First look over the whole prompt; then the whole prompt with the crop tokens."""
+    """The full prompt to find the region, then the full prompt with the crop tokens."""
     first, second = s.prefix + w.question, s.prefix + w.crop + w.question
     return {
         "read": tower(s, s.vision_layers),
@@ -205,13 +205,13 @@ def _answer(s: Sizes, w: Load) -> Stations:
 
 
 def none(s: Sizes, w: Load) -> Stations:
-    """The image once, then the question."""
+    """The image once, then each question."""
     read = tower(s, s.vision_layers) + fill(s, s.layers, s.prefix, 0)
     return {"read": read / w.questions_per_image, **_answer(s, w)}
 
 
 def sdrpn(s: Sizes, w: Load) -> Stations:
-    """The image once; a look over it; crop tokens and question over it."""
+    """The image once, then for each question the map, the crop tokens and the question."""
     own = span(s, s.depth - 1, s.prefix, 0) + _map_keys(s)
     read = tower(s, s.vision_layers) + fill(s, s.layers, s.prefix, 0) + own
     look = span(s, s.branch_layer + s.depth - 1, w.question, s.prefix) + _map_query(s)
@@ -224,7 +224,7 @@ def sdrpn(s: Sizes, w: Load) -> Stations:
 
 
 def vicrop(s: Sizes, w: Load) -> Stations:
-    """The image once; attention of two prompts; crop tokens and question."""
+    """The image once, then attention of two prompts, the crop tokens and the question."""
     layers = w.vicrop_layer + 1
     own, plain = (
         span(s, layers, n, s.prefix) + 2 * s.hidden**2 + 2 * (s.prefix + n) * s.hidden
@@ -244,12 +244,12 @@ FORMULAS: Mapping[str, Callable[[Sizes, Load], Stations]] = {
 
 
 def floor(system: str, s: Sizes, w: Load) -> Stations:
-    """What a system must compute at least, however it is written.
+    """Lower bound of the operations of a system, whatever its implementation.
 
-    Each image once, with the vision layers its features need; each question's look; crop tokens
-    and question once; one step a new token. Attention counts the keys a token may see, and in a
-    last layer only the tokens whose output is used. `two_pass` looks for what `sdrpn` looks for, so
-    it has the same floor, as `stock` and `none` have.
+    Each image once, with the vision layers that its features need; the map of each question; crop
+    tokens and question once; one step per new token. Attention counts unmasked keys, and in the
+    last layer only tokens whose output is used. `two_pass` has the bound of `sdrpn`, since it finds
+    the same region, and `none` that of `stock`.
     """
     suffix = w.crop + w.question
     read = tower(s, s.feature_layers) + least(s, s.layers, s.prefix, 0, 0)

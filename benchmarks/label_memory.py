@@ -1,9 +1,9 @@
-"""Peak memory of labelling: a closed formula, checked on a small model, stated for 7B and 13B.
+"""Peak memory of labelling: a closed formula, verified on a small model, for 7B and 13B.
 
     python -m benchmarks.label_memory --out docs/label_memory.json
 
-Each batch size runs in a process of its own; its peak resident memory, less that of a batch of
-one, gives the bytes a question costs. The formula counts what grows with the batch.
+Each batch size runs in a separate process. Its peak resident memory, minus that of batch size 1,
+gives the bytes per question. The formula counts what grows with the batch.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ SIDE = 336
 
 
 def bytes_a_question(shape: Shape, element: int, answer: int = ANSWER) -> int:
-    """What one more question of a batch costs at the peak, in bytes.
+    """Peak bytes of one more question in a batch.
 
-    Its prefix's KV, which the prefix keeps and the batch's cache holds again; the KV of question
-    and answer; what one layer computes on the prefix; the attention rows of the answer in a layer
-    that is read, float32.
+    The KV cache of its prefix, stored and copied into the batch; that of question and answer; the
+    activations of one layer over the prefix; and the float32 attention rows of the answer in a
+    layer that is read.
     """
     token = 2 * shape.layers * shape.hidden * element
     prefix = (PROMPT + IMAGE) * token
     whole = prefix + (QUESTION + answer) * token
     layer = (PROMPT + IMAGE) * (4 * shape.hidden + 3 * shape.intermediate) * element
-    # Scores, masked scores and softmax stand side by side.
+    # Scores, masked scores and softmax exist at the same time.
     rows = 3 * shape.heads * answer * (PROMPT + IMAGE + QUESTION + answer) * 4
     return prefix + whole + layer + rows
 
 
 def full_attention_a_question(shape: Shape, element: int, answer: int = ANSWER) -> int:
-    """What `output_attentions=True` would add a question: every layer, head, row and column."""
+    """Bytes per question that `output_attentions=True` would add."""
     length = PROMPT + IMAGE + QUESTION + answer
     return shape.layers * shape.heads * length**2 * element
 
 
 def weights(shape: Shape, element: int) -> int:
-    """Bytes of the language model, the tower and the projector."""
+    """Bytes of the language model, the vision tower and the projector."""
     layer = 4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
     text = shape.layers * layer + 2 * shape.vocabulary * shape.hidden
     tower = shape.vision_layers * (
@@ -70,7 +70,7 @@ def _peak(batch: int, answer: int, queue: multiprocessing.Queue) -> None:
 
 
 def measured(batch: int) -> int:
-    """Peak resident bytes of a process that labels one batch."""
+    """Label one batch and return the peak resident bytes of the process."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_peak, args=(batch, ANSWER, queue))
@@ -82,7 +82,7 @@ def measured(batch: int) -> int:
 
 
 def main() -> None:
-    """Measure, compute, print and write."""
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--batches", type=int, nargs=2, default=(4, 20))

@@ -1,11 +1,11 @@
-"""Labelling against answering one by one with every attention kept.
+"""Compare labelling with answering one by one and returning all attention matrices.
 
     python -m benchmarks.label_speed --out docs/label_speed.json
 
-The usual way to read a model's attention is eager attention with `output_attentions=True`, which
-keeps every layer, head, row and column, one question at a time. Ours answers in batches over shared
-prefixes with the fast kernels, and recomputes only the rows of the answer in the layers that are
-read. Both answer the same questions with as many new tokens, and take turns within every repeat.
+The usual way to read attention is eager attention with `output_attentions=True`, which returns
+every layer, head, row and column, one question at a time. sdrpn answers in batches over shared
+prefixes with fused kernels, and recomputes only the rows of the answer in the layers that are read.
+Both answer the same questions with the same number of new tokens, interleaved within every repeat.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Label = Callable[[Sequence[Question]], Any]
 
 
 def one_by_one(llava: Llava15, new_tokens: int) -> Label:
-    """transformers' way: eager attention, every matrix kept, one question at a time."""
+    """Label with transformers: eager attention, all matrices returned, one question at a time."""
     config = label_heads()
     arguments = generation_arguments(llava, {"max_new_tokens": new_tokens})
     start, count = len(llava.head_ids), llava.image_tokens
@@ -50,7 +50,7 @@ def one_by_one(llava: Llava15, new_tokens: int) -> Label:
             **{**arguments, "output_attentions": True, "return_dict_in_generate": True},
         )
         read = config.grounding[0]
-        # Of every step the row of its last token: the one that says the next.
+        # Of every step the row of its last token, which predicts the next one.
         heads, image = list(read.heads or ()), slice(start, start + count)
         rows = [step[read.layer][0, heads, -1, image] for step in output.attentions]
         return torch.stack(rows).mean((0, 1))
@@ -66,7 +66,7 @@ def one_by_one(llava: Llava15, new_tokens: int) -> Label:
 
 
 def ours(llava: Llava15, new_tokens: int, batch_size: int) -> Label:
-    """`sdrpn label`'s own step, from no image read."""
+    """Label as `sdrpn label` does, with an empty prefix cache."""
     heads = replace(label_heads(), max_new_tokens=new_tokens)
     zoom = ZoomModel(llava, proposer="none", labels=heads)
 
@@ -82,9 +82,9 @@ def ours(llava: Llava15, new_tokens: int, batch_size: int) -> Label:
 def measure(
     shape: str, batch_sizes: Sequence[int], per_image: int, new_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """Seconds a question of both ways, and how many times faster ours is."""
+    """Time both ways: seconds per question and their ratio."""
     llava = random_llava(shape)
-    # generate() ends no answer early: both ways read as many rows.
+    # No answer ends early, so both ways read the same number of rows.
     llava.model.generation_config.eos_token_id = None
     images = -(-max(batch_sizes) // per_image)
     asked = questions(llava, [per_image] * images, 20, (640, 480))
@@ -121,14 +121,14 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and write."""
+    """Run the benchmark from the command line."""
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     p.add_argument("--out", type=Path, help="JSON file to write")
     p.add_argument("--shape", choices=sorted(SHAPES), default="small")
     p.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 8])
-    p.add_argument("--per-image", type=int, default=1, help="questions an image")
-    p.add_argument("--new-tokens", type=int, default=8, help="of every answer")
+    p.add_argument("--per-image", type=int, default=1, help="questions per image")
+    p.add_argument("--new-tokens", type=int, default=8, help="new tokens per answer")
     p.add_argument("--repeats", type=int, default=3)
     args = p.parse_args(arguments)
     result = measure(args.shape, args.batch_sizes, args.per_image, args.new_tokens, args.repeats)

@@ -1,16 +1,15 @@
-"""A long run: whether memory stays flat, the prefix cache bounded and the rate the same.
+"""Check on a long run that memory, prefix cache and rate stay constant.
 
     python -m benchmarks.long_run --out docs/long_run.json
 
-asks the embedded model 20,000 questions about 2,000 images through the plugin, as lmms-eval calls
-it: all requests at once, grouped by image, the next batch's images decoded ahead, a record written.
-The images are drawn beforehand and kept as WebP files in memory; requests come in random order, so
-grouping them is the plugin's work. After every 500 questions resident memory, the prefix cache and
-the rate are noted. Writes the rows and the picture beside them (same name, .png).
+Asks the embedded model 20,000 questions about 2,000 images through the plugin, as lmms-eval calls
+it: all requests at once, grouped by image, with prefetched images and a record. The images are
+drawn beforehand and stored as WebP in memory; requests are in random order, so that the plugin
+groups them. Resident memory, the prefix cache and the rate are measured every 500 questions. Writes
+the rows and a plot (same name, .png).
 
-Slopes are those of straight lines through the rows behind the first tenth of the run, when the
-cache is full and everything has been used once. The answers, which lmms-eval wants all at once, are
-part of the memory.
+Slopes are those of straight lines through the rows after the first tenth of the run, when the cache
+is full. The memory includes the answers, which lmms-eval needs all at once.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ MIB = 1 << 20
 
 
 class Watched(ZoomModel):
-    """An engine that tells how many questions it has answered, batch by batch."""
+    """An engine that reports the number of answered questions after each batch."""
 
     tell: Callable[[int], None]
 
@@ -61,7 +60,7 @@ class Watched(ZoomModel):
 
 
 class Log:
-    """A row each time another `every` questions are answered."""
+    """Add a row after every `every` answered questions."""
 
     def __init__(self, engine: ZoomModel, every: int) -> None:
         self.engine, self.every = engine, every
@@ -90,7 +89,7 @@ class Log:
 
 
 def draw_documents(images: int, seed: int) -> Dataset:
-    """So many scenes, a row each."""
+    """Draw scenes; one row each."""
     rng = np.random.default_rng(seed)
     files = [
         webp_bytes(make_scene(rng).image, QUALITY) for _ in tqdm(range(images), "Drawing scenes")
@@ -100,7 +99,7 @@ def draw_documents(images: int, seed: int) -> Dataset:
 
 
 def requests(images: int, per_image: int, seed: int) -> list[Instance]:
-    """lmms-eval's requests for so many questions on every image, in random order."""
+    """Build lmms-eval's requests for several questions per image, in random order."""
     texts = [wording.format(colour=colour) for wording in WORDINGS for colour in COLOURS]
     if per_image > len(texts):
         raise ValueError(f"--per-image must be {len(texts)} or less, got {per_image}")
@@ -126,7 +125,7 @@ def _picture(row: Mapping[str, Any]) -> list[Any]:
 def long_run(
     images: int, per_image: int, *, every: int, batch_size: int, cache: int, seed: int = 0
 ) -> list[dict[str, float]]:
-    """Ask all questions; a row for every `every` of them."""
+    """Ask all questions; returns a row for every `every` of them."""
     folder, rpn = embedded_model()
     llava = Llava15.load(folder, dtype="float32", device="cpu")
     engine = Watched(llava, RPN.from_pretrained(rpn), prefix_cache=cache)
@@ -143,7 +142,7 @@ def long_run(
 
 
 def slope(rows: Sequence[Mapping[str, float]], what: str) -> float:
-    """Rise of a column, a question, behind the first tenth of the run."""
+    """Slope of a column per question, after the first tenth of the run."""
     last = rows[-1]["questions"]
     settled = [row for row in rows if row["questions"] > last / 10]
     if len(settled) < 2:
@@ -153,7 +152,7 @@ def slope(rows: Sequence[Mapping[str, float]], what: str) -> float:
 
 
 def findings(rows: Sequence[Mapping[str, float]], cache: int) -> dict[str, float]:
-    """What the rows say: slopes, the fullest the cache was, rate."""
+    """Summarise the rows: slopes, maximum size of the cache, rate."""
     rates = [row["questions_per_second"] for row in rows]
     return {
         "anonymous_bytes_a_question": round(slope(rows, "anonymous_bytes"), 1),
@@ -168,7 +167,7 @@ def findings(rows: Sequence[Mapping[str, float]], cache: int) -> dict[str, float
 
 
 def figure(result: Mapping[str, Any]) -> Figure:
-    """Memory, cache and rate over the questions answered."""
+    """Plot memory, cache and rate over the number of answered questions."""
     rows, found = result["rows"], result["findings"]
     drawn = Figure(figsize=(10, 3), layout="constrained", dpi=120)
     panels = drawn.subplots(1, 3)
@@ -193,10 +192,12 @@ def figure(result: Mapping[str, Any]) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Ask, note, draw, write, print what was found."""
+    """Run the benchmark from the command line."""
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    p.add_argument("--out", type=Path, required=True, help="JSON file; the picture goes beside it")
+    p.add_argument(
+        "--out", type=Path, required=True, help="JSON file; the plot is written next to it"
+    )
     p.add_argument("--images", type=int, default=2000)
     p.add_argument("--per-image", type=int, default=10)
     p.add_argument("--every", type=int, default=500, help="questions between two rows")

@@ -1,4 +1,4 @@
-"""Systems in turns over the same questions: seconds, ratios to stock, operations, memory."""
+"""Time systems on the same questions: seconds, ratios to stock, operations, memory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from sdrpn.engine import Question
 
 @dataclass(frozen=True)
 class Job:
-    """One system at one batch size, on the questions of a cell."""
+    """A system at a batch size, on the questions of a table cell."""
 
     system: System
     batch_size: int
 
     def run(self, asked: Sequence[Question]) -> list[Said]:
-        """Answer all questions, from no image read."""
+        """Answer all questions, with an empty prefix cache."""
         self.system.cool()
-        # Copies, since a Question remembers the keys of its images.
+        # Copies, since a Question caches the keys of its images.
         fresh, answers = [replace(question) for question in asked], []
         for start in range(0, len(fresh), self.batch_size):
             answers += self.system.run(fresh[start : start + self.batch_size])
@@ -33,7 +33,7 @@ class Job:
 
 @dataclass
 class Measured:
-    """What the repeats of one job gave. seconds: of a question, repeat by repeat."""
+    """Measurements of one job. seconds: per question, for each repeat."""
 
     job: Job
     crop_tokens: float
@@ -43,7 +43,7 @@ class Measured:
 
 
 def jobs_of(systems: Sequence[System], names: Sequence[str], sizes: Sequence[int]) -> list[Job]:
-    """The named systems at every batch size; stock at batch size 1 stands beside them all."""
+    """Build jobs for systems at every batch size; stock at batch size 1 is always included."""
     return [
         Job(system, size)
         for size in sorted({1, *sizes})
@@ -56,7 +56,7 @@ def jobs_of(systems: Sequence[System], names: Sequence[str], sizes: Sequence[int
 def measure(
     jobs: Sequence[Job], asked: Sequence[Question], clock: Clock, repeats: int, progress: Any
 ) -> list[Measured]:
-    """Warm up and count operations once, then time round-robin, a different job first each time."""
+    """Warm up, count operations once, then time the jobs round-robin, rotating the first."""
     results = []
     for job in jobs:
         said: list[Said] = []
@@ -76,7 +76,7 @@ def measure(
             peak = clock.peak_memory()
             if peak is not None:
                 result.peak_memory = max(peak, result.peak_memory or 0)
-            # The next system's memory must not hold this one's images.
+            # Otherwise the memory of the next system would include this one's images.
             result.job.system.cool()
             progress.update()
     return results
@@ -93,7 +93,7 @@ def rows_of(
     load_of: Callable[[float], Load],
     rate: float,
 ) -> list[dict[str, Any]]:
-    """The JSON's rows of one cell. load_of: crop tokens of a question -> its Load."""
+    """Return the JSON rows of one cell. load_of: maps crop tokens per question to a Load."""
     stock = {r.job.batch_size: r for r in results if r.job.system.name == "stock"}
     rows = []
     for result in results:

@@ -1,4 +1,4 @@
-"""Resident memory of this process, stage by stage, split into what it is."""
+"""Resident memory of this process by stage and by type."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ FIELDS = {"VmRSS": "resident", "RssAnon": "anonymous", "RssFile": "file"}
 
 
 def resident() -> dict[str, int]:
-    """Bytes now. anonymous: what the process holds. file: mapped pages the kernel may drop.
+    """Current bytes. anonymous: allocated by the process. file: mapped pages that can be evicted.
 
-    Raises RuntimeError where the system has no /proc.
+    Raises RuntimeError on systems without /proc.
     """
     if not STATUS.exists():
         raise RuntimeError("resident memory is read from /proc/self/status, which is Linux's own")
@@ -28,10 +28,10 @@ def resident() -> dict[str, int]:
 
 
 class Stages:
-    """Seconds and memory of named stages, sampled from a thread while each runs.
+    """Seconds and memory of named stages, sampled by a thread.
 
     by_name: {stage: {seconds, peak_resident, peak_anonymous, peak_file, after_anonymous}}, bytes.
-    Peaks are each kind's own and need not fall together. every: seconds between samples.
+    The peaks of different types can be at different times. every: seconds between samples.
     """
 
     def __init__(self, every: float = 0.01) -> None:
@@ -69,7 +69,7 @@ class Stages:
 
 
 def stage_table(stages: dict[str, dict[str, float]]) -> str:
-    """Markdown, in GiB."""
+    """Format the stages as a Markdown table, in GiB."""
     lines = [
         "| stage | s | peak resident, GiB | of it held | mapped files | held after |",
         "|---|---|---|---|---|---|",

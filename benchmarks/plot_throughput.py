@@ -1,11 +1,10 @@
-"""The throughput benchmark's JSON as a figure and as Markdown tables.
+"""Plot the throughput benchmark and format its Markdown tables.
 
     python -m benchmarks.plot_throughput docs/throughput.json --docs docs/
 
-writes docs/throughput.png and docs/throughput.md and prints the tables. --name tells another run
-apart (docs/NAME.png, docs/NAME.md). What a page holds outside its two marker comments is kept, so
-that prose can stand around the tables. --into FILE puts the first table between the same markers of
-another page, such as the README.
+Writes docs/throughput.png and docs/throughput.md and prints the tables. --name sets another name
+(docs/NAME.png, docs/NAME.md). Text outside the two marker comments of a page is preserved. --into
+FILE writes the first table between the same markers of another page, such as docs/speed.md.
 """
 
 from __future__ import annotations
@@ -27,32 +26,32 @@ LINES = {
     ("two_pass", "paper"): ("two passes, as published", "#d55e00", "--"),
     ("vicrop", None): ("ViCrop, over our prefix", "#cc79a7", "--"),
 }
-"""How each system is called and drawn, in the order of the tables; stock is the line at 1."""
+"""Name, colour and line style of each system, in table order; stock is the line at 1."""
 
 BEGIN, END = "<!-- throughput -->", "<!-- end of throughput -->"
 
 
 def column_of(row: Row) -> str:
-    """What a row's column of the table is called."""
+    """Return the name of a row's column."""
     mean = f"{row['questions_per_image']:g}"
     return f"{row['mix']}, {mean}" if row["mix"] else mean
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
-    """By questions per image, the mixes of benchmarks behind."""
+    """Sort columns by questions per image, with the mixes of benchmarks last."""
     in_order = sorted(rows, key=lambda row: (bool(row["mix"]), row["questions_per_image"]))
     return list(dict.fromkeys(column_of(row) for row in in_order))
 
 
 def find(rows: Sequence[Row], key: tuple[str, str | None], batch: int, column: str) -> Row | None:
-    """The row of a system at a batch size, in a column; None where it was not measured."""
+    """Return the row of a system at a batch size in a column, or None."""
     wanted = (*key, batch, column)
     own = ((r["system"], r["preset"], r["batch_size"], column_of(r)) for r in rows)
     return next((row for row, k in zip(rows, own, strict=True) if k == wanted), None)
 
 
 def batches_of(rows: Sequence[Row]) -> list[int]:
-    """Batch sizes that something beside stock was measured at."""
+    """Return the batch sizes of systems other than stock."""
     return sorted({row["batch_size"] for row in rows if row["system"] != "stock"})
 
 
@@ -60,7 +59,7 @@ def batches_of(rows: Sequence[Row]) -> list[int]:
 
 
 def figure(result: dict[str, Any]) -> Figure:
-    """Throughput over stock at equal batch size, one panel a batch size, against questions."""
+    """Plot throughput over stock at equal batch size, one panel per batch size."""
     rows = result["rows"]
     batches, columns = batches_of(rows), columns_of(rows)
     drawn = Figure(figsize=(2.2 + 2.4 * len(batches), 3.9), layout="constrained", dpi=130)
@@ -71,16 +70,16 @@ def figure(result: dict[str, Any]) -> Figure:
             _draw_line(panel, rows, key, batch, columns, name, colour, dashes)
         panel.set_title(f"batch size {batch}", fontsize=10)
         panel.set_xticks(range(len(columns)), columns, fontsize=8)
-        panel.set_xlabel("questions an image", fontsize=9)
+        panel.set_xlabel("questions per image", fontsize=9)
         panel.grid(axis="y", color="0.9")
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylim(bottom=0)
-    panels[0].set_ylabel("questions a second, stock = 1", fontsize=9)
+    panels[0].set_ylabel("questions per second, stock = 1", fontsize=9)
     where = {"transform": panels[0].get_yaxis_transform(), "ha": "center", "va": "center"}
     white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     panels[0].text(0.5, 1, "stock", fontsize=8, color="0.3", bbox=white, **where)
-    # The first panel has every line: some systems are shown at batch size 1 alone.
+    # The first panel has every line, since some systems are measured only at batch size 1.
     handles, labels = panels[0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return drawn
@@ -126,7 +125,7 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _by_batch(rows: Sequence[Row], cell: Callable[[Row], str], *, stock: str) -> str:
-    """A table of systems by columns, batch size after batch size. stock: what its rows show."""
+    """A table of systems by columns, sorted by batch size. stock: the name of its rows."""
     columns, lines = columns_of(rows), []
     keys: list[tuple[tuple[str, str | None], str]] = [(key, LINES[key][0]) for key in LINES]
     for batch in sorted({row["batch_size"] for row in rows}):
@@ -135,12 +134,12 @@ def _by_batch(rows: Sequence[Row], cell: Callable[[Row], str], *, stock: str) ->
             if any(found):
                 cells = [cell(row) if row else "" for row in found]
                 lines.append([str(batch), name, *cells])
-    head = ["batch size", "system", *(f"{column} an image" for column in columns)]
+    head = ["batch size", "system", *(f"{column} per image" for column in columns)]
     return _table(head, lines)
 
 
 def ratio_table(result: dict[str, Any]) -> str:
-    """Throughput over stock at equal batch size, spread of the repeats; stock over batch 1."""
+    """Format throughput over stock at equal batch size, with the spread of the repeats."""
 
     def cell(row: Row) -> str:
         if row["system"] == "stock":
@@ -154,14 +153,14 @@ def ratio_table(result: dict[str, Any]) -> str:
 
 
 def today_table(result: dict[str, Any]) -> str:
-    """Throughput over stock at batch size 1, which is what lmms-eval's llava_hf offers."""
+    """Format throughput over stock at batch size 1, the only one that llava_hf supports."""
     return _by_batch(
         result["rows"], lambda row: f"{row['ratio_to_stock_batch1']:.2f}", stock="stock"
     )
 
 
 def work_table(result: dict[str, Any]) -> str:
-    """Operations counted, the floor, and how far above its floor the time is."""
+    """Format counted operations, the lower bound, and time relative to the bound."""
 
     def cell(row: Row) -> str:
         counted, least = row["flops_per_question"] / 1e9, row["flops_floor"] / 1e9
@@ -171,7 +170,7 @@ def work_table(result: dict[str, Any]) -> str:
 
 
 def facts(result: dict[str, Any]) -> str:
-    """One paragraph: the machine, the shape, the work."""
+    """Describe machine, shape and workload in one paragraph."""
     machine, shape, settings = result["machine"], result["shape"], result["settings"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} thread(s)"
     zoomed = [row for row in result["rows"] if row["system"] == "sdrpn"]
@@ -187,11 +186,11 @@ def facts(result: dict[str, Any]) -> str:
 
 
 def short_page(result: dict[str, Any]) -> str:
-    """The first table with its facts: what a README shows."""
+    """Return the first table and its facts, for another page."""
     return "\n\n".join(
         [
-            "Questions a second relative to stock LLaVA **at equal batch size**, 1 is stock "
-            "(lowest to highest repeat).",
+            "Questions per second relative to stock LLaVA **at equal batch size** (lowest to "
+            "highest repeat); 1 is stock.",
             ratio_table(result),
             facts(result),
         ]
@@ -199,19 +198,19 @@ def short_page(result: dict[str, Any]) -> str:
 
 
 def page(result: dict[str, Any], picture: str) -> str:
-    """All tables."""
+    """Return all tables."""
     rate = result["achievable_flops_per_second"] / 1e9
     parts = [
         f"![Throughput over stock at equal batch size]({picture})",
         short_page(result),
         "### Relative to stock at batch size 1",
-        "What users have today: lmms-eval's `llava_hf` refuses larger batches.",
+        "For comparison with lmms-eval's `llava_hf`, which does not support larger batches.",
         today_table(result),
         "### Work",
-        "GFLOP a question as counted / the floor, what must be computed at least (each image once, "
-        "each look, crop tokens and question once, one step a new token, no key that is masked) / "
-        f"time over the floor's time at {rate:,.0f} GFLOP/s, the best of this machine's large "
-        "matrix products in the same run.",
+        "GFLOP per question as counted / lower bound (each image, map, crop and question once, one "
+        "step per new token, unmasked keys only) / time relative to the lower bound at "
+        f"{rate:,.0f} GFLOP/s, the best rate of large matrix products on this machine in the same "
+        "run.",
         work_table(result),
     ]
     memory = [r for r in result["rows"] if r.get("peak_memory_bytes")]
@@ -222,8 +221,8 @@ def page(result: dict[str, Any], picture: str) -> str:
         parts += ["### Peak memory of the GPU, GiB", table]
     for preset, stations in result.get("profile", {}).items():
         lines = [[name, *_station_cells(row)] for name, row in stations.items()]
-        head = ["station", "ms", "floor, ms", "over floor"]
-        parts += [f"### One question by station, preset {preset}", _table(head, lines)]
+        head = ["stage", "ms", "lower bound, ms", "ratio"]
+        parts += [f"### One question by stage, preset {preset}", _table(head, lines)]
     return "\n\n".join(parts)
 
 
@@ -233,9 +232,9 @@ def _station_cells(row: dict[str, float]) -> list[str]:
 
 
 def put(path: Path, text: str, *, title: str | None = None) -> None:
-    """Put text between the markers of a page; with a title, a page that is not there is made.
+    """Write text between the markers of a page; with a title, a missing page is created.
 
-    Raises ValueError where the page has no markers.
+    Raises ValueError if the page has no markers.
     """
     if title is not None and not path.exists():
         path.write_text(f"# {title}\n\n{BEGIN}\n{END}\n")
@@ -248,12 +247,12 @@ def put(path: Path, text: str, *, title: str | None = None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw, print, write."""
+    """Run from the command line."""
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    p.add_argument("file", type=Path, help="what throughput.py wrote")
-    p.add_argument("--docs", type=Path, default=Path("docs"), help="folder of figure and page")
-    p.add_argument("--name", default="throughput", help="of figure and page")
+    p.add_argument("file", type=Path, help="JSON file of throughput.py")
+    p.add_argument("--docs", type=Path, default=Path("docs"), help="folder for figure and page")
+    p.add_argument("--name", default="throughput", help="name of figure and page")
     p.add_argument("--into", type=Path, help="another page, for the first table")
     args = p.parse_args(arguments)
     result = json.loads(args.file.read_text())

@@ -1,4 +1,4 @@
-"""Checkpoints of random weights at true size, written without ever holding them whole."""
+"""Write full-size checkpoints of random weights, one file at a time."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from sdrpn.config import RPNConfig
 from sdrpn.rpn.checkpoint import RPN
 
 DEVIATION = 0.02
-"""Of the random weights: what LLaMA is initialised with."""
+"""Standard deviation of the random weights, as in LLaMA's initialisation."""
 
 
 def meta_llava(name: str, dtype: torch.dtype, layers: int | None = None) -> Llava15:
-    """A shape with no weights behind it."""
+    """Build a LLaVA of a shape on the meta device."""
     if layers is not None:
         SHAPES[f"{name}-{layers}"] = replace(SHAPES[name], layers=layers)
         name = f"{name}-{layers}"
@@ -31,7 +31,7 @@ def meta_llava(name: str, dtype: torch.dtype, layers: int | None = None) -> Llav
 
 
 def rpn_config(llava: Llava15) -> RPNConfig:
-    """B = 15 and R = 3, as published; a shape cut to few layers branches off earlier."""
+    """The published B = 15 and R = 3; a shape with fewer layers branches off earlier."""
     return RPNConfig(
         **llava.rpn_shape(),
         branch_layer=min(15, llava.num_layers - 3),
@@ -41,13 +41,13 @@ def rpn_config(llava: Llava15) -> RPNConfig:
 
 
 def meta_rpn(llava: Llava15, dtype: torch.dtype) -> RPN:
-    """The RPN of a shape with no weights behind it."""
+    """Build the RPN of a shape on the meta device."""
     with torch.device("meta"):
         return RPN(rpn_config(llava)).to(dtype)
 
 
 def _groups(names: list[str]) -> dict[str, list[str]]:
-    """Weight names by the file they go to: one for each decoder layer, one for the rest of each."""
+    """Weight names by file: one file per decoder layer, and one for the rest."""
     groups: dict[str, list[str]] = {}
     for name in names:
         layer = re.match(r"model\.language_model\.layers\.\d+\.", name)
@@ -74,8 +74,8 @@ def _files(shapes: dict[str, Tensor]) -> Iterator[tuple[str, list[str]]]:
 def build(folder: Path, shape: str, dtype: torch.dtype, layers: int | None = None) -> None:
     """Write a sharded checkpoint of a shape, its processor, and an RPN in folder/rpn.
 
-    One file's weights are in memory at a time. config.json comes last: a folder without it is not
-    finished.
+    Only the weights of one file are in memory at a time. config.json is written last, so a folder
+    without it is incomplete.
     """
     folder.mkdir(parents=True, exist_ok=True)
     llava = meta_llava(shape, dtype, layers)

@@ -1,4 +1,4 @@
-"""Random LLaVAs of any size with LLaVA-1.5's proportions, for measuring; they say nothing true."""
+"""LLaVAs with random weights and LLaVA-1.5's proportions, for measurements of speed and memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WORDS = "what pattern is on the red disc and the blue"
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a language model and of its vision tower."""
+    """Sizes of a language model and its vision tower."""
 
     layers: int
     hidden: int
@@ -49,7 +49,7 @@ SHAPES = {
 
 
 def llava_config(shape: Shape, tokenizer: Any) -> LlavaConfig:
-    """transformers' configuration of a shape: 336 px, 576 image tokens, 4096 tokens of context."""
+    """Return the configuration of a shape: 336 px, 576 image tokens, 4096 tokens of context."""
     vision = CLIPVisionConfig(
         hidden_size=shape.vision_hidden,
         intermediate_size=shape.vision_intermediate,
@@ -85,7 +85,7 @@ def llava_config(shape: Shape, tokenizer: Any) -> LlavaConfig:
 def random_llava(
     name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
 ) -> Llava15:
-    """A Llava15 of a named shape with random weights."""
+    """Build a Llava15 of a named shape with random weights."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = 4096
@@ -98,23 +98,23 @@ def random_llava(
 
 
 def random_rpn(llava: Llava15, branch_layer: int = 15, depth: int = 3) -> RPN:
-    """A fresh RPN, as published: B = 15, R = 3."""
+    """Build an untrained RPN with the published B = 15 and R = 3."""
     return RPN.from_backbone(llava, branch_layer, depth).eval().requires_grad_(False)
 
 
 def label_heads() -> LabelConfig:
-    """7B's layers: sinks in layer 2, grounding in layer 14, three of its heads."""
+    """Return a label configuration with the layers of 7B and three heads of layer 14."""
     return LabelConfig((LayerHeads(14, (1, 4, 6)),), (LayerHeads(2),), 14, max_new_tokens=128)
 
 
 def images(count: int, width: int = 640, height: int = 480, seed: int = 0) -> list[Image.Image]:
-    """Pictures of noise, blown up."""
+    """Draw upscaled noise images."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (count, 12, 16, 3), dtype=np.uint8)
     return [Image.fromarray(one).resize((width, height)) for one in small]
 
 
 def question(words: int, seed: int = 0) -> str:
-    """A question of so many words, each one token."""
+    """Return a question of a number of words, each of one token."""
     rng = np.random.default_rng(seed)
     return " ".join(str(w) for w in rng.choice(WORDS.split(), words))

@@ -1,4 +1,4 @@
-"""Where the time of one zoomed question goes: read, look, crop, prefill, decode."""
+"""Profile one zoomed question by stage: image, map, crop, prefill, decode."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SHOWN_OPERATORS = 15
 
 @contextmanager
 def labelled(engine: ZoomModel) -> Iterator[dict[str, float]]:
-    """Label the stations for torch's profiler while the block runs; fills in seconds by station.
+    """Label stages for torch's profiler while the block runs, and collect seconds by stage.
 
-    pixels: pad and resize the whole image. Of generate(), prefill is the forward that reads the
-    suffix and decode are those of single tokens. On a GPU each station waits for its kernels, so
-    that time falls where it belongs.
+    pixels: pad and resize the image. Of generate(), prefill is the forward pass over the suffix,
+    and decode are those over single tokens. On a GPU each stage waits for its kernels, so that
+    times are attributed correctly.
     """
     seconds: dict[str, float] = defaultdict(float)
     clock = Clock(engine.backbone.device)
@@ -62,9 +62,9 @@ def labelled(engine: ZoomModel) -> Iterator[dict[str, float]]:
 def station_seconds(
     engine: ZoomModel, ask: Callable[[], Any], repeats: int
 ) -> tuple[dict[str, float], float]:
-    """Median seconds of each station of one call, and of the whole; `other` is what lies between.
+    """Median seconds of each stage of one call, and in total; `other` is the remainder.
 
-    ask: forgets the images read and asks.
+    ask: empties the prefix cache and asks.
     """
     clock, rounds = Clock(engine.backbone.device), []
     ask()
@@ -79,7 +79,7 @@ def station_seconds(
 
 
 def operator_table(engine: ZoomModel, ask: Callable[[], Any]) -> str:
-    """torch.profiler's tables of one call: the stations, and the operators that cost most."""
+    """Return torch.profiler's tables of one call: the stages and the most expensive operators."""
     cuda = engine.backbone.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as seen, labelled(engine):
@@ -104,9 +104,9 @@ def profile_question(
     rate: float,
     repeats: int,
 ) -> dict[str, Any]:
-    """Profile one question on a cold cache; prints tables, returns seconds and floors by station.
+    """Profile one question with an empty cache; prints tables, returns seconds and bounds by stage.
 
-    rate: achievable operations a second. A station's floor is what it must compute at that rate.
+    rate: achievable operations per second, which turn a stage's minimal operations into its bound.
     """
     answers: list[Any] = []
 
@@ -129,7 +129,7 @@ def profile_question(
 
 
 def station_table(result: dict[str, dict[str, float]]) -> str:
-    """Markdown: seconds of each station and how far above its floor it is."""
+    """Format a Markdown table of seconds per stage and their ratio to the lower bound."""
     lines = ["| station | ms | floor, ms | over floor |", "|---|---|---|---|"]
     for name, row in result.items():
         own, least = row["seconds"] * 1e3, row["floor_seconds"] * 1e3

@@ -1,9 +1,9 @@
-"""The systems that are timed, each a function from a batch of questions to its answers.
+"""The systems to time, each a function from a batch of questions to answers.
 
-The region is forced: random weights draw random maps, and a fair comparison needs a crop, of the
-same size, on every question. Nothing is left out for it. The RPN (or ViCrop's attention) runs on
-every question, its map is blurred, cut and boxed as ever; only then is the box exchanged. All that
-follows (cut the original, encode, shrink to the budget, prefill, decode) runs as it is shipped.
+The region is given, since random weights produce random maps and a fair comparison needs a crop of
+the same size for every question. No work is skipped: the RPN (or ViCrop's attention) runs for every
+question, and its map is blurred, thresholded and boxed as usual; only then is the box replaced. All
+following steps (crop, encode, shrink to the budget, prefill, decode) run unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sdrpn_eval.args import LlavaArguments
 
 @dataclass(frozen=True)
 class Said:
-    """An answer: its text and how many crop tokens stood before its question."""
+    """An answer and its number of crop tokens."""
 
     text: str
     crop_tokens: int
@@ -39,10 +39,10 @@ class Said:
 
 @dataclass(frozen=True)
 class System:
-    """One row of the table.
+    """A row of the table.
 
-    run: answers a batch. cool: forgets every image it has read. largest_batch: 1 for systems that
-    are shown as they are published.
+    run: answers a batch. cool: empties the caches of images. largest_batch: 1 for systems that are
+    measured as published.
     """
 
     name: str
@@ -53,7 +53,7 @@ class System:
 
 
 def middle_box(grid: int, cells: int) -> GridBox:
-    """A box of cells x cells in the middle of the grid."""
+    """Return a box of cells x cells in the centre of the grid."""
     if not 1 <= cells <= grid:
         raise ValueError(f"cells must be from 1 to the grid's {grid}, got {cells}")
     low = (grid - cells) // 2
@@ -61,12 +61,12 @@ def middle_box(grid: int, cells: int) -> GridBox:
 
 
 def region_of(box: GridBox, view: ImageGrid) -> Region:
-    """The region a proposer would give for this box of cells."""
+    """Return the region of a box of cells, as a proposer would."""
     return Region((view.to_pixels(box),), (box,))
 
 
 def force_region(engine: ZoomModel, box: GridBox) -> ZoomModel:
-    """Let an engine's proposer work as ever, and put this box in place of what it found."""
+    """Run an engine's proposer as usual, but replace its boxes by this one."""
     ask = engine.look
 
     def look(questions: Sequence[Question], *rest: Any) -> list[Proposal]:
@@ -80,19 +80,19 @@ def force_region(engine: ZoomModel, box: GridBox) -> ZoomModel:
 
 
 def forget_images(engine: ZoomModel) -> None:
-    """Empty the engine's cache of images."""
+    """Empty the prefix cache of an engine."""
     engine.prefixes.clear()
 
 
 def preset_zoom(preset: str) -> ZoomConfig:
-    """The zoom settings of one of the plugin's presets; the threshold plays no part here."""
+    """Return the zoom settings of a preset; the threshold has no effect here."""
     values = dict(LlavaArguments.presets.get(preset, {"policy": "mask"}))
     known = {f.name for f in fields(ZoomConfig)}
     return ZoomConfig(**{name: value for name, value in values.items() if name in known})
 
 
 def generation_of(new_tokens: int) -> dict[str, Any]:
-    """Greedy, exactly so many new tokens: an end token cannot end an answer early."""
+    """Return settings for greedy decoding of a fixed number of tokens, ignoring the end token."""
     return {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
 
 
@@ -112,15 +112,15 @@ def _engine_system(
 
 
 def zooming_engine(llava: Llava15, rpn: RPN, box: GridBox, preset: str) -> ZoomModel:
-    """Ours, with the settings of a preset and a forced region."""
+    """sdrpn with the settings of a preset and a given region."""
     return force_region(ZoomModel(llava, rpn, zoom=preset_zoom(preset)), box)
 
 
 def stock(llava: Llava15, generation: Mapping[str, Any]) -> System:
-    """transformers' own way: the whole prompt and the pixels of each row, padded on the left.
+    """transformers: the full prompt and the pixels of each row, left-padded.
 
-    At batch size 1 what lmms-eval's llava_hf does; `generate_plain` makes the inputs (the pixels
-    and the prompt of all systems here) and calls the model's generate(), nothing else.
+    At batch size 1 the same as lmms-eval's llava_hf; `generate_plain` only builds the inputs (the
+    pixels and prompt of all systems here) and calls the model's generate().
     """
 
     def run(batch: Sequence[Question]) -> list[Said]:
@@ -132,9 +132,9 @@ def stock(llava: Llava15, generation: Mapping[str, Any]) -> System:
 
 
 def _two_pass(llava: Llava15, rpn: RPN, box: GridBox, generation: Mapping[str, Any]) -> System:
-    """As the published code works: look at the whole prompt, then begin again with the crop.
+    """The published implementation: the map from the full prompt, then a second pass with the crop.
 
-    The image goes through the vision tower once for both passes, which is generous to it.
+    The vision tower runs once for both passes, which favours this system.
     """
     zoom = preset_zoom("paper")
     arguments = generation_arguments(llava, generation)
@@ -183,11 +183,11 @@ def _said(llava: Llava15, ids: Sequence[Sequence[int]], crops: Sequence[int]) ->
 def all_systems(
     llava: Llava15, rpn: RPN, box: GridBox, new_tokens: int, *, vicrop_batched: bool = False
 ) -> list[System]:
-    """Every system over the same weights, answering with so many new tokens.
+    """Build all systems over the same weights, with a fixed number of new tokens.
 
-    vicrop_batched: show ViCrop at every batch size, not at 1 alone. Its own search always finds a
-    box, so nothing is forced there; it stands over our prefix, which makes it faster than its
-    published code, and inserts all 576 crop tokens.
+    vicrop_batched: measure ViCrop at every batch size, not only at 1. Its search always finds a
+    box, so none is given; it uses our prefix, which makes it faster than its published code, and
+    inserts all 576 crop tokens.
     """
     said = generation_of(new_tokens)
     rpn = rpn.attach(llava).eval().requires_grad_(False)

@@ -1,18 +1,18 @@
-"""Questions a second of the second look, beside stock LLaVA-1.5 at the same batch size.
+"""Measure questions per second of sdrpn and stock LLaVA-1.5 at equal batch size.
 
-One run, one machine: all systems share the weights, the images, the questions and the number of
-new tokens, and take turns within every repeat, so that a machine that slows down slows all alike.
+All systems share weights, images, questions and the number of new tokens, and are interleaved
+within every repeat, so that a change in the machine's speed affects all of them.
 
-    stock      transformers' generate() on the whole prompt; a left-padded batch above size 1.
-               At batch size 1 this is what lmms-eval's llava_hf does.
-    none       ours without a second look: the image is read once for all its questions.
-    two_pass   the published way: look at the whole prompt, begin again with the crop (batch 1).
-    sdrpn      ours. Preset paper: 576 crop tokens; preset fast: as many as the region needs.
+    stock      transformers' generate() on the full prompt, left-padded for batches above 1.
+               At batch size 1 the same as lmms-eval's llava_hf.
+    none       sdrpn without zoom: the image is prefilled once for all its questions.
+    two_pass   the published implementation: two passes over the full prompt (batch 1).
+    sdrpn      sdrpn. Preset paper: 576 crop tokens; preset fast: as many as the region needs.
     vicrop     the ViCrop baseline over our prefix (batch 1, unless --vicrop-batched).
 
-A cell of the table is a number of questions per image. Each repeat of a system starts with no image
-read; within the repeat, the questions of one image share it. Region proposals run on every
-question, but the box is then set (--cells), so that each question has a crop of known size.
+A table cell is a number of questions per image. Each repeat of a system starts with empty caches;
+within the repeat, questions share their image. Region proposal runs for every question, but the box
+is then given (--cells), so that every crop has the same size.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ EXAMPLES = """examples:
   python -m benchmarks.throughput --mix textvqa docvqa pope --out docs/throughput_mix.json
   python -m benchmarks.throughput --profile --quick             where one question's time goes
 
---out is written anew behind every cell, so a run cut short leaves the cells it finished.
+--out is rewritten after every cell, so an interrupted run keeps its finished cells.
 ratio_to_stock is stock's seconds over the system's own: above 1 is faster than stock.
 """
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for; stands in the JSON."""
+    """Settings of the run, saved in the JSON."""
 
     batch_sizes: tuple[int, ...]
     per_image: tuple[int, ...]
@@ -82,7 +82,7 @@ class Settings:
 
 
 def run(llava: Llava15, rpn: RPN, settings: Settings, out: Path | None = None) -> dict[str, Any]:
-    """Measure every cell; returns what is written to `out`."""
+    """Measure every cell; returns the content of `out`."""
     box = middle_box(llava.grid, settings.cells)
     systems = all_systems(
         llava, rpn, box, settings.new_tokens, vicrop_batched=settings.vicrop_batched
@@ -115,7 +115,7 @@ def run(llava: Llava15, rpn: RPN, settings: Settings, out: Path | None = None) -
 
 
 def _loads(llava: Llava15, settings: Settings, cell: Cell, words: int) -> Callable[[float], Load]:
-    """Crop tokens of a question -> its load."""
+    """Return the Load for a number of crop tokens."""
     neutral = len(llava.prompt_ids(NEUTRAL_QUESTION).after)
     labels = published_labels(llava.num_layers, llava.text_config.hidden_size)
     layer = labels.vicrop_layer if labels else round(llava.num_layers * 14 / 32)
@@ -123,7 +123,7 @@ def _loads(llava: Llava15, settings: Settings, cell: Cell, words: int) -> Callab
 
 
 def profile(llava: Llava15, rpn: RPN, settings: Settings, rate: float) -> dict[str, Any]:
-    """Print and return where the time of one question goes, for both presets."""
+    """Profile one question with both presets; prints and returns seconds by stage."""
     asked = questions(llava, [1], settings.question_tokens, settings.image_size)
     box, said = middle_box(llava.grid, settings.cells), generation_of(settings.new_tokens)
     sizes, found = Sizes.of(llava, rpn.config), {}
@@ -142,37 +142,39 @@ def _write(result: dict[str, Any], out: Path | None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the argument parser."""
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=form)
     gpu = torch.cuda.is_available()
     p.add_argument("--out", type=Path, help="JSON file to write")
     p.add_argument("--quick", action="store_true", help="batch 1, 1 and 4 questions, 3 repeats")
-    p.add_argument("--profile", action="store_true", help="also print where the time goes")
+    p.add_argument("--profile", action="store_true", help="also profile one question")
     model = p.add_argument_group("model")
     model.add_argument("--shape", choices=sorted(SHAPES), default="small", help="random weights")
     model.add_argument("--layers", type=int, help="cut the shape to so many decoder layers")
-    model.add_argument("--pretrained", help="folder or hub id of real weights, instead of a shape")
-    model.add_argument("--rpn", help="folder or hub id of its RPN; default: an untrained one")
+    model.add_argument("--pretrained", help="folder or Hub id of real weights, instead of a shape")
+    model.add_argument("--rpn", help="folder or Hub id of its RPN; default: an untrained one")
     model.add_argument("--device", default="cuda" if gpu else "cpu")
     model.add_argument("--dtype", default="auto", help="auto: float32 on a CPU, else float16")
     model.add_argument("--attention", help="sdpa, eager, flash_attention_2, ...")
     work = p.add_argument_group("work")
     work.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 8, 16])
-    work.add_argument("--per-image", type=int, nargs="*", help="questions an image [1 2 4 16]")
+    work.add_argument("--per-image", type=int, nargs="*", help="questions per image [1 2 4 16]")
     work.add_argument("--mix", nargs="+", choices=sorted(MIXES), default=[], help="by benchmark")
     work.add_argument("--systems", nargs="+", choices=sorted(FORMULAS), default=sorted(FORMULAS))
     work.add_argument("--vicrop-batched", action="store_true", help="vicrop at every batch size")
     work.add_argument("--repeats", type=int, help="timed rounds [5, with --quick 3]")
-    work.add_argument("--new-tokens", type=int, default=4, help="of every answer")
-    work.add_argument("--question-tokens", type=int, default=60, help="behind the image")
+    work.add_argument("--new-tokens", type=int, default=4, help="new tokens per answer")
+    work.add_argument(
+        "--question-tokens", type=int, default=60, help="question tokens after the image"
+    )
     work.add_argument("--image-size", type=int, nargs=2, default=[640, 480], help="pixels")
     work.add_argument("--cells", type=int, default=8, help="side of the region, cells of 24")
     return p
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
-    """The settings a command line stands for."""
+    """Return the settings of a command line."""
     columns = args.per_image
     if columns is None:
         columns = [] if args.mix else [1, 4] if args.quick else [1, 2, 4, 16]
@@ -191,7 +193,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print a line a row, write."""
+    """Run the benchmark from the command line."""
     args = parser().parse_args(arguments)
     settings = settings_from(args)
     llava, rpn = load(

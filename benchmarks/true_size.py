@@ -1,13 +1,13 @@
-"""LLaVA-1.5 7B and 13B at their true size: what they hold, and one run of it on a CPU.
+"""Sizes of LLaVA-1.5 7B and 13B, and one full-size run on a CPU.
 
-Without --run nothing is computed: both shapes stand on the meta device, which keeps no weights, and
-an image is read there by the code that reads it everywhere, so that the sizes are the real ones.
+Without --run, both shapes are built on the meta device, which stores no weights, and an image is
+prefilled there with the normal code, so that the sizes are the real ones.
 
---run FOLDER writes random bfloat16 weights of --shape there as sharded safetensors, one layer at a
-time, with an RPN in FOLDER/rpn; then a second process loads them through the lmms-eval plugin and
-asks two questions about one image. The RPN looks; then the box is set, so that both are zoomed. The
-memory of every stage is recorded. 7B needs 16 GB of disk, and of memory 24 GB. Weights that are
-there already are used again.
+--run FOLDER writes random bfloat16 weights of --shape to it as sharded safetensors, one layer at a
+time, with an RPN in FOLDER/rpn. A second process loads them through the lmms-eval plugin and asks
+two questions about one image. The RPN runs, but the box is given, so that both questions are
+zoomed. The memory of every stage is recorded. 7B needs 16 GB of disk and 24 GB of memory. Existing
+weights are reused.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from sdrpn.inference.prefix import prefill
 EXAMPLES = """examples:
   python -m benchmarks.true_size --out docs/true_size.json
   python -m benchmarks.true_size --out docs/true_size.json --run /big/disk/random7b
-  python -m benchmarks.true_size --shape small --layers 4 --run out/small     seconds, to try it
+  python -m benchmarks.true_size --shape small --layers 4 --run out/small     a quick run, seconds
 """
 
 HEAD_TOKENS = 35
-"""Text before the image under the LLaMA tokenizer, which random shapes do not have."""
+"""Tokens before the image with the LLaMA tokenizer, which random shapes do not have."""
 
 DTYPE = torch.bfloat16
 
 
 def sizes_of(name: str) -> dict[str, Any]:
-    """Parameters and bytes in bfloat16 by part, from the real modules on the meta device."""
+    """Return parameters and bfloat16 bytes by part, from the real modules on the meta device."""
     llava = meta_llava(name, DTYPE)
     rpn = meta_rpn(llava, DTYPE)
     llava.head_ids = [llava.tokenizer.bos_token_id] * HEAD_TOKENS
 
     def attention_inputs(embeds: Any, mask: Any, positions: Any, cache: Any) -> AttentionInputs:
-        # Making a mask asks for its values, and meta tensors have none.
+        # Building a mask reads values, which meta tensors do not have.
         rotary = llava.decoder.rotary_emb(embeds, position_ids=positions[0])
         return AttentionInputs(None, rotary)
 
@@ -83,7 +83,7 @@ def sizes_of(name: str) -> dict[str, Any]:
 
 
 def size_table(shapes: dict[str, dict[str, Any]]) -> str:
-    """Markdown: millions of parameters, and GiB or MiB in bfloat16."""
+    """Format the sizes as a Markdown table."""
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("base, parameters", lambda s: f"{s['parameters']['base'] / 1e6:,.0f} M"),
         ("RPN, parameters", lambda s: f"{s['parameters']['rpn'] / 1e6:,.0f} M"),
@@ -145,12 +145,12 @@ def _ask(folder: Path, preset: str, new_tokens: int, cells: int, answer: Any) ->
 
 
 def _peak() -> int:
-    """Bytes; the kernel's own record of this process."""
+    """Peak resident bytes of this process, as recorded by the kernel."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _apart(function: Callable[..., None], *arguments: Any) -> dict[str, Any]:
-    """Run in a process of its own, whose memory begins empty."""
+    """Run in a new process, so that its memory starts empty."""
     context = multiprocessing.get_context("spawn")
     answer = context.SimpleQueue()
     process = context.Process(target=function, args=(*arguments, answer))
@@ -165,9 +165,9 @@ def _apart(function: Callable[..., None], *arguments: Any) -> dict[str, Any]:
 def run(
     folder: Path, shape: str, layers: int | None, preset: str, new_tokens: int, cells: int
 ) -> dict[str, Any]:
-    """Write the weights where there are none, load them, ask; returns what is recorded.
+    """Write weights if there are none, load them, ask, and return the measurements.
 
-    Raises ValueError where the disk is too small.
+    Raises ValueError if the disk is too small.
     """
     result: dict[str, Any] = {"shape": shape, "layers": layers, "preset": preset}
     if not (folder / "config.json").exists():
@@ -204,7 +204,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def part_table(result: dict[str, Any]) -> str:
-    """Markdown: what the peak is made of, in GiB, and how loading grew."""
+    """Format the parts of the peak and the growth while loading as Markdown."""
     lines = ["| at the peak | GiB |", "|---|---|"]
     for part, size in result["peak_resident_by_part"].items():
         lines.append(f"| {part} | {size / 2**30:.2f} |")
@@ -215,15 +215,15 @@ def part_table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print and write."""
+    """Run the benchmark from the command line."""
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=form)
-    p.add_argument("--out", type=Path, help="JSON file; what it holds of an earlier run stays")
+    p.add_argument("--out", type=Path, help="JSON file; an earlier run in it is kept")
     p.add_argument("--run", type=Path, metavar="FOLDER", help="also run, with weights in FOLDER")
     p.add_argument("--shape", choices=sorted(SHAPES), default="7b", help="of --run")
-    p.add_argument("--layers", type=int, help="of --run: cut to so many decoder layers")
+    p.add_argument("--layers", type=int, help="of --run: number of decoder layers")
     p.add_argument("--preset", choices=["paper", "fast"], default="paper", help="of --run")
-    p.add_argument("--new-tokens", type=int, default=4, help="of every answer")
+    p.add_argument("--new-tokens", type=int, default=4, help="new tokens per answer")
     p.add_argument("--cells", type=int, default=8, help="side of the region, cells of 24")
     args = p.parse_args()
     result = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}

@@ -1,4 +1,4 @@
-"""What the benchmark runs on: the machine, a model of a shape, questions on images."""
+"""Inputs of the benchmarks: machine facts, models, and questions on images."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ MIXES = {
     "docvqa": (4, 4, 4, 4, 5),
     "pope": (18,),
 }
-"""Questions per image, image by image, whose mean is the benchmark's: 1.6, 4.2, 18."""
+"""Questions per image, for a cycle of images with the benchmark's mean: 1.6, 4.2, 18."""
 
 BRANCH_SHARE = 15 / 32
-"""B of a shape cut to fewer layers: 7B's share of them."""
+"""B for shapes with fewer layers, as a share of the layers of 7B."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One column of the table: questions per image, image by image, and the mix's name."""
+    """A column of the table: questions for each image, and the name of the mix."""
 
     counts: tuple[int, ...]
     mix: str | None = None
@@ -42,7 +42,7 @@ class Cell:
         return round(fmean(self.counts), 3)
 
     def enough(self, questions: int) -> tuple[int, ...]:
-        """The counts, repeated until there are at least so many questions."""
+        """Repeat the counts until there are at least `questions` questions."""
         times = -(-questions // sum(self.counts))
         return self.counts * times
 
@@ -57,10 +57,10 @@ def load(
     dtype: str = "auto",
     attention: str | None = None,
 ) -> tuple[Llava15, RPN]:
-    """A LLaVA and an RPN: random weights of a named shape, or real ones.
+    """Load a LLaVA and an RPN with random weights of a named shape, or with real weights.
 
-    layers: cut a random shape to so many decoder layers. rpn: without one a fresh copy of the
-    backbone's layers stands in, which costs the same. attention: transformers' name of a backend.
+    layers: number of decoder layers of a random shape. rpn: by default a copy of the backbone's
+    layers, which has the same cost. attention: name of transformers' attention backend.
     """
     if pretrained is not None:
         llava = Llava15.load(pretrained, dtype=dtype, device=device, attn_implementation=attention)
@@ -77,7 +77,7 @@ def load(
 
 
 def describe_shape(llava: Llava15, rpn: RPN) -> dict[str, Any]:
-    """The sizes a reader needs to judge the numbers."""
+    """Return the sizes that are needed to interpret the results."""
     text: Any = llava.text_config
     return {
         "name": llava.name,
@@ -94,7 +94,7 @@ def describe_shape(llava: Llava15, rpn: RPN) -> dict[str, Any]:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Processor, threads and versions."""
+    """Return processor, threads and versions."""
     facts: dict[str, Any] = {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -117,7 +117,7 @@ def _cpu_name() -> str:
 
 
 def _fitting(llava: Llava15, tokens: int, seed: int) -> str:
-    """A question of so many tokens behind the image, the turn's end included."""
+    """Build a question of a number of tokens after the image, including the end of the turn."""
     for words in range(tokens, 0, -1):
         text = question(words, seed)
         if len(llava.prompt_ids(text).after) <= tokens:
@@ -128,9 +128,9 @@ def _fitting(llava: Llava15, tokens: int, seed: int) -> str:
 def questions(
     llava: Llava15, counts: Sequence[int], tokens: int, size: tuple[int, int]
 ) -> list[Question]:
-    """Questions grouped by image, as the plugin batches them; all of one length.
+    """Build questions of equal length, grouped by image as the plugin batches them.
 
-    One length is kind to stock: a left-padded batch then computes nothing for padding.
+    Equal length favours stock, whose left-padded batches then contain no padding.
     """
     pictures = images(len(counts), *size)
     owners = [i for i, count in enumerate(counts) for _ in range(count)]
@@ -140,7 +140,7 @@ def questions(
 
 
 class Clock:
-    """Wall time of work, in seconds; on a GPU until its last kernel has ended."""
+    """Wall time of work in seconds, including all GPU kernels."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -155,12 +155,12 @@ class Clock:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_memory(self) -> int | None:
-        """Bytes of GPU memory at the highest point since `reset_memory`; None on a CPU."""
+        """Peak bytes of GPU memory since `reset_memory`; None on a CPU."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
 def achievable(llava: Llava15, tries: int = 5) -> float:
-    """Operations a second of the best of a few large matrix products in the model's dtype."""
+    """Best operations per second of a few large matrix products in the model's dtype."""
     side = 8192 if llava.device.type == "cuda" else 1536
     left, right = (torch.randn(side, side, dtype=llava.dtype, device=llava.device) for _ in "ab")
     clock = Clock(llava.device)
@@ -173,5 +173,5 @@ def achievable(llava: Llava15, tries: int = 5) -> float:
 
 
 def settings_of(values: Any) -> dict[str, Any]:
-    """A dataclass of settings as JSON takes it."""
+    """Convert a dataclass of settings to JSON values."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(values).items()}

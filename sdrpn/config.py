@@ -82,22 +82,22 @@ _READ: Mapping[str, Any] = {
 class ZoomConfig:
     """How a RoI map becomes crops (SD-RPN, section 3.3; docs/method.md).
 
-    threshold: on the blurred map, in (0, 1).
-    policy: `mask` (published results), `bbox` (published alternative) or `strongest` (ours).
-    token_budget: crop tokens per side, in tokens per cell of the box, at most the model's grid, so
-        that a small region costs few; None inserts the whole grid (576 tokens for LLaVA-1.5), as
-        published.
-    min_cells: smaller connected components are dropped (published: 2, on a 24 x 24 grid).
-    max_cells_fraction: components larger than this share of the grid are dropped.
-    skip_above: no zoom where the boxes hold this share of the image or more, since the first look
-        saw as much; None zooms always, as published.
-    relative: the RPN's map is divided by its maximum before the blur, as the attention proposer's
-        always is, so that even an RPN that is unsure looks somewhere. Ours; published: False.
-    max_crop_tokens: of one question; the grids of larger regions shrink to it. None: no limit but
-        the model's context.
-    thin_above: of a picture of more cells than this, those that no word of the question looks at
-        are dropped before the answer, where there is a zoom (published for Qwen2.5-VL: 1024). The
-        picture is then read again for that question. None: never, since nothing is reused then.
+    Args:
+        threshold: Threshold on the blurred map, in (0, 1).
+        policy: `mask` (published results), `bbox` (published alternative) or `strongest` (ours).
+        token_budget: Crop tokens per cell of the box, along each side, up to the model's grid; None
+            inserts the full grid (576 tokens for LLaVA-1.5), as published.
+        min_cells: Smaller connected components are dropped (published: 2, on a 24 x 24 grid).
+        max_cells_fraction: Components larger than this share of the grid are dropped.
+        skip_above: No zoom if the boxes cover this share of the image or more; None always zooms,
+            as published.
+        relative: Divide the RPN's map by its maximum before the blur, as for the attention
+            proposer, so that an uncertain RPN also proposes a region. Ours; published: False.
+        max_crop_tokens: Maximum number of crop tokens of a question; larger grids shrink to it.
+            None: limited only by the model's context.
+        thin_above: In images with more cells than this, drop those that no token of the question
+            attends to before a zoomed answer (published for Qwen2.5-VL: 1024). The image is then
+            prefilled again for that question. None: never, so that prefixes are always shared.
     """
 
     threshold: float = 0.15
@@ -153,14 +153,15 @@ class ZoomConfig:
 
 @dataclass(frozen=True)
 class MapRules:
-    """How a model family turns RoI maps into crops, where families differ (docs/method.md).
+    """Map post-processing that differs between model families (docs/method.md).
 
-    one_box: policy `mask` draws one box around all cells over the threshold and keeps their crop
-        tokens; False: only around several connected components, within the size limits.
-    dark_above: on a grid of more cells, the first quarters of the top row and of the left column
-        are set to 0 before the blur, since large grids have sinks there; None: never.
-    min_side: crops with a shorter side, in source pixels, are refused.
-    max_aspect: crops narrower than 1 : max_aspect are refused; None: none are.
+    Args:
+        one_box: Policy `mask` always uses one box around all cells above the threshold and keeps
+            their crop tokens; False: only for several components, within the size limits.
+        dark_above: In grids with more cells, set the first quarters of the top row and of the left
+            column to 0 before the blur, since large grids have sinks there; None: never.
+        min_side: Crops with a shorter side, in source pixels, are refused.
+        max_aspect: Crops with a larger aspect ratio are refused; None: unlimited.
     """
 
     one_box: bool = False
@@ -170,7 +171,7 @@ class MapRules:
 
 
 SMALL_SQUARE = MapRules()
-"""Of families that see every picture as one small square, as LLaVA-1.5 does."""
+"""Rules of families that resize every image to one small square, such as LLaVA-1.5."""
 
 
 @dataclass(frozen=True)
@@ -205,23 +206,28 @@ def _is_index(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """Which attention makes pseudo-labels, and where the lines are drawn (docs/method.md).
+    """Attention heads and thresholds of pseudo-labels (docs/method.md).
 
-    grounding: heads whose mean is the grounding map. sink: heads whose mean is the sink map; none
-        make a map of zeros.
-    text_grounding: the same for pictures of text, which are asked as they are and have no sink
-        heads; none: `grounding` and `sink` hold for all pictures.
-    instead: what questions on other pictures ask for instead of ONE_WORD; empty: nothing else.
-    vicrop_layer: the layer the ViCrop baseline reads.
-    sink_threshold: an image token with at least this much attention in the sink map is a sink.
-    foreground, background: shares of the map's maximum.
-    max_box_fraction: a foreground box of this share of the grid or more discards the sample.
-    box_margin: cells that the foreground's box is grown by on each side.
-    padding_background: whether padding around a picture is background, and never foreground.
-    floor: a map whose maximum is below this discards the sample.
-    max_components: a foreground of more connected components discards the sample, since attention
-        that points at several places is often wrong; None (published) keeps all. Ours.
-    max_new_tokens: length of the answers whose attention is read.
+    Args:
+        grounding: Heads whose mean is the grounding map.
+        sink: Heads whose mean is the sink map; without heads the map is 0.
+        vicrop_layer: Layer that the ViCrop baseline reads.
+        sink_threshold: Minimum value of a sink in the sink map.
+        foreground: Threshold of foreground cells, as a share of the map's maximum.
+        background: Upper threshold of background cells, as a share of the map's maximum.
+        max_box_fraction: Samples are ignored if the foreground's box covers this share of the grid
+            or more.
+        max_components: Samples are ignored if the foreground has more connected components, since
+            attention to several places is often wrong. Ours; None (published) keeps all.
+        max_new_tokens: Maximum length of the answers whose attention is read.
+        text_grounding: `grounding` for text images, which have no sink heads and unchanged
+            prompts; if empty, `grounding` and `sink` are used for all images.
+        instead: Replaces ONE_WORD in questions on natural images; empty: no change.
+        box_margin: Cells by which the foreground's box is expanded on each side.
+        padding_background: Label the padding of an image as background, never as foreground.
+        floor: Samples are ignored if the maximum of their map is below this.
+        read_cut_end: Read the last token of an answer cut at `max_new_tokens` too, which the
+            model itself never attends from.
     """
 
     grounding: tuple[LayerHeads, ...]
@@ -238,10 +244,11 @@ class LabelConfig:
     box_margin: int = 0
     padding_background: bool = False
     floor: float = 0.0
+    read_cut_end: bool = True
 
     @property
     def heads(self) -> tuple[LayerHeads, ...]:
-        """All heads that are read."""
+        """All attention heads that are read."""
         return (*self.grounding, *self.sink, *self.text_grounding)
 
     @classmethod
@@ -255,17 +262,26 @@ class LabelConfig:
         return cls(**checked)
 
     def of(self, kind: str) -> LabelConfig:
-        """What holds for one kind of pictures: `natural` or `text`."""
+        """Return the settings for one kind of images, `natural` or `text`."""
         if kind != "text" or not self.text_grounding:
             return self
         return replace(self, grounding=self.text_grounding, sink=(), instead="")
 
     def asked(self, question: str) -> str:
-        """What the model is asked, so that its attention while it answers makes the label."""
+        """Return the prompt for a question that is to be labelled."""
         return question.replace(ONE_WORD, self.instead) if self.instead else question
 
     def check_fits(self, layers: int, heads: int, model: str) -> None:
-        """Raise ValueError unless a model of so many layers and heads has all that is read."""
+        """Check that a model has all heads that are read.
+
+        Args:
+            layers: Layers of the model.
+            heads: Attention heads per layer.
+            model: Name, for the message.
+
+        Raises:
+            ValueError: If a head or layer does not exist.
+        """
         read = [(one.layer, max(one.heads or (0,))) for one in self.heads]
         for layer, head in [*read, (self.vicrop_layer, 0)]:
             if layer >= layers or head >= heads:
@@ -297,19 +313,28 @@ SIZES += ("image_tokens",)
 
 @dataclass(frozen=True)
 class RPNConfig:
-    """Shape of a region proposal network and what it belongs to; saved as its config.json.
+    """Architecture and provenance of a region proposal network; saved as its config.json.
 
-    branch_layer (B): the backbone layers 0..B-1 feed it. depth (R): R-1 decoder layers and a map
-    head. The sizes are the backbone's. image_tokens: cells of the RoI map; None where they depend
-        on the image.
-    backbone: `model_type` of the family whose decoder layers it has.
-    head_bias, rotary_head: whether the map head's projections have biases, and whether rotary
-        embeddings turn what they give. final_norm: whether a norm follows the decoder layers.
-    multi_head: mean over heads of q.k/sqrt(d); False: one unscaled dot product over the width.
-    base_model, base_hash: the base it was trained on, by name and by `fingerprint.base_hash`; no
-        hash where that is not known. zoom: how its maps are best turned into crops.
-    labels: how its training labels were made. padding: how it was shown images in training, `pad`
-        or `crop`; empty where that is not known.
+    Args:
+        hidden_size: Hidden size of the backbone.
+        intermediate_size: MLP size of the backbone.
+        num_attention_heads: Attention heads of the backbone.
+        num_key_value_heads: Key and value heads of the backbone.
+        rms_norm_eps: Epsilon of the backbone's norms.
+        image_tokens: Cells of the RoI map; None if they depend on the image.
+        backbone: `model_type` of the family that provides the decoder layers.
+        head_bias: Whether the projections of the map head have biases.
+        rotary_head: Whether rotary embeddings are applied in the map head.
+        final_norm: Whether a norm follows the decoder layers.
+        branch_layer: B; the input is the output of backbone layers 0 to B-1.
+        depth: R; R-1 decoder layers and a map head.
+        multi_head: Mean over heads of q.k/sqrt(d); False: one unscaled dot product over the width.
+        base_model: Name of the base model that it was trained on.
+        base_hash: `fingerprint.base_hash` of that model; empty if unknown.
+        zoom: Recommended zoom settings.
+        labels: Settings of its training labels.
+        sdrpn_version: Version that saved it.
+        padding: Image padding in training, `pad` or `crop`; empty if unknown.
     """
 
     hidden_size: int

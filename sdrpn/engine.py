@@ -151,7 +151,7 @@ class ZoomModel:
         # Other proposers read an RPN's settings, and must not pay for running it.
         self.rpn = _frozen(rpn, backbone) if rpn and proposer == "rpn" else None
         self.proposer = proposer
-        self.zoom = zoom or (rpn.config.zoom if rpn else ZoomConfig())
+        self.zoom = zoom or (rpn.config.zoom if rpn else backbone.default_zoom)
         labels = labels or (rpn.config.labels if rpn else None) or backbone.published_labels()
         self.models = Models(backbone, self.rpn, labels)
         if prefix_cache is None:
@@ -174,7 +174,7 @@ class ZoomModel:
         rpn_revision: str | None = None,
         **load: Any,
     ) -> Self:
-        """Load a model and an RPN from folders or hub ids; `load` goes to `Llava15.load`.
+        """Load a model and an RPN from folders or hub ids; `load` goes to `load_backbone`.
 
         rpn: ours, or a checkpoint published by the paper's authors, as it is. rpn_revision: branch,
         tag or commit of its Hub id; `revision` is the base model's.

@@ -13,9 +13,11 @@ GROUP = "sdrpn.models"
 
 LLAVA_7B = "llava-hf/llava-1.5-7b-hf"
 LLAVA_13B = "llava-hf/llava-1.5-13b-hf"
+QWEN_7B = "Qwen/Qwen2.5-VL-7B-Instruct"
 PUBLISHED_RPN = {
     LLAVA_7B: "YuhengSSS/llava-v1.5-7b-roi-K15T3-152k-v1bf16Mheads-twiginit-filled",
     LLAVA_13B: "YuhengSSS/llava-v1.5-13b-roi-K15T3-152k-v1bf16Mheads-twiginit",
+    QWEN_7B: "YuhengSSS/qwen2_5vl-7b-roi-K16T3-152k-v1bf16Mheads-twiginit-filled",
 }
 """RPNs published by the paper's authors, by base model."""
 

@@ -30,10 +30,13 @@ VARIABLE = "SDRPN_SUBSETS"
 
 @dataclass(frozen=True)
 class Subset:
-    """What a file holds.
+    """The content of a file of ids.
 
-    task, source: lmms-eval's tasks on the subset and on the whole split, which has `rows` rows.
-    strata: how they were chosen, in words. ids: rows of the whole split, in order.
+    Attributes:
+        task, source: lmms-eval's tasks on the subset and on the whole split.
+        rows: Of the whole split.
+        strata: How the documents were chosen, in words.
+        ids: Rows of the whole split, in ascending order.
     """
 
     __pydantic_config__ = EXACT
@@ -45,7 +48,7 @@ class Subset:
     ids: list[int]
 
     def save(self, folder: Path) -> Path:
-        """Write `<task>.json`, ten ids a line."""
+        """Writes `<task>.json` with ten ids per line; returns its path."""
         folder.mkdir(parents=True, exist_ok=True)
         head = {k: v for k, v in asdict(self).items() if k != "ids"}
         lines = [", ".join(map(str, self.ids[i : i + 10])) for i in range(0, len(self.ids), 10)]
@@ -59,9 +62,9 @@ READ = TypeAdapter(Subset)
 
 
 def even_ids(rows: int, count: int, seed: int, name: str) -> list[int]:
-    """One row of each of `count` stretches of equal length, at a place that a hash decides.
+    """Chooses one row of each of `count` stretches of equal length, at a place decided by a hash.
 
-    A hash and not a random generator, whose numbers may change with Python's version.
+    A random generator's numbers may change with Python's version.
     """
     count = min(count, rows)
     borders = [rows * i // count for i in range(count + 1)]
@@ -77,7 +80,7 @@ def _hash(text: str) -> int:
 
 
 def stratified_ids(labels: Sequence[Hashable], count: int, seed: int, name: str) -> list[int]:
-    """Rows in proportion to how often each label occurs, evenly over the rows of each."""
+    """Chooses rows in proportion to the frequency of each label, evenly over the rows of each."""
     strata: dict[Hashable, list[int]] = {}
     for row, label in enumerate(labels):
         strata.setdefault(label, []).append(row)
@@ -117,7 +120,7 @@ def names() -> list[str]:
 
 
 def read_subset(task: str) -> Subset:
-    """The subset of a task: from SDRPN_SUBSETS where it has one, else the shipped one."""
+    """Reads the subset of a task: from SDRPN_SUBSETS if it is there, else the shipped one."""
     given = os.environ.get(VARIABLE)
     own = Path(given).expanduser() / f"{task}.json" if given else None
     return read_file(own if own and own.exists() else _shipped() / f"{task}.json", task)
@@ -141,10 +144,13 @@ def read_file(path: Path, task: str) -> Subset:
 
 
 def subset(task: str, dataset: Any) -> Any:
-    """The documents of a subset, in the order of the split; a task's `process_docs`.
+    """Selects the documents of a subset, in the order of the split: a task's `process_docs`.
 
-    A data set of another size than the ids were made for is refused. Local parquet files of at most
-    as many rows as the subset has are taken whole: they are the subset cut out, or a sample.
+    Local parquet files with at most as many rows as the subset are used entirely: they are the
+    subset cut out of the split, or a sample.
+
+    Raises:
+        ValueError: If the data set has another size than the one that the ids were chosen from.
     """
     chosen = read_subset(task)
     if len(dataset) == chosen.rows:
@@ -169,5 +175,5 @@ def subset(task: str, dataset: Any) -> Any:
 
 
 def _is_local(dataset: Any) -> bool:
-    """Whether the rows come from files that were named, not from a data set of the hub."""
+    """Whether the rows come from local files and not from a data set of the Hub."""
     return dataset.info.dataset_name == "parquet"

@@ -15,7 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
@@ -24,8 +24,10 @@ from sdrpn.rpn.checkpoint import RPN
 from tools.tiny_vstar.tiny_model import build_model, build_processor
 
 torch.set_num_threads(1)
-# The same examples on every machine, however slow.
-settings.register_profile("suite", derandomize=True, deadline=None)
+# The same examples on every machine, however slow. A mutant needs no smallest example to fail.
+MUTATED = "MUTANT_UNDER_TEST" in os.environ
+PHASES = (Phase.explicit, Phase.generate) if MUTATED else tuple(Phase)
+settings.register_profile("suite", derandomize=True, deadline=None, phases=PHASES)
 settings.load_profile("suite")
 
 BRANCH_LAYER, DEPTH = 2, 3

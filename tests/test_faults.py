@@ -35,6 +35,7 @@ from tests.helpers import fault_jobs as jobs
 from tests.helpers.crashes import Writes, run
 from tests.sdrpn.distill.test_label_job import LABELS
 
+pytestmark = pytest.mark.slow  # every job runs in processes that are killed at a write
 EVERY = os.environ.get("CRASHES") == "all"
 runner = CliRunner()
 

@@ -215,6 +215,10 @@ def dataset_of_table(*_: Any) -> bool:
 BASE, CACHE = "sdrpn/backbones/base.py", "sdrpn/backbones/cache.py"
 LLAVA = "sdrpn/backbones/llava15.py"
 LLAMA = "transformers.models.llama.modeling_llama"
+QWEN, QWEN_MODEL = (
+    "sdrpn/backbones/qwen25_vl.py",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+)
 PLUGIN, MODEL = "sdrpn_eval/plugin.py", "sdrpn_eval/model.py"
 
 TOUCHED = (
@@ -232,7 +236,7 @@ TOUCHED = (
     ),
     Touched(
         "_name_or_path",
-        (LLAVA,),
+        (LLAVA, QWEN),
         "a model made in memory would have no name in messages and configs",
         lambda llava, _: has(llava.model.config, "_name_or_path"),
     ),
@@ -257,12 +261,58 @@ TOUCHED = (
     ),
     Touched(
         "inputs_embeds",
-        (LLAVA,),
+        (LLAVA, QWEN),
         "generate() would read the whole prompt again, or the wrong part of it",
         behind_the_cache,
     ),
-    Touched("language_model", (LLAVA,), "nothing of the model could be run by itself", submodules),
-    Touched("pooler_output", (LLAVA,), "image tokens would be something else", image_features),
+    Touched(
+        "language_model", (LLAVA, QWEN), "nothing of the model could be run by itself", submodules
+    ),
+    Touched("pooler_output", (LLAVA, QWEN), "image tokens would be something else", image_features),
+    Touched(
+        "Qwen2_5_VLDecoderLayer",
+        (QWEN,),
+        "no RPN for Qwen2.5-VL",
+        lambda *_: (
+            {"hidden_states", "attention_mask", "position_embeddings"}
+            <= parameters(of(QWEN_MODEL, "Qwen2_5_VLDecoderLayer").forward)
+        ),
+    ),
+    Touched(
+        "recomposition_frequencies",
+        (QWEN,),
+        "rotary embeddings of three axes would have to be joined by the layers",
+        lambda *_: has(of(QWEN_MODEL, "Qwen2_5_VLRotaryEmbedding"), "recomposition_frequencies"),
+    ),
+    Touched(
+        "get_vision_position_ids",
+        (QWEN,),
+        "pictures would have no positions",
+        lambda *_: (
+            {"start_position", "grid_thw", "spatial_merge_size", "device"}
+            <= parameters(of(QWEN_MODEL, "Qwen2_5_VLModel").get_vision_position_ids)
+        ),
+    ),
+    Touched(
+        "mm_token_type_ids",
+        (QWEN,),
+        "prompts with several pictures would have the positions of text",
+        lambda *_: (
+            "mm_token_type_ids"
+            in parameters(of(QWEN_MODEL, "Qwen2_5_VLForConditionalGeneration").forward)
+        ),
+    ),
+    Touched(
+        "smart_resize",
+        ("sdrpn/backbones/qwen25_vl_images.py",),
+        "grids would not be those that the image processor makes",
+        lambda *_: (
+            of("transformers.models.qwen2_vl.image_processing_qwen2_vl", "smart_resize")(
+                480, 640, 28, 144 * 784, 144 * 784
+            )
+            == (280, 364)
+        ),
+    ),
     Touched(
         "LlavaImageProcessorPil",
         (LLAVA,),

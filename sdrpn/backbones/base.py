@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from sdrpn.backbones.cache import KV, cache_argument
 from sdrpn.boxes import ImageGrid, PixelBox
-from sdrpn.config import SMALL_SQUARE, LabelConfig, MapRules, RPNConfig
+from sdrpn.config import SMALL_SQUARE, LabelConfig, MapRules, RPNConfig, ZoomConfig
 from sdrpn.io.checkpoints import execution_device
 
 
@@ -172,6 +172,9 @@ class Backbone(ABC):
 
     map_rules: ClassVar[MapRules] = SMALL_SQUARE
     """How RoI maps become crops, where families differ."""
+
+    default_zoom: ClassVar[ZoomConfig] = ZoomConfig()
+    """How to zoom where neither the caller nor the RPN says."""
 
     crop_marks: ClassVar[int] = 0
     """Tokens that stand around each crop."""
@@ -373,3 +376,17 @@ class Backbone(ABC):
     def published_labels(self) -> LabelConfig | None:
         """The published head lists, for models that have some."""
         return None
+
+    label_rules: ClassVar[LabelConfig] = LabelConfig(grounding=(), sink=(), vicrop_layer=0)
+    """Where the family's labels draw their lines, with no heads to read."""
+
+    global_batch: ClassVar[int] = 512
+    """Questions of a training step, as published."""
+
+    training_overrides: ClassVar[Mapping[str, Any]] = {}
+    """Published hyper-parameters that differ from those for LLaVA-1.5."""
+
+    @classmethod
+    def published_branch(cls, config: Mapping[str, Any]) -> int:
+        """B for a model, from its config.json: as published, or as deep."""
+        return 15

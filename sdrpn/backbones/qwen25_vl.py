@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,12 +23,9 @@ from sdrpn.backbones.chat_template import ChatPrompt
 from sdrpn.backbones.loading import Architecture, load_model
 from sdrpn.backbones.qwen25_vl_images import MAX_ASPECT, PictureRules, image_processor
 from sdrpn.boxes import ImageGrid, PixelBox
-from sdrpn.config import IMAGE_TOKEN, LabelConfig, MapRules, RPNConfig
+from sdrpn.config import IMAGE_TOKEN, LabelConfig, MapRules, RPNConfig, ZoomConfig
 from sdrpn.io.checkpoints import check_layers, execution_device
 from sdrpn.io.images import as_shown
-
-PIXELS = 576 * 28 * 28
-"""Least and most pixels of a resized picture in the published runs: about 576 tokens."""
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 
@@ -79,6 +77,10 @@ class Qwen25VL(Backbone):
     model_type = "qwen2_5_vl"
     position_axes = 3
     crop_marks = 2
+    default_zoom = ZoomConfig(threshold=published.THRESHOLD)
+    label_rules = replace(published.label_rules({}, {}, {}, 0), instead="")
+    global_batch = published.GLOBAL_BATCH
+    training_overrides = published.TRAINING
     map_rules = MapRules(one_box=True, dark_above=768, min_side=28, max_aspect=MAX_ASPECT)
 
     def __init__(
@@ -86,8 +88,8 @@ class Qwen25VL(Backbone):
         model: Any,
         processor: Any,
         *,
-        min_pixels: int = PIXELS,
-        max_pixels: int = PIXELS,
+        min_pixels: int = published.PIXELS,
+        max_pixels: int = published.PIXELS,
         system_prompt: str = SYSTEM_PROMPT,
         training: bool = False,
         name: str = "",
@@ -121,8 +123,8 @@ class Qwen25VL(Backbone):
         cls,
         pretrained: str,
         *,
-        min_pixels: int = PIXELS,
-        max_pixels: int = PIXELS,
+        min_pixels: int = published.PIXELS,
+        max_pixels: int = published.PIXELS,
         system_prompt: str = SYSTEM_PROMPT,
         **load: Any,
     ) -> Qwen25VL:
@@ -325,6 +327,14 @@ class Qwen25VL(Backbone):
     @classmethod
     def new_norm(cls, config: RPNConfig) -> nn.Module:
         return modeling.Qwen2_5_VLRMSNorm(config.hidden_size, float(config.rms_norm_eps))
+
+    @classmethod
+    def published_branch(cls, config: Mapping[str, Any]) -> int:
+        text = {**config, **(config.get("text_config") or {})}
+        hidden, layers = text.get("hidden_size"), text.get("num_hidden_layers")
+        if isinstance(hidden, int) and isinstance(layers, int):
+            return published.branch_layer(hidden, layers)
+        return published.SIZES[0].branch_layer
 
     def published_labels(self) -> LabelConfig | None:
         size = published.size_of(self.text_config.hidden_size, self.num_layers)

@@ -9,6 +9,14 @@ from typing import Any
 
 from sdrpn.config import LabelConfig, LayerHeads
 
+PIXELS = 576 * 28 * 28
+"""Least and most pixels of a resized picture: about 576 tokens, or just as many of a square."""
+
+PICTURES: Mapping[str, Any] = MappingProxyType(
+    {"min_pixels": PIXELS, "max_pixels": PIXELS, "square": True}
+)
+"""How pictures are prepared for labels and in training."""
+
 THRESHOLD = 0.1
 """Of most published runs; the others are in `Size.thresholds`."""
 
@@ -82,6 +90,7 @@ def label_rules(
         box_margin=1,
         padding_background=True,
         floor=5e-3,
+        read_cut_end=False,
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from sdrpn.backbones.base import Backbone
 from sdrpn.backbones.llava15 import ARCHITECTURE as LLAVA15
 from sdrpn.backbones.llava15 import Llava15
-from sdrpn.backbones.loading import WeightsUnavailable
+from sdrpn.backbones.loading import WeightsUnavailable, load_model
 from sdrpn.backbones.qwen25_vl import ARCHITECTURE as QWEN25_VL
 from sdrpn.backbones.qwen25_vl import Qwen25VL
 from sdrpn.io.checkpoint_files import CONFIG_FILE, Source
@@ -51,7 +53,7 @@ def load_backbone(pretrained: str, revision: str | None = None, **options: Any) 
         ValueError: A model of another family, named, or one that is broken.
         WeightsUnavailable: There is nothing to load, with the cause and its remedy.
     """
-    kind = model_type(pretrained, revision)
+    kind = str(_config(pretrained, revision).get("model_type"))
     if kind in COUSINS:
         raise ValueError(
             f"{pretrained} is a {COUSINS[kind]} (model_type {kind!r}), which has no published "
@@ -59,16 +61,35 @@ def load_backbone(pretrained: str, revision: str | None = None, **options: Any) 
             f"such as {LLAVA15.example}"
         )
     # What is neither is refused by LLaVA-1.5's own check, which knows its relatives by name.
-    return FAMILIES.get(kind, Llava15).load(pretrained, revision=revision, **options)
+    chosen = FAMILIES.get(kind, Llava15)
+    return chosen.load(pretrained, revision=revision, **_known(chosen, pretrained, options))
 
 
-def model_type(pretrained: str, revision: str | None = None) -> str:
-    """`model_type` in a model's config.json; empty where it cannot be read, which loading tells."""
+def _known(chosen: type[Backbone], name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those that say nothing; ValueError for one that the family has not."""
+    common, own = (inspect.signature(one).parameters for one in (load_model, chosen.load))
+    given = {key: value for key, value in options.items() if value is not None}
+    wrong = sorted(given.keys() - common.keys() - own.keys())
+    if wrong:
+        raise ValueError(
+            f"{name} is a {chosen.model_type} model, which has no {', '.join(wrong)}: leave it out"
+        )
+    return given
+
+
+def family_of(pretrained: str, revision: str | None = None) -> tuple[type[Backbone], int]:
+    """A model's family and the published branch layer of its RPN, from its config.json."""
+    values = _config(pretrained, revision)
+    chosen = FAMILIES.get(str(values.get("model_type")), Llava15)
+    return chosen, chosen.published_branch(values)
+
+
+def _config(pretrained: str, revision: str | None) -> dict[str, Any]:
+    """A model's config.json; empty where it cannot be read, which loading tells."""
     try:
-        values = Source(pretrained, revision=revision).config("a model")
+        return Source(pretrained, revision=revision).config("a model")
     except (OSError, ValueError):
-        return ""
-    return str(values.get("model_type", ""))
+        return {}
 
 
 def check_reachable(pretrained: str, revision: str | None = None, peft: str | None = None) -> None:

@@ -10,7 +10,7 @@ import typer
 from sdrpn.cli.shared import check_images, print_label_summary, report_errors, say
 
 OUT_HELP = "New folder."
-SIZES = ("7b", "13b")
+SIZES = ("7b", "13b", "qwen-3b", "qwen-7b")
 
 convert = typer.Typer(
     no_args_is_help=True,
@@ -57,7 +57,10 @@ def labels(
         typer.Option(help="Folder that image paths are relative to; saved for training."),
     ] = None,
     size: Annotated[
-        str, typer.Option(help=f"Size of the LLaVA-1.5 that was labelled: {' or '.join(SIZES)}.")
+        str,
+        typer.Option(
+            help=f"Size of the LLaVA-1.5 or Qwen2.5-VL that was labelled: {', '.join(SIZES)}."
+        ),
     ] = "7b",
 ) -> None:
     """Convert the authors' pseudo-labels to a labels folder, as `sdrpn label` writes it.
@@ -69,16 +72,24 @@ def labels(
     """
     with report_errors():
         if size not in SIZES:
-            raise ValueError(f"--size must be {' or '.join(SIZES)}, got {size!r}")
+            raise ValueError(f"--size must be {', '.join(SIZES)}, got {size!r}")
         if not file.is_file():
             raise ValueError(f"there is no file {file}")
         check_images(images)
         new_folder(out)
+        from sdrpn.backbones import qwen25_vl_published as qwen
         from sdrpn.config import LABELS_7B, LABELS_13B
         from sdrpn.convert.labels import convert_labels
 
-        config = LABELS_7B if size == "7b" else LABELS_13B
-        found = convert_labels(file, out, images=images, config=config)
+        small, large = (one.labels for one in qwen.SIZES)
+        configs = dict(zip(SIZES, (LABELS_7B, LABELS_13B, small, large), strict=True))
+        found = convert_labels(
+            file,
+            out,
+            images=images,
+            config=configs[size],
+            preprocessing=qwen.PICTURES if size.startswith("qwen") else None,
+        )
         print_label_summary(found)
         say(f"labels: {out}")
 

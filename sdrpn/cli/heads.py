@@ -46,12 +46,14 @@ def heads(
     """
     with report_errors(weights_hint(model)):
         # Imported here to keep --help fast.
+        from sdrpn.backbones.registry import load_backbone
         from sdrpn.distill.head_search import find_heads, save_findings
         from sdrpn.engine import ZoomModel
 
         out.mkdir(parents=True, exist_ok=True)  # fails before the work if it cannot be written
         folder, _ = model_registry.resolve(model, None)
-        zoom = ZoomModel.from_pretrained(folder, proposer="none", dtype=dtype, padding=padding)
+        backbone = load_backbone(folder, dtype=dtype, padding=padding).as_trained()
+        zoom = ZoomModel(backbone, proposer="none")
         zoom.backbone.name = model
         found = find_heads(
             zoom,

@@ -17,6 +17,7 @@ from sdrpn.cli.shared import (
     report_errors,
     say,
 )
+from sdrpn.config import KINDS
 
 
 def label(
@@ -48,6 +49,10 @@ def label(
     ] = 512,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     padding: PaddingOption = None,
+    kind: Annotated[
+        str,
+        typer.Option(help="Of the pictures: natural, text, or auto, which goes by their folders."),
+    ] = "auto",
     preview: Annotated[int, typer.Option(help="Draw so many samples to OUT/preview.png.")] = 0,
 ) -> None:
     """Let the frozen model answer, and keep where its answers looked: labels without annotation.
@@ -61,6 +66,8 @@ def label(
     # Imported here, so that --help and a wrong path answer at once.
     with report_errors():
         check_images(images)
+        if kind not in ("auto", *KINDS):
+            raise ValueError(f"kind must be auto, {' or '.join(KINDS)}, got {kind!r}")
         from accelerate import PartialState
 
         from sdrpn.backbones.fingerprint import base_hash
@@ -86,6 +93,7 @@ def label(
             images=None if embedded else images,
             batch_size=batch_size,
             shard_size=shard_size,
+            kind=None if kind == "auto" else kind,
             about={
                 "model": model,
                 "model_hash": base_hash(zoom.backbone, zoom.backbone.num_layers),
@@ -100,6 +108,7 @@ def label(
 
 
 def _engine(model: str, heads: Path | None, dtype: str, padding: str | None, device: Any) -> Any:
+    from sdrpn.backbones.registry import load_backbone
     from sdrpn.distill.head_search import load_label_config
     from sdrpn.engine import ZoomModel
     from sdrpn.rpn.checkpoint import RPN
@@ -108,9 +117,8 @@ def _engine(model: str, heads: Path | None, dtype: str, padding: str | None, dev
     labels = load_label_config(heads) if heads else None
     if labels is None and rpn:
         labels = RPN.from_pretrained(rpn).config.labels
-    zoom = ZoomModel.from_pretrained(
-        folder, proposer="none", labels=labels, dtype=dtype, device=device, padding=padding
-    )
+    backbone = load_backbone(folder, dtype=dtype, device=device, padding=padding).as_trained()
+    zoom = ZoomModel(backbone, proposer="none", labels=labels)
     zoom.backbone.name = model
     if zoom.models.labels is None:
         raise ValueError(

@@ -41,7 +41,7 @@ def look(
     rpn_revision: RpnRevisionOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The picture to write; default: look.png, if matplotlib is installed."),
+        typer.Option(help="Picture to write; default: look.png, if matplotlib is installed."),
     ] = None,
     proposer: ProposerOption = "rpn",
     threshold: ThresholdOption = None,
@@ -74,7 +74,7 @@ def _drawn(card: Card, out: Path) -> str:
 
 
 def _look(zoom: ZoomModel, picture: Image.Image, question: str) -> tuple[str, Card]:
-    # Imported here, so that --help and a wrong path answer at once.
+    # Imported here to keep --help and path errors fast.
     from sdrpn.draw import Card
     from sdrpn.engine import ZoomModel
 

@@ -21,7 +21,7 @@ from sdrpn.io.plurals import counted
 if TYPE_CHECKING:
     from sdrpn.engine import ZoomModel
 
-MODEL_HELP = "LLaVA-1.5: a folder, a Hub id, or `tiny`, the embedded toy model."
+MODEL_HELP = "LLaVA-1.5 or Qwen2.5-VL: a folder, a Hub id, or `tiny`, the embedded toy model."
 
 ModelOption = Annotated[str, typer.Option(help=MODEL_HELP)]
 RpnOption = Annotated[

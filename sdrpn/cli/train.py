@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +25,9 @@ def train(
     images: Annotated[
         Path | None, typer.Option(help="Image folder, if moved since labelling.")
     ] = None,
-    branch_layer: Annotated[int, typer.Option(help="B: backbone layers below the RPN.")] = 15,
+    branch_layer: Annotated[
+        int | None, typer.Option(help="B: backbone layers below the RPN; default: as published.")
+    ] = None,
     depth: Annotated[int, typer.Option(help="R: R-1 decoder layers and the map head.")] = 3,
     held_out: Annotated[
         float, typer.Option(help="Share of the images held out for evaluation; 0 for none.")
@@ -32,8 +36,11 @@ def train(
         int | None, typer.Option(help="Number of training labels, drawn at random; default: all.")
     ] = None,
     global_batch: Annotated[
-        int, typer.Option(help="Questions per step over all processes; sets accumulation.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            help="Questions per step over all processes; sets accumulation. Default: as published."
+        ),
+    ] = None,
     zoom: Annotated[
         str,
         typer.Option(help="Zoom settings to save in the RPN: threshold=0.1,policy=strongest,..."),
@@ -60,6 +67,7 @@ def train(
     """
     with report_errors():
         # Imported here to keep --help and path errors fast.
+        from sdrpn.backbones.registry import family_of, load_backbone
         from sdrpn.distill.label_dataset import (
             LabelledImages,
             image_root,
@@ -72,11 +80,19 @@ def train(
 
         settings = read_settings(labels)
         rows = LabelledImages(load_labels(labels), image_root(labels, images))
-        zoom_config = ZoomConfig.from_text(zoom)
+        folder, _ = model_registry.resolve(model, None)
+        family, published_branch = family_of(folder)
+        branch_layer = published_branch if branch_layer is None else branch_layer
+        global_batch = family.global_batch if global_batch is None else global_batch
+        zoom_config = ZoomConfig.from_text(zoom) if zoom else family.default_zoom
         arguments = training_arguments(
-            context.args, out / CHECKPOINTS, global_batch, measured=held_out > 0
+            context.args,
+            out / CHECKPOINTS,
+            global_batch,
+            measured=held_out > 0,
+            overrides=family.training_overrides,
         )
-        from sdrpn.backbones.llava15 import Llava15, check_padding
+        from sdrpn.backbones.llava15 import check_padding
         from sdrpn.distill.split import split_by_image
         from sdrpn.distill.trainer import train as run
         from sdrpn.rpn.checkpoint import RPN
@@ -85,25 +101,26 @@ def train(
         trained, evaluated = split_by_image(rows, held_out, samples, arguments.seed)
         check_padding(padding)
         labelled = check_same_padding(padding, settings, labels)
-        folder, _ = model_registry.resolve(model, None)
         layers = branch_layer + depth
-        llava = Llava15.load(
+        backbone = load_backbone(
             folder, dtype=dtype, device=arguments.device, num_layers=layers, padding=labelled
-        )
-        llava.name = model
-        check_same_grid(llava, settings, labels)
+        ).as_trained()
+        backbone.name = model
+        check_same_grid(backbone, settings, labels)
         skipped = rows.drop(
-            lambda question, cells: llava.room(cells, llava.prompt_ids(question).after) < 1
+            lambda question, cells: backbone.room(cells, backbone.prompt_ids(question).after) < 1
         )
         if skipped:
             trained, evaluated = split_by_image(rows, held_out, samples, arguments.seed)
             if arguments.process_index == 0:
                 say(
-                    f"skipped, does not fit the context of {llava.context_length} tokens: "
+                    f"skipped, does not fit the context of {backbone.context_length} tokens: "
                     f"{len(skipped)} labels, such as {skipped[0]!r}"
                 )
         label_config = read_label_config(labels)
-        rpn = RPN.from_backbone(llava, branch_layer, depth, zoom=zoom_config, labels=label_config)
+        rpn = RPN.from_backbone(
+            backbone, branch_layer, depth, zoom=zoom_config, labels=label_config
+        )
         if arguments.process_index == 0:
             chosen = {
                 "model": model,
@@ -117,11 +134,12 @@ def train(
                 "global_batch": global_batch,
                 "arguments": context.args,
             }
-            if llava.padding != "pad":  # earlier versions always used pad and did not save it
-                chosen["padding"] = llava.padding
+            # Earlier versions always used pad and did not save it.
+            if (own := backbone.preprocessing.get("padding", "pad")) != "pad":
+                chosen["padding"] = own
             remove_partial_files(out / CHECKPOINTS)
             guard_settings(out / CHECKPOINTS / "settings.json", chosen)
-        facts = run(llava, rpn, trained, arguments, held_out=evaluated, log=say)
+        facts = run(backbone, rpn, trained, arguments, held_out=evaluated, log=say)
         earlier = read_object(out / FACTS, ANEW) if (out / FACTS).exists() else {}
         rpn.facts = {"labels": settings.get("data", str(labels)), **facts}
         if skipped:
@@ -135,7 +153,13 @@ def train(
             say(f"RPN: {out}")
 
 
-def training_arguments(more: list[str], out: Path, global_batch: int, measured: bool) -> Any:
+def training_arguments(
+    more: list[str],
+    out: Path,
+    global_batch: int,
+    measured: bool,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
     """Build TrainingArguments from the published hyper-parameters and the command line.
 
     Args:
@@ -143,6 +167,7 @@ def training_arguments(more: list[str], out: Path, global_batch: int, measured: 
         out: Folder for checkpoints.
         global_batch: Questions per step over all processes.
         measured: Whether there is a held-out set.
+        overrides: Hyper-parameters of the model family that differ.
 
     Raises:
         ValueError: If an option is unknown, or `global_batch` is not a multiple of the questions
@@ -155,7 +180,7 @@ def training_arguments(more: list[str], out: Path, global_batch: int, measured: 
     kind: Any = TrainingArguments
     parser = HfArgumentParser(kind, prog="sdrpn train", add_help=False)
     given = {word.lstrip("-").split("=")[0] for word in more if word.startswith("--")}
-    wanted = {"output_dir": str(out), **defaults(measured)}
+    wanted = {"output_dir": str(out), **defaults(measured), **overrides}
     words = [w for k, v in wanted.items() if k not in given for w in (f"--{k}", str(v))]
     try:
         (arguments,) = parser.parse_args_into_dataclasses([*words, *more], look_for_args_file=False)

@@ -54,17 +54,17 @@ class _Array:
         if not isinstance(state, tuple) or len(state) != 5:
             raise Refused("an array in an unknown format")
         _, shape, dtype, fortran, data = state
-        self.array = _array(data, dtype, shape, "F" if fortran else "C")
+        self.array = _array(data, dtype, shape, bool(fortran))
 
 
-def _array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+def _array(data: Any, dtype: Any, shape: Any, fortran: bool) -> np.ndarray:
     valid = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
     if not isinstance(dtype, _DType) or not isinstance(data, bytes | bytearray) or not valid:
         raise Refused("an array in an unknown format")
     assert dtype.dtype is not None
     if len(data) != math.prod(shape) * dtype.dtype.itemsize:
         raise Refused(f"an array of shape {shape} with {len(data)} bytes")
-    return np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+    return np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def _reconstruct(*_: Any) -> _Array:
@@ -72,11 +72,11 @@ def _reconstruct(*_: Any) -> _Array:
 
 
 def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> np.ndarray:
-    return _array(data, dtype, shape, order)
+    return _array(data, dtype, shape, order == "F")
 
 
 def _scalar(dtype: Any, data: Any = b"") -> Any:
-    return _array(data, dtype, (), "C")[()]
+    return _array(data, dtype, (), fortran=False)[()]
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:

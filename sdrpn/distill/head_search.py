@@ -135,7 +135,7 @@ def find_heads(
         )
 
     sinks = _sinks(probe, choosing)
-    config = _without_heads(sinks, max_new_tokens)
+    config = _without_heads(zoom.backbone, sinks, max_new_tokens)
     scores = _score_all(probe, choosing, config)
     joined = _join(probe, choosing, scores, config, max_heads)
     best, _ = joined[0][0]
@@ -175,12 +175,11 @@ def _sinks(probe: AttentionProbe, asked: Sequence[ProbeQuestion]) -> Sinks:
     return find_sinks(means, [one.target for one in asked])
 
 
-def _without_heads(sinks: Sinks, max_new_tokens: int) -> LabelConfig:
+def _without_heads(backbone: Backbone, sinks: Sinks, max_new_tokens: int) -> LabelConfig:
     """The published thresholds with this model's sinks, before heads are selected."""
-    return LabelConfig(
-        grounding=(),
+    return replace(
+        backbone.label_rules,
         sink=(LayerHeads(sinks.layer or 0),),
-        vicrop_layer=0,
         sink_threshold=sinks.threshold,
         max_new_tokens=max_new_tokens,
     )

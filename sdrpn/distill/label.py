@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from sdrpn.backbones.base import Backbone
 from sdrpn.boxes import ImageGrid
-from sdrpn.distill.pseudo_labels import IGNORED, label_cells
+from sdrpn.config import LabelConfig
+from sdrpn.distill.pseudo_labels import IGNORED, label_cells, padding_cells
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.inference.generation import generate
 from sdrpn.inference.prefix import Prefix
@@ -20,6 +22,12 @@ EMPTY_RESPONSE = "empty response"
 EXCEEDS_CONTEXT = "does not fit the context"
 NO_MAP = (EMPTY_RESPONSE, EXCEEDS_CONTEXT)
 """Reasons for samples without maps."""
+
+
+TEXT_FOLDERS = frozenset(
+    {"ocr_vqa", "textvqa", "docvqa", "chartqa", "infovqa", "infographicsvqa", "stvqa", "dvqa"}
+)
+"""Folders of pictures of text, in LLaVA's data and in what follows its layout."""
 
 
 @dataclass(frozen=True)
@@ -63,35 +71,58 @@ def label(
             progress.update(len(batch))
 
 
-def label_batch(zoom: ZoomModel, questions: Sequence[Question]) -> list[Labelled]:
+def label_batch(
+    zoom: ZoomModel, questions: Sequence[Question], kinds: Sequence[str] | None = None
+) -> list[Labelled]:
     """Label one batch: answer greedily, then read the attention rows of the answers.
 
     Args:
         zoom: As in `label`.
         questions: Questions with one image each.
+        kinds: Kind of each image, `natural` or `text`, where labels tell them apart; default:
+            natural.
     """
-    backbone, config = zoom.backbone, known_labels(zoom.models)
+    config = known_labels(zoom.models)
+    every = kinds if kinds and config.text_grounding else ["natural"] * len(questions)
+    found: dict[int, Labelled] = {}
+    for kind in sorted(set(every)):
+        own = [i for i, one in enumerate(every) if one == kind]
+        made = _label_kind(zoom, [questions[i] for i in own], config.of(kind))
+        found |= zip(own, made, strict=True)
+    return [found[i] for i in range(len(questions))]
+
+
+def kind_of(image: str) -> str:
+    """The kind of an image, `natural` or `text`, by the folders in its path."""
+    return "text" if TEXT_FOLDERS & {part.lower() for part in Path(image).parts} else "natural"
+
+
+def _label_kind(
+    zoom: ZoomModel, questions: Sequence[Question], config: LabelConfig
+) -> list[Labelled]:
+    """Label questions on images of one kind."""
+    backbone = zoom.backbone
     prefixes = zoom.prefill([q.images[0] for q in questions])
     looks = [
         Look(
             prefix,
             backbone.image_grid(q.images[0]),
-            backbone.prompt_ids(q.text).after,
+            backbone.prompt_ids(config.asked(q.text)).after,
             zoom.zoom,
         )
         for prefix, q in zip(prefixes, questions, strict=True)
     ]
     token_ids = [look.question for look in looks]
     responses = respond(backbone, prefixes, token_ids, config.max_new_tokens)
-    answered = {i: response for i, response in enumerate(responses) if response}
+    answered = {i: _read(response, config) for i, response in enumerate(responses) if response}
     maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     if answered:
         attention = response_attention(
-            zoom.models, [looks[i] for i in answered], list(answered.values())
+            zoom.models, [looks[i] for i in answered], list(answered.values()), config
         )
         maps = dict(zip(answered, attention, strict=True))
     results = []
-    for i, (look, response) in enumerate(zip(looks, responses, strict=True)):
+    for i, (look, response, question) in enumerate(zip(looks, responses, questions, strict=True)):
         text = backbone.tokenizer.decode(response or [], skip_special_tokens=True).strip()
         if i not in maps:
             shape = look.grid.rows, look.grid.columns
@@ -101,9 +132,35 @@ def label_batch(zoom: ZoomModel, questions: Sequence[Question]) -> list[Labelled
             continue
         # From the maps as they are stored, so that relabelling reproduces the labels.
         half = [look.shaped(one.astype(np.float16)) for one in maps[i]]
-        labels, reason = label_cells(half[0].astype(np.float32), half[1].astype(np.float32), config)
+        shape = look.grid.rows, look.grid.columns
+        padding = padding_of(question.images[0].size, look.grid.extent, shape, config)
+        grounding, sink = (one.astype(np.float32) for one in half)
+        labels, reason = label_cells(grounding, sink, config, padding)
         results.append(Labelled(text, half[0], half[1], labels, look.grid, reason))
     return results
+
+
+def _read(response: list[int], config: LabelConfig) -> list[int]:
+    """The tokens of an answer whose attention is read."""
+    cut = len(response) >= config.max_new_tokens and not config.read_cut_end
+    return response[:-1] or response if cut else response
+
+
+def padding_of(
+    size: Sequence[int], extent: Sequence[float], shape: tuple[int, int], config: LabelConfig
+) -> np.ndarray | None:
+    """The cells that show no picture, where labels tell them apart; None for none.
+
+    Args:
+        size: (width, height) of the picture in pixels; empty where it is not known.
+        extent: Where the grid lies on it, (x0, y0, x1, y1) in its pixels.
+        shape: (rows, columns).
+        config: Whether padding counts.
+    """
+    is_padded = len(size) == 2 and any(edge < 0 for edge in extent[:2])
+    if not (config.padding_background and is_padded and shape[0] == shape[1]):
+        return None
+    return padding_cells((size[0], size[1]), shape[0])
 
 
 def respond(

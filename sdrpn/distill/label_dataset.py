@@ -32,6 +32,7 @@ FEATURES = Features(
         "rows": Value("int32"),
         "columns": Value("int32"),
         "extent": Sequence(Value("float32")),
+        "size": Sequence(Value("int32")),
         "foreground": Value("int32"),
         "background": Value("int32"),
         "reason": Value("string"),
@@ -40,10 +41,11 @@ FEATURES = Features(
 """One question per row. image: path relative to the image folder. grounding, sink: row-major maps,
 [rows * columns], stored for relabelling. labels: 1, 0 or -100 per cell. rows, columns: shape of the
 grid, 0 without maps. extent: position of the grid on the image, (x0, y0, x1, y1) in source pixels.
-foreground, background: cells of each label. reason: why the sample has no labels, or null."""
+size: (width, height) of the image. foreground, background: cells of each label. reason: why the
+sample has no labels, or null."""
 
 GRID_COLUMNS = ("rows", "columns", "extent")
-"""Columns that shards of version 0.1 lack."""
+"""Columns that shards of version 0.1 lack, beside `size`."""
 
 SETTINGS_FILE = "settings.json"
 REQUIRED_SETTINGS = {"shards": int, "labels": dict}
@@ -79,6 +81,7 @@ def label_row(
     sink: np.ndarray | None = None,
     labels: np.ndarray | None = None,
     extent: tuple[float, ...] = (),
+    size: tuple[int, ...] = (),
     reason: str | None = None,
 ) -> dict[str, Any]:
     """Build a row of `FEATURES`; maps and labels are [rows, columns], or flat for a square grid."""
@@ -98,6 +101,7 @@ def label_row(
         "rows": rows,
         "columns": columns,
         "extent": [float(edge) for edge in extent],
+        "size": list(size),
         "foreground": 0 if labels is None else int((labels == 1).sum()),
         "background": 0 if labels is None else int((labels == 0).sum()),
         "reason": reason,
@@ -205,13 +209,17 @@ def read_shard(path: Path, tokens: int | None) -> Dataset:
 
 def _with_grids(table: Table) -> Table:
     """Add the columns that shards of version 0.1, which had only square grids, lack."""
-    if table.column_names != [name for name in FEATURES if name not in GRID_COLUMNS]:
-        return table
-    lengths: Any = compute.list_value_length(table["labels"])  # type: ignore[attr-defined]
-    sides = [round(n**0.5) for n in lengths.to_pylist()]
-    for name in ("rows", "columns"):
-        table = table.append_column(name, [sides])
-    return table.append_column("extent", [[[] for _ in sides]]).select(list(FEATURES))
+    missing = {name for name in FEATURES if name not in table.column_names}
+    empty: list[list[int]] = [[] for _ in range(len(table))]
+    if missing >= set(GRID_COLUMNS):
+        lengths: Any = compute.list_value_length(table["labels"])  # type: ignore[attr-defined]
+        sides = [round(n**0.5) for n in lengths.to_pylist()]
+        for name, values in zip(GRID_COLUMNS, (sides, sides, empty), strict=True):
+            table = table.append_column(name, [values])
+    if "size" in missing:
+        table = table.append_column("size", [empty])
+    complete = set(FEATURES) == set(table.column_names)
+    return table.select(list(FEATURES)) if complete else table
 
 
 def _check_rows(table: Table, tokens: int | None) -> None:

@@ -20,8 +20,8 @@ from PIL import Image
 from pyarrow import ArrowException, parquet
 from tqdm import tqdm
 
-from sdrpn.config import LabelConfig
-from sdrpn.distill.label import NO_MAP, label_batch
+from sdrpn.config import KINDS, LabelConfig
+from sdrpn.distill.label import NO_MAP, kind_of, label_batch, padding_of
 from sdrpn.distill.label_dataset import (
     IMAGES_FOLDER,
     SETTINGS_FILE,
@@ -61,7 +61,8 @@ class LabelJob:
     """Label `items` into the folder `out`; see `run`.
 
     images: the folder their paths start from; None where they came inside a data set. shard_size:
-    questions a shard, the unit of restarting. about: what else was chosen, noted in the settings.
+    questions a shard, the unit of restarting. kind: of all pictures, `natural` or `text`; None goes
+    by their folders. about: what else was chosen, noted in the settings.
     Raises ValueError where `out` holds labels made with other settings, naming what differs.
     """
 
@@ -74,13 +75,16 @@ class LabelJob:
         images: Path | None,
         batch_size: int = 16,
         shard_size: int = 512,
+        kind: str | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
         if batch_size < 1 or shard_size < 1:
             raise ValueError(
                 f"batch_size and shard_size must be above 0: {batch_size}, {shard_size}"
             )
-        self.zoom, self.items, self.out, self.images = zoom, items, out, images
+        if kind not in (None, *KINDS):
+            raise ValueError(f"kind must be {', '.join(KINDS)} or None, got {kind!r}")
+        self.zoom, self.items, self.out, self.images, self.kind = zoom, items, out, images, kind
         self.batch_size, self.shard_size = batch_size, shard_size
         self.shards = -(-len(items) // shard_size)
         self.state = PartialState()
@@ -93,6 +97,7 @@ class LabelJob:
             "image_tokens": zoom.backbone.rpn_shape()["image_tokens"],
             **zoom.backbone.preprocessing,
             "labels": asdict(known_labels(zoom.models)),
+            **({} if kind is None else {"kind": kind}),
             **(about or {}),
         }
 
@@ -192,8 +197,11 @@ class LabelJob:
         self, places: Sequence[Place], opened: Sequence[tuple[str, Image.Image]]
     ) -> list[dict[str, Any]]:
         items = [self._item(place) for place in places]
-        pairs = zip(items, opened, strict=True)
-        made = label_batch(self.zoom, [Question(item.question, (i,)) for item, (_, i) in pairs])
+        asked = [
+            Question(i.question, (image,)) for i, (_, image) in zip(items, opened, strict=True)
+        ]
+        kinds = [self.kind or kind_of(item.image) for item in items]
+        made = label_batch(self.zoom, asked, kinds)
         return [
             label_row(
                 str(item.id),
@@ -204,9 +212,10 @@ class LabelJob:
                 sink=one.sink,
                 labels=one.labels,
                 extent=one.grid.extent,
+                size=image.size,
                 reason=one.reason,
             )
-            for item, (file, _), one in zip(items, opened, made, strict=True)
+            for item, (file, image), one in zip(items, opened, made, strict=True)
         ]
 
     def _without_image(self, place: Place, _: Any, error: Exception) -> dict[str, Any]:
@@ -245,7 +254,8 @@ def _judge_anew(row: dict[str, Any], config: LabelConfig) -> dict[str, Any]:
         return row
     shape = row["rows"], row["columns"]
     grounding, sink = (np.array(row[n], np.float32).reshape(shape) for n in ("grounding", "sink"))
-    labels, reason = label_cells(grounding, sink, config)
+    padding = padding_of(row["size"], row["extent"], shape, config)
+    labels, reason = label_cells(grounding, sink, config, padding)
     words = (row[name] for name in ("id", "image", "question", "response"))
     return label_row(
         *words,
@@ -253,6 +263,7 @@ def _judge_anew(row: dict[str, Any], config: LabelConfig) -> dict[str, Any]:
         sink=sink,
         labels=labels,
         extent=tuple(row["extent"]),
+        size=tuple(row["size"]),
         reason=reason,
     )
 

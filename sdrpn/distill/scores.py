@@ -181,7 +181,7 @@ def _sink_level(rows: Sequence[np.ndarray], targets: Sequence[Targets]) -> tuple
     for row, target in zip(rows, targets, strict=True):
         of_image.setdefault(target.image, []).append(row)
     objects = {target.image: target.objects for target in targets}
-    taken, images, counts = [], 0, []
+    taken, counts = [], []
     for image in sorted(of_image):
         some = np.stack(of_image[image])
         if len(some) < 2:  # sinks are common to several questions
@@ -189,10 +189,9 @@ def _sink_level(rows: Sequence[np.ndarray], targets: Sequence[Targets]) -> tuple
         average = some.mean(1, keepdims=True)
         always = (some >= SINK_FACTOR * average).all(0) & (average > 0).all()
         sink = always & ~objects[image]
-        images += 1
         counts.append(sink.sum())
         taken.append(some[:, sink].ravel())
-    if not images or np.mean(np.array(counts) > 0) < 0.5:
+    if not counts or np.mean(np.array(counts) > 0) < 0.5:
         return 0.0, 0.0
     return float(np.quantile(np.concatenate(taken), 0.05)), float(np.mean(counts))
 

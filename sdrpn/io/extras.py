@@ -1,27 +1,27 @@
-"""Optional dependencies: what an extra brings is looked for before it is imported."""
+"""Optional dependencies: check that an extra is installed before importing it."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
 DISTRIBUTIONS = {"lmms_eval": "lmms-eval", "sklearn": "scikit-learn"}
-"""Names on the package index, where they differ from the module's."""
+"""Distribution names that differ from the module name."""
 
 
 class MissingExtra(ImportError):
-    """An optional dependency is not installed; the message names the extra that brings it."""
+    """An optional dependency is not installed; the message names its extra."""
 
 
 def needs(*modules: str, extra: str, what: str) -> None:
-    """Checks that optional modules are installed, without importing them.
+    """Check that optional modules are installed, without importing them.
 
     Args:
-        modules: Top-level modules that the extra brings.
+        modules: Top-level modules of the extra.
         extra: The extra of this package, such as `train`.
-        what: What needs them, as the message's subject: `sdrpn look --out`.
+        what: Subject of the message, such as `sdrpn look --out`.
 
     Raises:
-        MissingExtra: A module is missing; the message says what to install.
+        MissingExtra: If a module is missing, with the command to install it.
     """
     missing = [DISTRIBUTIONS.get(name, name) for name in modules if find_spec(name) is None]
     if missing:

@@ -84,7 +84,7 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
             depth=depth,
             base_model=backbone.name,
             base_hash=base_hash(backbone, branch_layer),
-            zoom=zoom or ZoomConfig(),
+            zoom=zoom or backbone.default_zoom,
             labels=labels,
             padding=backbone.preprocessing.get("padding", ""),
             **backbone.rpn_shape(),

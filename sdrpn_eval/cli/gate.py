@@ -61,9 +61,7 @@ def gate(
     """
     with report_errors():
         # Imported here, so that --help answers at once.
-        from sdrpn_eval.report import gate as report
-        from sdrpn_eval.results.baseline import read_baseline
-        from sdrpn_eval.results.gate import safely_check, update_baseline
+        from sdrpn_eval.results.gate import update_baseline
 
         at_least(0, allow_skipped=allow_skipped)
         rules = _rules(tolerance or [], alpha, metric or [], max_age, allow_skipped)
@@ -77,17 +75,27 @@ def gate(
             for text in update_baseline(run, baseline, rules):
                 typer.echo(text)
             return
-        stored = read_baseline(baseline)
-        rules = replace(rules, tolerance=rules.tolerance or stored.tolerance)
-        verdicts = safely_check(run, stored, rules)
-        for verdict in verdicts:
-            typer.echo(f"{report.WORDS[verdict.code]}: {report.line(verdict)}")
-        typer.echo(report.conclusion(verdicts))
-        if junit:
-            report.write_junit(verdicts, str(run), junit)
-        if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-            report.append_summary(verdicts, Path(summary))
-    raise typer.Exit(report.exit_code(verdicts))
+        code = _check(run, baseline, rules, junit)
+    raise typer.Exit(code)
+
+
+def _check(run: Path, baseline: Path, rules: Rules, junit: Path | None) -> int:
+    """Checks a run, reports the verdicts and returns the exit code."""
+    from sdrpn_eval.report import gate as report
+    from sdrpn_eval.results.baseline import read_baseline
+    from sdrpn_eval.results.gate import safely_check
+
+    stored = read_baseline(baseline)
+    rules = replace(rules, tolerance=rules.tolerance or stored.tolerance)
+    verdicts = safely_check(run, stored, rules)
+    for verdict in verdicts:
+        typer.echo(f"{report.WORDS[verdict.code]}: {report.line(verdict)}")
+    typer.echo(report.conclusion(verdicts))
+    if junit:
+        report.write_junit(verdicts, str(run), junit)
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        report.append_summary(verdicts, Path(summary))
+    return report.exit_code(verdicts)
 
 
 def _rules(

@@ -9,7 +9,7 @@ import typer
 
 from sdrpn.cli.shared import console, report_errors, say
 from sdrpn.config import PROPOSERS as PROPOSERS_OF_MODEL
-from sdrpn_eval.cli.options import SeedOption, at_least
+from sdrpn_eval.cli.options import SeedOption, at_least, split_names
 
 if TYPE_CHECKING:
     from sdrpn_eval.results.comparison import Comparison
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 PROPOSERS = "none,vicrop,attention,rpn,box"
 PACKAGES = ("sdrpn", "lmms_eval", "transformers", "torch")
-"""Whose versions stand under the figure."""
+"""Packages whose versions are named in the caption."""
 
 
 def ladder(
-    out: Annotated[Path, typer.Option(help="Folder for the runs, a folder each, and the result.")],
-    tasks: Annotated[str, typer.Option(help="Tasks of lmms-eval, with commas.")] = "tiny_vstar",
+    out: Annotated[
+        Path, typer.Option(help="Folder for the runs, one folder each, and the result.")
+    ],
+    tasks: Annotated[str, typer.Option(help="Tasks of lmms-eval, comma-separated.")] = "tiny_vstar",
     model_args: Annotated[
         str,
         typer.Option(
@@ -35,21 +37,23 @@ def ladder(
     proposers: Annotated[
         str,
         typer.Option(
-            help="Ways to look, with commas; the first is what the others are compared with. box "
-            "is the oracle, the document's own box, and left out where documents have none."
+            help="Ways to look, comma-separated; all are compared with the first. box is the "
+            "oracle, the document's own box, and left out for documents without one."
         ),
     ] = PROPOSERS,
-    limit: Annotated[int | None, typer.Option(help="First documents only, for a try.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first documents, to try it out.")
+    ] = None,
     batch_size: Annotated[str, typer.Option(help="Questions at a time, or auto.")] = "16",
     include_path: Annotated[
-        str | None, typer.Option(help="Folder of your own tasks' YAML.")
+        str | None, typer.Option(help="Folder with the YAML files of your own tasks.")
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Stock, ViCrop, attention, RPN and oracle: run, compared question by question, drawn.
 
-    Each is a run of lmms-eval in OUT/PROPOSER. Runs that are there already are not made again, so a
-    ladder that was broken off goes on where it was. Writes ladder.png, ladder.svg and
+    Each is a run of lmms-eval in OUT/PROPOSER. Complete runs are kept, so the same command resumes
+    an interrupted ladder. Writes ladder.png, ladder.svg and
     comparison.html, .md and .json.
 
       sdrpn-eval ladder --out out/ladder
@@ -59,57 +63,62 @@ def ladder(
     with report_errors():
         at_least(0, seed=seed)
         at_least(1, limit=limit)
-        names = [name for name in proposers.split(",") if name]
-        if len(set(names)) < max(len(names), 2):
-            raise ValueError(f"--proposers needs two different ones or more, got {proposers!r}")
-        known = (*PROPOSERS_OF_MODEL, "box")
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"--proposers must be of {', '.join(known)}, got {unknown[0]!r}")
-        if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
-            raise ValueError(f"--batch-size must be 1 or more, or auto, got {batch_size!r}")
-        if not tasks.strip(" ,"):
-            raise ValueError(f"--tasks names no task, got {tasks!r}")
+        names = _proposers(proposers)
+        _check_options(tasks, batch_size)
         # Imported here, so that --help answers at once.
         from sdrpn_eval.report.figures import draw_ladder
         from sdrpn_eval.report.write import show, write_comparison
-        from sdrpn_eval.results.compare import gather
         from sdrpn_eval.results.documents import load_data
         from sdrpn_eval.results.ladder import Ladder
 
         plan = Ladder(out, tasks, model_args, limit, batch_size, include_path)
-        runs = [_rung(plan, names[0])]
+        runs = [_run(plan, names[0])]
         data, notes = load_data(runs[0].tasks, include_path)
         for name in names[1:]:
             if name == "box" and (bare := [t for t, of in data.items() if not of.has_boxes]):
                 notes.append(f"box is left out: the documents of {', '.join(bare)} have none")
             else:
-                runs.append(_rung(plan, name))
-        evidence = [gather(run) for run in runs]
-        comparison, notes = write_comparison(
-            evidence, data, out / "comparison", seed=seed, notes=notes
-        )
+                runs.append(_run(plan, name))
+        comparison, notes = write_comparison(runs, data, out / "comparison", seed=seed, notes=notes)
         draw_ladder(comparison, caption(comparison, plan), [out / "ladder.png", out / "ladder.svg"])
         show(comparison, notes, console)
         say(f"{out / 'ladder.png'}, ladder.svg, comparison.html, .md and .json beside it")
 
 
-def _rung(plan: Ladder, proposer: str) -> Run:
-    from sdrpn_eval.results.ladder import climb, finished
+def _proposers(text: str) -> list[str]:
+    names = split_names(text)
+    if len(set(names)) < max(len(names), 2):
+        raise ValueError(f"--proposers needs two different ones or more, got {text!r}")
+    known = (*PROPOSERS_OF_MODEL, "box")
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--proposers must be of {', '.join(known)}, got {unknown[0]!r}")
+    return names
 
-    done = finished(plan, proposer)
+
+def _check_options(tasks: str, batch_size: str) -> None:
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
+        raise ValueError(f"--batch-size must be 1 or more, or auto, got {batch_size!r}")
+    if not tasks.strip(" ,"):
+        raise ValueError(f"--tasks names no task, got {tasks!r}")
+
+
+def _run(plan: Ladder, proposer: str) -> Run:
+    from sdrpn_eval.results.ladder import finished_run, make_run
+
+    done = finished_run(plan, proposer)
     if done is not None:
         say(f"{proposer}: done before, {plan.folder(proposer)}")
         return done
     with console.status(f"lmms-eval --tasks {plan.tasks}: proposer={proposer}"):
-        run, seconds = climb(plan, proposer)
+        run, seconds = make_run(plan, proposer)
     say(f"{proposer}: {seconds:.0f} s, {plan.folder(proposer)}")
     return run
 
 
 def caption(comparison: Comparison, plan: Ladder) -> str:
-    """How it was measured."""
+    """The caption of the figure: how it was measured."""
     first = comparison.runs[0]
-    facts = first["facts"] or {}
+    facts = first.facts or {}
     versions, device = facts.get("versions") or {}, facts.get("device") or {}
     made = [f"{name} {versions[name]}" for name in PACKAGES if name in versions]
     where = device.get("name") or device.get("type")
@@ -119,7 +128,7 @@ def caption(comparison: Comparison, plan: Ladder) -> str:
         "proposer.",
         "Whiskers: 95 % intervals, clustered by image.",
         "true box: the box that each document carries, cropped as it is."
-        if any(run["name"] == "true box" for run in comparison.runs)
+        if any(run.name == "true box" for run in comparison.runs)
         else "",
         f"{', '.join(made)}{f', on {where}' if where else ''}." if made else "",
     ]

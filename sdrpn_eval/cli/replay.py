@@ -36,8 +36,8 @@ def replay(
 ) -> None:
     """Ask one question of a run again and show what was seen, then and now.
 
-    The model is loaded with the run's own arguments. Says whether the answer is the recorded one,
-    and what has moved since: weights, versions, arguments, device, prompt, image.
+    Loads the model with the run's own arguments. Says whether the answer is the recorded one and
+    what has changed since: weights, versions, arguments, device, prompt, image.
 
       sdrpn-eval replay out/rpn --doc tiny_vstar:17
 
@@ -57,12 +57,12 @@ def replay(
         folder.mkdir(parents=True, exist_ok=True)
         manager = task_manager(include_path or source.include_path)
         done = ask_again(source, (task, int(number)), model_args, manager, folder)
-        for line in _in_words(done):
+        for line in _summary(done):
             say(line)
         say(f"pictures: {folder / 'replay.png'}, replay.json beside it")
 
 
-def _in_words(done: Replay) -> list[str]:
+def _summary(done: Replay) -> list[str]:
     lines = [f"question: {done.prompt}"]
     if done.target is not None:
         lines.append(f"right: {done.target}")

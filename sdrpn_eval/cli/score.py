@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from sdrpn.cli.shared import console, report_errors, say
 from sdrpn.io.plurals import agree, counted
@@ -35,12 +33,12 @@ def score(
     ] = None,
     include_path: IncludePathOption = None,
 ) -> None:
-    """Score recorded answers anew: a mended grader costs no GPU hours.
+    """Score recorded answers anew: a corrected grader costs no GPU hours.
 
-    The tasks' filters, graders and aggregation are run as they are now, on the answers as they
-    were. Results and samples go to a new folder that compare and gate read like any run, and the
-    change is shown. Refused where documents or prompts are others by now. Runs of llava_hf and
-    other models can be scored too, and so can the record of a run that crashed while it scored.
+    Applies the tasks' present filters, graders and aggregation to recorded answers, writes results
+    and samples to a new folder that compare and gate read like any run, and shows what changed.
+    Refused if documents or prompts have changed. Runs of llava_hf and other models can be scored
+    too, and so can the record of a run that crashed before it was scored.
 
       sdrpn-eval score out/rpn
 
@@ -57,35 +55,26 @@ def score(
         scored = score_again(source, out or beside(source), manager)
         found = changes(source, scored)
         _show(found)
-        say(_in_words(found))
+        say(_summary(found))
         say(f"scored anew from {source.place}: {scored.file}")
 
 
 def _show(found: Sequence[Change]) -> None:
-    """A table; one without lines between its columns where a terminal is too narrow for names."""
     # Imported here, so that --help answers at once.
     from sdrpn_eval.report.tables import columns
 
-    header = ["task", "metric", "before", "after", "documents changed"]
     rows = []
     for one in found:
         numbers = ["none" if v is None else f"{v:.4f}" for v in (one.before, one.after)]
         changed = "" if one.changed is None else str(one.changed)
-        rows.append([one.task, _plain(one.metric), *numbers, changed])
-    table = Table(title="Scored anew", title_justify="left")
-    for name in header:
-        table.add_column(name, no_wrap=name in header[:2])
-    for row in rows:
-        table.add_row(*map(escape, row))
-    if console.measure(table).minimum <= console.width:
-        console.print(table)
-        return
-    joined = [[f"{task}, {metric}", *numbers] for task, metric, *numbers in rows]
-    for line in columns(["task, metric", *header[2:]], joined, console.width):
+        rows.append([f"{one.task}, {_plain(one.metric)}", *numbers, changed])
+    header = ["task, metric", "before", "after", "documents changed"]
+    say("Scored anew")
+    for line in columns(header, rows, console.width):
         say(line)
 
 
-def _in_words(found: Sequence[Change]) -> str:
+def _summary(found: Sequence[Change]) -> str:
     changed = [one for one in found if one.changed]
     if any(one.changed is None for one in found):
         return "Nothing is known of how the documents were scored before."
@@ -98,5 +87,5 @@ def _in_words(found: Sequence[Change]) -> str:
 
 
 def _plain(metric: str) -> str:
-    """The metric without the filter that is none."""
+    """The metric without the filter `none`."""
     return metric.removesuffix(",none")

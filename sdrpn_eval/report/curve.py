@@ -27,7 +27,7 @@ def write(curves: Sequence[Curve], folder: Path) -> None:
 
 
 def markdown(curves: Sequence[Curve]) -> str:
-    """A row a run, the published thresholds' beside those of one threshold for all tasks."""
+    """A table with a row per run: published thresholds next to one threshold for all tasks."""
     head = ["", "threshold", *(curve.task for curve in curves)]
     lines = [head, ["---"] * len(head)]
     for points in zip(*(curve.points for curve in curves), strict=True):
@@ -43,7 +43,7 @@ def markdown(curves: Sequence[Curve]) -> str:
 
 
 def lines(curves: Sequence[Curve], width: int) -> list[str]:
-    """The same for a terminal, a table a task."""
+    """Tables for a terminal, one per task."""
     told: list[str] = []
     for curve in curves:
         rows = [

@@ -55,7 +55,7 @@ def draw_ladder(comparison: Comparison, caption: str, paths: Sequence[Path]) -> 
         raise ValueError("no task has a score a document between 0 and 1 to draw")
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axis = figure.subplots()
-    names = [run["name"] for run in comparison.runs]
+    names = [run.name for run in comparison.runs]
     for place, name in enumerate(names):
         _draw_run(axis, rows, place, name, 0.84 / len(names))
     axis.set_xticks(range(len(rows)), [_label(row, rows) for row in rows], fontsize=10.5)

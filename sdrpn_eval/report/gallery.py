@@ -1,4 +1,4 @@
-"""The page's questions: text of all of them, pictures of as many as the budget takes."""
+"""The page's questions: text of all of them, pictures of as many as the budget allows."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sdrpn_eval.results.regions import outcome
 from sdrpn_eval.results.scores import Document
 
 LONGEST = 4000
-"""Characters of a prompt or answer on the page."""
+"""Maximum characters of a prompt or answer on the page."""
 
 Question = dict[str, Any]
 
 
 def all_questions(comparison: Comparison) -> dict[Document, Question]:
-    """Every question as the page holds it, without its picture."""
+    """Every question as the page's script reads it, without pictures."""
     run = comparison.evidence[0].run
     return {
         (info.task, doc_id): _question(comparison, (info.task, doc_id))
@@ -34,9 +34,9 @@ def all_questions(comparison: Comparison) -> dict[Document, Question]:
 
 
 def description(comparison: Comparison) -> dict[str, Any]:
-    """What the page's script must know of the whole."""
+    """What the page's script needs apart from the questions."""
     return {
-        "runs": [run["name"] for run in comparison.runs],
+        "runs": [run.name for run in comparison.runs],
         "padding": [
             preprocessing(e.run, e.facts).get("padding", "pad") for e in comparison.evidence
         ],
@@ -50,7 +50,7 @@ def description(comparison: Comparison) -> dict[str, Any]:
 
 
 def _question(comparison: Comparison, document: Document) -> Question:
-    """One question without its picture; short names, as there are thousands of these."""
+    """A question without its picture."""
     task, doc_id = document
     samples = [e.run.tasks[task].samples[doc_id] for e in comparison.evidence]
     looks = [e.record.looks.get(document) for e in comparison.evidence]
@@ -94,7 +94,11 @@ def add_pictures(
     album: Album,
     seed: int,
 ) -> list[str]:
-    """Give questions their pictures while the budget lasts; say which go without."""
+    """Adds pictures to questions while the budget lasts.
+
+    Returns:
+        Sentences about the questions without.
+    """
     changed = [d for d, q in questions.items() if len(set(q["scores"])) > 1]
     rest = [d for d, q in questions.items() if len(set(q["scores"])) == 1]
     strangers = 0
@@ -111,7 +115,7 @@ def _add_picture(
     question: Question,
     album: Album,
 ) -> bool:
-    """Add a question's picture, its crops and its maps. True where the data is another's."""
+    """Adds a question's picture, crops and maps. Returns True if the data here is other data."""
     task, doc_id = document
     looks = [e.record.looks.get(document) for e in comparison.evidence]
     shown = next((look for look in looks if look and look.images and look.size), None)

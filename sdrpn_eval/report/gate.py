@@ -1,4 +1,4 @@
-"""What a gate says: lines for the log, JUnit XML for CI systems, a summary for GitHub."""
+"""Reports of a gate: lines for the log, JUnit XML for CI systems, a summary for GitHub."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF
 
 
 def exit_code(verdicts: Sequence[Verdict]) -> int:
-    """2 where anything is broken, else 1 where a task fell, else 0."""
+    """2 if anything is broken, else 1 if a task fell, else 0."""
     return max((v.code for v in verdicts), default=BROKEN)
 
 
 def line(verdict: Verdict) -> str:
-    """A verdict as one line."""
+    """A verdict in one line."""
     place = " ".join(part for part in (verdict.task, verdict.metric.removesuffix(",none")) if part)
     return f"{place}: {' '.join(_scores(verdict).split() + verdict.reason.split())}"
 
@@ -31,7 +31,7 @@ def _scores(verdict: Verdict) -> str:
 
 
 def conclusion(verdicts: Sequence[Verdict]) -> str:
-    """The whole in one line, with the reasons that decided."""
+    """All verdicts in one line, with the reasons that decided."""
     code = exit_code(verdicts)
     if code == PASSED:
         return f"gate: passed, {len(verdicts)} task(s) stand"
@@ -40,7 +40,7 @@ def conclusion(verdicts: Sequence[Verdict]) -> str:
 
 
 def write_junit(verdicts: Sequence[Verdict], run: str, path: Path) -> None:
-    """One test case a task: a fall is a failure, what cannot be believed an error."""
+    """Writes one test case per task: a fall is a failure, a broken run an error."""
     suite = ElementTree.Element(
         "testsuite",
         name="sdrpn-eval gate",
@@ -68,7 +68,7 @@ def _xml(text: str) -> str:
 
 
 def append_summary(verdicts: Sequence[Verdict], path: Path) -> None:
-    """Add a table to the file that GitHub shows with a job ($GITHUB_STEP_SUMMARY)."""
+    """Appends a table to the file that GitHub shows with a job ($GITHUB_STEP_SUMMARY)."""
     lines = [f"### {_markdown(conclusion(verdicts))}", ""]
     lines += ["| task | metric | baseline | now | verdict |", "| --- | --- | --- | --- | --- |"]
     for verdict in verdicts:

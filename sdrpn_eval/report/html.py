@@ -80,7 +80,7 @@ def _render(comparison: Comparison, left_out: Sequence[str], payload: str) -> st
         lstrip_blocks=True,
     )
     return environment.get_template("page.html.jinja").render(
-        title=" / ".join(run["name"] for run in comparison.runs),
+        title=" / ".join(run.name for run in comparison.runs),
         verdicts=list(zip(verdicts, text.verdicts(comparison), strict=True)),
         badges=BADGES,
         scores=[_score_bars(row) for row in main],

@@ -1,4 +1,4 @@
-"""The pictures of the page: which questions get one, and how they fit the budget."""
+"""Pictures of the page, within a budget of characters."""
 
 from __future__ import annotations
 
@@ -14,19 +14,16 @@ from sdrpn.boxes import PixelBox
 from sdrpn_eval.results.scores import Document
 
 SIDE = 640
-"""Longest side of a picture; crops of larger originals get pictures of their own."""
+"""Longest side of a picture in pixels; crops of larger images get pictures of their own."""
 CROP_SIDE = 336
 QUALITY = 70
 TRIES = 50
-"""Pictures too large for what is left of the budget, in a row, until the album is called full."""
+"""Consecutive pictures that exceed the rest of the budget until the album counts as full."""
 
 
 @dataclass
 class Album:
-    """Pictures as data URIs, up to a number of characters; a picture asked for again costs nothing.
-
-    Documents that share an image share its picture.
-    """
+    """Pictures as data URIs, up to a number of characters; equal keys share a picture."""
 
     budget: int
     pictures: list[str] = field(default_factory=list)
@@ -39,9 +36,13 @@ class Album:
         return self._refused >= TRIES
 
     def add(self, wanted: Sequence[tuple[Hashable, Callable[[], Image.Image]]]) -> list[int] | None:
-        """Places of pictures that belong together: all of them, or None where they do not fit.
+        """Adds pictures that belong together.
 
-        wanted: (what the picture is, how to make it).
+        Args:
+            wanted: (key, function that makes the picture) each.
+
+        Returns:
+            Their indices in `pictures`; None if they do not all fit.
         """
         if self.full:
             return None
@@ -61,28 +62,28 @@ class Album:
 def data_uri(image: Image.Image) -> str:
     """An image as a WebP data URI."""
     file = io.BytesIO()
-    image.convert("RGB").save(file, "WEBP", quality=QUALITY, method=4)
+    image.convert("RGB").save(file, "WEBP", quality=QUALITY, method=2)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def shrunk(image: Image.Image, side: int) -> Image.Image:
-    """No larger than side x side, in the same proportions."""
+    """The image in RGB, no larger than side x side, in the same proportions."""
     small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     return small
 
 
 def needs_crop(size: Sequence[int]) -> bool:
-    """Whether the page's picture is coarser than the original, so that crops need their own."""
+    """Whether the page's picture is coarser than the image, so that crops need their own."""
     return max(size) > SIDE
 
 
 def cut(image: Image.Image, box: PixelBox) -> Image.Image:
-    """What the model saw the second time, small enough for a page."""
+    """A region of an image, small enough for a page."""
     return shrunk(image.crop((box.x0, box.y0, box.x1, box.y1)), CROP_SIDE)
 
 
 def in_order(changed: Sequence[Document], others: Sequence[Document], seed: int) -> list[Document]:
-    """Fixed and broken first, then the rest, each in an order drawn by the seed."""
+    """Fixed and broken questions first, then the others, each in a random order."""
     rng = random.Random(seed)
     return [*rng.sample(list(changed), len(changed)), *rng.sample(list(others), len(others))]

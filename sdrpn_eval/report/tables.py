@@ -1,4 +1,4 @@
-"""Tables for a terminal: as many columns as its width takes, and no word broken."""
+"""Tables for a terminal: as many columns as fit, without breaking words."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import re
 from collections.abc import Sequence
 
 GAP = 2
-"""Blanks between two columns."""
+"""Spaces between two columns."""
 NAMES = 24
-"""Width that the names on the left may take before columns on the right are left out for them."""
+"""Width up to which the names on the left take precedence over columns on the right."""
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Lines of a table, at most `width` characters wide unless a single name is longer.
+    """Formats a table at most `width` characters wide, unless a single name is longer.
 
     Args:
-        header: One title per column; a title may take several lines, broken at its blanks.
-        rows: One cell per column. The first is a name: where it is too long for its column, it
-            stands on a line of its own. The others are never broken.
-        width: Of the terminal, in characters. Columns that do not fit are left out, from the right.
+        header: One title per column; a title wraps at its spaces.
+        rows: One cell per column. The first is a name, on a line of its own if it is too long for
+            its column. The others are never wrapped.
+        width: Of the terminal, in characters. Columns that do not fit are dropped from the right.
 
     Returns:
-        The lines, without blanks at their ends.
+        The lines, without trailing spaces.
     """
     longest = max(len(row[0]) for row in rows)
     needed = min(longest, NAMES)
@@ -48,7 +48,7 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) ->
 
 
 def _words(title: str) -> list[str]:
-    """A stroke stays with the word before it."""
+    """The words of a title; a slash stays with the word before it."""
     return re.split(r" (?!/)", title)
 
 

@@ -148,7 +148,7 @@ def _size(row: Looking) -> str:
 
 
 def _missing(comparison: Comparison) -> Section:
-    names = [run["name"] for run in comparison.runs]
+    names = [run.name for run in comparison.runs]
     rows = [
         [one.task, one.protocol, one.metric, one.reason]
         + [_total(one.totals[name], one.published[name]) for name in names]
@@ -197,7 +197,7 @@ def _verdict(row: MetricRow, score: RunScore, difference: Difference) -> str:
 
 def cautions(comparison: Comparison) -> list[str]:
     """What a reader must know before believing the numbers."""
-    found = [f"{run['name']}: {label}" for run in comparison.runs for label in run["labels"]]
+    found = [f"{run.name}: {label}" for run in comparison.runs for label in run.labels]
     for task in comparison.tasks:
         if task.questions < task.original:
             found.append(

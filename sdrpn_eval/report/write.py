@@ -1,4 +1,4 @@
-"""Runs compared and written down: JSON, Markdown and the page, and the tables in the terminal."""
+"""Writes a comparison as JSON, Markdown and a page, and prints its tables."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from sdrpn_eval.results.comparability import Evidence
 from sdrpn_eval.results.compare import compare
 from sdrpn_eval.results.comparison import Comparison
 from sdrpn_eval.results.documents import Documents
+from sdrpn_eval.results.read import Run
 from sdrpn_eval.results.scores import Document
 
 
 def write_comparison(
-    evidence: Sequence[Evidence],
+    runs: Sequence[Run | Evidence],
     data: Mapping[str, Documents],
     stem: Path,
     *,
@@ -27,12 +28,24 @@ def write_comparison(
     seed: int = 0,
     notes: Sequence[str] = (),
 ) -> tuple[Comparison, list[str]]:
-    """Compare runs with the first; write STEM.json, STEM.md and STEM.html.
+    """Compares runs with the first; writes STEM.json, STEM.md and STEM.html.
 
-    notes: about data that is not here. Returns the comparison, and those notes with what the page
-    leaves out. Raises NotComparable, naming what moved.
+    Args:
+        runs: Runs, or runs whose records have been read.
+        data: Documents by task, for tasks that are on this machine.
+        stem: Path of the files, without their suffix.
+        boxes: True boxes by document, in pixels of its image.
+        budget_mb: Maximum size of the page.
+        seed: Of intervals, tests and the choice of pictures.
+        notes: Sentences about data that is missing here.
+
+    Returns:
+        The comparison, and these notes with those about what the page leaves out.
+
+    Raises:
+        NotComparable: If runs differ in more than the model; names what differs.
     """
-    comparison = compare(evidence, data, boxes, seed)
+    comparison = compare(runs, data, boxes, seed)
     stem.parent.mkdir(parents=True, exist_ok=True)
     comparison.save(stem.with_suffix(".json"))
     stem.with_suffix(".md").write_text(text.markdown(comparison), encoding="utf-8")
@@ -42,7 +55,7 @@ def write_comparison(
 
 
 def show(comparison: Comparison, notes: Sequence[str], console: Console) -> None:
-    """Print the tables, the verdicts and all that is to be said about them."""
+    """Prints tables, verdicts, cautions and notes."""
     text.show(comparison, console)
     for line in notes:
         console.print(f"note: {line}", highlight=False, markup=False)

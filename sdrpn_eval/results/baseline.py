@@ -1,4 +1,4 @@
-"""A baseline: what a run scored, document by document, and what it was made of; one JSON file."""
+"""Baselines: a run's scores document by document, and its provenance, in one JSON file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sdrpn_eval.schemas import EXACT, FINITE
 
 FORMAT = 1
 MARK = 8
-"""Hex digits that stand for a document's prompt, target and image; enough to notice a change."""
+"""Hex digits of the digest of a prompt and target, or an image; enough to notice a change."""
 
 
 @dataclass(frozen=True)
 class MetricBaseline:
-    """A metric's scores in the order of the task's documents, None for those it does not count."""
+    """A metric's scores in the order of the task's documents; None for those it does not count."""
 
     __pydantic_config__ = FINITE
     higher_is_better: bool
@@ -35,11 +35,16 @@ class MetricBaseline:
 
 @dataclass(frozen=True)
 class TaskBaseline:
-    """A task's documents. questions, images: a mark each (None: no record named an image).
+    """A task's documents and scores.
 
-    clusters: a number a document, the same for questions on one image.
-    scorer: fingerprint of its source, None where the run left no facts; settings: of its settings;
-    scoring: these settings themselves, which tell what changed.
+    Attributes:
+        questions: Digest of each document's prompt and target.
+        images: Digest of each document's images; None without a record.
+        clusters: A number per document, equal for questions on one image.
+        scorer: Fingerprint of the scorer's source; None if the run left no facts.
+        settings: Digest of the scorer's settings.
+        metrics: By "metric,filter", in lmms-eval's order.
+        scoring: The scorer's settings.
     """
 
     __pydantic_config__ = EXACT
@@ -52,16 +57,17 @@ class TaskBaseline:
     scorer: str | None
     settings: str
     metrics: dict[str, MetricBaseline]
-    """By "metric,filter", in lmms-eval's order."""
     scoring: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """made_of: versions, weights, arguments, device, seeds of the run, where it left its facts.
+    """The content of a baseline file.
 
-    written_on: versions and machine of whoever wrote the file, which is all there is of other runs.
-    tolerance: the largest fall that passes, by task; "" for all others.
+    Attributes:
+        made_of: Versions, weights, arguments, device and seeds, if the run left its facts.
+        written_on: Versions and machine that wrote the file.
+        tolerance: The largest fall that passes, by task; "" for all others.
     """
 
     __pydantic_config__ = FINITE
@@ -76,7 +82,7 @@ class Baseline:
     format: int = FORMAT
 
     def save(self, path: Path) -> None:
-        """Write it so that a pull request shows what changed: a line a field, lists in one line."""
+        """Writes JSON that diffs well: a line per field, and a line per list."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(_lines(asdict(self)) + "\n", encoding="utf-8")
 
@@ -85,7 +91,7 @@ READ = TypeAdapter(Baseline)
 
 
 def make_baseline(evidence: Evidence, tolerance: Mapping[str, float]) -> Baseline:
-    """The baseline of a whole run. Raises ValueError where no task has a score a document."""
+    """The baseline of a run. Raises ValueError if no task has a score per document."""
     run, facts = evidence.run, evidence.facts
     tasks = {name: task_baseline(evidence, name) for name in run.tasks}
     scored = {name: task for name, task in tasks.items() if task.metrics}
@@ -105,7 +111,7 @@ def make_baseline(evidence: Evidence, tolerance: Mapping[str, float]) -> Baselin
 
 
 def _this_machine() -> dict[str, Any]:
-    # Imported here: seconds of imports, that a check against a baseline must not wait for.
+    # Imported here: takes seconds, which a check against a baseline does not need.
     import torch
 
     from sdrpn_eval.provenance.collect import device_facts, versions
@@ -114,7 +120,7 @@ def _this_machine() -> dict[str, Any]:
 
 
 def task_baseline(evidence: Evidence, name: str) -> TaskBaseline:
-    """One task of a run as a baseline holds it; a run is put in this form to be checked, too."""
+    """A task of a run in the form of a baseline, which is also how it is checked."""
     task = evidence.run.tasks[name]
     documents = sorted(task.samples)
     how, keys = cluster_keys([evidence], name)
@@ -144,17 +150,17 @@ def task_baseline(evidence: Evidence, name: str) -> TaskBaseline:
 
 
 def is_empty(answer: str) -> bool:
-    """Whether an answer, or each of several side by side, holds nothing but blanks."""
+    """Whether an answer, or each of several, is blank."""
     return not answer.replace(BESIDE.strip(), "").strip()
 
 
 def mark(*parts: str) -> str:
-    """A few hex digits for some texts."""
+    """A short digest of texts."""
     return f"{digest(*parts):032x}"[:MARK]
 
 
 def read_baseline(path: Path) -> Baseline:
-    """A baseline file. Raises ValueError, naming it, where it is missing or of another make."""
+    """Reads a baseline file. Raises ValueError, naming it, if it is missing or invalid."""
     try:
         made = read_object(path).get("format")
         if made != FORMAT:
@@ -177,7 +183,7 @@ def _check_lengths(name: str, task: TaskBaseline) -> None:
 
 
 def _lines(value: Any, indent: str = "") -> str:
-    """JSON with dicts over several lines and lists in one."""
+    """JSON with a line per key and a line per list."""
     if not isinstance(value, dict) or not value:
         return as_json(value, ensure_ascii=False)
     inner = indent + "  "

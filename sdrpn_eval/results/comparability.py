@@ -1,8 +1,8 @@
-"""Whether runs may be compared, and if not, what moved.
+"""Decides whether runs may be compared, and if not, names what differs.
 
-Task versions do not tell: data sets, prompts and graders changed under the same version. So the
-documents themselves are compared (id, prompt, target, image), and the scorer by its source where
-both runs recorded it, else by the task's configuration.
+Task versions do not tell: data sets, prompts and graders changed under the same version. The
+documents themselves are compared (id, prompt, target, image), and the scorer by its source if both
+runs recorded it, else by the task's configuration.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from sdrpn_eval.results.records import Record
 
 SCORING = ("metric_list", "filter_list", "process_results", "output_type", "score_key")
 SCORING += ("doc_to_choice", "doc_to_target", "repeats")
-"""The parts of a task's configuration that make its score."""
+"""Parts of a task's configuration that decide its score."""
 
 CALLED = ("metric", "name", "function")
-"""Keys of an entry of a setting that say what it is called."""
+"""Keys that name an entry of a list in a configuration."""
 
 PREPROCESSING = {"padding": "pad", "system_prompt": None}
-"""Arguments of llava_sdrpn that change what the base model is shown, with their defaults."""
+"""Arguments of llava_sdrpn that change the base model's input, with their defaults."""
 
 
 class NotComparable(ValueError):
-    """Runs that differ in more than what is compared; the message names what moved."""
+    """Runs that differ in more than the model; the message names what differs."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A run with its record and its facts, where it has them."""
+    """A run with its record and its facts, if it has them."""
 
     run: Run
     record: Record
@@ -42,13 +42,20 @@ class Evidence:
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """Of the model: as resolved where the run left its facts, else as they were given."""
+        """Model arguments by name: as resolved if the run left its facts, else as given."""
         known = self.facts.arguments if self.facts else {}
         return known or self.run.arguments
 
 
 def common_tasks(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
-    """(tasks of all runs, in the first one's order; sentences about those that some lack)."""
+    """Finds the tasks that all runs have.
+
+    Returns:
+        Their names, in the first run's order; and a sentence for each other task.
+
+    Raises:
+        NotComparable: If there is none.
+    """
     common = [t for t in runs[0].tasks if all(t in run.tasks for run in runs)]
     every = dict.fromkeys(t for run in runs for t in run.tasks)
     notes = [
@@ -64,7 +71,7 @@ def common_tasks(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
 
 
 def refuse_moved(reference: Evidence, other: Evidence, tasks: Sequence[str]) -> None:
-    """Raise NotComparable, with one clause for all that moved, unless nothing did."""
+    """Raises NotComparable, with a clause for each difference, if two runs differ in a task."""
     moved = [clause for task in tasks for clause in moved_in_task(reference, other, task)]
     if moved:
         names = f"{reference.run.name} and {other.run.name}"
@@ -72,7 +79,7 @@ def refuse_moved(reference: Evidence, other: Evidence, tasks: Sequence[str]) -> 
 
 
 def moved_in_task(reference: Evidence, other: Evidence, task: str) -> list[str]:
-    """What differs between two runs of a task beside the model."""
+    """What differs between two runs of a task apart from the model, a clause each."""
     first, second = reference.run.tasks[task], other.run.tasks[task]
     return [
         *_documents(reference, other, first, second),
@@ -123,8 +130,10 @@ def _data(a: Provenance | None, b: Provenance | None, task: str) -> list[str]:
 
 
 def other_data(before: str | None, after: str | None) -> str | None:
-    """What to say of fingerprints of data that differ, of which prompt, target and image show
-    nothing, such as other answers that count as right; None where they do not, or one is unknown.
+    """Compares fingerprints of data, which also cover columns that no prompt shows.
+
+    Returns:
+        A clause, if both are known and differ; for example because other answers count as right.
     """
     if None in (before, after) or before == after:
         return None
@@ -153,9 +162,9 @@ def _scorer(a: Evidence, b: Evidence, first: TaskRun, second: TaskRun) -> list[s
 
 
 def _differing(place: str, first: Any, second: Any) -> Iterator[tuple[str, str, str]]:
-    """Where two settings differ: ("metric_list[f1].higher_is_better", "True", "False").
+    """Yields where two settings differ: ("metric_list[f1].higher_is_better", "True", "False").
 
-    Entries of a list are told apart by what they are called, where they are called something.
+    Entries of a list are matched by name if they have one.
     """
     if without_addresses(first) == without_addresses(second):
         return
@@ -177,7 +186,7 @@ def _differing(place: str, first: Any, second: Any) -> Iterator[tuple[str, str, 
 
 
 def _entries(value: Any) -> dict[str, Any] | None:
-    """The parts of a setting by name; None where it has none to tell apart."""
+    """The parts of a setting by name; None if it has no parts."""
     if isinstance(value, Mapping):
         return {str(name): part for name, part in value.items()}
     if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
@@ -191,12 +200,10 @@ def _entries(value: Any) -> dict[str, Any] | None:
 
 
 def established(evidence: Sequence[Evidence], tasks: Sequence[str]) -> list[str]:
-    """What was found to be the same in all runs, and how it is known."""
+    """Sentences about what is equal in all runs, and how this is known."""
     questions = sum(len(evidence[0].run.tasks[task].samples) for task in tasks)
-    lines = [
-        f"Same documents, prompts and targets: {counted(questions, 'question')}, checked one by "
-        "one."
-    ]
+    count = counted(questions, "question")
+    lines = [f"Same documents, prompts and targets: {count}, checked one by one."]
     unseen = [e.run.name for e in evidence if not e.record.looks]
     if unseen:
         lines.append(f"Same images: not known, {', '.join(unseen)} left no record of them.")
@@ -208,7 +215,7 @@ def established(evidence: Sequence[Evidence], tasks: Sequence[str]) -> list[str]
 
 
 def labels(evidence: Evidence, every: Sequence[Evidence]) -> list[str]:
-    """What a reader must know of a run beside its name, as it stands against the first one."""
+    """What a reader must know about a run next to its name, compared with the first run."""
     run, runs = evidence.run, [one.run for one in every]
     found = [f"scored anew, from {run.scored_from}"] if run.scored_from else []
     found += ["other preprocessing"] if _is_prepared_otherwise(evidence, every) else []
@@ -220,17 +227,17 @@ def labels(evidence: Evidence, every: Sequence[Evidence]) -> list[str]:
 
 
 def _is_prepared_otherwise(evidence: Evidence, every: Sequence[Evidence]) -> bool:
-    """Against llava_sdrpn's runs where there are some, the first of them; else the first run."""
+    """Compares with the first run of llava_sdrpn if there is one, else with the first run."""
     ours = [one for one in every if one.run.model == "llava_sdrpn"] or list(every)
     pair = (evidence, ours[0])
-    # As resolved where both are known: a prompt may be named by its file, or given.
+    # Resolved arguments if both are known: a prompt may be given as text or as a file.
     resolved = all(one.facts and set(PREPROCESSING) <= set(one.facts.arguments) for one in pair)
     mine, its = (preprocessing(one.run, one.facts if resolved else None) for one in pair)
     return mine != its
 
 
 def preprocessing(run: Run, facts: Provenance | None = None) -> dict[str, Any]:
-    """What decides how an image and a question reach the base model; by the facts where given."""
+    """What decides how an image and a question reach the base model, from the facts if given."""
     if run.model != "llava_sdrpn":
         return {"model": run.model}
     given = facts.arguments if facts else run.arguments
@@ -243,7 +250,7 @@ def _generation(task: TaskRun) -> Mapping[str, Any]:
 
 
 def changes(mine: Mapping[str, Any], its: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys with different values, and both values."""
+    """Keys whose values differ, with both values."""
     keys = dict.fromkeys([*mine, *its])
     return {k: (mine.get(k), its.get(k)) for k in keys if mine.get(k) != its.get(k)}
 

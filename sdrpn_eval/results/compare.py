@@ -1,4 +1,4 @@
-"""Runs compared, question by question: the numbers behind the table, the JSON and the page."""
+"""Compares runs question by question: the numbers behind the table, the JSON and the page."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sdrpn_eval.results.comparison import (
     Difference,
     MetricRow,
     NotCompared,
+    RunInfo,
     RunScore,
     TaskInfo,
 )
@@ -33,9 +34,12 @@ from sdrpn_eval.results.scores import Document, Scores, all_scores
 from sdrpn_eval.results.stats import clustered, clustered_difference, holm, images_needed, sign_flip
 from sdrpn_eval.tasks_info import PROTOCOLS
 
+FACTS = ("versions", "weights", "device", "seeds", "source")
+"""The facts that reports show."""
+
 
 def gather(run: Run) -> Evidence:
-    """A run with its record and facts."""
+    """Reads the record and the facts of a run."""
     return Evidence(run, read_looks(run), read_facts(run, record_folders(run)))
 
 
@@ -45,9 +49,16 @@ def compare(
     boxes: Mapping[Document, PixelBox] | None = None,
     seed: int = 0,
 ) -> Comparison:
-    """Compare runs with the first of them. Raises NotComparable, naming what moved.
+    """Compares runs with the first of them.
 
-    data: the tasks' documents where they are at hand. boxes: true boxes handed in.
+    Args:
+        runs: Runs, or runs whose records have been read.
+        data: Documents by task, for tasks that are on this machine.
+        boxes: True boxes by document, in pixels of its image; they replace the documents' own.
+        seed: Of intervals and tests.
+
+    Raises:
+        NotComparable: If runs differ in more than the model; names what differs.
     """
     evidence = [one if isinstance(one, Evidence) else gather(one) for one in runs]
     tasks, notes = common_tasks([one.run for one in evidence])
@@ -72,24 +83,20 @@ def compare(
     return replace(comparison, tasks=infos)
 
 
-def _describe(evidence: Evidence, every: Sequence[Evidence]) -> dict[str, Any]:
+def _describe(evidence: Evidence, every: Sequence[Evidence]) -> RunInfo:
     run, facts = evidence.run, evidence.facts
     config = run.results["config"]
-    return {
-        "name": run.name,
-        "file": str(run.file),
-        "model": run.model,
-        "model_args": config.get("model_args"),
-        "batch_size": config.get("batch_size"),
-        "limit": run.limit,
-        "date": run.results["date"],
-        "labels": labels(evidence, every),
-        "facts": {
-            k: getattr(facts, k) for k in ("versions", "weights", "device", "seeds", "source")
-        }
-        if facts
-        else None,
-    }
+    return RunInfo(
+        name=run.name,
+        file=str(run.file),
+        model=run.model,
+        model_args=config.get("model_args"),
+        batch_size=config.get("batch_size"),
+        limit=run.limit,
+        date=run.results["date"],
+        labels=labels(evidence, every),
+        facts={name: getattr(facts, name) for name in FACTS} if facts else None,
+    )
 
 
 def _notes(evidence: Evidence) -> list[str]:
@@ -108,11 +115,14 @@ def _notes(evidence: Evidence) -> list[str]:
 
 
 def cluster_keys(evidence: Sequence[Evidence], task: str) -> tuple[str, dict[Document, Hashable]]:
-    """(what clusters are made of, cluster of each document of a task).
+    """Finds the clusters that intervals and tests treat as units.
 
-    The image by its content hash where a run's record covers the task; else the task's own
-    `cluster_key`; else every document stands alone, which intervals that are too narrow follow from
-    where questions share images.
+    Clusters are images by content hash if a run's record covers the task, else the values of the
+    task's own `cluster_key`, else single documents, whose intervals are too narrow if questions
+    share images.
+
+    Returns:
+        What clusters are made of, in words; and the cluster of each document.
     """
     documents = [(task, doc_id) for doc_id in evidence[0].run.tasks[task].samples]
     for one in evidence:
@@ -235,7 +245,7 @@ def _difference(
 
 
 def _adjusted(rows: list[MetricRow], tasks: Sequence[str]) -> list[MetricRow]:
-    """Holm's correction over the main metrics; a group repeats its tasks and is left out."""
+    """Applies Holm's correction over the main metrics of tasks; groups only repeat tasks."""
     places = [
         (i, j)
         for i, row in enumerate(rows)

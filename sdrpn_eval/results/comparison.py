@@ -15,14 +15,36 @@ from sdrpn_eval.results.scores import Document, Scores
 
 SIGNIFICANT = 0.05
 RIGHT = 0.5
-"""A score from here on counts as right, where an answer is either right or wrong."""
+"""Minimum score that counts as right, where an answer is either right or wrong."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A run, as reports name it.
+
+    Attributes:
+        labels: What a reader must know about it next to its name.
+        facts: Its versions, weights, device, seeds and source, if it left them.
+    """
+
+    name: str
+    file: str
+    model: str
+    model_args: Any
+    batch_size: Any
+    limit: float | None
+    date: str
+    labels: list[str]
+    facts: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
 class RunScore:
-    """A run's mean score with its 95 % interval; published: the paper's number, in percent.
+    """A run's mean score with its 95 % interval.
 
-    low, high: None where the scores give no interval, such as those of a single image.
+    Attributes:
+        low, high: None if the scores give no interval, such as those of a single image.
+        published: The paper's score, in percent.
     """
 
     run: str
@@ -34,12 +56,14 @@ class RunScore:
 
 @dataclass(frozen=True)
 class Difference:
-    """A run minus the first one, over the same questions. p: of the sign-flip test.
+    """A run minus the first run, over the same questions.
 
-    p_adjusted: Holm's, over the main metrics of all tasks and runs; None for other metrics.
-    wins: questions it answered better; losses: worse. images_needed: fewer cannot tell whether
-    there is a difference: were half of them to change, and all in one direction, p would not be
-    below SIGNIFICANT.
+    Attributes:
+        p: Of the sign-flip test.
+        p_adjusted: Holm's, over the main metrics of all tasks and runs; None for other metrics.
+        wins, losses: Questions that it answered better, and worse.
+        images_needed: With fewer images, p could not fall below SIGNIFICANT if half of them
+            changed, all in one direction; None if no number is enough.
     """
 
     run: str
@@ -60,8 +84,9 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, `same` where the difference may be chance, or `few` where there are
-        too few images to tell; higher is better.
+        """`better`, `worse`, `same` if it may be chance, `few` if there are too few images to tell.
+
+        Defined for metrics of which higher is better.
         """
         if self.decisive_p >= SIGNIFICANT:
             enough = self.images_needed is not None and self.images >= self.images_needed
@@ -71,9 +96,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """A metric of a task or group. percent: scores lie in [0, 1] and are shown times 100.
+    """A metric of a task or group.
 
-    protocol: how the benchmark is asked or scored here, where there are several ways; else empty.
+    Attributes:
+        protocol: How the benchmark is asked or scored, if there are several ways; else empty.
+        main: Whether it is the metric that decides about the task.
+        percent: Whether scores lie in [0, 1]; they are shown times 100.
     """
 
     task: str
@@ -91,7 +119,7 @@ class MetricRow:
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What is said of a task beside its scores. looks and boxes: by run name."""
+    """A task apart from its scores; `looks` and `boxes` are by run name."""
 
     task: str
     questions: int
@@ -103,7 +131,7 @@ class TaskInfo:
 
 @dataclass(frozen=True)
 class NotCompared:
-    """A metric without a score a document: the runs' totals, and why there is no more."""
+    """A metric without a score per document: the runs' totals, and the reason."""
 
     task: str
     protocol: str
@@ -115,9 +143,9 @@ class NotCompared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that is compared; runs[0] is what the others are compared with."""
+    """The result of a comparison; all runs are compared with runs[0]."""
 
-    runs: list[dict[str, Any]]
+    runs: list[RunInfo]
     rows: list[MetricRow]
     tasks: list[TaskInfo]
     not_compared: list[NotCompared]
@@ -133,7 +161,7 @@ class Comparison:
         return {k: v for k, v in asdict(shown).items() if k not in hidden}
 
     def main_row(self, task: str) -> MetricRow | None:
-        """The metric that decides fixed and broken: the first that goes up when better."""
+        """A task's first metric of which higher is better: decides what is fixed and broken."""
         return next((row for row in self.rows if row.task == task and row.main), None)
 
     def save(self, path: Path) -> None:

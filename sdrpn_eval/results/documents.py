@@ -1,4 +1,4 @@
-"""The documents behind a task, loaded from what is on this machine: images and true boxes."""
+"""Documents of tasks, from data that is on this machine: images and true boxes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from sdrpn_eval.results.scores import Document
 from sdrpn_eval.schemas import BOXES
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""A data set of the Hugging Face Hub."""
 
 
 class Documents(Protocol):
     """The documents of a task that this machine holds."""
 
     def image(self, doc_id: int) -> Image.Image | None:
-        """The first image of a document; None where it has none."""
+        """The first image of a document; None without one."""
         ...
 
     def key(self, doc_id: int) -> str | None:
@@ -43,28 +44,40 @@ class Documents(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class StoredData:
-    """The rows of a task's data set, for tasks that show an image column as it is stored.
+    """The rows of a task's data set, for tasks that show a column of images unchanged.
 
-    files: that column's values, undecoded. boxes: the column `box`, None without one.
+    Attributes:
+        rows: A data set of that column alone, undecoded.
+        boxes: The column `box`; None without one.
     """
 
-    files: Sequence[Mapping[str, Any]]
+    rows: Any
+    column: str
     boxes: Sequence[Sequence[float] | None] | None
     _keys: dict[bytes, str] = field(default_factory=dict)
+    _last: tuple[bytes, Image.Image] | None = None
 
     def image(self, doc_id: int) -> Image.Image:
-        file = self.files[doc_id]
-        return load_image(file["bytes"] or Path(file["path"]))
+        return self._decoded(*self._file(doc_id))
 
     def key(self, doc_id: int) -> str:
-        """Documents that share a file share its key; it is decoded once."""
-        file = self.files[doc_id]
-        content = hashlib.blake2b(file["bytes"] or file["path"].encode()).digest()
-        if content not in self._keys:
-            self._keys[content] = image_key(self.image(doc_id))
-        return self._keys[content]
+        digest, source = self._file(doc_id)
+        if digest not in self._keys:  # documents share images
+            self._keys[digest] = image_key(self._decoded(digest, source))
+        return self._keys[digest]
+
+    def _file(self, doc_id: int) -> tuple[bytes, bytes | Path]:
+        """A digest of the stored file, and its content or path."""
+        file = self.rows[doc_id][self.column]
+        content = file["bytes"] or file["path"].encode()
+        return hashlib.blake2b(content).digest(), file["bytes"] or Path(file["path"])
+
+    def _decoded(self, digest: bytes, source: bytes | Path) -> Image.Image:
+        if self._last is None or self._last[0] != digest:
+            self._last = digest, load_image(source)
+        return self._last[1]
 
     def prompt(self, doc_id: int) -> None:
         return None
@@ -76,12 +89,12 @@ class StoredData:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The documents of one task. task: lmms-eval's own object, which turns them into images."""
+    """The documents of a task, through lmms-eval's own task object."""
 
     task: Any
 
     def image(self, doc_id: int) -> Image.Image | None:
-        """The first image of a document; None where it has none."""
+        """The first image of a document; None without one."""
         visuals = self.task.doc_to_visual(self.task.eval_docs[doc_id]) or []
         return next((v for v in visuals if isinstance(v, Image.Image)), None)
 
@@ -105,7 +118,7 @@ class TaskData:
 
 
 def task_manager(include_path: Any = None, include_defaults: bool = True) -> Any:
-    """lmms-eval's index of tasks: its own unless told not to, ours and those under include_path."""
+    """lmms-eval's index of tasks: ours, those under include_path, and by default its own."""
     from lmms_eval.tasks import TaskManager
 
     from sdrpn_eval.plugin import add_tasks
@@ -117,7 +130,7 @@ def task_manager(include_path: Any = None, include_defaults: bool = True) -> Any
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without lmms-eval's log, which tells of a run, and these commands are none."""
+    """Disables lmms-eval's log, which describes a run: these commands do not run one."""
     logger.disable("lmms_eval")
     try:
         yield
@@ -128,14 +141,14 @@ def quiet() -> Iterator[None]:
 def documents_of(
     every: Sequence[Evidence], tasks: Sequence[str]
 ) -> tuple[dict[str, Documents], list[str]]:
-    """The documents that runs were asked, read with as few imports as they allow.
+    """Loads the documents that runs were asked, without lmms-eval if possible: its import is slow.
 
     Args:
         every: Runs of the same documents. The first one's results say where its data is.
-        tasks: Names of tasks of all of them.
+        tasks: Names of tasks that all runs have.
 
     Returns:
-        By task, its documents; and one sentence for each task that this machine does not hold.
+        Documents by task, and a sentence for each task whose data is not on this machine.
     """
     stored = {task: stored_data(every, task) for task in tasks}
     found: dict[str, Documents] = {task: data for task, data in stored.items() if data}
@@ -148,34 +161,34 @@ def documents_of(
 
 
 def stored_data(every: Sequence[Evidence], task: str) -> StoredData | None:
-    """A task's rows without lmms-eval; None where they do not hold the images that were shown.
+    """A task's rows, read without lmms-eval.
 
-    Known by the content hash of the first document's image, so only where a record names it.
+    Returns:
+        The rows; None if they do not hold the images that were shown. This is known by the content
+        hash of the first document's image, so it takes a record.
     """
     run = every[0].run
     config: Mapping[str, Any] = run.tasks[task].config
     documents = [(task, doc_id) for doc_id in run.tasks[task].samples]
     looks = next((e.record.looks for e in every if e.record.looks.keys() >= set(documents)), {})
     first = looks.get(min(documents))
-    # A task that chooses documents counts them otherwise than its data set does.
+    # With `process_docs`, document ids are not row numbers.
     if first is None or not first.images or config.get("process_docs"):
         return None
     try:
         for stored in _read_rows(config):
             if stored.key(min(documents)[1]) == first.images[0]:
                 return stored
-    except Exception:  # whatever a reader raises: lmms-eval tries next, and says what is wrong
+    except Exception:  # of any kind: lmms-eval tries next and reports what is wrong
         return None
     return None
 
 
 def _read_rows(config: Mapping[str, Any]) -> list[StoredData]:
-    """The split that a task asks, once by each of its image columns.
+    """Reads a task's split, once per column of images.
 
-    It is read from local parquet files, or as a data set of the hub that was fetched before.
-
-    Results files come from outside, and some formats of data sets run what they hold: no other
-    kind of place is opened.
+    Only local parquet files and data sets of the Hub are opened: results files come from outside,
+    and some formats of data sets unpickle what they hold.
     """
     path, kwargs = str(config.get("dataset_path")), config.get("dataset_kwargs") or {}
     files = kwargs.get("data_files")
@@ -194,7 +207,7 @@ def _read_rows(config: Mapping[str, Any]) -> list[StoredData]:
     boxes = rows["box"][:] if "box" in rows.column_names else None
     undecoded = datasets.Image(decode=False)
     return [
-        StoredData(rows.select_columns(name).cast_column(name, undecoded)[name], boxes)
+        StoredData(rows.select_columns(name).cast_column(name, undecoded), name, boxes)
         for name, kind in rows.features.items()
         if isinstance(kind, datasets.Image)
     ]
@@ -203,10 +216,15 @@ def _read_rows(config: Mapping[str, Any]) -> list[StoredData]:
 def load_data(
     tasks: Iterable[str], include_path: Any = None, manager: Any = None
 ) -> tuple[dict[str, TaskData], list[str]]:
-    """Data of tasks by name, and one sentence for each that this machine does not hold.
+    """Loads tasks with lmms-eval; nothing is downloaded while HF_HUB_OFFLINE=1 is set.
 
-    Nothing is fetched while HF_HUB_OFFLINE=1 is set, as the command line does.
-    include_path: lmms-eval's, for tasks of the user's own. manager: an index already built.
+    Args:
+        tasks: Names of tasks.
+        include_path: lmms-eval's --include_path, for the user's own tasks.
+        manager: lmms-eval's index of tasks, if there is one already.
+
+    Returns:
+        Documents by task, and a sentence for each task that cannot be loaded.
     """
     from lmms_eval.tasks import get_task_dict
 
@@ -218,14 +236,14 @@ def load_data(
         try:
             with quiet():
                 found[name] = TaskData(get_task_dict([name], manager)[name])
-        except Exception as error:  # whatever a task's own code raises: the page goes without
+        except Exception as error:  # of any kind, from the task's own code
             cause = _cause(error)
             notes.append(f"{name}: no pictures, its data cannot be loaded here ({cause})")
     return found, notes
 
 
 def _smallest_index(tasks: Sequence[str], include_path: Any) -> Any:
-    """An index that holds the tasks: lmms-eval's own, thousands of files, only where needed."""
+    """An index with the tasks; includes lmms-eval's own thousands of files only if needed."""
     manager = task_manager(include_path, include_defaults=False)
     if set(tasks) <= set(manager.all_tasks):
         return manager
@@ -233,7 +251,7 @@ def _smallest_index(tasks: Sequence[str], include_path: Any) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """One line; lmms-eval wraps what went wrong in a retry's error."""
+    """The cause in one line; lmms-eval wraps it in a retry's error."""
     attempt = getattr(error, "last_attempt", None)
     inner = attempt.exception() if attempt is not None else None
     text = str(inner or error).splitlines() or [""]
@@ -243,7 +261,7 @@ def _cause(error: BaseException) -> str:
 def boxes_of(
     data: Mapping[str, Documents], documents: Sequence[Document], given: Mapping[Document, PixelBox]
 ) -> dict[Document, PixelBox]:
-    """True boxes: those handed in, else the documents' own."""
+    """True boxes: the given ones, else the documents' own."""
     found = dict(given)
     for document in documents:
         task, doc_id = document
@@ -255,7 +273,11 @@ def boxes_of(
 
 
 def read_boxes(file: Path) -> dict[Document, PixelBox]:
-    """A file of true boxes: {task: {document id: [x0, y0, x1, y1]}}, pixels, half-open."""
+    """Reads true boxes, {task: {document id: [x0, y0, x1, y1]}}, half-open, in pixels.
+
+    Raises:
+        ValueError: If the file has another form; names the file.
+    """
     try:
         content = read_parsed(BOXES, file)
         return {

@@ -1,4 +1,4 @@
-"""lmms-eval's own evaluator, asked again with the settings of an earlier run."""
+"""Runs lmms-eval's evaluator with the settings of an earlier run."""
 
 from __future__ import annotations
 
@@ -25,9 +25,21 @@ def evaluate_again(
     out: Path,
     **changes: Any,
 ) -> dict[str, Any]:
-    """What `simple_evaluate` returns for a model, with the settings of a recorded `config`.
+    """Calls `simple_evaluate` with the settings of a recorded run.
 
-    out: where tasks write their own files, such as submissions. changes: of the settings.
+    Args:
+        model: A model of lmms-eval.
+        names: Tasks and groups.
+        config: `config` of the run's results.
+        manager: lmms-eval's index of tasks.
+        out: Folder in which tasks write files of their own, such as submissions.
+        **changes: Settings that replace the recorded ones.
+
+    Returns:
+        What `simple_evaluate` returns.
+
+    Raises:
+        BadRun: If the run cannot be repeated.
     """
     cli = config.get("resolved_cli_args") or {}
     if cli.get("apply_chat_template"):
@@ -37,7 +49,7 @@ def evaluate_again(
         raise BadRun(
             f"lmms-eval knows no task {', '.join(unknown)}; give --include_path FOLDER of its YAML"
         )
-    # Without a command line, lmms-eval keeps images at hand and cuts no reasoning tags.
+    # Without a command line, lmms-eval keeps images and strips no reasoning tags.
     own = {"process_with_media": True, "reasoning_tags": None} | dict(cli)
     settings = {
         "model_args": config.get("model_args"),

@@ -1,7 +1,7 @@
-"""A run against a baseline, for CI: 0 it stands, 1 a task fell, 2 it cannot be believed.
+"""Checks a run against a baseline, for CI.
 
-lmms-eval exits with 0 when it failed, so the files are asked, not the exit code: a run counts only
-when every document of the baseline is there, asked and scored as then.
+lmms-eval exits with 0 when it failed, so files decide and not the exit code: a run counts only if
+it holds every document of the baseline, asked and scored as then.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from sdrpn_eval.results.verdicts import (
 
 
 class Broken(ValueError):
-    """A task that cannot be held against its baseline."""
+    """A task that cannot be compared with its baseline."""
 
 
 def check(folder: Path, baseline: Baseline, rules: Rules) -> list[Verdict]:
-    """Hold a run against a baseline: one verdict a task, or one for a run that is no run."""
+    """Checks a run: returns a verdict per task, or one if the run cannot be read."""
     try:
         run = _any_run(folder, list(baseline.tasks))
         check_run(run, rules.max_age)
@@ -55,7 +55,7 @@ def check(folder: Path, baseline: Baseline, rules: Rules) -> list[Verdict]:
 
 
 def safely_check(folder: Path, baseline: Baseline, rules: Rules) -> list[Verdict]:
-    """`check`, where files that nobody foresaw are broken too: Python's own exit code is 1."""
+    """`check`, with any other error as BROKEN: Python's own exit code of 1 would mean a fall."""
     check_rules(rules, baseline.tasks)
     try:
         return check(folder, baseline, rules)
@@ -65,11 +65,14 @@ def safely_check(folder: Path, baseline: Baseline, rules: Rules) -> list[Verdict
 
 
 def check_rules(rules: Rules, tasks: Mapping[str, TaskBaseline]) -> None:
-    """Raise ValueError, naming the option and its value, for rules that cannot mean anything.
+    """Checks that rules can have an effect.
 
     Args:
         rules: As given on the command line; tolerances may come from the baseline.
         tasks: Of the baseline, by name.
+
+    Raises:
+        ValueError: For rules that cannot mean anything; names the option and its value.
     """
     if not 0 < rules.alpha < 1:
         raise ValueError(f"--alpha must be in (0, 1), got {rules.alpha:g}")
@@ -107,7 +110,7 @@ def _check_tolerance(name: str, allowed: float, task: str, metric: MetricBaselin
 
 
 def _any_run(folder: Path, tasks: Sequence[str]) -> Run:
-    """The run with the first of its tasks that can be read; a run of which none can is broken."""
+    """The run with the first task that can be read. Raises BadRun if there is none."""
     problems: list[str] = []
     for task in tasks:
         try:
@@ -118,7 +121,7 @@ def _any_run(folder: Path, tasks: Sequence[str]) -> Run:
 
 
 def check_run(run: Run, max_age: timedelta | None = None) -> None:
-    """Raise BadRun for what lmms-eval hides about a whole run."""
+    """Raises BadRun for failures that lmms-eval's results do not show."""
     later = unfinished_later_run(run)
     if later:
         raise BadRun(
@@ -149,7 +152,7 @@ def _check_task(folder: Path, name: str, baseline: Baseline, rules: Rules) -> Ve
 
 
 def refuse_skipped(evidence: Evidence, task: str, allowed: int) -> None:
-    """Raise Broken where more documents of a task than allowed were not answered as asked."""
+    """Raises Broken if more documents of a task than allowed were not answered as asked."""
     skipped = evidence.facts.skipped.get(task, 0) if evidence.facts else 0
     if skipped > allowed:
         raise Broken(

@@ -1,4 +1,4 @@
-"""The rungs of a ladder: one run of lmms-eval for each way to look, in a folder of its own."""
+"""The runs of a ladder: one run of lmms-eval per proposer, in a folder of its own."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from sdrpn_eval.results.records import read_facts, record_folders
 from sdrpn_eval.results.responses import arguments_of
 
 NAMES: Mapping[str, str] = {"none": "stock", "box": "true box"}
-"""What a run is called, where it is not called as its proposer."""
+"""Names of runs that are not named after their proposer."""
 TAIL = 15
-"""Lines of a log that are shown of a run that failed."""
+"""Last lines of the log that are shown if a run failed."""
 
 
-class RungFailed(ValueError):
-    """lmms-eval left no whole results; it exits with 0 all the same."""
+class RunFailed(ValueError):
+    """lmms-eval left no complete results; it exits with 0 all the same."""
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """What all rungs have in common. model_args: without the proposer, as lmms-eval takes them."""
+    """What all runs have in common; `model_args` names no proposer."""
 
     out: Path
     tasks: str
@@ -56,7 +56,7 @@ class Ladder:
         return ",".join(part for part in (self.model_args, f"proposer={proposer}") if part)
 
     def command(self, proposer: str) -> list[str]:
-        """The command line that makes a rung."""
+        """The command line of a proposer's run."""
         words = [sys.executable, "-m", "lmms_eval", "--model", "llava_sdrpn", "--tasks", self.tasks]
         words += ["--model_args", self.arguments(proposer), "--batch_size", self.batch_size]
         words += ["--output_path", str(self.folder(proposer)), "--log_samples"]
@@ -64,10 +64,11 @@ class Ladder:
         return words + (["--include_path", self.include_path] if self.include_path else [])
 
 
-def finished(ladder: Ladder, proposer: str) -> Run | None:
-    """A rung that is done already; None where it is not, or not whole.
+def finished_run(ladder: Ladder, proposer: str) -> Run | None:
+    """A proposer's run, if it is complete already.
 
-    Raises ValueError where the folder holds another run: other tasks, arguments, limit or weights.
+    Raises:
+        ValueError: If the folder holds another run: other tasks, arguments, limit or weights.
     """
     folder = ladder.folder(proposer)
     try:
@@ -95,10 +96,14 @@ def _weights(facts: Provenance) -> dict[str, str]:
     return weights_only(hash_sources(sources(values), revisions(values)))
 
 
-def climb(ladder: Ladder, proposer: str) -> tuple[Run, float]:
-    """Make a rung; (its run, seconds of the whole command).
+def make_run(ladder: Ladder, proposer: str) -> tuple[Run, float]:
+    """Runs lmms-eval with a proposer.
 
-    Raises RungFailed with the end of its log and lmms-eval's exit code.
+    Returns:
+        The run, and the seconds that the command took.
+
+    Raises:
+        RunFailed: If it left no results; with lmms-eval's exit code and the end of its log.
     """
     folder = ladder.folder(proposer)
     before = set(folder.rglob("*_results.json"))
@@ -109,14 +114,14 @@ def climb(ladder: Ladder, proposer: str) -> tuple[Run, float]:
             raise BadRun(f"lmms-eval left no results in {folder}")
         return read_run(folder, NAMES.get(proposer, proposer)), seconds
     except BadRun as error:
-        raise RungFailed(
+        raise RunFailed(
             f"proposer={proposer}: {error}. lmms-eval's exit code was {code}; {log} ends with:\n"
             f"{end_of(log)}"
         ) from None
 
 
 def run_logged(command: Sequence[str], log: Path) -> tuple[int, float]:
-    """Run a command, all it prints into a log; (its exit code, seconds)."""
+    """Runs a command with its output in a log; returns its exit code and seconds."""
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with log.open("w", encoding="utf-8") as file:

@@ -11,51 +11,28 @@ from typing import Any
 
 from sdrpn.model_registry import LLAVA_7B
 
-COLUMNS: tuple[str, ...] = ("throughput", "docvqa", "chartqa", "ocrbench", "infovqa", "textvqa")
-COLUMNS += ("vstar_attribute", "vstar_spatial", "vstar_overall", "pope_f1", "pope_accuracy")
-COLUMNS += ("hrbench4k", "hrbench8k")
+_TABLE = """
+size method throughput docvqa chartqa ocrbench infovqa textvqa vstar_attribute vstar_spatial
+ vstar_overall pope_f1 pope_accuracy hrbench4k hrbench8k
+7b  stock  1 21.5 18.1 31.4 20.4 46.1 48.7 52.6 50.3 85.9 87.4 37.5 33.8
+7b  S2     0.7 27.1 18.9 32.6 22.5 52.6 53.0 59.1 55.5 87.1 87.9 44.0 38.5
+7b  vicrop 0.42 27.0 20.0 33.2 21.4 57.2 53.9 50.0 52.4 88.0 88.6 47.8 36.1
+7b  rpn    0.62 33.9 20.1 37.0 22.0 58.7 67.8 67.1 67.5 87.1 87.8 48.0 39.1
+13b stock  1 23.5 18.1 33.7 23.4 48.7 47.0 56.6 50.8 85.9 87.1 43.0 36.6
+13b S2     0.71 30.7 20.3 36.4 24.7 54.5 43.5 59.2 49.7 87.3 88.1 49.1 42.9
+13b vicrop 0.39 30.2 20.1 36.1 25.9 60.3 47.8 57.9 51.8 88.0 88.7 53.3 40.6
+13b rpn    0.51 39.7 21.4 38.8 24.7 62.3 59.1 67.1 62.3 87.3 88.1 52.8 43.6
+"""
 
-_ROWS: Mapping[tuple[str, str], tuple[float, ...]] = {
-    ("7b", "stock"): (1.0, 21.5, 18.1, 31.4, 20.4, 46.1, 48.7, 52.6, 50.3, 85.9, 87.4, 37.5, 33.8),
-    ("7b", "S2"): (0.70, 27.1, 18.9, 32.6, 22.5, 52.6, 53.0, 59.1, 55.5, 87.1, 87.9, 44.0, 38.5),
-    ("7b", "vicrop"): (
-        0.42,
-        27.0,
-        20.0,
-        33.2,
-        21.4,
-        57.2,
-        53.9,
-        50.0,
-        52.4,
-        88.0,
-        88.6,
-        47.8,
-        36.1,
-    ),
-    ("7b", "rpn"): (0.62, 33.9, 20.1, 37.0, 22.0, 58.7, 67.8, 67.1, 67.5, 87.1, 87.8, 48.0, 39.1),
-    ("13b", "stock"): (1.0, 23.5, 18.1, 33.7, 23.4, 48.7, 47.0, 56.6, 50.8, 85.9, 87.1, 43.0, 36.6),
-    ("13b", "S2"): (0.71, 30.7, 20.3, 36.4, 24.7, 54.5, 43.5, 59.2, 49.7, 87.3, 88.1, 49.1, 42.9),
-    ("13b", "vicrop"): (
-        0.39,
-        30.2,
-        20.1,
-        36.1,
-        25.9,
-        60.3,
-        47.8,
-        57.9,
-        51.8,
-        88.0,
-        88.7,
-        53.3,
-        40.6,
-    ),
-    ("13b", "rpn"): (0.51, 39.7, 21.4, 38.8, 24.7, 62.3, 59.1, 67.1, 62.3, 87.3, 88.1, 52.8, 43.6),
-}
-PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
-    row: dict(zip(COLUMNS, values, strict=True)) for row, values in _ROWS.items()
-}
+
+def _parsed(table: str) -> dict[tuple[str, str], dict[str, float]]:
+    header, *rows = table.strip().replace("\n ", " ").splitlines()
+    columns = header.split()[2:]
+    cells = [row.split() for row in rows]
+    return {(s, m): dict(zip(columns, map(float, v), strict=True)) for s, m, *v in cells}
+
+
+PUBLISHED: Mapping[tuple[str, str], Mapping[str, float]] = _parsed(_TABLE)
 """(size, who says where to look) -> column -> score."""
 
 COLUMN_OF: Mapping[tuple[str, str], str] = {

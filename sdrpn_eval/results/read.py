@@ -1,8 +1,8 @@
-"""What lmms-eval left in an output folder, read with suspicion.
+"""Reads what lmms-eval left in an output folder, with suspicion.
 
-lmms-eval exits with 0 whatever happened, so a run counts as whole only when its results file, one
-samples file a task and every document in it are there. Its `doc_hash` is the hash of "null" on
-every line (0.7.3): documents are told apart by id, prompt, target and the images in our record.
+lmms-eval exits with 0 whatever happened, so a run counts as complete only if its results file, one
+samples file per task and every document in it exist. Its `doc_hash` is the hash of "null" on every
+line (0.7.3): documents are told apart by id, prompt, target and the images in our record.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ NOT_METRICS = {"doc_id", "doc", "target", "resps", "filtered_resps", "token_coun
 NOT_METRICS |= {"doc_hash", "input", "input_media"}
 """Keys of a samples line that lmms-eval writes itself; all others are the task's metrics."""
 
-
 PLACES = ("sdrpn_record", "record")
 """Folders beside lmms-eval's output where a record may be."""
 
 BESIDE = " | "
-"""Between several answers to one document."""
+"""Separates several answers to one document."""
 
 
 class BadRun(ValueError):
-    """A run that is missing, partial or broken; the message is one sentence a problem."""
+    """A run that is missing, partial or broken; the message is one sentence per problem."""
 
 
 @dataclass(frozen=True)
 class Sample:
     """One document of a task, as a run answered it.
 
-    values: what `process_results` returned for it, by "metric,filter"; anything at all.
-    tokens: (input, output), None where the model did not count.
+    Attributes:
+        values: What `process_results` returned for it, by "metric,filter"; anything at all.
+        tokens: (input, output); None where the model did not count.
     """
 
     doc_id: int
@@ -60,9 +60,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class TaskRun:
-    """One task of a run. totals: the score lmms-eval printed, by "metric,filter", None without.
+    """One task of a run.
 
-    original: documents in the data set; `samples` may hold fewer under a limit.
+    Attributes:
+        samples: By document id.
+        totals: The score that lmms-eval printed, by "metric,filter"; None for what is no number.
+        original: Documents in the data set; a limit leaves fewer in `samples`.
     """
 
     name: str
@@ -75,7 +78,7 @@ class TaskRun:
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluation: `results` is lmms-eval's own file, parsed."""
+    """One evaluation; `results` is lmms-eval's own file, parsed."""
 
     name: str
     folder: Path
@@ -85,7 +88,7 @@ class Run:
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
-        """`--model_args` by name, as recorded. Raises BadRun where they cannot be read."""
+        """`--model_args` by name, as given. Raises BadRun if they cannot be read."""
         given = self.results["config"].get("model_args")
         try:
             known = parsed_arguments(beside(self), given)
@@ -103,34 +106,34 @@ class Run:
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """Groups of tasks that have a score of their own, with their tasks."""
+        """Groups with a score of their own, and their tasks."""
         members = self.results.get("group_subtasks", {})
         return {name: tasks for name, tasks in members.items() if tasks}
 
     @property
     def scored_from(self) -> str | None:
-        """The results or record whose answers `sdrpn-eval score` scored anew; None for a run."""
+        """The run or record whose answers `sdrpn-eval score` scored; None for any other run."""
         return (self.results.get("rescored") or {}).get("from")
 
     @property
     def began(self) -> datetime:
-        """When lmms-eval began, in UTC, to the second. Raises BadRun where it is not said."""
-        try:
-            return results_began(self.results)
-        except ValueError as error:
-            raise BadRun(f"{self.file}: {error}") from None
+        """When lmms-eval began, in UTC, to the second. Raises BadRun if the file does not say."""
+        return self._timed(results_began)
 
     @property
     def ended(self) -> datetime:
-        """When lmms-eval wrote the results, in UTC. Raises BadRun where they do not say."""
+        """When lmms-eval wrote the results, in UTC. Raises BadRun if the file does not say."""
+        return self._timed(results_ended)
+
+    def _timed(self, read: Any) -> datetime:
         try:
-            return results_ended(self.results)
+            return read(self.results)
         except ValueError as error:
-            raise BadRun(f"{self.file}: {error}") from None
+            raise BadRun(f"{self.file}: it does not say when it was written: {error}") from None
 
     @property
     def by_command_line(self) -> bool:
-        """Whether lmms-eval's command line made the run, and so the model after `began`."""
+        """Whether lmms-eval's command line made the run, and so loaded the model after `began`."""
         return bool(self.results["config"].get("resolved_cli_args")) and not self.scored_from
 
 
@@ -147,53 +150,59 @@ def beside(run: Run) -> list[Path]:
     return [folder / place for folder in dict.fromkeys(roots) for place in PLACES]
 
 
-def results_ended(results: Results) -> datetime:
-    """When a results file was written, by what it says itself: copies have other file times.
-
-    Raises ValueError where it says no time.
-    """
-    seconds = results.get("total_evaluation_time_seconds") or 0
-    try:
-        return results_began(results) + timedelta(seconds=float(seconds) + 1)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(_said_once(error)) from None
-
-
 def results_began(results: Results) -> datetime:
-    """When the run of a results file began, to the second. Raises ValueError as `results_ended`."""
+    """When the run of a results file began, in UTC, to the second.
+
+    Raises:
+        ValueError: If the file does not say.
+    """
     config = results["config"].get("resolved_cli_args") or {}
-    said = config.get("timezone") or "Asia/Singapore"  # lmms-eval's default
+    zone = config.get("timezone") or "Asia/Singapore"  # lmms-eval's default
     try:
-        started = datetime.strptime(results["date"], "%Y%m%d_%H%M%S").replace(tzinfo=_zone(said))
-        return started.astimezone(UTC)
+        began = datetime.strptime(results["date"], "%Y%m%d_%H%M%S").replace(tzinfo=_zone(zone))
+        return began.astimezone(UTC)
     except (ValueError, TypeError, OverflowError, OSError, ZoneInfoNotFoundError) as error:
-        raise ValueError(_said_once(error)) from None
+        raise ValueError(str(error)) from None
 
 
-def _said_once(error: Exception) -> str:
-    told = "it does not say when it was written: "
-    return f"{told}{str(error).removeprefix(told)}"
+def results_ended(results: Results) -> datetime:
+    """When a results file was written, by what it says itself: a copy has another file time.
+
+    Raises:
+        ValueError: If the file does not say.
+    """
+    try:
+        seconds = float(results.get("total_evaluation_time_seconds") or 0)
+        return results_began(results) + timedelta(seconds=seconds + 1)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(str(error)) from None
 
 
 def _zone(name: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
-    except ZoneInfoNotFoundError:  # lmms-eval takes a name in capitals or not
+    except ZoneInfoNotFoundError:  # lmms-eval ignores case
         found = (one for one in available_timezones() if one.lower() == name.lower())
         return ZoneInfo(next(found, name))
 
 
 def read_run(path: Path, name: str | None = None, tasks: Iterable[str] | None = None) -> Run:
-    """The latest run in an lmms-eval output folder, or the one of a `*_results.json` file.
+    """Reads a run.
 
-    tasks: read these only. Raises BadRun, naming the folder, where the run is not whole.
+    Args:
+        path: An output folder of lmms-eval, of which the latest run is read, or a
+            `*_results.json` file.
+        name: What to call the run; default: its folder's name.
+        tasks: Reads only these tasks.
+
+    Raises:
+        BadRun: If the run is incomplete; names the folder and every problem.
     """
     file = find_results(path)
     results = parse_results(file)
-    wanted = list(results["configs"]) if tasks is None else [*tasks]
     read: dict[str, TaskRun] = {}
     problems = []
-    for task in wanted:
+    for task in results["configs"] if tasks is None else tasks:
         try:
             read[task] = _read_task(file, results, task)
         except BadRun as error:
@@ -222,7 +231,7 @@ def find_results(path: Path) -> Path:
 
 
 def parse_results(file: Path) -> Results:
-    """A results file of lmms-eval. Raises BadRun, naming it, where it is none."""
+    """Parses a results file of lmms-eval. Raises BadRun, naming it, if it is none."""
     try:
         results = parsed(schemas.RESULTS, read_bounded(file))
     except OSError as error:
@@ -235,7 +244,7 @@ def parse_results(file: Path) -> Results:
 
 
 def samples_file(file: Path, task: str) -> Path:
-    """Where the samples of a task stand beside a results file."""
+    """The samples file of a task, beside a results file."""
     return file.with_name(file.name.removesuffix(RESULTS) + f"_samples_{task}.jsonl")
 
 
@@ -252,13 +261,15 @@ def _read_task(file: Path, results: Results, task: str) -> TaskRun:
     counts = results.get("n-samples", {}).get(task, Counts())
     samples = _read_samples(path, list(dict.fromkeys(key.rpartition(",")[2] for key in totals)))
     original = counts.get("original", len(samples))
-    _check_whole(path, samples, _expected(counts, original, results["config"].get("offset") or 0))
+    _check_complete(
+        path, samples, _expected(counts, original, results["config"].get("offset") or 0)
+    )
     better = results.get("higher_is_better", {}).get(task, {})
     return TaskRun(task, samples, totals, better, results["configs"][task], original)
 
 
 def read_totals(scores: Mapping[str, Any]) -> dict[str, float | None]:
-    """The scores of a task by "metric,filter"; None for what is no number, such as a submission."""
+    """A task's scores by "metric,filter"; None for what is no number, such as a submission."""
     totals: dict[str, float | None] = {}
     for key, value in scores.items():
         metric = key.rpartition(",")[0]
@@ -268,13 +279,13 @@ def read_totals(scores: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _expected(counts: Counts, original: int, offset: int) -> range:
-    """The document ids a run under --limit and --offset asks."""
+    """The document ids that a run with --limit and --offset asks."""
     effective = counts.get("effective", original)
     return range(offset, min(offset + effective, original) if effective > 0 else original)
 
 
 def _read_samples(path: Path, filters: list[str]) -> dict[int, Sample]:
-    """Samples by document. With several filters a document has one line for each, in order."""
+    """Samples by document; with several filters a document has one line for each, in order."""
     seen: Counter[int] = Counter()
     samples: dict[int, Sample] = {}
     with path.open("rb") as file:
@@ -291,16 +302,16 @@ def _read_samples(path: Path, filters: list[str]) -> dict[int, Sample]:
             seen[doc_id] += 1
             if doc_id in samples:
                 values = {**samples[doc_id].values, **values}
-            samples[doc_id] = _sample(line, doc_id, values)
+            samples[doc_id] = _sample(line, values)
     return samples
 
 
-def _sample(line: SampleLine, doc_id: int, values: Mapping[str, Any]) -> Sample:
+def _sample(line: SampleLine, values: Mapping[str, Any]) -> Sample:
     counts = [c for c in line.get("token_counts") or [] if c]
     read = [n for c in counts if (n := c.get("input_tokens")) is not None]
     written = [n for c in counts if (n := c.get("output_tokens")) is not None]
     return Sample(
-        doc_id,
+        line["doc_id"],
         prompt=str(line.get("input", "")),
         target=str(line.get("target", "")),
         answer=as_text(line.get("filtered_resps")),
@@ -310,13 +321,13 @@ def _sample(line: SampleLine, doc_id: int, values: Mapping[str, Any]) -> Sample:
 
 
 def as_text(response: Any) -> str:
-    """One answer as it stands; several, as of multiple choice, side by side."""
+    """An answer as text; several, as of multiple choice, joined by BESIDE."""
     if isinstance(response, list):
         return BESIDE.join(as_text(one) for one in response)
     return "" if response is None else str(response)
 
 
-def _check_whole(path: Path, samples: Mapping[int, Sample], expected: range) -> None:
+def _check_complete(path: Path, samples: Mapping[int, Sample], expected: range) -> None:
     missing = next((i for i in expected if i not in samples), None)
     if missing is not None:
         raise BadRun(
@@ -329,7 +340,7 @@ def _check_whole(path: Path, samples: Mapping[int, Sample], expected: range) -> 
 
 
 def as_number(value: Any) -> float | None:
-    """A JSON number, true and false among them, as a float; None for anything else."""
+    """A JSON number or boolean as a float; None for anything else."""
     if not isinstance(value, int | float):
         return None
     try:
@@ -339,5 +350,5 @@ def as_number(value: Any) -> float | None:
 
 
 def is_number(value: float | None) -> bool:
-    """Whether a score is there at all."""
+    """Whether a score is a finite number."""
     return value is not None and math.isfinite(value)

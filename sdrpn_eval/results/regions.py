@@ -1,4 +1,4 @@
-"""Where it looked and where the answer is: errors of looking told apart from errors of reading."""
+"""Where a run looked and where the answer is: tells errors of looking from errors of reading."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from sdrpn_eval.results.records import Record
 from sdrpn_eval.results.scores import Document
 
 HOLDS = 0.5
-"""A region holds the answer when it covers at least this share of the true box."""
+"""Minimum share of the true box that a region covers if it holds the answer."""
 NAMES = ("small", "medium", "large")
 """Thirds of the questions by the true box's share of the image."""
 
 
 @dataclass(frozen=True)
 class Looking:
-    """Questions of one size. `to_share`: the largest true box among them, as a share of its image.
+    """Questions of one size; wrong answers are split by what went wrong.
 
-    zoomed: questions with a region. holds: questions whose region holds the answer. The wrong
-    answers are split three ways: it did not zoom, it looked wrong, it looked right and read wrong.
+    Attributes:
+        to_share: The largest true box among them, as a share of its image.
+        zoomed: Questions with a region.
+        holds: Questions whose region holds the answer.
+        wrong_no_zoom, wrong_look, wrong_read: Wrong answers without a region, with a region that
+            misses the answer, and with one that holds it.
     """
 
     size: str
@@ -40,7 +44,7 @@ class Looking:
 def where_it_looked(
     record: Record, boxes: Mapping[Document, PixelBox], right: Mapping[Document, bool]
 ) -> list[Looking]:
-    """One row for all questions with a true box and a record, then one for each third by size."""
+    """A row for all questions with a true box and a record, then one per third by size."""
     known = [d for d in right if d in boxes and d in record.looks and record.looks[d].size]
     if not known:
         return []

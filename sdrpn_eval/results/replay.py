@@ -1,4 +1,4 @@
-"""One document of a run, asked again: the same task, model and arguments, and what has moved."""
+"""Asks a document of a run again, with the same task, model and arguments; says what moved."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from sdrpn.boxes import PixelBox
 from sdrpn.draw import Card, sheet
@@ -27,12 +25,12 @@ from sdrpn_eval.results.responses import Source, arguments_of
 from sdrpn_eval.results.scores import Document
 
 DEVICE = ("type", "name", "cuda", "platform")
-"""Of the device's facts: those that say on what was computed."""
+"""Facts of the device that identify the hardware."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What was answered and seen at one time. line: the record's, None where there is none."""
+    """The answer at one time, and the record's line about it; None without a record."""
 
     answer: str
     line: RecordLine | None
@@ -48,7 +46,12 @@ class Look:
 
 @dataclass(frozen=True)
 class Replay:
-    """moved: sentences about what is not as it was; scores: of the run, by "metric,filter"."""
+    """A document asked again.
+
+    Attributes:
+        moved: Sentences about what differs between then and now.
+        scores: Of the run, by "metric,filter".
+    """
 
     document: Document
     prompt: str
@@ -63,7 +66,7 @@ class Replay:
         return self.then.answer == self.now.answer
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Writes it as JSON."""
         content = {k: v for k, v in asdict(self).items() if k != "document"}
         for name, look in (("then", self.then), ("now", self.now)):
             content[name]["line"] = look.line and look.line.as_dict()
@@ -74,23 +77,30 @@ class Replay:
 def ask_again(
     source: Source, document: Document, model_args: str, manager: Any, out: Path
 ) -> Replay:
-    """Ask one document of a run again, and write pictures and `replay.json` into a folder.
+    """Asks one document of a run again and writes pictures and `replay.json`.
 
-    model_args: as lmms-eval takes them, in place of the recorded ones. Raises BadRun where the run
-    is of another model or never held the document.
+    Args:
+        source: The run.
+        document: (task, document id).
+        model_args: Model arguments, as lmms-eval takes them, that replace recorded ones.
+        manager: lmms-eval's index of tasks.
+        out: Folder to write to.
+
+    Raises:
+        BadRun: If the run is of another model or does not hold the document.
     """
     task, doc_id = document
     _refuse_unknown(source, document)
     overrides = parse_arguments(model_args)
     given = arguments_again(source, overrides)
     with tempfile.TemporaryDirectory() as folder:
-        # A record of its own, so that nothing is answered from an earlier one.
+        # An empty record, so that nothing is answered from an earlier one.
         model = LlavaSdrpn(**given | {"record": folder, "batch_size": 1})
         config = dict(source.config) | {"limit": 1, "offset": doc_id}
         results = evaluate_again(model, [task], config, manager, out, predict_only=True)
         lines, facts = read_records(folder), read_latest(Path(folder))
     then = _then(source, document)
-    # Samples alone hold what the task's filters left, which is then compared.
+    # Without a record, only filtered responses can be compared.
     said = _said(lines) if then.line else as_text(results["samples"][task][0]["filtered_resps"])
     sample = source.run.tasks[task].samples[doc_id] if source.run else None
     replay = Replay(
@@ -118,19 +128,16 @@ def _refuse_unknown(source: Source, document: Document) -> None:
     if source.run is not None:
         held |= set(source.run.tasks[task].samples) if task in source.run.tasks else set()
     if not held:
-        raise BadRun(f"{source.place} has no task {task}, only {', '.join(_tasks(source))}")
+        tasks = source.run.tasks if source.run else source.names
+        raise BadRun(f"{source.place} has no task {task}, only {', '.join(tasks)}")
     if doc_id not in held:
         raise BadRun(
             f"{source.place} has no document {doc_id} of {task}, only {min(held)} to {max(held)}"
         )
 
 
-def _tasks(source: Source) -> list[str]:
-    return list(source.run.tasks if source.run else source.names)
-
-
 def arguments_again(source: Source, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's own arguments with others in their place; a preset replaces all that it sets."""
+    """The run's arguments, some replaced; a preset replaces all arguments that it sets."""
     if source.facts is not None:
         recorded = arguments_of(source.facts)
     else:
@@ -149,7 +156,7 @@ def _then(source: Source, document: Document) -> Look:
 
 
 def _said(lines: Sequence[RecordLine]) -> str:
-    """The answer; of a multiple choice the option that lmms-eval takes, with the least loss."""
+    """The answer; of a multiple choice, the option with the smallest loss, as lmms-eval does."""
     if lines[0].is_loss:
         best = min(lines, key=lambda line: math.inf if line.loss is None else line.loss)
         return str(best.continuation).strip()
@@ -163,7 +170,7 @@ def _moved(
     line_now: RecordLine,
     overrides: Mapping[str, Any],
 ) -> list[str]:
-    """Sentences about all that is not as it was."""
+    """Sentences about everything recorded that differs."""
     found = []
     if then is None or now is None:
         found.append("the run left no facts: what else has moved is not known")
@@ -186,7 +193,7 @@ def _moved(
 
 
 def _draw(replay: Replay, data: TaskData, grid_of: Any, out: Path) -> None:
-    """replay.png: what was seen then and now; crop_1.png and so on: what it is seeing now."""
+    """Writes replay.png, what was seen then and now, and crop_1.png etc., the crops of now."""
     _, doc_id = replay.document
     image = data.image(doc_id)
     if image is None:
@@ -211,8 +218,4 @@ def _draw(replay: Replay, data: TaskData, grid_of: Any, out: Path) -> None:
     ]
     sheet(cards, out / "replay.png")
     for number, box in enumerate(replay.now.regions, start=1):
-        _cut(image, box).save(out / f"crop_{number}.png")
-
-
-def _cut(image: Image.Image, box: PixelBox) -> Image.Image:
-    return image.convert("RGB").crop((box.x0, box.y0, box.x1, box.y1))
+        image.convert("RGB").crop((box.x0, box.y0, box.x1, box.y1)).save(out / f"crop_{number}.png")

@@ -1,7 +1,7 @@
-"""Recorded answers, scored anew: lmms-eval runs as always, with a model that repeats itself.
+"""Scores recorded responses anew: lmms-eval evaluates a model that replays them.
 
-Filters, `process_results`, aggregation and groups are lmms-eval's own; the results and samples it
-leaves are of its own making too, so that `compare` and `gate` read them like any run.
+Filters, `process_results`, aggregation and groups are lmms-eval's own, and so are the results and
+samples that it writes: `compare` and `gate` read them like those of any run.
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ from sdrpn_eval.results.scores import Document, document_value
 
 
 class Moved(ValueError):
-    """Documents that are not those a run was asked; the message names what moved."""
+    """Tasks that now ask something else than the run was asked; the message names what."""
 
 
 class RecordedAnswers(lmms):
-    """A model that gives the answers it gave before, to the very questions it was asked.
+    """A model of lmms-eval that replays the responses of a run.
 
-    Raises Moved where the questions are others: by documents and prompts, and where the run left
-    facts also by the content of its data. scorers: fingerprints of the tasks' scorers as they are
-    now, for a run with facts.
+    Its methods raise Moved if the questions are others, by documents and prompts, and for a run
+    with facts also by the content of its data.
+
+    Attributes:
+        scorers: Fingerprints of the tasks' present scorers, for a run with facts.
     """
 
     def __init__(self, source: Source) -> None:
         super().__init__()
-        # Tasks word their questions in two ways; the run's file names which.
+        # Tasks have two ways to render prompts; the results say which one was used.
         self.is_simple = "(chat)" not in str(source.config.get("model_backend", ""))
         self.scorers: dict[str, dict[str, str]] = {}
         self._source = source
@@ -59,7 +61,7 @@ class RecordedAnswers(lmms):
         return self._again(requests)
 
     def clean(self) -> None:
-        """There is no memory of a model to free, which takes seconds where there is."""
+        """Does nothing: there is no model whose memory must be freed, which takes seconds."""
 
     def _again(self, requests: list[Any]) -> list[GenerationResult]:
         by_task: dict[str, list[Any]] = defaultdict(list)
@@ -131,10 +133,19 @@ class RecordedAnswers(lmms):
 
 
 def score_again(source: Source, out: Path, manager: Any) -> Run:
-    """Score the answers of a run, write results and samples into a new folder, and read them.
+    """Scores the responses of a run and writes results and samples.
 
-    manager: lmms-eval's index of tasks. Raises ValueError where the folder holds results already
-    or lies inside the run's, Moved where the tasks ask something else by now.
+    Args:
+        source: The run.
+        out: A folder without results, outside the run's own.
+        manager: lmms-eval's index of tasks.
+
+    Returns:
+        The new run, read back.
+
+    Raises:
+        ValueError: If the folder holds results or lies inside the run's.
+        Moved: If the tasks now ask something else.
     """
     _check_new(source, out)
     model = RecordedAnswers(source)
@@ -154,19 +165,19 @@ def score_again(source: Source, out: Path, manager: Any) -> Run:
 def _check_new(source: Source, out: Path) -> None:
     if out.exists() and any(out.rglob(f"*{RESULTS}")):
         raise ValueError(f"{out} holds results already; give another --out")
-    # Whoever reads the run's folder takes the latest results in it.
+    # The latest results in a run's folder are taken for the run's.
     if _root(source) in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"{out} lies inside the run's own folder; give an --out beside it")
 
 
 def beside(source: Source) -> Path:
-    """A name for a new folder beside the run's own."""
+    """The default output folder, next to the run's own."""
     root = _root(source)
     return root.with_name(f"{root.name}-rescored")
 
 
 def _root(source: Source) -> Path:
-    """The --output_path of the run, as far as its files tell."""
+    """The --output_path of the run, as far as its files say."""
     if source.run is not None:
         return output_root(source.run)
     folder = source.place.resolve()
@@ -174,7 +185,7 @@ def _root(source: Source) -> Path:
 
 
 def _refuse_other_targets(source: Source, samples: Mapping[str, Sequence[Any]]) -> None:
-    """Without facts nothing tells a mended target from another document."""
+    """Without facts, a corrected target cannot be told from another document."""
     tasks = source.run.tasks if source.run else {}
     for task, lines in samples.items():
         then = tasks[task].samples
@@ -195,7 +206,7 @@ def _save(source: Source, results: dict[str, Any], samples: Mapping[str, Any], o
     known.model_source = old.get("model_source") or str(source.config["model"])
     known.model_name = old.get("model_name") or name
     known.model_name_sanitized = old.get("model_name_sanitized") or sanitize_model_name(name)
-    # What the answers cost is the run's, not this one's.
+    # The responses cost what they cost in the run.
     results |= {k: old[k] for k in ("usage", "throughput", "efficiency") if k in old}
     date = results["date"]
     tracker.save_results_aggregated(results=results, samples=dict(samples), datetime_str=date)
@@ -204,7 +215,7 @@ def _save(source: Source, results: dict[str, Any], samples: Mapping[str, Any], o
 
 
 def _copy_record(source: Source, scorers: Mapping[str, Mapping[str, str]], folder: Path) -> None:
-    """The record and facts of the tasks that were scored, with the scorer of now."""
+    """Copies the record and facts of the scored tasks, with the present scorers."""
     for file in source.facts.files if source.facts else ():
         facts = read_object(file)
         own = {t: marks for t, marks in facts["tasks"].items() if t in scorers}
@@ -217,7 +228,7 @@ def _copy_record(source: Source, scorers: Mapping[str, Mapping[str, str]], folde
 
 @dataclass(frozen=True)
 class Change:
-    """A metric before and after. changed: documents with another score, None if not comparable."""
+    """A metric before and after; `changed` counts documents, None if they cannot be compared."""
 
     task: str
     metric: str
@@ -227,7 +238,7 @@ class Change:
 
 
 def changes(source: Source, scored: Run) -> list[Change]:
-    """Every metric of every task and group, old and new."""
+    """Every metric of every task and group, before and after."""
     old = source.run
     found = []
     for name in [*scored.groups, *scored.tasks]:
@@ -252,6 +263,6 @@ def _changed(old: Run, scored: Run, name: str, key: str) -> int | None:
 
 
 def _score(value: Any) -> str:
-    """A document's score as text, for NaN is unlike itself; of no score, all that is there."""
+    """A document's score as text, since NaN differs from itself; without a score, its value."""
     score = document_value(value)
     return json.dumps(value if score is None else score, sort_keys=True)

@@ -1,7 +1,7 @@
-"""What a run was asked and what it answered, read back: from its samples, else from our record.
+"""Reads the responses of a run: from its samples, else from our record.
 
-lmms-eval writes down what its filters left of an answer. Where they cut more than the first of
-several answers, what was said stands in our record alone.
+lmms-eval logs what its filters left of a response. If they did more than take the first of several
+answers, only our record holds the response itself.
 """
 
 from __future__ import annotations
@@ -36,16 +36,18 @@ from sdrpn_eval.results.scores import Document
 from sdrpn_eval.schemas import SAMPLE
 
 NOT_ARGUMENTS = ("record", "resume", "batch_size", "max_batch_size")
-"""Of the arguments in the facts: those that say how a run was done and not what was asked."""
+"""Arguments that say how a run was executed, and not what was asked."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A run as it was left: lmms-eval's results with samples, our record, or both.
+    """A run to score or ask again: lmms-eval's results with samples, our record, or both.
 
-    place: the results file, else the record's folder. names: tasks and groups, as asked.
-    config: `config` of the results, of which a record alone gives model, arguments and limit.
-    lines: of our record, those that belong to the run.
+    Attributes:
+        place: The results file, else the record's folder.
+        names: Tasks and groups, as requested.
+        config: `config` of the results; a record alone gives model, arguments, limit and seeds.
+        lines: The lines of our record that belong to the run.
     """
 
     place: Path
@@ -57,20 +59,22 @@ class Source:
 
     @property
     def include_path(self) -> Any:
-        """lmms-eval's, as the run was given it: where tasks of the user's own are."""
+        """lmms-eval's --include_path of the run: where the user's own tasks are."""
         return (self.config.get("resolved_cli_args") or {}).get("include_path")
 
     def lines_of(self, document: Document) -> list[RecordLine]:
-        """The record's lines of a document: one, or one an option of a multiple choice."""
+        """The record's lines of a document: one, or one per option of a multiple choice."""
         return [line for line in self.lines if (line.task, line.doc_id) == document]
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What was answered to one document, in the order lmms-eval asks: every request, every repeat.
+    """The responses to one document.
 
-    prompt, target: as samples hold them, None from a record alone. by_words: the answers of a
-    multiple choice by the option's words, from a record, whose order is its own.
+    Attributes:
+        given: In the order in which lmms-eval asks: every request, every repeat.
+        prompt, target: From the samples; None from a record alone.
+        by_words: Responses of a multiple choice by option, from a record, whose order differs.
     """
 
     given: tuple[GenerationResult, ...]
@@ -80,9 +84,14 @@ class Answered:
 
 
 def read_source(path: Path, tasks: Sequence[str] = ()) -> Source:
-    """A run of lmms-eval, or the record of one that left no results: it crashed while it scored.
+    """Reads a run of lmms-eval, or the record of a run that crashed before it wrote results.
 
-    tasks: these tasks or groups only. Raises BadRun where the run, or the record, is not whole.
+    Args:
+        path: An output folder of lmms-eval, a results file, or the folder of a record.
+        tasks: Reads only these tasks or groups.
+
+    Raises:
+        BadRun: If the run or the record is incomplete.
     """
     try:
         file = find_results(path)
@@ -96,7 +105,7 @@ def read_source(path: Path, tasks: Sequence[str] = ()) -> Source:
     inner = {member for members in groups.values() for member in members}
     names = tuple(tasks) or tuple(name for name in groups if name not in inner)
     leaves = [leaf for name in names for leaf in _leaves(name, groups)]
-    # Of a run without groups in its file: all of its tasks.
+    # A file without groups: all of its tasks.
     run = read_run(path, tasks=dict.fromkeys(leaves) if leaves else None)
     lines, _ = record_lines(run)
     facts = read_facts(run, record_folders(run))
@@ -137,27 +146,27 @@ def _from_record(folder: Path, tasks: Sequence[str]) -> Source:
 
 
 def _seeds(facts: Provenance) -> dict[str, int]:
-    """As lmms-eval's results name them; none where the run was not made by its command line."""
+    """As lmms-eval's results name them; none if the run was not started by its command line."""
     names = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
     given = facts.seeds if isinstance(facts.seeds, list) else []
     return dict(zip(names, given, strict=True)) if len(given) == len(names) else {}
 
 
 def arguments_of(facts: Provenance) -> dict[str, Any]:
-    """The arguments of the model, without those that only say how the run was done."""
+    """The model arguments that decide what is asked."""
     given = facts.arguments.items()
     return {k: v for k, v in given if v is not None and k not in NOT_ARGUMENTS}
 
 
 def date_of(source: Source) -> str:
-    """When the run was made, as it says itself."""
+    """When the run was made, by its own account."""
     if source.run is not None:
         return str(source.run.results["date"])
     return source.facts.run if source.facts else datetime.now(UTC).isoformat()
 
 
 def answers_of(source: Source) -> dict[Document, Answered]:
-    """Every document's answers. Raises BadRun where what was said is not to be had."""
+    """The responses to every document. Raises BadRun if neither samples nor record hold them."""
     lines: dict[Document, list[RecordLine]] = {}
     for line in source.lines:
         lines.setdefault((line.task, line.doc_id), []).append(line)
@@ -172,7 +181,7 @@ def answers_of(source: Source) -> dict[Document, Answered]:
 
 
 def _written(path: Path) -> dict[int, list[dict[str, Any]]]:
-    """The lines of a samples file by document: one for each filter of the task, in its order."""
+    """The lines of a samples file by document: one per filter of the task, in its order."""
     found: dict[int, list[dict[str, Any]]] = {}
     with path.open("rb") as file:
         for text in file:
@@ -203,12 +212,11 @@ def _answered(
 def _as_said(
     written: Sequence[Mapping[str, Any]], config: Mapping[str, Any], run: Mapping[str, Any]
 ) -> list[list[Any]] | None:
-    """The answers as lmms-eval got them, [request][repeat]; None where only filtered ones are left.
+    """The responses as the model gave them, [request][repeat]; None if only filtered ones are left.
 
-    `filtered_resps` is what the filters gave, one a request, and `resps` what they were given;
-    lmms-eval leaves `resps` out where both are the same, and drops the outer list of one request.
-    While reasoning tags are cut out, as its command line does unless told not to, `resps` is what
-    the filters gave before that.
+    `resps` is the input of the filters, `filtered_resps` their output, one per request. lmms-eval
+    omits `resps` if both are equal, and the outer list if there is one request. If it strips
+    reasoning tags, as its command line does by default, `resps` is already filtered.
     """
     several = config.get("output_type") == "multiple_choice"
     cut = parse_reasoning_tags_config(
@@ -227,12 +235,12 @@ def _as_said(
 
 
 def _options(value: Any) -> list[Any]:
-    """The (loss, greedy) pairs of a multiple choice; lmms-eval drops the list around a single."""
+    """The (loss, greedy) pairs of a multiple choice; lmms-eval unwraps a single one."""
     return [value] if value and isinstance(value[0], str) else list(value)
 
 
 def _taking_the_first(config: Mapping[str, Any]) -> int | None:
-    """The first of a task's filters that keeps an answer as it was said."""
+    """The first of a task's filters that leaves a response unchanged."""
     filters = config.get("filter_list")
     if not filters:
         return 0
@@ -257,7 +265,7 @@ def _given(
 
 
 def _pair(written: Sequence[str]) -> Any:
-    """(loss, greedy), which lmms-eval writes as texts."""
+    """(loss, greedy), which lmms-eval writes as strings."""
     loss, greedy = written
     return request_types.LossAndGreedy((float(loss), str(greedy) == "True"))
 

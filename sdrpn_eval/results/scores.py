@@ -1,8 +1,8 @@
-"""One number a document and metric, or the reason why there is none.
+"""One number per document and metric, or the reason why there is none.
 
-A metric is compared question by question only where the mean of what its documents say is the
-score that lmms-eval printed. POPE shows why: its lines carry `score` under `pope_f1_score` too,
-and that score is the accuracy's.
+A metric is compared question by question only if the mean over its documents is the score that
+lmms-eval printed. POPE shows why: its lines carry `score` under `pope_f1_score` too, and that score
+is the accuracy's.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ Document = tuple[str, int]
 """(task, document id): a group holds documents of several tasks."""
 
 DIVIDED_BY: Mapping[str, float] = {"ocrbench_accuracy": 1000}
-"""Metrics that lmms-eval sums and divides by the size of the whole data set, limit or not."""
+"""Metrics that lmms-eval sums and divides by the size of the whole data set, even with a limit."""
 
 AGREE = 1e-6
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A metric of a task or group, by document.
+    """A metric of a task or group.
 
-    total: what lmms-eval printed. values: None with `reason` where the documents do not give it.
+    Attributes:
+        total: The score that lmms-eval printed.
+        values: By document; None if they do not give the total.
+        reason: Why `values` is None.
     """
 
     task: str
@@ -46,7 +49,7 @@ class Scores:
 
 
 def document_value(value: Any, score_key: str = "score") -> float | None:
-    """A document's part in a metric: the number itself, or the one under `score`; else None."""
+    """A document's part in a metric: a number, or the one under `score`; else None."""
     if isinstance(value, Mapping):
         value = value.get(score_key)
     return as_number(value)
@@ -65,7 +68,7 @@ def _metric(task: TaskRun, key: str, total: float | None) -> Scores:
         for sample in task.samples.values()
         if key in sample.values
     }
-    # A document of another group has its entry without a score, and is not part of the metric.
+    # An entry without a score is a document of another group, and not part of the metric.
     values = {document: v for document, v in found.items() if v is not None}
     reason = _why_not(metric, total, list(values.values()))
     better = task.higher_is_better.get(metric) is not False
@@ -73,7 +76,7 @@ def _metric(task: TaskRun, key: str, total: float | None) -> Scores:
 
 
 def _why_not(metric: str, total: float | None, values: list[float]) -> str:
-    """Empty where the documents' numbers are the metric's; else what is wrong with them."""
+    """Why the documents' numbers are not the metric's; empty if they are."""
     if total is None:
         return "has no number, such as a file to hand in"
     if not values:
@@ -90,7 +93,7 @@ def _why_not(metric: str, total: float | None, values: list[float]) -> str:
 
 
 def group_scores(run: Run, group: str) -> list[Scores]:
-    """A group's metrics over the documents of all its tasks; none where a task was left out."""
+    """A group's metrics over the documents of all its tasks; none if a task was left out."""
     if not set(run.groups[group]) <= set(run.tasks):
         return []
     members = {s.key: s for name in run.groups[group] for s in task_scores(run.tasks[name])}
@@ -123,7 +126,7 @@ def _group_metric(
 
 
 def all_scores(run: Run, tasks: list[str]) -> dict[tuple[str, str, str], Scores]:
-    """The metrics of tasks, and of groups that are made of them."""
+    """The metrics of tasks, and of the groups that consist of them."""
     found = [s for name in tasks for s in task_scores(run.tasks[name])]
     found += [
         s

@@ -1,7 +1,7 @@
-"""Score over threshold: what the choice of a threshold is worth, task by task.
+"""Score over threshold, task by task.
 
-A run without `threshold=` took the published one of each task and has a row of its own; a run that
-needs none (stock, ViCrop) is a level line. Intervals are clustered by image.
+A run without `threshold=` used the published one of each task and has a row of its own; a run that
+needs none (stock, ViCrop) is a horizontal line. Intervals are clustered by image.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from sdrpn_eval.results.stats import clustered
 from sdrpn_eval.tasks_info import threshold_of
 
 NO_MATTER = ("threshold", "record", "batch_size", "max_batch_size", "prefix_cache", "device")
-"""Arguments that make no other series; the first is what a curve is over."""
+"""Arguments that do not start another series; a curve is over the first."""
 
 
 @dataclass(frozen=True)
 class Point:
     """A run's score on a task, with its 95 % interval.
 
-    series: what the run has in common with those it is joined to. threshold: None where it has
-    none. published: the run was given none, so every task had the one published for it.
-    zoomed: share of the questions, None without a record.
+    Attributes:
+        series: The arguments that it shares with the runs that it is joined to.
+        threshold: None for a run that needs none.
+        published: Whether the run was given none and used the published one of each task.
+        zoomed: Share of questions with a region; None without a record.
     """
 
     run: str
@@ -45,7 +47,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """A task's or group's points. percent: scores lie in [0, 1] and are shown times 100."""
+    """The points of a task or group; `percent`: scores lie in [0, 1] and are shown times 100."""
 
     task: str
     metric: str
@@ -59,8 +61,9 @@ class Curve:
 def curves(folders: Sequence[Path], tasks: Sequence[str] = (), seed: int = 0) -> list[Curve]:
     """The curve of every task that the runs have in common, by its first metric.
 
-    Raises NotComparable where the runs were asked or scored otherwise, ValueError where two of
-    them tell the same.
+    Raises:
+        NotComparable: If the runs differ in documents, prompts or scorer.
+        ValueError: If there are fewer than two runs, or two of them have the same threshold.
     """
 
     if len(folders) < 2:
@@ -81,15 +84,14 @@ def curves(folders: Sequence[Path], tasks: Sequence[str] = (), seed: int = 0) ->
 
 
 def arguments(evidence: Evidence) -> Mapping[str, Any]:
-    """As resolved where the run left its facts, else as given over the defaults."""
+    """Model arguments: as resolved if the run left its facts, else as given, with defaults."""
     if evidence.run.model != "llava_sdrpn":
         return {"model": evidence.run.model, "proposer": "none"}
-    given = evidence.facts.arguments if evidence.facts else evidence.run.arguments
-    return LlavaArguments.defaults() | dict(given)
+    return LlavaArguments.defaults() | dict(evidence.arguments)
 
 
 def series_names(every: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each run the arguments, beside the threshold, in which not all runs are alike."""
+    """For each run, the arguments other than the threshold in which the runs differ."""
     names = dict.fromkeys(n for one in every for n in one if n not in NO_MATTER)
     telling = [n for n in names if len({str(one.get(n)) for one in every}) > 1]
     return [", ".join(f"{n}={one[n]}" for n in telling if n in one) for one in every]
@@ -98,7 +100,7 @@ def series_names(every: Sequence[Mapping[str, Any]]) -> list[str]:
 def _main_metrics(
     scores: Sequence[Mapping[tuple[str, str, str], Scores]],
 ) -> list[tuple[str, str, str]]:
-    """The first metric of each task and group that should be high and has a score a document."""
+    """The first metric of each task and group that is better when higher and has values."""
     chosen: dict[str, tuple[str, str, str]] = {}
     for key, first in scores[0].items():
         values = [s.values for by_key in scores if (s := by_key.get(key)) and s.values]

@@ -1,4 +1,4 @@
-"""The verdict about a task: how far its score fell, and whether that is more than noise."""
+"""Verdicts about tasks: how far a score fell, and whether that is more than noise."""
 
 from __future__ import annotations
 
@@ -19,18 +19,23 @@ from sdrpn_eval.results.stats import (
 PASSED, FELL, BROKEN = 0, 1, 2
 ROUNDING = 1e-9
 EMPTY = 0.5
-"""More empty answers than this share, where the baseline had fewer: generation failed silently."""
+"""Share of empty answers above which generation failed silently, if the baseline had fewer."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How far a task may fall. tolerance: by task, "" for all others; in the units of the score.
+    """How far a task may fall.
 
-    Without a tolerance a fall counts when it is beyond the noise: p < alpha in the sign-flip test
-    over images, after Holm's correction for several tasks. Where so few images can fall that their
-    p tells nothing, every fall counts. metrics: the one to hold a task by, where it is not its
-    first. max_age: of the results. skipped: documents of a task that may have been skipped, see
-    the model's `on_error`.
+    Without a tolerance, a fall counts if it is beyond the noise: p < alpha in the sign-flip test
+    over images, after Holm's correction for several tasks. If too few images can fall for p to
+    tell anything, every fall counts.
+
+    Attributes:
+        tolerance: By task, "" for all others; in the units of the score.
+        alpha: Significance level.
+        metrics: By task, the metric that decides, if it is not the first.
+        max_age: Of the results.
+        skipped: Documents of a task that `on_error` may have skipped.
     """
 
     tolerance: Mapping[str, float]
@@ -45,12 +50,14 @@ class Rules:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one task (or of the whole run). code: PASSED, FELL or BROKEN.
+    """The verdict about a task, or about the whole run.
 
-    fall: how much worse than the baseline, in the units of the score; negative where better.
-    noise: how far the fall's 95 % interval, clustered by image, reaches below it; None where there
-    is no interval. p: of the sign-flip test, adjusted where the task is judged by it. images: that
-    can fall.
+    Attributes:
+        code: PASSED, FELL or BROKEN.
+        fall: How much worse than the baseline, in the units of the score; negative if better.
+        noise: How far the fall's clustered 95 % interval reaches below it; None without one.
+        p: Of the sign-flip test; adjusted if it decides.
+        images: Images that can fall.
     """
 
     task: str
@@ -66,7 +73,7 @@ class Verdict:
 
 
 def metric_key(name: str, task: TaskBaseline, wanted: str | None = None) -> str:
-    """The metric a task is held by: the one asked for, else its first that should be high."""
+    """The metric that decides: the one asked for, else the first of which higher is better."""
     if wanted is None:
         high = [key for key, metric in task.metrics.items() if metric.higher_is_better]
         return (high or list(task.metrics))[0]
@@ -79,6 +86,18 @@ def metric_key(name: str, task: TaskBaseline, wanted: str | None = None) -> str:
 def judge(
     name: str, key: str, before: TaskBaseline, after: TaskBaseline, allowed: float | None
 ) -> Verdict:
+    """Compares a task with its baseline.
+
+    Args:
+        name: Of the task.
+        key: Its metric, "metric,filter".
+        before: The baseline.
+        after: The run, in the form of a baseline, with the same documents.
+        allowed: Tolerance; None to decide later by noise, see `beyond_noise`.
+
+    Returns:
+        The verdict; without a reason if it is not decided yet.
+    """
     old, new = before.metrics[key], after.metrics[key]
     if [s is None for s in old.scores] != [s is None for s in new.scores]:
         return Verdict(name, key, BROKEN, f"{key} is scored on other documents than the baseline's")
@@ -102,7 +121,7 @@ def judge(
         images_that_can_fall(before, key),
     )
     if allowed is None:
-        return verdict  # judged with the other tasks, in beyond_noise
+        return verdict  # decided together with the other tasks, in `beyond_noise`
     if fall.mean > allowed + ROUNDING:
         reason = f"fell by {fall.mean:.4f}, more than the tolerance of {allowed:g}"
         return replace(verdict, code=FELL, reason=reason)
@@ -113,7 +132,7 @@ def judge(
 def _paired(
     old: MetricBaseline, new: MetricBaseline, clusters: Sequence[int]
 ) -> tuple[list[float], list[int]]:
-    """(how much worse each scored document is, its cluster)."""
+    """How much worse each scored document is, and its cluster."""
     sign = 1 if old.higher_is_better else -1
     both = zip(old.scores, new.scores, clusters, strict=True)
     pairs = [(sign * (a - b), c) for a, b, c in both if a is not None and b is not None]
@@ -121,10 +140,10 @@ def _paired(
 
 
 def images_that_can_fall(task: TaskBaseline, key: str) -> int:
-    """Images with a document whose score is not the worst there is, and so can get worse.
+    """Counts images with a document whose score can still get worse.
 
-    The worst is 0 of scores that are never negative, 1 of shares that should be low; of other
-    scores there is none.
+    The worst score is 0 if scores are never negative, 1 for shares of which lower is better; other
+    scores have none.
     """
     metric = task.metrics[key]
     scored = [(s, c) for s, c in zip(metric.scores, task.clusters, strict=True) if s is not None]
@@ -135,16 +154,16 @@ def images_that_can_fall(task: TaskBaseline, key: str) -> int:
 
 
 def decided_by_noise(images: Mapping[str, int], alpha: float) -> dict[str, int]:
-    """Tasks with enough images for the sign-flip test, with the images that each needs.
+    """Finds the tasks with enough images for the sign-flip test.
 
-    The fewest go first, and then the others are fewer tests to correct for.
+    Tasks with the fewest images are dropped first, which leaves fewer tests to correct for.
 
     Args:
         images: By task, how many can fall.
         alpha: Level that the p-values, after Holm's correction, are held against.
 
     Returns:
-        By task, the images needed; only of tasks that have them.
+        By task with enough images, the number of images that it needs.
     """
     left = dict(images)
     while left:
@@ -157,7 +176,7 @@ def decided_by_noise(images: Mapping[str, int], alpha: float) -> dict[str, int]:
 
 
 def small(tasks: Mapping[str, TaskBaseline], rules: Rules) -> dict[str, str]:
-    """By task of a baseline, why the noise cannot decide about it; none where it can."""
+    """By task of a baseline that is too small to be judged by its noise, the reason."""
     waiting = {
         name: images_that_can_fall(task, metric_key(name, task, rules.metrics.get(name)))
         for name, task in tasks.items()
@@ -172,7 +191,7 @@ def small(tasks: Mapping[str, TaskBaseline], rules: Rules) -> dict[str, str]:
 
 
 def too_few(images: int, alpha: float, tests: int) -> str:
-    """Why the noise cannot decide about a task, and how many images it takes."""
+    """Why noise cannot decide about a task, and how many images it takes."""
     if not images:
         return "the baseline's score is the worst there is, so no fall can be seen"
     least, half = (min(1.0, tests * smallest_p(n)) for n in (images, images // 2))
@@ -188,7 +207,7 @@ def too_few(images: int, alpha: float, tests: int) -> str:
 
 
 def beyond_noise(verdicts: Sequence[Verdict], alpha: float) -> list[Verdict]:
-    """Judge the tasks without a tolerance, together: of many, one falls by chance."""
+    """Decides the tasks without a tolerance together: of many, one falls by chance."""
     waiting = {v.task: v.images or 0 for v in verdicts if not v.reason}
     enough = decided_by_noise(waiting, alpha)
     order = [i for i, v in enumerate(verdicts) if not v.reason and v.task in enough]
@@ -217,7 +236,7 @@ def _against_noise(verdict: Verdict, p: float, alpha: float) -> Verdict:
 
 
 def _without_noise(verdict: Verdict, alpha: float, tests: int) -> Verdict:
-    """Any fall counts: no p-value of so few images would be below alpha."""
+    """Every fall counts: no p-value of so few images would be below alpha."""
     fall = verdict.fall or 0.0
     few = too_few(verdict.images or 0, alpha, tests)
     if fall <= ROUNDING:
@@ -226,7 +245,7 @@ def _without_noise(verdict: Verdict, alpha: float, tests: int) -> Verdict:
 
 
 def largest_fall(metric: MetricBaseline) -> float | None:
-    """How far a mean can fall at most, by the scale of its scores; None where it has no end."""
+    """How far a mean can fall at most, by the scale of its scores; None if unbounded."""
     scores = [score for score in metric.scores if score is not None]
     if all(0 <= score <= 1 for score in scores):
         return 1.0

@@ -195,7 +195,7 @@ def test_page_and_figure(
     plot_throughput.main(arguments)
     assert (docs / "throughput.png").stat().st_size > 0
     page = docs / "throughput.md"
-    assert "| batch size | system | 2 an image | textvqa, 1.6 an image |" in page.read_text()
+    assert "| batch size | system | 2 per image | textvqa, 1.6 per image |" in page.read_text()
     assert "old" not in readme.read_text()
     assert readme.read_text().startswith("before\n")
     assert readme.read_text().endswith("after\n")

@@ -328,10 +328,12 @@ def write_all(folder: Path) -> None:
 
 
 def task_utils(task: str) -> ModuleType:
-    """A task's utils.py, as lmms-eval loads it: from the file, outside any package."""
-    spec = importlib.util.spec_from_file_location(
-        f"tasks.{task}.utils", tasks_folder() / task / "utils.py"
-    )
+    """A task's utils.py, as lmms-eval loads it: from the file, outside any package.
+
+    Named by its path, so that mutation testing finds what it mutated.
+    """
+    path = tasks_folder() / task / "utils.py"
+    spec = importlib.util.spec_from_file_location(f"tasks.{task}.utils", path)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)

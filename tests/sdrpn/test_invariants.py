@@ -310,7 +310,7 @@ def test_prefixes_hold_no_more_memory_than_they_count(
     llava: Llava15, perturbed_rpn: RPN, images: list[Image.Image]
 ) -> None:
     """A view would keep the tensors of its whole batch alive, and the cache's bound untrue."""
-    for count in (1, 3, 5):
+    for count in (1, 2, 5):
         for prefix in ZoomModel(llava, perturbed_rpn, prefix_cache=0).prefill(images[:count]):
             tensors = [t for pair in (*prefix.kv, *prefix.rpn_kv) for t in pair]
             assert len(tensors) == 2 * (6 + 2)

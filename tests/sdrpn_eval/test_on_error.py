@@ -22,9 +22,9 @@ from sdrpn_eval.on_error import BadDocument, BrokenRun
 from sdrpn_eval.record import read_records
 from tests.conftest import make_llava
 from tests.helpers.asking_by_hand import ask, image, logged, model, rows, texts
+from tests.helpers.comparisons import run_gate
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.run_folders import record_line, sample, write_facts, write_record, write_run
-from tests.sdrpn_eval.report.test_gate import run_gate
 
 N = 10
 CPU_FULL = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."  # noqa: E501

@@ -143,7 +143,7 @@ def draw(result: dict[str, Any]) -> Figure:
         (fast,) = (row for row in rows if row["name"] == "preset fast")
         point = (fast["crop_tokens"], 100 * fast["accuracy"][0])
         axis.scatter(*point, s=150, facecolors="none", edgecolors=colour, label=f"fast, {label}")
-    axis.set_xlabel("crop tokens a question, mean")
+    axis.set_xlabel("mean crop tokens per question")
     axis.set_ylabel("exact match, %")
     axis.grid(color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
@@ -155,18 +155,18 @@ def page(result: dict[str, Any]) -> str:
     """The tables as Markdown."""
     tuning, tiny = result["tuning"], result["tiny_vstar"]
     parts = [
-        "# What a crop token buys",
+        "# Accuracy over crop tokens",
         "![Accuracy over crop tokens](fast.png)",
-        "The embedded model's crop has 64 tokens at most. A token budget b gives a region of "
-        "r x c cells b r x b c of them; bars are 95 % intervals, clustered by image. Made by "
+        "A crop of the embedded model has up to 64 tokens. A token budget b gives b r x b c tokens "
+        "to a region of r x c cells. Bars are 95 % intervals, clustered by image. Created by "
         "`python -m tools.tiny_vstar.tune --docs docs`.",
         f"## tiny_vstar, {tiny['questions']} questions",
         _table(tiny["budgets"]),
         f"## Tuning scenes, {tuning['questions']} questions on {tuning['scenes']} scenes",
-        "Drawn for this alone: none is in the benchmark, none trained anything. Settings are "
-        "chosen here.",
+        "Scenes for tuning only, which are neither in the benchmark nor in any training set. "
+        "Settings are selected on them.",
         _table(tuning["budgets"]),
-        "Thresholds, on the whole grid:",
+        "Thresholds, with the full grid:",
         _table(tuning["thresholds"]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -174,7 +174,7 @@ def page(result: dict[str, Any]) -> str:
 
 def _table(rows: Sequence[Row]) -> str:
     lines = [
-        "| setting | exact match, % | against the whole grid, points | zoomed | crop tokens |",
+        "| setting | exact match, % | difference from full grid, points | zoomed | crop tokens |",
         "|---|---|---|---|---|",
     ]
     for row in rows:

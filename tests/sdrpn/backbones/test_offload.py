@@ -61,7 +61,10 @@ def offloaded(folder: str, request: pytest.FixtureRequest) -> Llava15:
     return loaded
 
 
-@pytest.mark.parametrize("proposer", ["rpn", "attention", "vicrop", "none"])
+@pytest.mark.parametrize(
+    "proposer",
+    ["rpn", "none", *(pytest.param(n, marks=pytest.mark.slow) for n in ("attention", "vicrop"))],
+)
 def test_answers_are_those_of_a_model_in_memory(
     llava: Llava15,
     offloaded: Llava15,

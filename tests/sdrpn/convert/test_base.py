@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,18 @@ def test_what_is_written_loads_and_answers(
         found = llava.model(inputs_embeds=prompt).logits
     assert (found[..., :before] - expected).abs().max() < 1e-5
     assert (found.argmax(-1) == expected.argmax(-1)).all(), "an added token is never the answer"
+
+
+def test_what_is_written_can_be_read_by_others(folder: Path, tmp_path: Path) -> None:
+    """safetensors writes 0600 whatever the umask allows; and folders above it may be missing."""
+    before = os.umask(0o022)
+    try:
+        convert_base(str(folder), tmp_path / "above" / "converted")
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "above" / "converted").iterdir())
+    assert {path.suffix for path in files} >= {".safetensors", ".json"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644}
 
 
 def test_its_answers_are_those_of_the_source(

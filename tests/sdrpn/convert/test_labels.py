@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import codecs
 import collections
 import json
 import os
@@ -139,10 +140,12 @@ def test_pickles_of_numpy_1_and_2(tmp_path: Path, core: str) -> None:
     assert last == {"scalar": np.float32(0.5)}
 
 
-def test_plain_values_and_shapes_come_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_plain_values_and_shapes_come_back(tmp_path: Path, protocol: int) -> None:
+    """Protocol 5 has a way of its own for arrays, by rows or by columns."""
     array = np.arange(12, dtype=np.int16).reshape(3, 4)
     values = {"a": [1, 2.5, None, True, "text", b"bytes"], "b": (array, array.T, array[:0])}
-    found = safe_pickle.load(pickled(tmp_path, values))
+    found = safe_pickle.load(pickled(tmp_path, values, protocol))
     assert found["a"] == values["a"]
     for one, other in zip(found["b"], values["b"], strict=True):
         assert one.dtype == other.dtype
@@ -250,6 +253,7 @@ def array_with(state: Any) -> Built:
         Built(np.dtype, ("f4", False, True), (3, "?", None)),
         Built(np.dtype, ("f4", False, True), "state"),
         Calls(np.dtype, 4),
+        Calls(np.dtype, "no such type"),
     ],
 )
 def test_arrays_of_unknown_make_are_refused(tmp_path: Path, value: Any) -> None:
@@ -258,19 +262,26 @@ def test_arrays_of_unknown_make_are_refused(tmp_path: Path, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "kind"),
     [
-        b"c_codecs\nencode\n.",
-        b"cnumpy\ndtype\n.",
-        b"(cnumpy\ndtype\nl.",
-        b"\x80\x04\x8f(cnumpy\ndtype\n\x90.",
+        (b"c_codecs\nencode\n.", "function"),
+        (b"cnumpy\ndtype\n.", "type"),
+        (b"(cnumpy\ndtype\nl.", "type"),
+        (b"\x80\x04\x8f(cnumpy\ndtype\n\x90.", "type"),
     ],
 )
-def test_what_is_no_value_does_not_come_out(tmp_path: Path, content: bytes) -> None:
+def test_what_is_no_value_does_not_come_out(tmp_path: Path, content: bytes, kind: str) -> None:
     """A pickle may name a function without having it called."""
     (tmp_path / "labels.pkl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"labels.pkl is refused: .*, which is not a plain value"):
+    with pytest.raises(ValueError, match=rf"labels.pkl refused: .*{kind}.*, which is not a plain"):
         safe_pickle.load(tmp_path / "labels.pkl")
+
+
+def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    for value in (Calls(codecs.encode, "text", "utf-16"), Calls(codecs.encode, b"text", "latin1")):
+        with pytest.raises(ValueError, match=r"contains text in an unusual encoding$"):
+            safe_pickle.load(pickled(tmp_path, [value]))
+    assert safe_pickle.load(pickled(tmp_path, Calls(codecs.encode, "\xe9", "latin1"))) == b"\xe9"
 
 
 def test_an_array_s_flags_are_not_believed(tmp_path: Path) -> None:
@@ -366,7 +377,10 @@ def test_the_command(tmp_path: Path) -> None:
     [
         (["nothing.pkl", "--out", "{tmp}/out"], "there is no file nothing.pkl"),
         (["{file}", "--out", "{tmp}"], "is not empty: give a new folder"),
-        (["{file}", "--out", "{tmp}/out", "--size", "70b"], "--size must be 7b or 13b, got '70b'"),
+        (
+            ["{file}", "--out", "{tmp}/out", "--size", "70b"],
+            "--size must be 7b, 13b, qwen-3b, qwen-7b, got '70b'",
+        ),
         (["{file}", "--out", "{tmp}/out", "--images", "/none"], "there is no folder /none"),
         (["{file}", "--out", "{tmp}/out"], "it contains subprocess.getoutput"),
     ],

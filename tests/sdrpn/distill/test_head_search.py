@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,15 @@ from sdrpn.cli import app
 from sdrpn.config import LABELS_13B, LayerHeads
 from sdrpn.distill import probes
 from sdrpn.distill.attention_probe import AttentionProbe, ProbeQuestion
-from sdrpn.distill.head_search import CHOSEN, ELSEWHERE, Findings, find_heads, load_label_config
+from sdrpn.distill.head_search import (
+    CHOSEN,
+    ELSEWHERE,
+    Findings,
+    find_heads,
+    heat_map,
+    load_label_config,
+    save_findings,
+)
 from sdrpn.distill.label import label
 from sdrpn.distill.probes import (
     COLOURS,
@@ -35,6 +45,7 @@ from sdrpn.distill.probes import (
     texture,
 )
 from sdrpn.distill.scores import (
+    Sinks,
     Targets,
     choose_branch_layer,
     find_sinks,
@@ -391,6 +402,23 @@ def test_a_sink_is_one_under_every_question() -> None:
     assert (found.layer, found.per_image) == (0, 0.75)
 
 
+def test_an_image_with_one_question_does_not_end_the_count() -> None:
+    """The first image has one question, and the three behind it have three each."""
+    targets = questions()
+    maps = heard(targets, 0.25, 0.01)
+    found = find_sinks(maps[2:, None], targets[2:])
+    assert (found.layer, found.per_image) == (0, 1)
+
+
+def test_a_sink_is_measured_within_its_own_map() -> None:
+    """Under one question in three all attention is a tenth: 0.025 is 26 times the mean there."""
+    targets = questions()
+    maps = heard(targets, 0.25, 0.01)
+    maps[::3] /= 10
+    found = find_sinks(maps[:, None], targets)
+    assert (found.layer, found.per_image) == (0, 1)
+
+
 def test_a_sink_s_level_is_what_nearly_all_take() -> None:
     """Of twelve, eleven at 0.2 and one at 0.1: the 5 % quantile lies 0.55 of the way, 0.155."""
     targets = questions()
@@ -555,6 +583,106 @@ def test_a_random_model_is_not_trusted(llava: Llava15) -> None:
     found = find_heads(zoom, scenes=12, batch_size=32, max_new_tokens=6)
     assert not found.follows_question
     assert found.held_out[CHOSEN]["iou"] < 0.05
+
+
+# --- what is reported --------------------------------------------------------------------------
+
+
+def findings(**changes: Any) -> Findings:
+    """Two layers of three heads, of which 1.2 and 0.0 were chosen."""
+    labels = LabelConfig(
+        grounding=(LayerHeads(0, (0,)), LayerHeads(1, (2,))),
+        sink=(LayerHeads(1),),
+        vicrop_layer=1,
+        sink_threshold=0.05,
+    )
+    scores = np.arange(6.0).reshape(2, 3) / 7
+    made = Findings(
+        labels=labels,
+        sinks=Sinks(1, 0.05, 1.5, "they stand out"),
+        joined=[((1, 2), 0.123456), ((0, 0), 0.2)],
+        branch_layer=1,
+        branch_why="just past it",
+        scores={name: scores + i for i, name in enumerate(("mass", "hits", "iou", "kept"))},
+        held_out={CHOSEN: {"iou": 0.4}, ELSEWHERE: {"iou": 0.1}},
+        facts={"model": "a model", "answers": {}},
+    )
+    return replace(made, **changes)
+
+
+def test_the_report_holds_all_but_the_labels() -> None:
+    rows = [[0.0, 0.1429, 0.2857], [0.4286, 0.5714, 0.7143]]
+    assert findings().report() == {
+        "model": "a model",
+        "answers": {},
+        "joined": [{"layer": 1, "head": 2, "iou": 0.1235}, {"layer": 0, "head": 0, "iou": 0.2}],
+        "held_out": {CHOSEN: {"iou": 0.4}, ELSEWHERE: {"iou": 0.1}},
+        "follows_question": True,
+        "sinks": {"layer": 1, "threshold": 0.05, "per_image": 1.5, "why": "they stand out"},
+        "branch_layer": 1,
+        "branch_why": "just past it",
+        "scores": {
+            name: [[pytest.approx(value + i) for value in row] for row in rows]
+            for i, name in enumerate(("mass", "hits", "iou", "kept"))
+        },
+    }
+
+
+@pytest.mark.parametrize(("elsewhere", "follows"), [(0.2, False), (0.199, True), (0.4, False)])
+def test_heads_follow_the_question_where_another_disc_gets_less_than_half(
+    elsewhere: float, follows: bool
+) -> None:
+    held_out = {CHOSEN: {"iou": 0.4}, ELSEWHERE: {"iou": elsewhere}}
+    assert findings(held_out=held_out).follows_question is follows
+
+
+def test_the_heat_map_shows_scores_chosen_heads_and_the_branch_layer() -> None:
+    made = findings()
+    figure = heat_map(made)
+    for axis, name in zip(figure.axes[:2], ("iou", "mass"), strict=True):
+        assert np.array_equal(np.asarray(axis.images[0].get_array()), made.scores[name])
+        assert axis.images[0].get_clim()[0] == 0
+        assert (axis.get_xlabel(), axis.get_ylabel()) == ("head", "layer")
+        frames = [patch.get_bbox().extents.tolist() for patch in axis.patches]
+        assert frames == [[-0.5, -0.5, 0.5, 0.5], [1.5, 0.5, 2.5, 1.5]]
+        assert not any(patch.get_fill() for patch in axis.patches)
+        assert [set(line.get_ydata()) for line in axis.lines] == [{0.5}]
+    bars = figure.axes[2]
+    assert [bar.get_width() for bar in bars.patches] == [0.4, 0.1]
+    assert [text.get_text() for text in bars.texts] == ["0.400", "0.100"]
+    assert [label.get_text().replace("\n", " ") for label in bars.get_yticklabels()] == [
+        CHOSEN,
+        ELSEWHERE,
+    ]
+    assert bars.get_xlim() == (0, 0.5)
+    assert bars.yaxis_inverted()
+    low = heat_map(findings(held_out={CHOSEN: {"iou": 0.0}, ELSEWHERE: {"iou": 0.0}}))
+    assert low.axes[2].get_xlim() == (0, 0.125)  # never of no width
+
+
+def test_findings_are_written_below_folders_that_are_missing(tmp_path: Path) -> None:
+    made = findings()
+    out = save_findings(made, str(tmp_path / "a" / "b"))
+    assert out == tmp_path / "a" / "b"
+    assert {path.name for path in out.iterdir()} == {"heads.png", "report.json", "heads.json"}
+    assert load_label_config(out) == made.labels
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(made.report()))
+    assert save_findings(made, out) == out  # over it
+
+
+def test_the_defaults_of_the_search() -> None:
+    """60 pictures of 448 px, at most 7 heads, for an RPN of three layers: docs/heads.md."""
+    parameters = inspect.signature(find_heads).parameters
+    defaults = {name: p.default for name, p in parameters.items() if name != "zoom"}
+    assert defaults == {
+        "scenes": 60,
+        "seed": 0,
+        "side": 448,
+        "batch_size": 8,
+        "max_new_tokens": 128,
+        "max_heads": 7,
+        "depth": 3,
+    }
 
 
 # --- files and the command ---------------------------------------------------------------------

@@ -563,6 +563,7 @@ def short(llava: Llava15, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Zo
     return make
 
 
+@pytest.mark.slow
 def test_a_sample_fits_if_its_answer_does(
     llava: Llava15, short: Callable[[int], ZoomModel], images: list[PIL.Image]
 ) -> None:
@@ -684,7 +685,7 @@ def test_every_question_is_labelled_exactly_once(
     """However many processes share however many shards, and when some are there already."""
     asked: list[str] = []
 
-    def counted(zoom: Any, batch: list[Question]) -> list[Labelled]:
+    def counted(zoom: Any, batch: list[Question], kinds: list[str]) -> list[Labelled]:
         asked.extend(question.text for question in batch)
         cells, grid = np.zeros((8, 8)), square_grid((64, 64), 8, 112)
         return [Labelled("red", cells, cells, np.ones((8, 8)), grid) for _ in batch]
@@ -809,6 +810,7 @@ def run(words: list[str], **environment: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_goes_on(scenes: Path, tmp_path: Path) -> None:
     """SIGKILL after the second shard; by two processes then: nothing lost, nothing doubled."""
     process = run(command(scenes, tmp_path))

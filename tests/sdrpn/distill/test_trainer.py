@@ -91,6 +91,7 @@ class KillAt(TrainerCallback):
 # Resuming
 
 
+@pytest.mark.slow
 def test_interrupted_and_uninterrupted_runs_end_equal(
     llava: Llava15, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +213,7 @@ def test_a_finished_training_gives_the_best_weights_again(
         train(llava, again, samples(), given, held_out=samples(5), log=told.append)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deleted", [False, True], ids=["moved", "deleted"])
 def test_a_resumed_training_ends_with_the_best_weights_of_the_first_part(
     llava: Llava15, tmp_path: Path, planned: Callable[..., None], deleted: bool
@@ -272,6 +274,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 QUIET = ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"]
 
 
+@pytest.mark.slow
 def test_a_run_uses_the_published_optimizer_and_schedule(
     llava: Llava15, tmp_path: Path, watch: Watch
 ) -> None:
@@ -290,6 +293,7 @@ def test_a_run_uses_the_published_optimizer_and_schedule(
         assert watch.rates[step] == pytest.approx(rate, rel=1e-5), step
 
 
+@pytest.mark.slow
 def test_a_run_is_one_epoch_of_512_questions_a_step(
     llava: Llava15, tmp_path: Path, watch: Watch
 ) -> None:
@@ -594,6 +598,7 @@ def test_the_command_leaves_an_rpn_that_says_how_it_was_made(labels: Path, tmp_p
     assert "was begun with other settings (arguments:" in " ".join(result.output.split())
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(labels: Path, tmp_path: Path) -> None:
     """DDP on the CPU: the same global batch, so the same weights, as a process alone."""
     fixed = ["--held-out", "0", "--logging_steps", "1"]

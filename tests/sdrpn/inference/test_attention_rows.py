@@ -228,12 +228,19 @@ def test_contrast_is_the_best_window_less_its_neighbours() -> None:
     corner = np.array([[9.0, 2.0], [4.0, 8.0]])
     assert contrast(corner, 1) == (9 - (2 + 4) / 2, (0, 0))
     assert contrast(np.array([[7.0]]), 1) == (7.0, (0, 0))
+    wide = np.array([[1.0, 9.0, 2.0]])  # no row below, though there is a third column
+    assert contrast(wide, 1) == (9 - (1 + 2) / 2, (0, 1))
+    assert contrast(wide.T, 1) == (9 - (1 + 2) / 2, (1, 0))
 
 
 def test_relative_attention_survives_zeros() -> None:
     found = relative_attention(np.array([0.2, 0.0, 0.1]), np.array([0.1, 0.0, 0.0]))
     assert found[:2].tolist() == [2.0, 0.0]
     assert np.isfinite(found).all()
+    half = relative_attention(np.array([0, 0.5], np.float32), np.zeros(2, np.float32))
+    assert half.dtype == np.float32
+    assert half[0] == 0
+    assert 4e37 < half[1] < 5e37  # over the smallest normal float32, 1.18e-38
 
 
 def peak(grid: int, *cells: tuple[int, int]) -> np.ndarray:
@@ -311,6 +318,30 @@ def test_the_widest_window_wins_on_four_points_at_its_corners() -> None:
     region = propose_window(ratio, square_grid((1344, 1344), 24, 336))
     assert region.grid_boxes == ((7, 5, 19, 17),)
     assert region.boxes == ((392, 280, 1064, 952),)
+
+
+def test_of_equal_windows_the_smallest_is_taken() -> None:
+    region = propose_window(np.zeros((24, 24)), square_grid((1344, 1344), 24, 336))
+    assert region.grid_boxes == ((0, 0, 6, 6),)
+    assert region.boxes == ((0, 0, 336, 336),)
+
+
+def test_windows_are_squares_of_the_source_where_cells_are_not() -> None:
+    """160 x 80 px squeezed into 80 x 80: 80 px are 8 cells high and 4 cells wide."""
+    ratio = np.zeros((8, 8))
+    ratio[3, 5] = 1.0
+    region = propose_window(ratio, ImageGrid(8, 8, (160, 80), 10, (0.5, 1.0)))
+    assert region.grid_boxes == ((2, 0, 6, 8),)
+    assert region.boxes == ((40, 0, 120, 80),)
+
+
+def test_a_window_may_be_one_cell() -> None:
+    """A strip of 40 px on cells of 56 px."""
+    ratio = np.zeros((24, 24))
+    ratio[11, 7] = 1.0
+    region = propose_window(ratio, square_grid((1344, 40), 24, 336))
+    assert region.grid_boxes == ((7, 11, 8, 12),)
+    assert region.boxes == ((400, 0, 440, 40),)
 
 
 def test_the_neutral_prompt_is_vicrops_own() -> None:

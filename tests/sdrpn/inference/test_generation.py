@@ -108,7 +108,10 @@ def test_every_supported_argument_is_tested() -> None:
     assert set(WORKING) | elsewhere | set(core.SAMPLING) == SUPPORTED
 
 
-@pytest.mark.parametrize("zoomed", [False, True], ids=["stock", "zoomed"])
+@pytest.mark.parametrize(
+    "zoomed",
+    [pytest.param(False, id="stock"), pytest.param(True, id="zoomed", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", WORKING)
 def test_supported_arguments_do_what_generate_does_without_a_cache(
     stock_engine: ZoomModel, images: list[Image.Image], name: str, zoomed: bool

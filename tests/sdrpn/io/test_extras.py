@@ -63,6 +63,7 @@ def test_the_first_tokenizer_of_llava_needs_sentencepiece(
         read_tokenizer(Source(str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_the_public_names_import(tmp_path: Path) -> None:
     (tmp_path / "names.py").write_text(
         "import sdrpn\nfor name in sdrpn.__all__: getattr(sdrpn, name)\nprint('all there')\n"
@@ -88,6 +89,7 @@ def test_help_works(words: tuple[str, ...], tmp_path: Path) -> None:
     assert "Usage" in output or "usage" in output
 
 
+@pytest.mark.slow
 def test_look_answers_without_a_picture(tmp_path: Path) -> None:
     code, output = run("sdrpn.cli", "look", SCENE, QUESTION, "--model", "tiny", cwd=tmp_path)
     assert code == 0, output
@@ -96,6 +98,7 @@ def test_look_answers_without_a_picture(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_answer_works(tmp_path: Path) -> None:
     line = {"id": "a", "image": "scene.png", "question": QUESTION}
     (tmp_path / "questions.jsonl").write_text(json.dumps(line))
@@ -110,7 +113,10 @@ def test_answer_works(tmp_path: Path) -> None:
     [
         ("sdrpn.cli look {scene} question --model tiny --out x.png", "matplotlib", "plot"),
         ("sdrpn.cli heads --out heads --model tiny", "datasets", "train"),
-        ("sdrpn.cli label --data x.json --out x --model tiny", "datasets", "train"),
+        pytest.param(
+            *("sdrpn.cli label --data x.json --out x --model tiny", "datasets", "train"),
+            marks=pytest.mark.slow,
+        ),
         ("sdrpn.cli relabel x --out y", "datasets", "train"),
         ("sdrpn.cli train --labels x --out y", "datasets", "train"),
         ("sdrpn.cli convert labels {scene} --out x", "datasets", "train"),

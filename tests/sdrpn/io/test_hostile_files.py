@@ -1,7 +1,7 @@
 """Files that somebody made on purpose: no code runs, no path leaves its folder, nothing explodes.
 
 Refusals by name of single settings stand beside what they belong to: test_llava.py, test_convert*,
-test_labelling.py; hostile text in the page of a comparison in test_page.py.
+test_labelling.py; hostile text in the page of a comparison in test_html.py.
 """
 
 from __future__ import annotations
@@ -635,7 +635,7 @@ HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=al
 
 
 def test_hostile_answers_names_and_paths_stay_text(tmp_path: Path) -> None:
-    """Beside what test_page.py tries: answers, names of runs, tasks and metrics, arguments."""
+    """Beside what test_html.py tries: answers, names of runs, tasks and metrics, arguments."""
     task, runs = "<img src=x onerror=alert(1)>", []
     for i, name in enumerate(("<img src=y>", "'\"><script>alert(1)<")):
         rows = [sample(k, HOSTILE if k == i else "red", HOSTILE) for k in range(3)]

@@ -147,6 +147,7 @@ def test_each_refusal_has_its_cause_and_remedy(hub: Hub, tmp_path: Path) -> None
     )
 
 
+@pytest.mark.slow
 def test_a_login_changes_what_is_said(hub: Hub, tmp_path: Path) -> None:
     hub.add("org/gated-rpn", RPN)
     hub.add("org/revoked-rpn", RPN)

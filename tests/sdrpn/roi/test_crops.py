@@ -29,7 +29,7 @@ def encoder(rows: int, columns: int) -> Any:
         count = rows * columns
         return [torch.arange(1000.0 * n, 1000.0 * n + count)[:, None] for n in range(len(inputs))]
 
-    made = Mock(Backbone)
+    made = Mock(Backbone, crop_marks=0)
     made.crop_input.side_effect = lambda image, box: ImageInput(torch.zeros(0), grid)
     made.encode.side_effect = encode
     return made
@@ -60,6 +60,7 @@ def fitted(
         ((24, 24), 1, 300, [(17, 17)]),
         ((2, 8), 1, 4, [(1, 4)]),
         ((8, 2), 1, 4, [(4, 1)]),
+        ((2, 8), 1, 9, [(1, 6)]),
         # A side stays at 1 while the other one shrinks.
         ((1, 4), 1, 2, [(1, 2)]),
         ((4, 1), 1, 2, [(2, 1)]),

@@ -366,6 +366,14 @@ def test_another_shape_is_named(folder: Path, tensors: original.Tensors) -> None
         RPN.from_pretrained(str(folder))
 
 
+def test_weights_that_are_no_numbers_are_named(folder: Path, tensors: original.Tensors) -> None:
+    tensors["model.twig_norm.weight"] = torch.full((128,), float("nan"))
+    original.one_safetensors(folder, tensors)
+    with pytest.raises(ValueError, match=r"norm\.weight holds values that are not f") as error:
+        RPN.from_pretrained(str(folder))
+    assert str(error.value).startswith(f"{folder}: ")
+
+
 def test_quantised_weights_are_refused(folder: Path, tensors: original.Tensors) -> None:
     tensors["model.twig_norm.weight"] = torch.zeros(128, dtype=torch.int8)
     original.one_safetensors(folder, tensors)

@@ -15,6 +15,7 @@ def test_what_is_shipped_is_small() -> None:
     assert sum(p.stat().st_size for p in shipped) < 10e6
 
 
+@pytest.mark.slow
 def test_demo_fails_loudly_when_lmms_eval_leaves_no_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -23,6 +24,7 @@ def test_demo_fails_loudly_when_lmms_eval_leaves_no_results(
         run.evaluate("stock", tmp_path, 4, 2)
 
 
+@pytest.mark.slow
 def test_demo_on_a_few_documents(tmp_path: Path) -> None:
     summary = run.demo(tmp_path, batch_size=8, limit=12)
     assert summary == json.loads((tmp_path / "summary.json").read_text())

@@ -96,7 +96,7 @@ def test_a_run_scored_anew_compares_with_its_record(data: Path, tmp_path: Path) 
     assert comparison.rows[0].differences[0].ties == 8
     assert comparison.rows[0].images == 4
     assert comparison.tasks[0].looks["anew"]["zoomed"] == 1
-    assert comparison.runs[1]["labels"][0].startswith("scored anew, from ")
+    assert comparison.runs[1].labels[0].startswith("scored anew, from ")
 
 
 # One's own tasks, mended
@@ -380,7 +380,7 @@ def test_command_says_what_changed(
     done = CliRunner().invoke(app, ["score", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
     said = " ".join(done.stdout.split())
-    assert "│ mine │ accuracy │ 0.0000 │ 1.0000 │ 8 │" in said
+    assert "mine, accuracy 0.0000 1.0000 8" in said
     assert "8 documents have another accuracy in mine." in said
     assert read_run(tmp_path / "run-rescored").results["results"]["mine"]["accuracy,none"] == 1
     done = CliRunner().invoke(app, ["score", str(tmp_path / "run")])

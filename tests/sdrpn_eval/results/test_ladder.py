@@ -16,7 +16,7 @@ from sdrpn_eval.cli import app
 from sdrpn_eval.cli.ladder import caption
 from sdrpn_eval.report.figures import draw_ladder, shown
 from sdrpn_eval.results.compare import compare
-from sdrpn_eval.results.ladder import Ladder, RungFailed, climb, finished
+from sdrpn_eval.results.ladder import Ladder, RunFailed, finished_run, make_run
 from sdrpn_eval.results.read import read_run
 from tests.helpers.run_folders import sample, write_run
 
@@ -135,17 +135,17 @@ def test_another_run_in_the_folder_is_refused(
     runner: Runner, tmp_path: Path, more: dict[str, Any], says: str
 ) -> None:
     first = plan(tmp_path)
-    climb(first, "none")
-    assert finished(first, "none")
+    make_run(first, "none")
+    assert finished_run(first, "none")
     other = {"out": tmp_path, "tasks": "toy", "model_args": "pretrained=tiny"} | more
     with pytest.raises(ValueError, match="none holds another run") as error:
-        finished(Ladder(**{"limit": None, "batch_size": "1"} | other), "none")
+        finished_run(Ladder(**{"limit": None, "batch_size": "1"} | other), "none")
     assert says in str(error.value)
 
 
 def test_a_run_with_other_weights_is_refused(runner: Runner, tmp_path: Path) -> None:
     first = plan(tmp_path)
-    climb(first, "none")
+    make_run(first, "none")
     facts = {
         "run": "20260301T120001.000000Z",
         "rank": 0,
@@ -161,7 +161,7 @@ def test_a_run_with_other_weights_is_refused(runner: Runner, tmp_path: Path) -> 
     file = tmp_path / "none" / "sdrpn_record" / f"run_facts_{facts['run']}_rank0.json"
     file.write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=r"the weights pretrained/model\.safetensors 0123 then"):
-        finished(first, "none")
+        finished_run(first, "none")
 
 
 def test_a_run_that_failed_ends_with_its_log_and_exit_code(
@@ -180,8 +180,8 @@ def test_results_that_are_not_whole_are_a_failure_whatever_the_exit_code(
     runner: Runner, tmp_path: Path
 ) -> None:
     runner.script += "; import pathlib; next(pathlib.Path(sys.argv[2]).rglob('*.jsonl')).unlink()"
-    with pytest.raises(RungFailed, match=r"no samples of toy beside it.*exit code was 0"):
-        climb(plan(tmp_path), "none")
+    with pytest.raises(RunFailed, match=r"no samples of toy beside it.*exit code was 0"):
+        make_run(plan(tmp_path), "none")
 
 
 def test_the_oracle_is_left_out_where_documents_have_no_boxes(
@@ -211,7 +211,7 @@ def test_wrong_use_ends_with_one_sentence(
     assert says in said
 
 
-def test_the_command_line_of_a_rung(tmp_path: Path) -> None:
+def test_the_command_line_of_a_run(tmp_path: Path) -> None:
     made = plan(tmp_path, limit=5, include_path="mine").command("attention")
     assert made[1:5] == ["-m", "lmms_eval", "--model", "llava_sdrpn"]
     words = " ".join(made)
@@ -282,13 +282,13 @@ def test_without_a_score_to_draw_there_is_no_figure(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rung_is_a_run_of_lmms_eval_and_is_known_again(tmp_path: Path) -> None:
+def test_a_run_of_a_ladder_is_known_again(tmp_path: Path) -> None:
     real = Ladder(tmp_path / "out", "tiny_vstar", "pretrained=tiny", 3, "4")
-    run, seconds = climb(real, "box")
+    run, seconds = make_run(real, "box")
     assert list(run.tasks["tiny_vstar"].samples) == [0, 1, 2]
     assert (run.name, run.arguments["proposer"]) == ("true box", "box")
     assert seconds > 0
-    known = finished(real, "box")
+    known = finished_run(real, "box")
     assert known is not None
     assert known.file == run.file
 
