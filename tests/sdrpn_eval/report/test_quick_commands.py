@@ -53,6 +53,7 @@ def runs(tmp_path: Path) -> list[Path]:
     return folders
 
 
+@pytest.mark.slow
 def test_the_list_names_what_is_slow(tmp_path: Path) -> None:
     """The check below would see it: `--update` writes versions down, and needs torch for it."""
     run = write_run(tmp_path / "run", {"toy": [sample(i) for i in range(6)]})
@@ -69,6 +70,7 @@ def test_help_of_sdrpn_imports_nothing_slow() -> None:
     assert imported(["--help"], [*SLOW, "scipy"], module="sdrpn.cli") == [0, []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("good", [True, False])
 def test_a_gate_imports_nothing_slow(tmp_path: Path, runs: list[Path], good: bool) -> None:
     base = tmp_path / "b.json"
@@ -79,6 +81,7 @@ def test_a_gate_imports_nothing_slow(tmp_path: Path, runs: list[Path], good: boo
     assert imported(words, SLOW) == [0 if good else 2, []]
 
 
+@pytest.mark.slow
 def test_a_comparison_imports_only_what_looks_tasks_up(tmp_path: Path, runs: list[Path]) -> None:
     """lmms-eval's index of tasks, for the pictures, imports torch; our model is not needed."""
     names = [
@@ -91,6 +94,7 @@ def test_a_comparison_imports_only_what_looks_tasks_up(tmp_path: Path, runs: lis
     assert imported(words, names) == [0, []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "everything"), [("tiny_vstar", [False]), ("mme", [False, True])])
 def test_the_files_of_all_tasks_are_read_only_where_a_task_is_theirs(
     monkeypatch: pytest.MonkeyPatch, name: str, everything: list[bool]
