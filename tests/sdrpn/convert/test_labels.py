@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,10 @@ def array_with(state: Any) -> Built:
         Built(np.dtype, ("f4", False, True), "state"),
         Calls(np.dtype, 4),
         Calls(np.dtype, "no such type"),
+        Calls(np.dtype, None),  # numpy takes it for float64
+        Built(np.dtype, ("f4", False, True), [3, "<", None]),
+        Built(np.dtype, ("f4", False, True), (3,)),
+        Calls(np.float32(0).__reduce__()[0], FLOAT),  # a number without its bytes
     ],
 )
 def test_arrays_of_unknown_make_are_refused(tmp_path: Path, value: Any) -> None:
@@ -294,6 +299,23 @@ def test_what_is_no_value_does_not_come_out(tmp_path: Path, content: bytes, kind
     (tmp_path / "labels.pkl").write_bytes(content)
     with pytest.raises(ValueError, match=rf"is refused: it contains a {kind}, which is not"):
         safe_pickle.load(tmp_path / "labels.pkl")
+
+
+@pytest.mark.parametrize(
+    ("code", "order", "data", "expected"),
+    [
+        ("i2", "<", b"\1\2", 513),
+        ("i2", ">", b"\1\2", 258),
+        ("i2", "=", b"\1\2", 513 if sys.byteorder == "little" else 258),
+        ("i1", "|", b"\3", 3),
+    ],
+)
+def test_bytes_have_the_order_that_is_named(
+    tmp_path: Path, code: str, order: str, data: bytes, expected: int
+) -> None:
+    kind = Built(np.dtype, (code, False, True), (3, order, None, None, None, -1, -1, 0))
+    (found,) = safe_pickle.load(pickled(tmp_path, [array_with((1, (1,), kind, False, data))]))
+    assert found.tolist() == [expected]
 
 
 def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
@@ -350,6 +372,10 @@ def changed(**changes: Any) -> list[dict[str, Any]]:
         ),
         (changed(image="../1.jpg"), "record 2: image '../1.jpg' is not below"),
         ([records()[0] | {"sink_attn": np.zeros(7), "grounding_attn_o2i": np.zeros(7)}], "7 image"),
+        (
+            [records()[0] | {"sink_attn": np.zeros(0), "grounding_attn_o2i": np.zeros(0)}],
+            "record 0: .*maps",
+        ),
     ],
 )
 def test_records_that_do_not_fit_are_named(tmp_path: Path, value: Any, message: str) -> None:
