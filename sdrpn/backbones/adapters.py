@@ -12,7 +12,7 @@ from sdrpn.io import hub
 from sdrpn.io.checkpoint_files import first_line
 from sdrpn.io.extras import needs
 
-KEPT_WHOLE = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+KEPT_WHOLE = ["lm_head", "model.vision_tower", "model.multi_modal_projector", "model.visual"]
 """Modules that 4-bit loading leaves as they are: small, and what the maps are made from."""
 
 

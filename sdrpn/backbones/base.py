@@ -139,6 +139,9 @@ class Backbone(ABC):
     `k_proj`, `v_proj` and `head_dim`, as those of LLaMA and Qwen have.
     """
 
+    load_options: ClassVar[frozenset[str]] = frozenset()
+    """Arguments of `load` that are the family's own."""
+
     model_type: ClassVar[str]
     """`model_type` of the family in config.json; what `RPNConfig.backbone` records."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from sdrpn.backbones.base import Backbone
 from sdrpn.backbones.llava15 import ARCHITECTURE as LLAVA15
 from sdrpn.backbones.llava15 import Llava15
-from sdrpn.backbones.loading import WeightsUnavailable, load_model
+from sdrpn.backbones.loading import WeightsUnavailable
 from sdrpn.backbones.qwen25_vl import ARCHITECTURE as QWEN25_VL
 from sdrpn.backbones.qwen25_vl import Qwen25VL
 from sdrpn.io.checkpoint_files import CONFIG_FILE, Source
@@ -66,13 +65,13 @@ def load_backbone(pretrained: str, revision: str | None = None, **options: Any) 
 
 
 def _known(chosen: type[Backbone], name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without those that say nothing; ValueError for one that the family has not."""
-    common, own = (inspect.signature(one).parameters for one in (load_model, chosen.load))
+    """Options without those that are None; ValueError for one that only another family has."""
     given = {key: value for key, value in options.items() if value is not None}
-    wrong = sorted(given.keys() - common.keys() - own.keys())
+    others = frozenset().union(*(one.load_options for one in FAMILIES.values()))
+    wrong = sorted(given.keys() & (others - chosen.load_options))
     if wrong:
         raise ValueError(
-            f"{name} is a {chosen.model_type} model, which has no {', '.join(wrong)}: leave it out"
+            f"{name} is a {chosen.model_type} model, which has no {', '.join(wrong)}: omit it"
         )
     return given
 

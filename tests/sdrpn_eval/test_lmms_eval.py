@@ -127,6 +127,7 @@ def test_a_multiple_choice_task_takes_the_smallest_loss(data: Path, tmp_path: Pa
     assert results["by_loss"]["acc,none"] == 1
 
 
+@pytest.mark.slow
 def test_use_cache_answers_again_without_the_model(data: Path, tmp_path: Path) -> None:
     engine = FakeEngine(lambda q: "stop")
     lm = LlavaSdrpn(pretrained=engine, batch_size=3)
@@ -172,6 +173,7 @@ def test_two_runs_of_one_command_give_byte_equal_answers(shipped: None, tmp_path
     assert len({line.answer for line in one}) > 5
 
 
+@pytest.mark.slow
 def test_use_cache_is_refused_before_anything_is_loaded(
     shipped: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
