@@ -113,7 +113,7 @@ class Journal:
         hashed = {name.partition("/")[0] for name in weights_only(hashes)}
         if not self._uses or not hashed.issuperset(self._uses):
             return None
-        settings = {name: self.provenance.arguments[name] for name in SETTINGS}
+        settings = {name: self.provenance.arguments.get(name) for name in SETTINGS}
         made_of = [hashes, settings, self._dtype, versions(), source_digest()]
         return f"{digest(_text(made_of)):032x}"
 

@@ -227,9 +227,13 @@ class SdrpnModel(lmms):
     def _zoom(self, task: str) -> ZoomConfig:
         """The zoom settings for a task: `threshold=`, or the one published for its family."""
         if task not in self._zooms:
-            threshold = self.arguments.threshold or tasks_info.threshold_of(task)
+            threshold = self.arguments.threshold or self.published_threshold(task)
             self._zooms[task] = replace(self._zoom_settings, threshold=threshold)
         return self._zooms[task]
+
+    def published_threshold(self, task: str) -> float:
+        """The threshold that is published for a task's family."""
+        return tasks_info.threshold_of(task)
 
     def _key(self, request: Request, kind: RequestType) -> str | None:
         """What a later run finds the request's line by."""
