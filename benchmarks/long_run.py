@@ -37,7 +37,7 @@ from sdrpn.engine import Answer, Question, ZoomModel
 from sdrpn.io.atomic import write_json
 from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.demo import embedded_model
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
+from sdrpn_eval.model import LlavaSdrpn
 from tools.tiny_vstar.scenes import COLOURS, make_scene, webp_bytes
 
 TASK, SPLIT = "tiny_vstar", "test"

@@ -26,7 +26,7 @@ from sdrpn.roi.crops import crop_tokens
 from sdrpn.roi.postprocess import Region, blur, propose
 from sdrpn.roi.proposers import Proposal
 from sdrpn.rpn.checkpoint import RPN
-from sdrpn_eval.arguments import PRESETS
+from sdrpn_eval.args import LlavaArguments
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def forget_images(engine: ZoomModel) -> None:
 
 def preset_zoom(preset: str) -> ZoomConfig:
     """Return the zoom settings of a preset; the threshold has no effect here."""
-    values = dict(PRESETS.get(preset, {"policy": "mask"}))
+    values = dict(LlavaArguments.presets.get(preset, {"policy": "mask"}))
     known = {f.name for f in fields(ZoomConfig)}
     return ZoomConfig(**{name: value for name, value in values.items() if name in known})
 

@@ -113,7 +113,7 @@ def _write(folder: Path, shape: str, layers: int | None, answer: Any) -> None:
 def _ask(folder: Path, preset: str, new_tokens: int, cells: int, answer: Any) -> None:
     stages = Stages()
     with stages.stage("import"):
-        from sdrpn_eval.llava_sdrpn import LlavaSdrpn
+        from sdrpn_eval.model import LlavaSdrpn
     with stages.stage("load"):
         plugin = LlavaSdrpn(
             pretrained=str(folder),

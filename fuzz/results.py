@@ -108,7 +108,7 @@ def samples_files(content: bytes) -> None:
 def records(content: bytes) -> None:
     folder = with_file(RECORD, content)
     for line in read_records((folder / RECORD).parent):
-        assert line["task"]
+        assert line.task
     check_run(folder)
 
 

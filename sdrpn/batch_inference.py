@@ -16,7 +16,7 @@ from sdrpn.backbones.fingerprint import base_hash, weights_hash
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.io.atomic import as_json, atomic_write, parse_json
 from sdrpn.io.images import load_image, safe_join
-from sdrpn.io.questions import Asked
+from sdrpn.io.questions import ImageQuestion
 from sdrpn.io.resumable import BatchRunner, append_lines, drop_incomplete_line, guard_settings
 
 ON_ERROR = ("raise", "empty")
@@ -74,7 +74,7 @@ class AnswerFile:
         """Write lines at the end."""
         append_lines(self.path, map(_as_text, lines))
 
-    def sort(self, questions: Sequence[Asked]) -> dict[str, Line]:
+    def sort(self, questions: Sequence[ImageQuestion]) -> dict[str, Line]:
         """Bring the lines into the order of the questions, one each; returns them."""
         lines = self.read()
         ordered = {key: lines[key] for asked in questions if (key := str(asked.id)) in lines}
@@ -110,7 +110,7 @@ class AnswerJob:
     def __init__(
         self,
         zoom: ZoomModel,
-        questions: Sequence[Asked],
+        questions: Sequence[ImageQuestion],
         images: Path,
         out: AnswerFile,
         *,
@@ -160,7 +160,7 @@ class AnswerJob:
             self.zoom.forget_prepared()
         return self.out.sort(self.questions)
 
-    def _left(self) -> list[Asked]:
+    def _left(self) -> list[ImageQuestion]:
         """Questions without an answer, those on one image together, else in their order."""
         answered = self.out.read()
         known = {str(asked.id) for asked in self.questions}
@@ -170,7 +170,7 @@ class AnswerJob:
                 f"{self.out.path} answers a question {strange[0]!r}, which is not among these; use "
                 "another --out"
             )
-        by_image: dict[str, list[Asked]] = {}
+        by_image: dict[str, list[ImageQuestion]] = {}
         for asked in self.questions:
             line = answered.get(str(asked.id))
             if line is not None and (line["image"], line["question"]) != (
@@ -185,7 +185,7 @@ class AnswerJob:
                 by_image.setdefault(asked.image, []).append(asked)
         return [asked for group in by_image.values() for asked in group]
 
-    def _prepare(self, asked: Asked) -> Question:
+    def _prepare(self, asked: ImageQuestion) -> Question:
         question = Question(asked.question, (self._load(asked.image),))
         self.zoom.prepare([question])
         return question
@@ -193,11 +193,11 @@ class AnswerJob:
     def _load_image(self, name: str) -> Image.Image:
         return load_image(safe_join(self.images, name))
 
-    def _ask(self, batch: Sequence[Asked], questions: Sequence[Question]) -> list[Line]:
+    def _ask(self, batch: Sequence[ImageQuestion], questions: Sequence[Question]) -> list[Line]:
         answers = self.zoom.ask_batch(questions, self.generation)
         return [_line(a, **answer.to_dict()) for a, answer in zip(batch, answers, strict=True)]
 
-    def _recover(self, asked: Asked, _: Question | None, error: Exception) -> Line:
+    def _recover(self, asked: ImageQuestion, _: Question | None, error: Exception) -> Line:
         """The line of a question that failed, by `on_error`."""
         if not isinstance(error, ValueError):  # no fault of the question's
             raise error
@@ -206,7 +206,7 @@ class AnswerJob:
         return _line(asked, answer="", error=str(error))
 
 
-def _line(asked: Asked, **said: Any) -> Line:
+def _line(asked: ImageQuestion, **said: Any) -> Line:
     entry = {"id": asked.id, "image": asked.image, "question": asked.question}
     return entry | said | {"given": dict(asked.given)}
 

@@ -7,8 +7,10 @@ source pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -105,3 +107,15 @@ class ImageGrid:
         last = math.ceil((high * scale + offset) / Fraction(self.cell))
         first = min(max(first, 0), cells - 1)
         return first, min(max(last, first + 1), cells)
+
+
+def covered(regions: Sequence[PixelBox], box: PixelBox) -> float:
+    """The share of a box, in [0, 1], that lies inside at least one region; in whole pixels."""
+    xs = sorted({box.x0, box.x1, *(min(max(x, box.x0), box.x1) for r in regions for x in r[::2])})
+    ys = sorted({box.y0, box.y1, *(min(max(y, box.y0), box.y1) for r in regions for y in r[1::2])})
+    area = 0
+    for x0, x1 in pairwise(xs):
+        for y0, y1 in pairwise(ys):
+            if any(r.x0 <= x0 and x1 <= r.x1 and r.y0 <= y0 and y1 <= r.y1 for r in regions):
+                area += (x1 - x0) * (y1 - y0)
+    return area / box.area

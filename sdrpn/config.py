@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Self, get_args, get_type_hints
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 VICUNA_SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -19,8 +19,10 @@ IMAGE_TOKEN = "<image>"
 ONE_WORD = "Answer the question using a single word or phrase."
 """What short answers are asked for with, in benchmarks and in LLaVA's data."""
 
-POLICIES = ("mask", "bbox", "strongest")
-PADDINGS = ("pad", "crop")
+Policy = Literal["mask", "bbox", "strongest"]
+POLICIES: tuple[str, ...] = get_args(Policy)
+Padding = Literal["pad", "crop"]
+PADDINGS: tuple[str, ...] = get_args(Padding)
 ASPECT_RATIO = "image_aspect_ratio"
 """Key of config.json, from the original LLaVA: how images are made square."""
 
@@ -30,7 +32,8 @@ NOTED_PADDINGS = {"pad": "pad", "square": "crop"}
 KINDS = ("natural", "text")
 """Kinds of pictures that labels are made of in different ways."""
 
-PROPOSERS = ("rpn", "attention", "vicrop", "none")
+Proposer = Literal["rpn", "attention", "vicrop", "none"]
+PROPOSERS: tuple[str, ...] = get_args(Proposer)
 
 PLAIN = {bool, float, int, str, type(None)}
 """Types of JSON scalars."""

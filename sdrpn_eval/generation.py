@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,11 +50,6 @@ def stop_strings(until: Any) -> list[str]:
     if not isinstance(several, list | tuple) or not all(isinstance(s, str) for s in several):
         raise ValueError(f"until must be a string or a list of strings, got {until!r}")
     return [s for s in several if s]
-
-
-def group_key(kwargs: Mapping[str, Any]) -> str:
-    """Equal for requests that may share a batch."""
-    return json.dumps(kwargs, sort_keys=True, default=str)
 
 
 def _unset(kwargs: Mapping[str, Any]) -> set[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from loguru import logger
 import sdrpn
 from sdrpn.config import ZoomConfig
 from sdrpn.io.plurals import agree, counted
-from sdrpn_eval.fingerprints import digest, visuals_fingerprint
-from sdrpn_eval.kinds import Kind
-from sdrpn_eval.questions import Request
-from sdrpn_eval.record import RecordWriter, lines_of
-from sdrpn_eval.run_facts import RunFacts, versions, weights_only
+from sdrpn_eval.provenance.collect import Collector, versions, weights_only
+from sdrpn_eval.provenance.fingerprints import digest, visuals_fingerprint
+from sdrpn_eval.record import RecordLine, RecordWriter, lines_of
+from sdrpn_eval.request_types import RequestType
+from sdrpn_eval.requests import Request
 
 SETTINGS = ("proposer", "padding", "system_prompt", "attn_implementation", "load_in_4bit")
 """Arguments that change an answer and stand neither in the weights nor in a ZoomConfig."""
@@ -34,24 +34,22 @@ SETTINGS = ("proposer", "padding", "system_prompt", "attn_implementation", "load
 class Journal:
     """What one process of a run writes into its record folder, and finds there.
 
-    sources: where the weights are, see `loading.sources`. dtype: the model's.
     A model in memory has no weights to hash, so its lines have no key and are never found again.
+
+    Args:
+        provenance: Of this process; its folder is the record's.
+        uses: What weights are for, of those that `loading.sources` names.
+        dtype: The model's.
     """
 
-    def __init__(
-        self,
-        writer: RecordWriter,
-        facts: RunFacts,
-        sources: Mapping[str, str | None],
-        dtype: str,
-    ) -> None:
-        self.writer = writer
-        self.facts = facts
-        self._uses = [use for use, source in sources.items() if source]
+    def __init__(self, provenance: Collector, uses: Sequence[str], dtype: str) -> None:
+        self.provenance = provenance
+        self.writer = RecordWriter(provenance.folder, provenance.rank)
+        self._uses = uses
         self._dtype = dtype
         self._visuals: dict[str, str] = {}
 
-    def key(self, request: Request, kind: Kind, zoom: ZoomConfig) -> str | None:
+    def key(self, request: Request, kind: RequestType, zoom: ZoomConfig) -> str | None:
         """The key of a request's line; None where its answer cannot be told from another's, or is
         left to chance."""
         asked = kind.asked(request)
@@ -63,7 +61,7 @@ class Journal:
             self._system,
             _text(asdict(zoom)),
             *(kind.name, request.task, request.split, str(request.doc_id)),
-            str(self.facts.documents[request.task][request.doc_id]),
+            str(self.provenance.documents[request.task][request.doc_id]),
             self._visuals[request.task],
             request.prompt,
             _text(asked),
@@ -72,55 +70,50 @@ class Journal:
 
     def earlier(
         self, requests: Sequence[Request], key: Callable[[Request], str | None]
-    ) -> dict[int, dict[str, Any]]:
+    ) -> dict[int, RecordLine]:
         """Lines of earlier runs that answer these requests, by the request's index.
 
-        key: gives a request its key; not called where no earlier run left any. The lines become
-        this run's, so that its record is whole.
+        The lines become this run's, so that its record is complete.
+
+        Args:
+            key: Gives a request its key; not called where no earlier run left any.
         """
-        known: dict[str | None, str] = {
-            then: text
+        known: dict[str | None, RecordLine] = {
+            line.key: line
             for task in dict.fromkeys(r.task for r in requests)
-            for text, line in lines_of(self.writer.folder, task)
-            if line["run"] != self.writer.run
-            and (then := line.get("key"))
-            and not line.get("error")
+            for line in lines_of(self.writer.folder, task)
+            if line.run != self.provenance.run and line.key and not line.error
         }
-        if not known:
-            return {}
-        found = {}
-        for request in requests:
-            text = known.get(key(request))
-            if text is not None:
-                line = json.loads(text)
-                run = line.pop("run")
-                found[request.index] = {"from": run, **line, "resumed": True}
-        again = [r for r in requests if r.index in found]
-        self.keep(again, [found[r.index] for r in again])
+        found = [(r, known[then]) for r in requests if known and (then := key(r)) in known]
+        ours = [(r, self._taken_over(line)) for r, line in found]
+        self.keep(ours)
         if found:
             logger.info(
                 f"{len(found)} of {counted(len(requests), 'answer')} "
-                f"{agree(len(found), 'stands', 'stand')} in the record of an "
-                "earlier run, "
-                "of the same weights, settings and prompts, and not asked again; resume=false "
-                "asks all anew"
+                f"{agree(len(found), 'stands', 'stand')} in the record of an earlier run, of the "
+                "same weights, settings and prompts, and not asked again; resume=false asks all "
+                "anew"
             )
-        return found
+        return {request.index: line for request, line in ours}
 
-    def keep(self, requests: Sequence[Request], lines: Sequence[Mapping[str, Any]]) -> None:
+    def _taken_over(self, line: RecordLine) -> RecordLine:
+        origin = line.origin or line.run
+        run = self.provenance.run
+        return line.model_copy(update={"run": run, "origin": origin, "resumed": True})
+
+    def keep(self, lines: Iterable[tuple[Request, RecordLine]]) -> None:
         """Write the lines of requests; lmms-eval's padding repeats another's and has none."""
-        both = zip(requests, lines, strict=True)
-        self.writer.append(line for request, line in both if not request.padding_only)
+        self.writer.append(line for request, line in lines if not request.padding_only)
 
     @functools.cached_property
     def _system(self) -> str | None:
         """What answers, hashed; waits for the weights' hashes. None where these are not known."""
-        hashes = self.facts.hashes.result()
-        self.facts.write()  # now with them
+        hashes = self.provenance.hashes.result()
+        self.provenance.write()  # now with them
         hashed = {name.partition("/")[0] for name in weights_only(hashes)}
         if not self._uses or not hashed.issuperset(self._uses):
             return None
-        settings = {name: self.facts.arguments[name] for name in SETTINGS}
+        settings = {name: self.provenance.arguments.get(name) for name in SETTINGS}
         made_of = [hashes, settings, self._dtype, versions(), source_digest()]
         return f"{digest(_text(made_of)):032x}"
 

@@ -11,17 +11,23 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
 
-from sdrpn_eval.arguments import on_command_line
-from sdrpn_eval.harness_flags import refuse_folder_as_task
+from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.command_line import on_command_line
+from sdrpn_eval.harness import refuse_folder_as_task
 from sdrpn_eval.local_data import use_local_data
 
 # `lmms_eval.models` loads this module while it is itself being imported, and whoever imports it
 # from here first would find half a module there: so what needs it is imported where it is used.
+
+
+MODELS: Mapping[str, str] = {LlavaArguments.model_name: "sdrpn_eval.model.LlavaSdrpn"}
+"""Names of our models for `--model`, each with its class."""
 
 
 class TaskIndex:
@@ -38,7 +44,9 @@ def register() -> Any:
         add_tasks()
     except Exception as error:  # a broken hook must not take the model away with it
         _warn(f"{type(error).__name__}: {error}")
-    return ModelManifest("llava_sdrpn", simple_class_path="sdrpn_eval.llava_sdrpn.LlavaSdrpn")
+    return ModelManifest(
+        LlavaArguments.model_name, simple_class_path=MODELS[LlavaArguments.model_name]
+    )
 
 
 def tasks_folder() -> Path:
@@ -68,7 +76,7 @@ def _with_our_tasks(original: Any) -> Any:
     def initialize_tasks(self: Any, include_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         paths = [include_path] if isinstance(include_path, str) else list(include_path or [])
         index = original(self, [*paths, str(tasks_folder())], *args, **kwargs)
-        if on_command_line("--model", sys.argv) == "llava_sdrpn":
+        if on_command_line("--model", sys.argv) in MODELS:
             refuse_folder_as_task(on_command_line("--tasks", sys.argv), index)
         TaskIndex.latest = use_local_data(index)
         return TaskIndex.latest

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from sdrpn_eval.arguments import on_command_line
+from sdrpn_eval.command_line import on_command_line
 
 DEFAULT_THRESHOLD = 0.15
 """For a task of no family below: the value published for most of them."""

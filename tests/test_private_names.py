@@ -219,7 +219,7 @@ QWEN, QWEN_MODEL = (
     "sdrpn/backbones/qwen25_vl.py",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
 )
-PLUGIN, MODEL = "sdrpn_eval/plugin.py", "sdrpn_eval/llava_sdrpn.py"
+PLUGIN, MODEL = "sdrpn_eval/plugin.py", "sdrpn_eval/model.py"
 
 TOUCHED = (
     Touched(
@@ -365,7 +365,7 @@ TOUCHED = (
     ),
     Touched(
         "__self__",
-        ("sdrpn_eval/questions.py",),
+        ("sdrpn_eval/requests.py",),
         "no record beside lmms-eval's output, no scorer fingerprint: a model is told neither",
         request_tuple,
     ),
@@ -377,7 +377,7 @@ TOUCHED = (
     ),
     Touched(
         "lmms_eval.evaluator",
-        ("sdrpn_eval/harness_flags.py",),
+        ("sdrpn_eval/harness.py",),
         "settings that the model cannot honour are refused only where the command line has them",
         lambda *_: (
             {
@@ -394,7 +394,7 @@ TOUCHED = (
     ),
     Touched(
         "__padding_only__",
-        ("sdrpn_eval/questions.py",),
+        ("sdrpn_eval/requests.py",),
         "with several processes, questions asked twice would be recorded twice",
         padding,
     ),
@@ -412,7 +412,7 @@ TOUCHED = (
     ),
     Touched(
         "_metric_fn_list",
-        ("sdrpn_eval/fingerprints.py",),
+        ("sdrpn_eval/provenance/fingerprints.py",),
         "a changed scorer would go unnoticed in comparisons",
         task_parts,
     ),

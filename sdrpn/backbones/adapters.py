@@ -12,7 +12,12 @@ from sdrpn.io import hub
 from sdrpn.io.checkpoint_files import first_line
 from sdrpn.io.extras import needs
 
-UNQUANTIZED_MODULES = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+UNQUANTIZED_MODULES = [
+    "lm_head",
+    "model.vision_tower",
+    "model.multi_modal_projector",
+    "model.visual",
+]
 """Modules that 4-bit loading leaves in full precision: they are small, and the maps depend on
 them."""
 

@@ -147,6 +147,9 @@ class Backbone(ABC):
     and Qwen.
     """
 
+    load_options: ClassVar[frozenset[str]] = frozenset()
+    """Arguments of `load` that are the family's own."""
+
     model_type: ClassVar[str]
     """`model_type` of the family in config.json, recorded in `RPNConfig.backbone`."""
 

@@ -175,6 +175,7 @@ class Llava15(Backbone):
     """
 
     model_type = "llava"
+    load_options = frozenset({"padding", "system_prompt"})
 
     def __init__(
         self,

@@ -44,6 +44,11 @@ def check_is_qwen25_vl(config: dict[str, Any], name: str) -> None:
             f"{name} has use_sliding_window in config.json: prefixes are read with full attention "
             "only; give a Qwen2.5-VL without it"
         )
+    check_supported()
+
+
+def check_supported() -> None:
+    """Refuse versions of transformers whose layers join the three axes of positions themselves."""
     if not hasattr(modeling.Qwen2_5_VLRotaryEmbedding, "recomposition_frequencies"):
         raise ValueError(
             "Qwen2.5-VL needs transformers 5.20 or newer: pip install -U 'transformers<6'"
@@ -75,6 +80,7 @@ class Qwen25VL(Backbone):
     """
 
     model_type = "qwen2_5_vl"
+    load_options = frozenset({"min_pixels", "max_pixels", "system_prompt"})
     position_axes = 3
     crop_marks = 2
     default_zoom = ZoomConfig(threshold=published.THRESHOLD)
@@ -94,6 +100,7 @@ class Qwen25VL(Backbone):
         training: bool = False,
         name: str = "",
     ) -> None:
+        check_supported()
         self.model = model.eval().requires_grad_(False)
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.system_prompt, self.training = system_prompt, training
@@ -332,9 +339,9 @@ class Qwen25VL(Backbone):
     def published_branch(cls, config: Mapping[str, Any]) -> int:
         text = {**config, **(config.get("text_config") or {})}
         hidden, layers = text.get("hidden_size"), text.get("num_hidden_layers")
-        if isinstance(hidden, int) and isinstance(layers, int):
-            return published.branch_layer(hidden, layers)
-        return published.SIZES[0].branch_layer
+        if not isinstance(hidden, int) or not isinstance(layers, int):
+            return published.SIZES[0].branch_layer  # loading says what is wrong with the sizes
+        return published.branch_layer(hidden, layers)
 
     def published_labels(self) -> LabelConfig | None:
         size = published.size_of(self.text_config.hidden_size, self.num_layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from sdrpn.backbones.base import Backbone
 from sdrpn.backbones.llava15 import ARCHITECTURE as LLAVA15
 from sdrpn.backbones.llava15 import Llava15
-from sdrpn.backbones.loading import WeightsUnavailable, load_model
+from sdrpn.backbones.loading import WeightsUnavailable
 from sdrpn.backbones.qwen25_vl import ARCHITECTURE as QWEN25_VL
 from sdrpn.backbones.qwen25_vl import Qwen25VL
 from sdrpn.io.checkpoint_files import CONFIG_FILE, Source
@@ -68,13 +67,13 @@ def load_backbone(pretrained: str, revision: str | None = None, **options: Any) 
 
 
 def _checked(chosen: type[Backbone], name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop options that are None, and raise ValueError for those that the family lacks."""
-    common, own = (inspect.signature(one).parameters for one in (load_model, chosen.load))
+    """Drop options that are None, and raise ValueError for those of other families only."""
     given = {key: value for key, value in options.items() if value is not None}
-    wrong = sorted(given.keys() - common.keys() - own.keys())
+    others = frozenset().union(*(one.load_options for one in FAMILIES.values()))
+    wrong = sorted(given.keys() & (others - chosen.load_options))
     if wrong:
         raise ValueError(
-            f"{name} is a {chosen.model_type} model, which has no {', '.join(wrong)}: leave it out"
+            f"{name} is a {chosen.model_type} model, which has no {', '.join(wrong)}: omit it"
         )
     return given
 

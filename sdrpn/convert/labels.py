@@ -98,13 +98,9 @@ def _write(
             _row(records[n], f"{file}, record {n}", shape, tokens, images, config) for n in numbers
         ]
         write_shard(rows, shard_path(out, k, shards))
-    about: dict[str, Any] = {
-        "image_tokens": tokens,
-        "side": round(tokens**0.5) * PATCH,
-        "padding": "pad",
-    }
-    if preprocessing:
-        about = {"image_tokens": None, **preprocessing}
+    about: dict[str, Any] = {"image_tokens": None, **(preprocessing or {})}
+    if preprocessing is None:
+        about = {"image_tokens": tokens, "side": round(tokens**0.5) * PATCH, "padding": "pad"}
     write_settings(out, _settings(file, images, config, len(records), shards) | about)
     found = summarise(load_labels(out))
     write_json(out / SUMMARY_FILE, found)

@@ -41,8 +41,7 @@ class _DType:
         if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
             raise Refused("a number type in an unknown format")
         assert self.dtype is not None
-        if state[1] != "|":
-            self.dtype = self.dtype.newbyteorder(state[1])
+        self.dtype = self.dtype.newbyteorder(state[1])  # "|" leaves it as it is
 
 
 class _Array:
@@ -79,7 +78,7 @@ def _scalar(dtype: Any, data: Any = b"") -> Any:
     return _array(data, dtype, (), fortran=False)[()]
 
 
-def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+def _encode(text: Any, encoding: Any) -> bytes:
     """Decode bytes as written by protocols below 3."""
     if not isinstance(text, str) or encoding != "latin1":
         raise Refused("text in an unusual encoding")

@@ -36,11 +36,11 @@ from sdrpn.distill.label_dataset import (
     write_shard,
 )
 from sdrpn.distill.pseudo_labels import FOREGROUND, label_cells
-from sdrpn.distill.questions import Item
 from sdrpn.draw import Card, sheet
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.io.atomic import atomic_write, remove_partial_files
 from sdrpn.io.images import BadImage, image_key, load_image, safe_join
+from sdrpn.io.questions import ImageQuestion
 from sdrpn.io.resumable import BatchRunner, guard_settings
 from sdrpn.roi.proposers import require_labels
 
@@ -69,7 +69,7 @@ class LabelJob:
     def __init__(
         self,
         zoom: ZoomModel,
-        items: Sequence[Item],
+        items: Sequence[ImageQuestion],
         out: Path,
         *,
         images: Path | None,
@@ -161,10 +161,10 @@ class LabelJob:
             logger.warning("%s is damaged and is made anew", path)
         return False
 
-    def _items(self, shard: int) -> Sequence[Item]:
+    def _items(self, shard: int) -> Sequence[ImageQuestion]:
         return self.items[shard * self.shard_size : (shard + 1) * self.shard_size]
 
-    def _item(self, place: Place) -> Item:
+    def _item(self, place: Place) -> ImageQuestion:
         shard, number = place
         return self._items(shard)[number]
 
@@ -178,7 +178,7 @@ class LabelJob:
     def _open(self, place: Place) -> tuple[str, Image.Image]:
         item = self._item(place)
         if item.content is not None:
-            return self._keep(item.content(), item.id)
+            return self._keep(item.content(), str(item.id))
         assert self.images is not None
         return item.image, load_image(safe_join(self.images, item.image))
 
@@ -204,7 +204,7 @@ class LabelJob:
         made = label_batch(self.zoom, asked, kinds)
         return [
             label_row(
-                item.id,
+                str(item.id),
                 file,
                 item.question,
                 one.response,
@@ -223,7 +223,9 @@ class LabelJob:
         if not isinstance(error, BadImage):
             raise error
         item = self._item(place)
-        return label_row(item.id, item.image, item.question, reason=f"{BAD_IMAGE}{error.reason}")
+        return label_row(
+            str(item.id), item.image, item.question, reason=f"{BAD_IMAGE}{error.reason}"
+        )
 
 
 def relabel(source: Path, out: Path, config: LabelConfig) -> None:

@@ -18,7 +18,14 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from sdrpn.config import IMAGE_TOKEN
 from sdrpn.io.images import BadImage, safe_join
-from sdrpn.io.questions import TURNS, Entry, first_question, one_image, read_entries
+from sdrpn.io.questions import (
+    Entry,
+    ImageQuestion,
+    as_text,
+    one_image,
+    parse_entry,
+    read_entries,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +42,6 @@ EXPECTED = (
 
 
 @dataclass(frozen=True)
-class Item:
-    """One question on one image. image: a path below the image folder. content: the image file's
-    bytes where it came inside a dataset, else None."""
-
-    id: str
-    image: str
-    question: str
-    content: Callable[[], bytes] | None = None
-
-
-@dataclass(frozen=True)
 class Unusable:
     """An entry that holds no question on one image. why: a sentence that names it."""
 
@@ -59,7 +55,7 @@ def read_items(
     samples: int | None = None,
     seed: int = 0,
     tell: Callable[[str], None] = logger.warning,
-) -> list[Item]:
+) -> list[ImageQuestion]:
     """Read the questions of a file, folder or hub data set, in their order.
 
     Args:
@@ -75,7 +71,7 @@ def read_items(
         ValueError: naming the file, and its first entry where none can be used.
     """
     found = list(_read(data))
-    items = [one for one in found if isinstance(one, Item)]
+    items = [one for one in found if isinstance(one, ImageQuestion)]
     unusable = [one for one in found if isinstance(one, Unusable)]
     if unusable and not items:
         raise ValueError(unusable[0].why)
@@ -106,7 +102,7 @@ def read_items(
     return items
 
 
-def fingerprint(items: Sequence[Item]) -> str:
+def fingerprint(items: Sequence[ImageQuestion]) -> str:
     """A name for exactly these questions in this order."""
     digest = hashlib.blake2b(digest_size=16)
     for item in items:
@@ -114,14 +110,14 @@ def fingerprint(items: Sequence[Item]) -> str:
     return digest.hexdigest()
 
 
-def _read(data: str) -> Iterator[Item | Unusable]:
+def _read(data: str) -> Iterator[ImageQuestion | Unusable]:
     path = Path(data).expanduser()
     if path.suffix in (".json", ".jsonl"):
         return _entries(path)
     return _columns(data, path)
 
 
-def _entries(path: Path) -> Iterator[Item | Unusable]:
+def _entries(path: Path) -> Iterator[ImageQuestion | Unusable]:
     """The questions of a JSON list or of JSON lines, of LLaVA's conversations or of plain ones."""
     for entry in read_entries(path, first=0, longest=MAX_LINE):
         try:
@@ -144,26 +140,17 @@ def _without(where: str, error: ValueError) -> str:
     return str(error).replace(f"{where} ", "it ", 1)
 
 
-def _item(entry: Entry) -> Item | None:
+def _item(entry: Entry) -> ImageQuestion | None:
     """The question of an entry, None for a conversation without an image; ValueError says why."""
-    values = entry.value
-    if not isinstance(values, dict):
-        raise ValueError(f"got a {type(values).__name__}")
-    if TURNS in values and not values.get("image"):
+    parsed = parse_entry(entry.value)
+    if parsed is None:
         return None  # text only, as much of LLaVA's data is
-    if not values.get("image"):
-        raise ValueError("it has no image")
-    image = one_image(values["image"])
-    words = next((values[name] for name in ("question", "text") if name in values), None)
-    if words is None:
-        if TURNS not in values:
-            raise ValueError("it has no question, no text and no conversations")
-        words = first_question(values[TURNS])
-    name = str(values.get("id", values.get("question_id", entry.number)))
-    return Item(_text("id", name), _text("image", image), _clean(words))
+    image, words, rest = parsed
+    name = as_text("id", str(rest.get("id", entry.number)))
+    return ImageQuestion(name, image, _clean(words), entry.where)
 
 
-def _columns(data: str, path: Path) -> Iterator[Item | Unusable]:
+def _columns(data: str, path: Path) -> Iterator[ImageQuestion | Unusable]:
     rows = _load(data, path)
     missing = [name for name in ("image", "question") if name not in rows.column_names]
     if missing:
@@ -182,12 +169,17 @@ def _columns(data: str, path: Path) -> Iterator[Item | Unusable]:
     row: Any
     for number, row in enumerate(light):
         try:
-            name = _text("id", str(row[names[0]])) if names else str(number)
+            name = as_text("id", str(row[names[0]])) if names else str(number)
             if embedded:
-                yield Item(name, "", _clean(row["question"]), _Content(rows, number, roots))
+                yield ImageQuestion(
+                    name,
+                    "",
+                    _clean(row["question"]),
+                    content=_Content(rows, number, roots),
+                )
             else:
-                image = _text("image", one_image(row["image"]))
-                yield Item(name, image, _clean(row["question"]))
+                image = as_text("image", one_image(row["image"]))
+                yield ImageQuestion(name, image, _clean(row["question"]))
         except ValueError as error:
             yield Unusable(f"{data}, row {number}: {error}")
 
@@ -237,17 +229,9 @@ def _load(data: str, path: Path) -> Dataset:
     return rows
 
 
-def _text(field: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"the {field} must be text, got {value!r:.80}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        half = value[error.start]
-        raise ValueError(f"the {field} holds half of a character, {half!a}") from None
-    return value
-
-
 def _clean(words: Any) -> str:
     """The question without its image placeholder, which the prompt puts in front itself."""
-    return _text("question", _text("question", words).replace(IMAGE_TOKEN, "").strip())
+    text = as_text("question", words).replace(IMAGE_TOKEN, "").strip()
+    if not text:
+        raise ValueError(f"the question must be text, got {words!r:.80}")
+    return text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,38 +19,49 @@ NAMES = {
     "image": ("image",),
     "question": ("question", "text", TURNS),
 }
-"""What each field may be called; the later names are LLaVA's."""
+"""Names of each field, by preference; the later ones are LLaVA's."""
+
+EXPECTED = 'expected {"id": ..., "image": ..., "question": ...}'
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question of a file. image: a path below the image folder. given: the other fields.
+class ImageQuestion:
+    """One question on one image.
 
-    where: the file and line, for errors.
+    Attributes:
+        image: A path below the image folder.
+        where: File and line, for errors.
+        given: The other fields of its entry.
+        content: Reads the image file's bytes, if it came inside a dataset.
     """
 
     id: str | int
     image: str
     question: str
-    where: str
+    where: str = ""
     given: Mapping[str, Any] = field(default_factory=dict)
+    content: Callable[[], bytes] | None = None
 
     def __str__(self) -> str:
         return f"{self.where}, question {self.id!r}"
 
 
-def read_questions(path: Path, images: Path) -> list[Asked]:
-    """The questions of a file in their order.
+def read_questions(path: Path, images: Path) -> list[ImageQuestion]:
+    """Read the questions of a file, in their order; every entry must be one.
 
-    images: the folder their paths start from; whether the files are there is not looked at. Raises
-    ValueError that names the line for one that is no JSON, lacks a field, has another's id, or
-    whose path leaves the folder.
+    Args:
+        path: JSON lines or a JSON list.
+        images: Folder that image paths start from; whether the files exist is not checked.
+
+    Raises:
+        ValueError: Naming the line that is no JSON, lacks a field, has another's id, or whose path
+            leaves the folder.
     """
-    questions: dict[str, Asked] = {}
+    questions: dict[str, ImageQuestion] = {}
     for entry in read_entries(path):
         if isinstance(entry.value, ValueError):
             raise entry.value
-        asked = _asked(entry.where, entry.value)
+        asked = _strictly(entry)
         earlier = questions.setdefault(str(asked.id), asked)
         if earlier is not asked:
             raise ValueError(
@@ -188,39 +199,64 @@ def first_question(turns: Any) -> str:
     raise ValueError('no turn "from" "human" asks anything')
 
 
-def _asked(where: str, entry: Any) -> Asked:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} must be an object, got a {type(entry).__name__}")
-    found = {
-        one: next((name for name in names if name in entry), None) for one, names in NAMES.items()
-    }
-    for one, name in found.items():
-        if name is None:
-            called = " or ".join(known for known in NAMES[one] if known != TURNS)
-            raise ValueError(
-                f'{where} has no {called}; expected {{"id": ..., "image": ..., "question": ...}}'
-            )
+def parse_entry(value: Any) -> tuple[str, str, dict[str, Any]] | None:
+    """Image, question and other fields of an entry, the id as `id` if it has one.
+
+    Returns:
+        None for a conversation without an image.
+
+    Raises:
+        ValueError: Saying what is wrong with it, the entry being "it".
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"it must be an object, got a {type(value).__name__}")
+    if not value.get("image"):
+        if TURNS in value:
+            return None
+        raise ValueError("it has no image")
+    found = {one: next((n for n in names if n in value), None) for one, names in NAMES.items()}
+    if found["question"] is None:
+        raise ValueError("it has no question, no text and no conversations")
+    words = value[found["question"]]
+    words = first_question(words) if found["question"] == TURNS else words
+    rest = {name: held for name, held in value.items() if name not in found.values()}
+    named = {"id": value[found["id"]]} if found["id"] else {}
+    return as_text("image", one_image(value["image"])), as_text("question", words), rest | named
+
+
+def as_text(name: str, value: Any) -> str:
+    """A text that is not blank and that UTF-8 can hold. Raises ValueError that names the field."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"the {name} must be text, got {value!r:.80}")
+    if (half := half_character(value)) is not None:
+        raise ValueError(f"the {name} holds half of a character, {half}; write it in UTF-8")
+    return value
+
+
+def half_character(text: str) -> str | None:
+    """Half of a surrogate pair, which JSON can spell, written in ASCII; None if there is none."""
     try:
-        json.dumps(entry, ensure_ascii=False).encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where} holds half of a character, {error.object[error.start]!a}; write it in UTF-8"
-        ) from None
-    values = {one: entry[name] for one, name in found.items() if name is not None}
+        return ascii(text[error.start])
+    return None
+
+
+def _strictly(entry: Entry) -> ImageQuestion:
+    """The question of an entry that must be one, with an id, and fields fit to be written back."""
+    where = entry.where
     try:
-        values["image"] = one_image(values["image"])
-        if found["question"] == TURNS:
-            values["question"] = first_question(values["question"])
+        parsed = parse_entry(entry.value)
+        if parsed is None:
+            raise ValueError("it has no image")
+        image, question, given = parsed
+        if "id" not in given:
+            raise ValueError("it has no id and no question_id")
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    _check(where, values)
-    given = {name: value for name, value in entry.items() if name not in found.values()}
-    return Asked(**values, where=where, given=given)
-
-
-def _check(where: str, values: Mapping[str, Any]) -> None:
-    if type(values["id"]) not in (str, int) or values["id"] == "":
-        raise ValueError(f"{where}: the id must be text or a whole number, got {values['id']!r}")
-    for name in ("image", "question"):
-        if not isinstance(values[name], str) or not values[name].strip():
-            raise ValueError(f"{where}: the {name} must be text, got {values[name]!r}")
+        raise ValueError(f"{where}: {error}; {EXPECTED}") from None
+    name = given.pop("id")
+    if type(name) not in (str, int) or name == "":
+        raise ValueError(f"{where}: the id must be text or a whole number, got {name!r}")
+    if (half := half_character(json.dumps([name, given], ensure_ascii=False))) is not None:
+        raise ValueError(f"{where} holds half of a character, {half}; write it in UTF-8")
+    return ImageQuestion(name, image, question, where, given)

@@ -45,7 +45,7 @@ def crop_tokens(
     for (i, _), crop, tokens in zip(pairs, inputs, backbone.encode(inputs), strict=True):
         encoded[i].append(tokens.unflatten(0, (crop.grid.rows, crop.grid.columns)))
     return [
-        _fit(features, region, zoom, limit, backbone.crop_marks) if features else []
+        _fit(features, region, zoom, limit, backbone.crop_marks)
         for features, region, zoom, limit in zip(encoded, regions, zooms, max_tokens, strict=True)
     ]
 

@@ -20,9 +20,9 @@ from sdrpn.boxes import PixelBox
 from sdrpn.draw import Card, sheet
 from sdrpn.io.atomic import write_json
 from sdrpn.io.plurals import counted
-from sdrpn_eval.arguments import written_arguments
+from sdrpn_eval.command_line import written_arguments
 from sdrpn_eval.demo import BENCHMARK
-from sdrpn_eval.record import decode_map, read_records
+from sdrpn_eval.record import read_records
 from sdrpn_eval.results.ladder import end_of, run_logged
 from sdrpn_eval.results.stats import (
     Estimate,
@@ -105,9 +105,9 @@ def summarise(
 
 def contact_sheet(out: Path, rows: Any, count: int = 8) -> Path:
     """Draw questions that the second look changed, then others: image, box, crop, both answers."""
-    seen = {line["doc_id"]: line for line in read_records(out / "rpn" / "record")}
-    stock = {line["doc_id"]: line for line in read_records(out / "stock" / "record")}
-    changed = [i for i in seen if seen[i]["answer"] != stock[i]["answer"]]
+    seen = {line.doc_id: line for line in read_records(out / "rpn" / "record")}
+    stock = {line.doc_id: line for line in read_records(out / "stock" / "record")}
+    changed = [i for i in seen if seen[i].answer != stock[i].answer]
     chosen = _different_images([*changed, *seen], rows)[:count]
     cards = []
     for i in chosen:
@@ -117,13 +117,13 @@ def contact_sheet(out: Path, rows: Any, count: int = 8) -> Path:
                 image=image,
                 question=row["question"],
                 answers={
-                    "stock": stock[i]["answer"],
-                    "second look": seen[i]["answer"],
+                    "stock": stock[i].answer,
+                    "second look": seen[i].answer,
                     "right": f"{row['colour']} {row['answer']}",
                 },
-                regions=[PixelBox(*box) for box in seen[i]["regions"]],
+                regions=[*seen[i].regions],
                 extent=(0, 0, *image.size),  # scenes are square, so they are not padded
-                roi_map=decode_map(seen[i]),
+                roi_map=seen[i].roi_map,
                 truth=PixelBox(*row["box"]),
                 note="pink: where it looked; green: the true box",
             )

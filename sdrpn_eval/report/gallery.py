@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from sdrpn.io.plurals import agree, counted
-from sdrpn_eval.report.looks import Look
+from sdrpn_eval.record import RecordLine
 from sdrpn_eval.report.pictures import SIDE, Album, cut, in_order, needs_crop, shrunk
 from sdrpn_eval.results.comparability import preprocessing
 from sdrpn_eval.results.comparison import RIGHT, Comparison
@@ -149,7 +149,9 @@ def _add_picture(
     return False
 
 
-def _is_the_same(key: str, shown: Look | None, data: Documents, doc_id: int, asked: str) -> bool:
+def _is_the_same(
+    key: str, shown: RecordLine | None, data: Documents, doc_id: int, asked: str
+) -> bool:
     """Whether the document here is the one asked: by its image's hash, else by its prompt."""
     if shown is not None:
         return key == shown.images[0]

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sdrpn.io.atomic import as_json, read_object, read_parsed
-from sdrpn_eval.fingerprints import digest, without_addresses
+from sdrpn_eval.provenance.fingerprints import digest, without_addresses
 from sdrpn_eval.results.comparability import SCORING, Evidence
 from sdrpn_eval.results.compare import cluster_keys
 from sdrpn_eval.results.read import BESIDE
@@ -114,7 +114,7 @@ def _this_machine() -> dict[str, Any]:
     # Imported here: takes seconds, which a check against a baseline does not need.
     import torch
 
-    from sdrpn_eval.run_facts import device_facts, versions
+    from sdrpn_eval.provenance.collect import device_facts, versions
 
     return {"versions": versions(), **device_facts(torch.device("cpu"))}
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdrpn.io.plurals import counted
-from sdrpn_eval.fingerprints import without_addresses
-from sdrpn_eval.report.facts import Facts
-from sdrpn_eval.report.looks import Record
+from sdrpn_eval.provenance.fingerprints import without_addresses
+from sdrpn_eval.provenance.model import Provenance
 from sdrpn_eval.results.read import Run, TaskRun
+from sdrpn_eval.results.records import Record
 
 SCORING = ("metric_list", "filter_list", "process_results", "output_type", "score_key")
 SCORING += ("doc_to_choice", "doc_to_target", "repeats")
@@ -38,7 +38,7 @@ class Evidence:
 
     run: Run
     record: Record
-    facts: Facts | None
+    facts: Provenance | None
 
     @property
     def arguments(self) -> Mapping[str, Any]:
@@ -124,7 +124,7 @@ def _images(a: Record, b: Record, task: str) -> list[str]:
     return [f"{task}: other images in {counted(len(changed), 'document')}, such as {min(changed)}"]
 
 
-def _data(a: Facts | None, b: Facts | None, task: str) -> list[str]:
+def _data(a: Provenance | None, b: Provenance | None, task: str) -> list[str]:
     moved = other_data(*(facts.data.get(task) if facts else None for facts in (a, b)))
     return [f"{task}: {moved}"] if moved else []
 
@@ -236,7 +236,7 @@ def _is_prepared_otherwise(evidence: Evidence, every: Sequence[Evidence]) -> boo
     return mine != its
 
 
-def preprocessing(run: Run, facts: Facts | None = None) -> dict[str, Any]:
+def preprocessing(run: Run, facts: Provenance | None = None) -> dict[str, Any]:
     """What decides how an image and a question reach the base model, from the facts if given."""
     if run.model != "llava_sdrpn":
         return {"model": run.model}

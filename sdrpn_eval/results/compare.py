@@ -7,8 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from sdrpn.boxes import PixelBox
-from sdrpn_eval.report.facts import read_facts
-from sdrpn_eval.report.looks import averages, read_looks, record_folders, unfinished_later_run
 from sdrpn_eval.results.comparability import Evidence, common_tasks, labels, refuse_moved
 from sdrpn_eval.results.comparison import (
     RIGHT,
@@ -24,6 +22,13 @@ from sdrpn_eval.results.comparison import (
 from sdrpn_eval.results.documents import Documents, boxes_of
 from sdrpn_eval.results.published import published_score
 from sdrpn_eval.results.read import Run
+from sdrpn_eval.results.records import (
+    averages,
+    read_facts,
+    read_looks,
+    record_folders,
+    unfinished_later_run,
+)
 from sdrpn_eval.results.regions import where_it_looked
 from sdrpn_eval.results.scores import Document, Scores, all_scores
 from sdrpn_eval.results.stats import clustered, clustered_difference, holm, images_needed, sign_flip

@@ -13,8 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sdrpn.io.plurals import agree, counted
-from sdrpn_eval.report.facts import Facts
-from sdrpn_eval.report.looks import unfinished_later_run
+from sdrpn_eval.provenance.model import Provenance
 from sdrpn_eval.results.baseline import (
     Baseline,
     MetricBaseline,
@@ -26,6 +25,7 @@ from sdrpn_eval.results.baseline import (
 from sdrpn_eval.results.comparability import Evidence, changes, other_data
 from sdrpn_eval.results.compare import gather
 from sdrpn_eval.results.read import BadRun, Run, is_number, read_run
+from sdrpn_eval.results.records import unfinished_later_run
 from sdrpn_eval.results.stats import images_needed, smallest_p
 from sdrpn_eval.results.verdicts import (
     BROKEN,
@@ -191,7 +191,7 @@ def _refuse_moved(before: TaskBaseline, after: TaskBaseline) -> None:
         raise Broken("another scorer than the baseline's: its source changed")
 
 
-def _refuse_other_data(name: str, baseline: Baseline, facts: Facts | None) -> None:
+def _refuse_other_data(name: str, baseline: Baseline, facts: Provenance | None) -> None:
     before = ((baseline.made_of or {}).get("data") or {}).get(name)
     moved = other_data(before, facts.data.get(name) if facts else None)
     if moved:

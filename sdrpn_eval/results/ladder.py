@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdrpn_eval.arguments import checked, parse_arguments
+from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.command_line import parse_arguments
 from sdrpn_eval.loading import revisions, sources
-from sdrpn_eval.report.facts import Facts, read_facts
-from sdrpn_eval.report.looks import record_folders
+from sdrpn_eval.provenance.collect import hash_sources, weights_only
+from sdrpn_eval.provenance.model import Provenance
 from sdrpn_eval.results.comparability import changes
 from sdrpn_eval.results.read import BadRun, Run, find_results, read_run
-from sdrpn_eval.run_facts import hash_sources, weights_only
+from sdrpn_eval.results.records import read_facts, record_folders
+from sdrpn_eval.results.responses import arguments_of
 
 NAMES: Mapping[str, str] = {"none": "stock", "box": "true box"}
 """Names of runs that are not named after their proposer."""
@@ -88,9 +90,9 @@ def finished_run(ladder: Ladder, proposer: str) -> Run | None:
     return run
 
 
-def _weights(facts: Facts) -> dict[str, str]:
-    given = {k: v for k, v in facts.arguments.items() if v is not None}
-    values = checked(given)
+def _weights(facts: Provenance) -> dict[str, str]:
+    given = arguments_of(facts)
+    values = LlavaArguments.of(given)
     return weights_only(hash_sources(sources(values), revisions(values)))
 
 

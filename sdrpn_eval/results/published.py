@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sdrpn_eval.arguments import ARGUMENTS
+from sdrpn.model_registry import LLAVA_7B
 
 _TABLE = """
 size method throughput docvqa chartqa ocrbench infovqa textvqa vstar_attribute vstar_spatial
@@ -68,7 +68,7 @@ WITH_OCR: Mapping[tuple[str, str], float] = {("7b", "stock"): 58.2, ("13b", "sto
 
 def row_of(model: str, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
     """The published row that a run repeats; None for other models and other ways to look."""
-    pretrained = str(arguments.get("pretrained", ARGUMENTS["pretrained"].default)).lower()
+    pretrained = str(arguments.get("pretrained", LLAVA_7B)).lower()
     if "llava" not in pretrained or "1.5" not in pretrained:
         return None
     size = next((size for size in ("13b", "7b") if size in pretrained), None)

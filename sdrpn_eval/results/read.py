@@ -21,13 +21,18 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 from sdrpn.io.atomic import parsed, read_bounded
 from sdrpn.io.plurals import counted
 from sdrpn_eval import schemas
-from sdrpn_eval.arguments import parse_arguments
+from sdrpn_eval.command_line import parse_arguments
+from sdrpn_eval.provenance.model import parsed_arguments
 from sdrpn_eval.schemas import Counts, Results, SampleLine
 
 RESULTS = "_results.json"
 NOT_METRICS = {"doc_id", "doc", "target", "resps", "filtered_resps", "token_counts"}
 NOT_METRICS |= {"doc_hash", "input", "input_media"}
 """Keys of a samples line that lmms-eval writes itself; all others are the task's metrics."""
+
+PLACES = ("sdrpn_record", "record")
+"""Folders beside lmms-eval's output where a record may be."""
+
 BESIDE = " | "
 """Separates several answers to one document."""
 
@@ -84,8 +89,10 @@ class Run:
     @cached_property
     def arguments(self) -> dict[str, Any]:
         """`--model_args` by name, as given. Raises BadRun if they cannot be read."""
+        given = self.results["config"].get("model_args")
         try:
-            return parse_arguments(self.results["config"].get("model_args"))
+            known = parsed_arguments(beside(self), given)
+            return parse_arguments(given) if known is None else known
         except ValueError as error:
             raise BadRun(f"{self.file}: {error}") from None
 
@@ -128,6 +135,19 @@ class Run:
     def by_command_line(self) -> bool:
         """Whether lmms-eval's command line made the run, and so loaded the model after `began`."""
         return bool(self.results["config"].get("resolved_cli_args")) and not self.scored_from
+
+
+def output_root(run: Run) -> Path:
+    """The --output_path of a run: lmms-eval adds the model's name, which may be two folders."""
+    name = str(run.results.get("model_name_sanitized") or "")
+    above = run.file.resolve().parents
+    return above[min(len(Path(name).parts), len(above) - 1)]
+
+
+def beside(run: Run) -> list[Path]:
+    """Where a run's record may be beside its results."""
+    roots = (run.folder.resolve(), run.file.resolve().parent, output_root(run))
+    return [folder / place for folder in dict.fromkeys(roots) for place in PLACES]
 
 
 def results_began(results: Results) -> datetime:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sdrpn.boxes import PixelBox
-from sdrpn_eval.report.looks import Record, covered
+from sdrpn.boxes import PixelBox, covered
+from sdrpn_eval.results.records import Record
 from sdrpn_eval.results.scores import Document
 
 HOLDS = 0.5

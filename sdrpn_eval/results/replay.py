@@ -12,10 +12,11 @@ from typing import Any
 from sdrpn.boxes import PixelBox
 from sdrpn.draw import Card, sheet
 from sdrpn.io.atomic import write_json
-from sdrpn_eval.arguments import PRESETS, parse_arguments
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
-from sdrpn_eval.record import decode_map, read_records
-from sdrpn_eval.report.facts import Facts, read_latest
+from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.command_line import parse_arguments
+from sdrpn_eval.model import LlavaSdrpn
+from sdrpn_eval.provenance.model import Provenance, read_latest
+from sdrpn_eval.record import RecordLine, read_records
 from sdrpn_eval.results.comparability import changes
 from sdrpn_eval.results.documents import TaskData, load_data
 from sdrpn_eval.results.evaluate import evaluate_again
@@ -32,15 +33,15 @@ class Look:
     """The answer at one time, and the record's line about it; None without a record."""
 
     answer: str
-    line: Mapping[str, Any] | None
+    line: RecordLine | None
 
     @property
     def regions(self) -> list[PixelBox]:
-        return [PixelBox(*box) for box in self.line["regions"]] if self.line else []
+        return [*self.line.regions] if self.line else []
 
     @property
     def reason(self) -> str:
-        return (self.line["no_zoom"] or "") if self.line else "left no record"
+        return (self.line.reason or "") if self.line else "left no record"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Replay:
     def save(self, path: Path) -> None:
         """Writes it as JSON."""
         content = {k: v for k, v in asdict(self).items() if k != "document"}
+        for name, look in (("then", self.then), ("now", self.now)):
+            content[name]["line"] = look.line and look.line.as_dict()
         task, doc_id = self.document
         write_json(path, {"task": task, "doc_id": doc_id, "same": self.same, **content})
 
@@ -102,7 +105,7 @@ def ask_again(
     sample = source.run.tasks[task].samples[doc_id] if source.run else None
     replay = Replay(
         document,
-        str(lines[0]["prompt"]),
+        lines[0].prompt,
         sample.target if sample else None,
         then,
         Look(said, lines[0]),
@@ -121,7 +124,7 @@ def _refuse_unknown(source: Source, document: Document) -> None:
             f"{source.place} is a run of {source.config['model']}; replay asks llava_sdrpn again"
         )
     task, doc_id = document
-    held = {line["doc_id"] for line in source.lines if line["task"] == task}
+    held = {line.doc_id for line in source.lines if line.task == task}
     if source.run is not None:
         held |= set(source.run.tasks[task].samples) if task in source.run.tasks else set()
     if not held:
@@ -139,7 +142,7 @@ def arguments_again(source: Source, overrides: Mapping[str, Any]) -> dict[str, A
         recorded = arguments_of(source.facts)
     else:
         recorded = parse_arguments(source.config.get("model_args"))
-    replaced = PRESETS.get(str(overrides.get("preset", "")), {})
+    replaced = LlavaArguments.presets.get(str(overrides.get("preset", "")), {})
     return {k: v for k, v in recorded.items() if k not in replaced} | dict(overrides)
 
 
@@ -152,19 +155,19 @@ def _then(source: Source, document: Document) -> Look:
     return Look(source.run.tasks[task].samples[doc_id].answer, None)
 
 
-def _said(lines: Sequence[Mapping[str, Any]]) -> str:
+def _said(lines: Sequence[RecordLine]) -> str:
     """The answer; of a multiple choice, the option with the smallest loss, as lmms-eval does."""
-    if "continuation" in lines[0]:
-        best = min(lines, key=lambda line: math.inf if line["loss"] is None else line["loss"])
-        return str(best["continuation"]).strip()
-    return str(lines[0]["answer"])
+    if lines[0].is_loss:
+        best = min(lines, key=lambda line: math.inf if line.loss is None else line.loss)
+        return str(best.continuation).strip()
+    return lines[0].answer
 
 
 def _moved(
-    then: Facts | None,
-    now: Facts | None,
-    line: Mapping[str, Any] | None,
-    line_now: Mapping[str, Any],
+    then: Provenance | None,
+    now: Provenance | None,
+    line: RecordLine | None,
+    line_now: RecordLine,
     overrides: Mapping[str, Any],
 ) -> list[str]:
     """Sentences about everything recorded that differs."""
@@ -182,9 +185,9 @@ def _moved(
         ):
             found += [f"{what} {k}: {a} then, {b} now" for k, (a, b) in changes(*pair).items()]
     if line is not None:
-        if line["prompt"] != line_now["prompt"]:
-            found.append(f"another prompt: {line['prompt']!r} then, {line_now['prompt']!r} now")
-        if line["images"] != line_now["images"]:
+        if line.prompt != line_now.prompt:
+            found.append(f"another prompt: {line.prompt!r} then, {line_now.prompt!r} now")
+        if line.image_files != line_now.image_files:
             found.append("another image, by its hash")
     return found
 
@@ -206,7 +209,7 @@ def _draw(replay: Replay, data: TaskData, grid_of: Any, out: Path) -> None:
             answers,
             look.regions,
             grid_of(image).extent,
-            decode_map(look.line),
+            look.line.roi_map,
             truth=data.box(doc_id),
             note=f"seen {name}. {look.reason}".strip(),
         )

@@ -20,12 +20,11 @@ from lmms_eval.utils import sanitize_model_name
 
 from sdrpn.io.atomic import read_object, write_json
 from sdrpn.io.plurals import agree, counted
-from sdrpn_eval import fingerprints
-from sdrpn_eval.questions import parse
+from sdrpn_eval.provenance import fingerprints
 from sdrpn_eval.record import RecordWriter
-from sdrpn_eval.report.looks import PLACES, output_root
+from sdrpn_eval.requests import parse
 from sdrpn_eval.results.evaluate import evaluate_again
-from sdrpn_eval.results.read import RESULTS, Run, read_run, read_totals
+from sdrpn_eval.results.read import PLACES, RESULTS, Run, output_root, read_run, read_totals
 from sdrpn_eval.results.responses import Answered, Source, answers_of, date_of
 from sdrpn_eval.results.scores import Document, document_value
 
@@ -222,9 +221,9 @@ def _copy_record(source: Source, scorers: Mapping[str, Mapping[str, str]], folde
         own = {t: marks for t, marks in facts["tasks"].items() if t in scorers}
         facts["tasks"] = {t: marks | dict(scorers[t]) for t, marks in own.items()}
         write_json(folder / file.name, facts)
-    lines = [line for line in source.lines if line["task"] in scorers]
+    lines = [line for line in source.lines if line.task in scorers]
     if lines:
-        RecordWriter(folder, lines[0]["run"], 0).append(lines)
+        RecordWriter(folder, 0).append(lines)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from lmms_eval.api.reasoning import parse_reasoning_tags_config
 
 from sdrpn.io.atomic import parsed
 from sdrpn.io.plurals import counted
-from sdrpn_eval import kinds
-from sdrpn_eval.arguments import written_arguments
-from sdrpn_eval.record import read_all_records
-from sdrpn_eval.report.facts import Facts, read_facts, read_latest
-from sdrpn_eval.report.looks import PLACES, record_folders, record_lines
+from sdrpn_eval import request_types
+from sdrpn_eval.command_line import written_arguments
+from sdrpn_eval.provenance.model import Provenance, read_latest
+from sdrpn_eval.record import RecordLine, read_all_records
 from sdrpn_eval.results.read import (
+    PLACES,
     BadRun,
     Run,
     TaskRun,
@@ -31,6 +31,7 @@ from sdrpn_eval.results.read import (
     read_run,
     samples_file,
 )
+from sdrpn_eval.results.records import read_facts, record_folders, record_lines
 from sdrpn_eval.results.scores import Document
 from sdrpn_eval.schemas import SAMPLE
 
@@ -53,17 +54,17 @@ class Source:
     names: tuple[str, ...]
     config: Mapping[str, Any]
     run: Run | None
-    facts: Facts | None
-    lines: Sequence[Mapping[str, Any]]
+    facts: Provenance | None
+    lines: Sequence[RecordLine]
 
     @property
     def include_path(self) -> Any:
         """lmms-eval's --include_path of the run: where the user's own tasks are."""
         return (self.config.get("resolved_cli_args") or {}).get("include_path")
 
-    def lines_of(self, document: Document) -> list[Mapping[str, Any]]:
+    def lines_of(self, document: Document) -> list[RecordLine]:
         """The record's lines of a document: one, or one per option of a multiple choice."""
-        return [line for line in self.lines if (line["task"], line["doc_id"]) == document]
+        return [line for line in self.lines if (line.task, line.doc_id) == document]
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def _from_record(folder: Path, tasks: Sequence[str]) -> Source:
     facts = read_latest(folder, asked=True)
     if facts is None:
         raise BadRun(f"{folder} holds a record without run facts: nothing says what was asked")
-    lines = [line for line in read_all_records(folder) if line["run"] == facts.run]
-    held = {t: {line["doc_id"] for line in lines if line["task"] == t} for t in facts.documents}
+    lines = [line for line in read_all_records(folder) if line.run == facts.run]
+    held = {t: {line.doc_id for line in lines if line.task == t} for t in facts.documents}
     for task, ids in held.items():
         if len(ids) < facts.documents[task]:
             raise BadRun(
@@ -144,14 +145,14 @@ def _from_record(folder: Path, tasks: Sequence[str]) -> Source:
     return Source(folder, tuple(tasks) or tuple(held), config, None, facts, lines)
 
 
-def _seeds(facts: Facts) -> dict[str, int]:
+def _seeds(facts: Provenance) -> dict[str, int]:
     """As lmms-eval's results name them; none if the run was not started by its command line."""
     names = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
     given = facts.seeds if isinstance(facts.seeds, list) else []
     return dict(zip(names, given, strict=True)) if len(given) == len(names) else {}
 
 
-def arguments_of(facts: Facts) -> dict[str, Any]:
+def arguments_of(facts: Provenance) -> dict[str, Any]:
     """The model arguments that decide what is asked."""
     given = facts.arguments.items()
     return {k: v for k, v in given if v is not None and k not in NOT_ARGUMENTS}
@@ -166,9 +167,9 @@ def date_of(source: Source) -> str:
 
 def answers_of(source: Source) -> dict[Document, Answered]:
     """The responses to every document. Raises BadRun if neither samples nor record hold them."""
-    lines: dict[Document, list[Mapping[str, Any]]] = {}
+    lines: dict[Document, list[RecordLine]] = {}
     for line in source.lines:
-        lines.setdefault((line["task"], line["doc_id"]), []).append(line)
+        lines.setdefault((line.task, line.doc_id), []).append(line)
     if source.run is None:
         return {document: _recorded(own) for document, own in lines.items()}
     found: dict[Document, Answered] = {}
@@ -193,7 +194,7 @@ def _answered(
     written: Sequence[Mapping[str, Any]],
     task: TaskRun,
     source: Source,
-    recorded: Sequence[Mapping[str, Any]],
+    recorded: Sequence[RecordLine],
 ) -> Answered:
     prompt, target = written[0].get("input"), str(written[0].get("target"))
     said = _as_said(written, task.config, source.config)
@@ -266,12 +267,12 @@ def _given(
 def _pair(written: Sequence[str]) -> Any:
     """(loss, greedy), which lmms-eval writes as strings."""
     loss, greedy = written
-    return kinds.LossAndGreedy((float(loss), str(greedy) == "True"))
+    return request_types.LossAndGreedy((float(loss), str(greedy) == "True"))
 
 
-def _recorded(lines: Sequence[Mapping[str, Any]]) -> Answered:
-    given = tuple(kinds.result(line) for line in lines)
-    if "continuation" not in lines[0]:
+def _recorded(lines: Sequence[RecordLine]) -> Answered:
+    given = tuple(request_types.result(line) for line in lines)
+    if not lines[0].is_loss:
         return Answered(given)
-    words = [str(line["continuation"]) for line in lines]
+    words = [str(line.continuation) for line in lines]
     return Answered(given, by_words=dict(zip(words, given, strict=True)))

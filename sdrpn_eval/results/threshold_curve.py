@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdrpn_eval.arguments import ARGUMENTS, WITHOUT_THRESHOLD
-from sdrpn_eval.report.looks import averages
+from sdrpn_eval.args import WITHOUT_THRESHOLD, LlavaArguments
 from sdrpn_eval.results.comparability import Evidence, common_tasks, refuse_moved
 from sdrpn_eval.results.compare import cluster_keys, gather
 from sdrpn_eval.results.read import read_run
+from sdrpn_eval.results.records import averages
 from sdrpn_eval.results.scores import Document, Scores, all_scores
 from sdrpn_eval.results.stats import clustered
 from sdrpn_eval.tasks_info import threshold_of
@@ -87,8 +87,7 @@ def arguments(evidence: Evidence) -> Mapping[str, Any]:
     """Model arguments: as resolved if the run left its facts, else as given, with defaults."""
     if evidence.run.model != "llava_sdrpn":
         return {"model": evidence.run.model, "proposer": "none"}
-    defaults = {name: argument.default for name, argument in ARGUMENTS.items()}
-    return defaults | dict(evidence.arguments)
+    return LlavaArguments.defaults() | dict(evidence.arguments)
 
 
 def series_names(every: Sequence[Mapping[str, Any]]) -> list[str]:

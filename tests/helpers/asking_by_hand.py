@@ -10,7 +10,7 @@ from lmms_eval.api.instance import GenerationResult, Instance
 from loguru import logger
 from PIL import Image
 
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
+from sdrpn_eval.model import LlavaSdrpn
 from tests.helpers.fake_engine import FakeEngine
 
 LIMIT = {"max_new_tokens": 4}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from transformers import (
@@ -25,6 +26,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessor,
 )
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
 from sdrpn.backbones.base import Segment
 from sdrpn.backbones.qwen25_vl import Qwen25VL
@@ -34,6 +36,9 @@ from sdrpn.inference.generation import generate
 from sdrpn.inference.prefix import Prefix
 from sdrpn.roi.proposers import Proposal
 from sdrpn.rpn.checkpoint import RPN
+
+if not hasattr(Qwen2_5_VLRotaryEmbedding, "recomposition_frequencies"):
+    pytest.skip("Qwen2.5-VL needs a newer transformers", allow_module_level=True)
 
 SHIPPED = Path(__file__).parents[1] / "data" / "parity_qwen"
 DATA = Path(os.environ.get("SDRPN_PARITY_QWEN") or SHIPPED).expanduser()
@@ -139,7 +144,13 @@ class Record:
         return [one for one in self.parts("outputs") if one.startswith("sharp")]
 
     def thresholds(self, key: str) -> list[float]:
-        return [float(value) for value in self.outputs[f"{key}/thresholds"]]
+        """Recorded thresholds; none where the reference raised before it came to them."""
+        name = f"{key}/thresholds"
+        return [float(v) for v in self.outputs[name]] if name in self.outputs.files else []
+
+    def cases_with(self, name: str) -> list[str]:
+        """The cases that have this among their outputs."""
+        return [key for key in self.cases if f"{key}/{name}" in self.outputs.files]
 
     def zooms(self, key: str) -> list[int]:
         """The thresholds that answers were recorded at."""

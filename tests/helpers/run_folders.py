@@ -11,7 +11,7 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.loggers import EvaluationTracker
 from lmms_eval.utils import get_datetime_str
 
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
+from sdrpn_eval.model import LlavaSdrpn
 from tests.helpers.local_benchmarks import manager
 
 DATE = "20260301_120000"

@@ -17,13 +17,14 @@ import torch
 from lmms_eval.api.instance import unwrap_generation_output
 
 from sdrpn.config import ZoomConfig
-from sdrpn_eval import journal, llava_sdrpn
-from sdrpn_eval.arguments import ARGUMENTS
-from sdrpn_eval.kinds import Words
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
-from sdrpn_eval.questions import Request
-from sdrpn_eval.record import RecordWriter, read_records
-from sdrpn_eval.run_facts import RunFacts
+from sdrpn_eval import journal, run_record
+from sdrpn_eval import model as plugin_model
+from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.model import LlavaSdrpn
+from sdrpn_eval.provenance.collect import Collector
+from sdrpn_eval.record import read_records
+from sdrpn_eval.request_types import GenerateUntil
+from sdrpn_eval.requests import Request
 from tests.helpers.asking_by_hand import ask, image, logged, model, rows, texts, visual
 from tests.helpers.fake_engine import FakeEngine
 
@@ -38,7 +39,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "config.json").write_text("{}")
     found = {"pretrained": str(folder), "rpn": None, "peft": None}
-    monkeypatch.setattr(llava_sdrpn, "sources", lambda arguments: found)
+    monkeypatch.setattr(run_record, "sources", lambda arguments: found)
     return folder
 
 
@@ -72,7 +73,7 @@ def killed(record: Path, after: int, **more: Any) -> None:
 
     engine.ask_batch = interrupted  # type: ignore[method-assign]
     lm = model(engine, rows(N), record=record, batch_size=2)
-    lm._rank = more.get("rank", 0)
+    lm._record.rank = more.get("rank", 0)
     with pytest.raises(KeyboardInterrupt):
         lm.generate_until(more.get("requests") or requests())
 
@@ -86,27 +87,32 @@ def test_a_second_run_asks_the_rest_and_its_record_is_whole(weights: Path, tmp_p
     assert len(first) == 4
     with logged() as log:
         new, answers = run(tmp_path / "r", say=lambda q: f"{q.text}|1", batch_size=3)
-    done = {line["prompt"] for line in first}
+    done = {line.prompt for line in first}
     assert new == sorted({f"q{i}" for i in range(N)} - done)
     assert texts(answers) == [f"q{i}|1" for i in range(N)]
     assert len([line for line in log if line.startswith("4 of 9 answers stand in")]) == 1
     lines = read_records(tmp_path / "r")
-    assert [line["doc_id"] for line in lines] == list(range(N))
-    assert {line["run"] for line in lines}.isdisjoint({line["run"] for line in first})
+    assert [line.doc_id for line in lines] == list(range(N))
+    assert {line.run for line in lines}.isdisjoint({line.run for line in first})
     for old in first:
-        (line,) = [line for line in lines if line["doc_id"] == old["doc_id"]]
-        assert line == {**old, "run": line["run"], "from": old["run"], "resumed": True}
-    assert sum("resumed" in line for line in lines) == 4
+        (line,) = [line for line in lines if line.doc_id == old.doc_id]
+        assert line.as_dict() == {
+            **old.as_dict(),
+            "run": line.run,
+            "from": old.run,
+            "resumed": True,
+        }
+    assert sum(line.resumed for line in lines) == 4
 
 
 def test_a_run_killed_twice_names_the_first_that_asked(weights: Path, tmp_path: Path) -> None:
     killed(tmp_path / "r", after=1)
-    (run_name,) = {line["run"] for line in read_records(tmp_path / "r")}
+    (run_name,) = {line.run for line in read_records(tmp_path / "r")}
     killed(tmp_path / "r", after=1)
     assert len(read_records(tmp_path / "r")) == 4
     new, _ = run(tmp_path / "r")
     assert len(new) == N - 4
-    origins = [line.get("from") for line in read_records(tmp_path / "r")]
+    origins = [line.origin for line in read_records(tmp_path / "r")]
     assert origins.count(run_name) == 2
     assert len(set(origins) - {None}) == 2
 
@@ -126,7 +132,7 @@ def test_resume_false_asks_all_anew_for_a_later_run_to_find(weights: Path, tmp_p
     new, answers = run(tmp_path / "r", say=lambda q: "anew", resume=False)
     assert len(new) == N
     assert set(texts(answers)) == {"anew"}
-    assert not any("resumed" in line for line in read_records(tmp_path / "r"))
+    assert not any(line.resumed for line in read_records(tmp_path / "r"))
     assert set(texts(run(tmp_path / "r")[1])) == {"anew"}, "the later run's answers count"
 
 
@@ -139,7 +145,7 @@ def test_shares_of_other_processes_are_found(weights: Path, tmp_path: Path) -> N
     for rank in range(3):
         engine = FakeEngine()
         lm = model(engine, rows(N), record=tmp_path / "r")
-        lm._rank = rank
+        lm._record.rank = rank
         lm.generate_until(requests()[rank::3])
         assert engine.batches == []
 
@@ -284,11 +290,12 @@ ZOOM = {
     "token_budget": 2.5,
     "max_crop_tokens": 64,
     "skip_above": 0.7,
+    "thin_above": 512,
 }
 IN_FILES = {"pretrained", "revision", "rpn", "rpn_revision", "peft"}
 IN_ZOOM = {"threshold", "policy", "token_budget", "skip_above", "relative", "max_crop_tokens"}
 CHANGES_NONE = {"device", "device_map", "prefix_cache", "record", "resume", "on_error"}
-CHANGES_NONE |= {"batch_size", "max_batch_size"}
+CHANGES_NONE |= {"batch_size"}
 RESOLVED = {"preset", "dtype"}
 """A preset into the others; the model's own dtype is in the key."""
 
@@ -307,20 +314,20 @@ def key(
     given = {name: first for name, (first, _) in CHANGES_ANSWERS.items()} | (arguments or {})
     known: Future[dict[str, str]] = Future()
     known.set_result({"pretrained/model.safetensors": "a"} if hashes is None else hashes)
-    facts = RunFacts(tmp_path, "run", 0, 1, given, known, torch.device("cpu"))
+    facts = Collector(tmp_path, "run", 0, 1, given, known, torch.device("cpu"))
     facts.documents["mytask"] = {0: document, 1: document}
     facts.documents["other"] = {0: document}
-    made = journal.Journal(RecordWriter(tmp_path, "run", 0), facts, dict.fromkeys(uses, "x"), dtype)
+    made = journal.Journal(facts, uses, dtype)
     asked = {"task": "mytask", "doc_id": 0, "prompt": "q", "extra": {"max_new_tokens": 4}}
     asked |= {"split": "test", "doc_to_visual": visual} | (request or {})
     one = Request(index=0, padding_only=False, **asked)
-    return made.key(one, Words([one]), ZoomConfig(**(zoom or {})))
+    return made.key(one, GenerateUntil([one]), ZoomConfig(**(zoom or {})))
 
 
 def test_every_argument_is_known_to_change_an_answer_or_not() -> None:
     """A new argument needs its place in one of these."""
     known = {*CHANGES_ANSWERS} | IN_FILES | IN_ZOOM | CHANGES_NONE | RESOLVED
-    assert known == set(ARGUMENTS)
+    assert known == set(LlavaArguments.model_fields)
     assert set(ZOOM) == {field.name for field in fields(ZoomConfig)}
 
 
@@ -370,7 +377,7 @@ def test_a_key_moves_with_weights_document_and_question(
 
 def test_a_key_moves_with_the_kind_of_request(tmp_path: Path, monkeypatch: Any) -> None:
     before = key(tmp_path)
-    monkeypatch.setattr(Words, "name", "loglikelihood")
+    monkeypatch.setattr(GenerateUntil, "name", "loglikelihood")
     assert key(tmp_path) != before
 
 
@@ -392,14 +399,14 @@ def test_what_is_left_to_chance_is_asked_each_time(weights: Path, tmp_path: Path
 def test_a_model_in_memory_has_no_weights_to_know_it_by(tmp_path: Path) -> None:
     for _ in range(2):
         assert len(run(tmp_path / "r")[0]) == N
-    assert {line["key"] for line in read_records(tmp_path / "r")} == {None}
+    assert {line.key for line in read_records(tmp_path / "r")} == {None}
 
 
 def test_weights_that_are_not_found_are_not_taken_for_known(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {"pretrained": str(weights), "rpn": "nobody/no-such-rpn", "peft": None}
-    monkeypatch.setattr(llava_sdrpn, "sources", lambda arguments: found)
+    monkeypatch.setattr(run_record, "sources", lambda arguments: found)
     for _ in range(2):
         assert len(run(tmp_path / "r")[0]) == N
 
@@ -411,7 +418,7 @@ def test_weights_are_hashed_beside_the_first_batch(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes: Future[dict[str, str]] = Future()
-    monkeypatch.setattr(llava_sdrpn, "hash_ahead", lambda *_: hashes)
+    monkeypatch.setattr(run_record, "hash_ahead", lambda *_: hashes)
 
     def say(question: Any) -> str:
         if not hashes.done():
@@ -426,7 +433,7 @@ def test_weights_are_hashed_beside_the_first_batch(
 def test_a_folder_that_cannot_be_written_is_told_before_the_weights_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llava_sdrpn, "load_engine", None)  # must not be needed
+    monkeypatch.setattr(plugin_model, "load_engine", None)  # must not be needed
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"record's folder .*file/record cannot be written.*record="):
         LlavaSdrpn(pretrained="tiny", record=tmp_path / "file" / "record")

@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessor
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import VICUNA_SYSTEM_PROMPT
 from sdrpn.engine import ZoomModel
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
+from sdrpn_eval.model import LlavaSdrpn
 
 HUB_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' + message['content'] + ' ' }}"

@@ -15,8 +15,8 @@ import torch
 import yaml
 from lmms_eval.evaluator import simple_evaluate
 
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
-from sdrpn_eval.record import read_records
+from sdrpn_eval.model import LlavaSdrpn
+from sdrpn_eval.record import RecordLine, read_records
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.local_benchmarks import (
     docvqa_rows,
@@ -127,6 +127,7 @@ def test_a_multiple_choice_task_takes_the_smallest_loss(data: Path, tmp_path: Pa
     assert results["by_loss"]["acc,none"] == 1
 
 
+@pytest.mark.slow
 def test_use_cache_answers_again_without_the_model(data: Path, tmp_path: Path) -> None:
     engine = FakeEngine(lambda q: "stop")
     lm = LlavaSdrpn(pretrained=engine, batch_size=3)
@@ -139,7 +140,7 @@ def test_use_cache_answers_again_without_the_model(data: Path, tmp_path: Path) -
 # The same again, with the embedded model
 
 
-def embedded(out: Path, limit: int, **more: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+def embedded(out: Path, limit: int, **more: Any) -> tuple[list[RecordLine], list[Any]]:
     """Evaluate tiny_vstar: the record's lines, and what each sample kept of the answer."""
     lm = LlavaSdrpn(pretrained="tiny", device="cpu", record=out, **more)
     results = evaluate(lm, "tiny_vstar", limit=limit, log_samples=True)
@@ -147,10 +148,9 @@ def embedded(out: Path, limit: int, **more: Any) -> tuple[list[dict[str, Any]], 
     return read_records(out), [(s["doc_id"], s["resps"], s["token_counts"]) for s in samples]
 
 
-def same(line: dict[str, Any]) -> str:
+def same(line: RecordLine) -> dict[str, Any]:
     """A line without what a clock told."""
-    left_out = ("run", "seconds")
-    return json.dumps({k: v for k, v in line.items() if k not in left_out})
+    return line.model_dump(exclude={"run", "seconds"})
 
 
 @pytest.fixture
@@ -169,10 +169,11 @@ def test_two_runs_of_one_command_give_byte_equal_answers(shipped: None, tmp_path
     # Another composition of batches and no cache: the same words, from the same regions.
     three, samples_three = embedded(tmp_path / "three", 18, batch_size=7, prefix_cache="none")
     assert samples == samples_three
-    assert [line["regions"] for line in one] == [line["regions"] for line in three]
-    assert len({line["answer"] for line in one}) > 5
+    assert [line.regions for line in one] == [line.regions for line in three]
+    assert len({line.answer for line in one}) > 5
 
 
+@pytest.mark.slow
 def test_use_cache_is_refused_before_anything_is_loaded(
     shipped: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +183,7 @@ def test_use_cache_is_refused_before_anything_is_loaded(
     words = ["--model", "llava_sdrpn", "--model_args", "pretrained=tiny", "--tasks", "tiny_vstar"]
     words += ["--limit", "2", "--use_cache", str(tmp_path / "responses")]
     monkeypatch.setattr(sys, "argv", ["lmms-eval", *words])
-    monkeypatch.setattr("sdrpn_eval.llava_sdrpn.load_engine", None)  # must not be needed
+    monkeypatch.setattr("sdrpn_eval.model.load_engine", None)  # must not be needed
     with pytest.raises(ValueError, match="llava_sdrpn does not work with --use_cache"):
         cli_evaluate_single(parse_eval_args()[1])
     assert not (tmp_path / "responses").exists()
@@ -234,14 +235,14 @@ def test_boxes_of_the_documents_with_a_real_engine(
     )
     assert evaluate(lm, "tiny_vstar")["results"]["tiny_vstar"]["accuracy,none"] >= 0
     lines = read_records(tmp_path)
-    assert [line["doc_id"] for line in lines] == list(range(8))
+    assert [line.doc_id for line in lines] == list(range(8))
     for line in lines:
-        ((x0, y0, x1, y1),) = line["regions"]
+        ((x0, y0, x1, y1),) = line.regions
         assert x0 <= 5
         assert y0 <= 5
         assert x1 >= 20
         assert y1 >= 20
-        assert line["tokens"]["crop"] == line["tokens"]["image"] == 64
+        assert line.tokens["crop"] == line.tokens["image"] == 64
 
 
 @pytest.mark.slow
@@ -281,7 +282,7 @@ def test_literal_command_on_local_data(random_llava: Path, data: Path, tmp_path:
     assert scores["vstar"]["accuracy,none"] >= 0
     lines = read_records(out / "sdrpn_record")
     assert len(lines) == 5 + 3 + 4 + 2 + 5 + 3
-    assert all(line["grid"] == [8, 8] and line["map_max"] > 0 for line in lines)
+    assert all(line.grid == (8, 8) and line.map_max > 0 for line in lines)
 
 
 @pytest.mark.slow
@@ -292,7 +293,7 @@ def test_two_processes_share_the_work(random_llava: Path, data: Path, tmp_path: 
     output = lmms_eval(*words, "--log_samples", processes=2)
     assert "Traceback" not in output, output
     lines = read_records(tmp_path / "record")
-    asked = sorted((line["task"], line["doc_id"]) for line in lines)
+    asked = sorted((line.task, line.doc_id) for line in lines)
     assert asked == sorted(
         [("textvqa_val", i) for i in range(5)]
         + [("vstar_direct_attributes", i) for i in range(5)]
@@ -302,9 +303,9 @@ def test_two_processes_share_the_work(random_llava: Path, data: Path, tmp_path: 
         (path,) = (tmp_path / "record").glob(f"record_textvqa_val_rank{rank}.jsonl")
         assert {json.loads(line)["doc_id"] % 2 for line in path.open()} == {rank}
     (samples,) = (tmp_path / "out").glob("*/*_samples_textvqa_val.jsonl")
-    answered = {line["doc_id"]: line["answer"] for line in lines if line["task"] == "textvqa_val"}
+    answered = {line.doc_id: line.answer for line in lines if line.task == "textvqa_val"}
     for line in map(json.loads, samples.open()):
-        assert line["filtered_resps"] == [answered[line["doc_id"]]] or (
-            line["filtered_resps"] == answered[line["doc_id"]]
+        assert line["filtered_resps"] == [answered[line.doc_id]] or (
+            line["filtered_resps"] == answered[line.doc_id]
         )
     assert "vstar" in results_of(tmp_path / "out")

@@ -15,9 +15,10 @@ from datasets import Image as ImageColumn
 from typer.testing import CliRunner
 
 from sdrpn import engine as zoom
+from sdrpn.io.resumable import DoesNotFit
 from sdrpn.roi import proposers
-from sdrpn_eval.asking import BadDocument, BrokenRun, DoesNotFit
 from sdrpn_eval.cli import app
+from sdrpn_eval.on_error import BadDocument, BrokenRun
 from sdrpn_eval.record import read_records
 from tests.conftest import make_llava
 from tests.helpers.asking_by_hand import ask, image, logged, model, rows, texts
@@ -86,12 +87,12 @@ def test_a_broken_image_costs_its_own_answer_only(batch_size: int, tmp_path: Pat
     with logged() as log:
         answers = texts(lm.generate_until(requests()))
     assert answers == ["" if i in BROKEN else f"q{i}|1" for i in range(N)]
-    lines = {line["doc_id"]: line for line in read_records(tmp_path)}
+    lines = {line.doc_id: line for line in read_records(tmp_path)}
     assert sorted(lines) == list(range(N))
-    assert [i for i, line in lines.items() if "error" in line] == [3, 5, 8]
-    assert "cannot identify image file" in lines[3]["error"]
-    assert lines[5]["error"].startswith("FileNotFoundError: ")
-    assert (lines[3]["answer"], lines[3]["images"], lines[3]["no_zoom"]) == ("", [], "not answered")
+    assert [i for i, line in lines.items() if line.error] == [3, 5, 8]
+    assert "cannot identify image file" in str(lines[3].error)
+    assert str(lines[5].error).startswith("FileNotFoundError: ")
+    assert (lines[3].answer, lines[3].images, lines[3].reason) == ("", (), "not answered")
     (facts,) = tmp_path.glob("run_facts_*.json")
     assert json.loads(facts.read_text())["skipped"] == {"mytask": 3}
     (said,) = [line for line in log if "could not be answered" in line]
@@ -159,7 +160,7 @@ def test_losses_of_a_bad_document_are_the_worst(tmp_path: Path) -> None:
         (math.inf, False),
         (2.0, True),
     ]
-    assert read_records(tmp_path)[1]["loss"] is None
+    assert read_records(tmp_path)[1].loss is None
 
 
 def test_a_bad_document_is_asked_again_by_the_next_run(
@@ -167,14 +168,14 @@ def test_a_bad_document_is_asked_again_by_the_next_run(
 ) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x")
     found = {"pretrained": str(tmp_path)}
-    monkeypatch.setattr("sdrpn_eval.llava_sdrpn.sources", lambda arguments: found)
+    monkeypatch.setattr("sdrpn_eval.run_record.sources", lambda arguments: found)
     record = tmp_path / "r"
     model(Failing("q2"), rows(N), on_error="empty", record=record).generate_until(requests())
     engine = FakeEngine()
     lm = model(engine, rows(N), record=record)
     assert texts(lm.generate_until(requests())) == [f"q{i}|1" for i in range(N)]
     assert [q.text for batch in engine.batches for q in batch] == ["q2"]
-    assert not any("error" in line for line in read_records(record))
+    assert not any(line.error for line in read_records(record))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_a_run_that_goes_on_with_nothing_but_bad_documents_is_not_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    monkeypatch.setattr("sdrpn_eval.llava_sdrpn.sources", lambda _: {"pretrained": str(tmp_path)})
+    monkeypatch.setattr("sdrpn_eval.run_record.sources", lambda _: {"pretrained": str(tmp_path)})
     bad = ["q4", "q5", "q6", "q7"]
     for _ in range(2):
         lm = model(Failing(*bad), rows(N), on_error="empty", record=tmp_path / "r", batch_size=1)
@@ -307,10 +308,10 @@ def test_stock_answers_where_the_second_look_fails(
     answers = texts(lm.generate_until(asked))
     assert answers == [*zoomed[:2], stock[2], zoomed[3]]
     line = read_records(record)[2]
-    assert line["error"] == "ValueError: no region"
-    assert line["no_zoom"] == "the second look failed"
-    assert line["regions"] == []
-    assert line["answer"] == stock[2]
+    assert line.error == "ValueError: no region"
+    assert line.reason == "the second look failed"
+    assert line.regions == ()
+    assert line.answer == stock[2]
 
 
 # Out of memory
@@ -341,7 +342,7 @@ FULL = [
 @pytest.mark.parametrize("error", FULL, ids=["cuda", "cpu", "onednn", "python"])
 def test_batches_are_halved_until_they_fit_said_once(error: Exception) -> None:
     engine = Small(3, error)
-    lm = model(engine, rows(20), batch_size="auto" if error is FULL[0] else 8, max_batch_size=8)
+    lm = model(engine, rows(20), batch_size=8)
     with logged() as log:
         answers = texts(lm.generate_until(requests(20)))
     assert answers == [f"q{i}|1" for i in range(20)]
@@ -431,7 +432,7 @@ def test_no_pixels_of_a_question_that_is_too_long_are_left(
             getattr(lm, kind)(asked)
     else:
         assert len(getattr(lm, kind)(asked)) == 6
-        failed = [line["doc_id"] for line in read_records(tmp_path / "r") if "error" in line]
+        failed = [line.doc_id for line in read_records(tmp_path / "r") if line.error]
         assert sorted(failed) == [1, 4]
         assert short_engine._ready.filled == 6  # type: ignore[attr-defined]
     assert dict(short_engine._ready) == {}

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from sdrpn_eval.ranks import ending_all
-from sdrpn_eval.record import read_records
+from sdrpn_eval.on_error import ending_all
+from sdrpn_eval.record import RecordLine, read_records
 from tests.helpers.run_folders import evaluate
 
 LIMIT = 60
@@ -66,7 +66,7 @@ def test_one_of_two_ranks_is_killed_and_a_restart_goes_on(
     assert launcher.wait(SECONDS) != 0
     assert time.monotonic() - killed < SECONDS
     assert not any(worker.is_running() for worker in workers.values())
-    done = {line["doc_id"] for line in read_records(record)}
+    done = {line.doc_id for line in read_records(record)}
     assert 0 < len(done) < LIMIT
     assert not list((tmp_path / "out").glob("*/*_results.json"))
 
@@ -74,17 +74,17 @@ def test_one_of_two_ranks_is_killed_and_a_restart_goes_on(
     tasks = ["tiny_vstar"]
     evaluate(tmp_path / "out", "tiny", tasks, limit=LIMIT, log_samples=True)
     lines = read_records(record)
-    assert {line["doc_id"] for line in lines if line.get("resumed")} == done
+    assert {line.doc_id for line in lines if line.resumed} == done
     evaluate(tmp_path / "whole", "tiny", tasks, limit=LIMIT, log_samples=True)
     whole = read_records(tmp_path / "whole" / "sdrpn_record")
     assert [*map(same, lines)] == [*map(same, whole)]
     assert samples_of(tmp_path / "out") == samples_of(tmp_path / "whole")
 
 
-def same(line: dict[str, Any]) -> dict[str, Any]:
+def same(line: RecordLine) -> dict[str, Any]:
     """What an answer says and saw, and the key it is found by."""
-    names = ("doc_id", "prompt", "images", "answer", "regions", "no_zoom", "tokens", "key")
-    return {name: line[name] for name in names}
+    names = {"doc_id", "prompt", "image_files", "answer", "regions", "reason", "tokens", "key"}
+    return line.model_dump(include=names)
 
 
 def samples_of(folder: Path) -> list[Any]:
@@ -141,7 +141,7 @@ def test_an_error_on_one_node_ends_it_with_an_error_and_ranks_are_global(tmp_pat
     assert "rank 0 of 2" in (tmp_path / "log0").read_text()
     assert "lmms-eval goes on after" in (tmp_path / "log0").read_text()
     lines = read_records(tmp_path / "record")
-    assert {line["doc_id"] for line in lines} == {0, 1, 2, 4, 5, 6, 7}
+    assert {line.doc_id for line in lines} == {0, 1, 2, 4, 5, 6, 7}
     files = {path.name for path in (tmp_path / "record").glob("record_*")}
     assert files == {"record_mytask_rank0.jsonl", "record_mytask_rank1.jsonl"}
 

@@ -12,9 +12,9 @@ import pytest
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.utils import load_yaml_config, make_table
 
-from sdrpn_eval.fingerprints import scorer_fingerprint
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
+from sdrpn_eval.model import LlavaSdrpn
 from sdrpn_eval.plugin import tasks_folder
+from sdrpn_eval.provenance.fingerprints import scorer_fingerprint
 from sdrpn_eval.results.compare import compare
 from sdrpn_eval.results.read import read_run
 from sdrpn_eval.tasks_info import PROTOCOLS, parts, threshold_of

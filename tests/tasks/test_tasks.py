@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from datasets import Image as ImageColumn
 from hypothesis import given
 from hypothesis import strategies as st
 from lmms_eval.utils import load_yaml_config
+from PIL import Image
 
 from sdrpn_eval import scoring, tasks_info
 from tests.helpers.local_benchmarks import (
@@ -521,7 +526,102 @@ def test_the_smallest_loss_is_the_answer() -> None:
     }
 
 
+def test_shuffled_options_are_graded_by_their_new_letter() -> None:
+    for doc, letter in zip(TRUE, PINNED, strict=True):
+        assert vstar.process_shuffled(doc, [letter])["accuracy"] == {"score": 1.0}
+        assert vstar.process_shuffled(doc, ["D"])["accuracy"] == {"score": 0.0}
+
+
+def test_a_whole_task_has_every_measure_of_its_parts() -> None:
+    doc = {"text": "(A) left (B) right", "label": "A", "category": "relative_position"}
+    assert vstar.process_whole(doc, ["blue"]) == {
+        "accuracy": {"score": 0.0},
+        "accuracy_direct_attributes": {},
+        "accuracy_relative_position": {"score": 0.0},
+        "unparsed": {"score": 1.0},
+        **{f"answered_{letter}": {"score": 0.0} for letter in "abcd"},
+    }
+
+
+def test_three_options_are_as_good_as_two_or_four() -> None:
+    doc = {"text": "What? (A) red (B) blue (C) green", "label": " c ", "question_id": "7"}
+    assert vstar.asked(doc) == vstar.Asked("What?", ("red", "blue", "green"), 2, "")
+
+
+def test_sentences_about_sides_by_hand() -> None:
+    question = "Is a dog on the left or right side of the bicycle?"
+    assert vstar.statement(question, "left") == "A dog is on the left side of the bicycle."
+    assert vstar.statement(question, "behind") == "behind"
+    assert vstar.statement("How many birds?", "left") == "left"
+
+
+def test_the_harness_s_overall_score_comes_first() -> None:
+    graded = vstar.process_as_harness(TRUE[0], ["A"])
+    assert next(iter(graded)) == "vstar_overall_acc"
+    assert graded.keys() == vstar.vstar_process_results(TRUE[0], ["A"]).keys()
+    assert len(graded) == 2
+    assert graded["vstar_overall_acc"]["score"] == 1.0
+
+
+def numbered(rows: int, **columns: list[Any]) -> Dataset:
+    return Dataset.from_dict({"n": list(range(rows)), **columns})
+
+
+def test_documents_of_a_category_by_hand() -> None:
+    categories = ["direct_attributes", "relative_position", "direct_attributes"]
+    documents = numbered(3, category=categories)
+    assert vstar.direct_attributes(documents)["n"][:] == [0, 2]
+    assert vstar.relative_position(documents)["n"][:] == [1]
+
+
+@pytest.mark.parametrize(
+    ("folder", "function", "rows", "first"),
+    [
+        ("ci", "textvqa", 5000, [17, 28, 68]),
+        ("ci", "docvqa", 5349, [19, 37, 63]),
+        ("ci", "infovqa", 2801, [11, 14, 39]),
+        ("ci", "chartqa", 2500, [2, 12, 25]),
+        ("ci", "ocrbench", 1000, [0, 6, 13]),
+        ("ci", "pope", 9000, [9, 53, 113]),
+        ("vstar", "ci", 191, [0, 1, 2]),
+        ("hrbench", "ci_4k", 800, [0, 6, 11]),
+        ("hrbench", "ci_8k", 800, [3, 4, 8]),
+    ],
+)
+def test_each_subset_has_its_own_documents(
+    folder: str, function: str, rows: int, first: list[int]
+) -> None:
+    images = {"image": ["AAAA"] * rows} if folder == "hrbench" else {}
+    chosen = getattr(task_utils(folder), function)(numbered(rows, **images))
+    assert chosen["n"][:3] == first
+    if images:
+        assert chosen.features["image"] == ImageColumn(decode=False)
+
+
 # HR-Bench
+
+
+def test_hrbench_images_are_decoded_once_and_kept_as_files() -> None:
+    """From base64 text, and from a copy whose images are files already."""
+    rows = hrbench_rows()
+    expected = base64.b64decode(rows[0]["image"])
+    made = hrbench.with_images(rows)
+    assert made.features["image"] == ImageColumn(decode=False)
+    assert [doc["image"] for doc in made] == [{"bytes": expected, "path": None}] * len(rows)
+    assert made.remove_columns("image")[:] == rows.remove_columns("image")[:]
+    decoded = made.cast_column("image", ImageColumn())
+    again = hrbench.with_images(decoded)
+    assert again.features["image"] == ImageColumn(decode=False)
+    assert again[3]["image"]["bytes"] == expected
+    (shown,) = hrbench.doc_to_visual(made[0])
+    assert (shown.mode, shown.size) == ("RGB", (512, 600))
+
+
+def test_hrbench_images_are_shown_in_colour() -> None:
+    file = io.BytesIO()
+    Image.new("L", (3, 2), 7).save(file, "PNG")
+    (shown,) = hrbench.doc_to_visual({"image": {"bytes": file.getvalue()}})
+    assert (shown.mode, shown.size, shown.getpixel((0, 0))) == ("RGB", (3, 2), (7, 7, 7))
 
 
 def test_hrbench_is_graded_by_its_letter() -> None:
@@ -560,7 +660,14 @@ def test_tiny_vstar_score(response: str, score: int) -> None:
     doc = {"answer": "level", "colour": "red", "category": "fine", "image_id": 3}
     result = tiny_vstar.process_results(doc, [response])
     assert result["accuracy"] == result["accuracy_fine"] == {"image_id": 3, "score": score}
-    assert "score" not in result["accuracy_coarse"]
+    assert result["accuracy_coarse"] == {"image_id": 3}
+
+
+def test_tiny_vstar_asks_its_question_about_its_picture_in_colour() -> None:
+    doc = {"image": Image.new("L", (3, 2), 7), "question": "what ?"}
+    (shown,) = tiny_vstar.doc_to_visual(doc)
+    assert (shown.mode, shown.size, shown.getpixel((0, 0))) == ("RGB", (3, 2), (7, 7, 7))
+    assert tiny_vstar.doc_to_text(doc) == "what ?"
 
 
 def test_tiny_vstar_means_leave_out_the_other_group() -> None:

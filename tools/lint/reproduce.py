@@ -12,7 +12,7 @@ import typer
 from lmms_eval.utils import simple_parse_args_string
 from typer.core import TyperGroup
 
-from sdrpn_eval.arguments import ARGUMENTS, checked
+from sdrpn_eval.args import LlavaArguments
 from sdrpn_eval.cli import app
 from sdrpn_eval.results.published import PUBLISHED
 from sdrpn_eval.subsets import names, read_subset
@@ -53,8 +53,8 @@ def test_evaluations_name_tasks_and_arguments_that_exist() -> None:
         for task in option(words, "--tasks").split(","):
             assert task in index, task
         arguments = simple_parse_args_string(option(words, "--model_args"))
-        checked(arguments)
-        assert set(arguments) <= set(ARGUMENTS)
+        LlavaArguments.of(arguments)
+        assert set(arguments) <= set(LlavaArguments.model_fields)
         seen.add((option(words, "--tasks"), *sorted(arguments.items())))
     for size in ("7b", "13b"):
         model = ("pretrained", f"llava-hf/llava-1.5-{size}-hf")

@@ -24,9 +24,8 @@ from sdrpn import RPN, Question, ZoomModel
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import ZoomConfig
 from sdrpn.io.atomic import as_json
-from sdrpn_eval.arguments import PRESETS
+from sdrpn_eval.args import ZOOM_ARGUMENTS, LlavaArguments
 from sdrpn_eval.demo import BENCHMARK, tiny_path
-from sdrpn_eval.loading import ZOOM_ARGUMENTS
 from sdrpn_eval.results.stats import clustered, clustered_difference, rounded
 from tools.tiny_vstar import make_benchmark
 from tools.tiny_vstar.score import ask_all, is_right
@@ -66,7 +65,7 @@ def budgets(base: ZoomConfig) -> Iterator[tuple[str, ZoomConfig]]:
     """Every budget at the RPN's own threshold, and the preset `fast` as the plugin sets it."""
     for budget in BUDGETS:
         yield f"budget {budget or 'whole grid'}", replace(base, token_budget=budget)
-    fast = {name: v for name, v in PRESETS["fast"].items() if name in ZOOM_ARGUMENTS}
+    fast = {name: v for name, v in LlavaArguments.presets["fast"].items() if name in ZOOM_ARGUMENTS}
     yield "preset fast", replace(base, **fast)
 
 

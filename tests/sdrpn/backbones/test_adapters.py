@@ -12,8 +12,9 @@ import torch
 from sdrpn.backbones.fingerprint import base_hash
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.io.extras import MissingExtra
-from sdrpn_eval import arguments, loading
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
+from sdrpn_eval import loading
+from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.model import LlavaSdrpn
 from tests.conftest import make_llava
 
 
@@ -62,8 +63,8 @@ def test_the_plugin_passes_them_on(monkeypatch: pytest.MonkeyPatch) -> None:
         loading.ZoomModel, "from_pretrained", lambda *names, **options: asked.append(options)
     )
     given = {"proposer": "none", "peft": "my/adapter", "load_in_4bit": True}
-    loading.load_engine(arguments.checked(given), given, torch.device("cpu"))
-    loading.load_engine(arguments.checked({"proposer": "none"}), {}, torch.device("cpu"))
+    loading.load_engine(LlavaArguments.of(given), torch.device("cpu"))
+    loading.load_engine(LlavaArguments.of({"proposer": "none"}), torch.device("cpu"))
     assert (asked[0]["peft"], asked[0]["load_in_4bit"]) == ("my/adapter", True)
     assert ("peft" in asked[1], asked[1]["load_in_4bit"]) == (False, False)
 
@@ -77,9 +78,9 @@ def test_they_are_set_when_an_engine_is_made() -> None:
 
 def test_values_of_the_wrong_type() -> None:
     with pytest.raises(ValueError, match="load_in_4bit must be True or False, got 'nf4'"):
-        arguments.checked({"load_in_4bit": "nf4"})
+        LlavaArguments.of({"load_in_4bit": "nf4"})
     with pytest.raises(ValueError, match=r"peft must be text, .*got True"):
-        arguments.checked({"peft": True})
+        LlavaArguments.of({"peft": True})
 
 
 # --- what may be missing -------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from sdrpn.config import RPNConfig
 from sdrpn.engine import ZoomModel
 from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.demo import tiny_path
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
+from sdrpn_eval.model import LlavaSdrpn
 from tests.conftest import make_image
 
 QUESTION = "what pattern is on the red disc ?"

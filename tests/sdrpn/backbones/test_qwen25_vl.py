@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
 from sdrpn.backbones import qwen25_vl_published as published
 from sdrpn.backbones.base import CropTokens
@@ -104,6 +106,25 @@ def test_attention_backends_agree(
         assert one.text == other.text
         assert one.roi_map is not None
         assert np.abs(one.roi_map - other.roi_map).max() < 1e-5
+
+
+def test_offloaded_weights_give_the_same(qwen: Qwen25VL, rpn: RPN, picture: Image.Image) -> None:
+    asked = [Question(text, (picture,)) for text in QUESTIONS]
+    expected = ZoomModel(qwen, rpn).ask_batch(asked, STEPS)
+    other = make_qwen()
+    cpu_offload(other.model, execution_device=torch.device("cpu"))
+    assert next(other.model.parameters()).is_meta
+    found = ZoomModel(other, rpn).ask_batch(asked, STEPS)
+    for one, own in zip(found, expected, strict=True):
+        assert (one.text, one.regions) == (own.text, own.regions)
+
+
+def test_older_versions_of_transformers_are_refused(
+    qwen: Qwen25VL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Qwen2_5_VLRotaryEmbedding, "recomposition_frequencies")
+    with pytest.raises(ValueError, match=r"Qwen2\.5-VL needs transformers 5\.20 or newer"):
+        Qwen25VL(qwen.model, qwen.processor)
 
 
 def test_only_the_first_layers_for_training(folder: Path) -> None:

@@ -20,10 +20,10 @@ from sdrpn.config import LabelConfig, LayerHeads, ZoomConfig
 from sdrpn.distill.label import label
 from sdrpn.distill.label_dataset import LabelledImages, load_labels
 from sdrpn.distill.label_job import LabelJob
-from sdrpn.distill.questions import Item
 from sdrpn.distill.trainer import RPNForTraining, RPNSamples, collate, train, training_arguments
 from sdrpn.engine import Answer, Question, ZoomModel
 from sdrpn.inference.attention_rows import read_rows
+from sdrpn.io.questions import ImageQuestion
 from sdrpn.roi.postprocess import blur
 from sdrpn.roi.proposers import Look, roi_logits
 from sdrpn.rpn.checkpoint import RPN
@@ -376,7 +376,7 @@ def test_labels_then_training(
     items = []
     for number, image in enumerate(pictures):
         image.save(tmp_path / "images" / f"{number}.png")
-        items += [Item(f"{number}-{t}", f"{number}.png", t) for t in QUESTIONS]
+        items += [ImageQuestion(f"{number}-{t}", f"{number}.png", t) for t in QUESTIONS]
     zoom = ZoomModel(backbone, proposer="none", labels=LABELS)
     out = tmp_path / "labels"
     LabelJob(zoom, items, out, images=tmp_path / "images", batch_size=7, shard_size=9).run()

@@ -27,7 +27,7 @@ from sdrpn.engine import ZoomModel
 from sdrpn.io.images import load_image
 from sdrpn.io.questions import read_questions
 from sdrpn.rpn.checkpoint import RPN
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
+from sdrpn_eval.model import LlavaSdrpn
 from tests.conftest import QUESTIONS, THRESHOLD, make_image, make_llava
 
 PAGE = Path(__file__).parents[3] / "docs" / "own_questions.md"
@@ -411,10 +411,13 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ('{"id": 1, "image": ', "line 3 is not valid JSON: Expecting value, column 20"),
         ("[" * 100_000, "line 3 is not valid JSON"),
         ('{"id": 1e999999999999, "image": ' + "9" * 5000 + "}", "line 3 is not valid JSON"),
-        ("7", "line 3 must be an object, got a int"),
-        ({"id": 1, "image": "0.png"}, "line 3 has no question or text; expected"),
-        ({"id": 1, "question": "?"}, "line 3 has no image; expected"),
-        ({"image": "0.png", "question": "?"}, "line 3 has no id or question_id; expected"),
+        ("7", "line 3: it must be an object, got a int; expected"),
+        (
+            {"id": 1, "image": "0.png"},
+            "line 3: it has no question, no text and no conversations; expected",
+        ),
+        ({"id": 1, "question": "?"}, "line 3: it has no image; expected"),
+        ({"image": "0.png", "question": "?"}, "line 3: it has no id and no question_id; expected"),
         (entry(1), "line 3: the id 'q1' stands in"),
         (entry(8, id=None), "line 3: the id must be text or a whole number, got None"),
         (entry(8, id=True), "line 3: the id must be text or a whole number, got True"),
@@ -426,7 +429,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
             entry(8, image=["a", "b"]),
             "line 3: the image must be text, got ['a', 'b'], 2 of them; give one",
         ),
-        (entry(8, image=[]), "line 3: the image must be text, got []"),
+        (entry(8, image=[]), "line 3: it has no image; expected"),
         (
             {"id": 8, "image": "0.png", "conversations": [{"from": "human", "value": "<image>"}]},
             'line 3: no turn "from" "human" asks anything',
@@ -438,7 +441,10 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         (entry(8, image="../secret.png"), "line 3: image ../secret.png: outside the image folder"),
         (entry(8, image="/etc/passwd"), "line 3: image /etc/passwd: outside the image folder"),
         (entry(8, image="0\0.png"), "line 3: image '0\\x00.png': not a path"),
-        (entry(8, question="half \ud800"), "line 3 holds half of a character, '\\ud800'"),
+        (
+            entry(8, question="half \ud800"),
+            "line 3: the question holds half of a character, '\\ud800'",
+        ),
         (entry(8, note={"deep": ["\udfff"]}), "line 3 holds half of a character, '\\udfff'"),
     ],
 )
@@ -457,7 +463,7 @@ def test_a_wrong_line_is_named(folder: Path, line: Any, reason: str) -> None:
         (b"", "questions.jsonl holds no question"),
         (b"\n \n[]", "questions.jsonl holds no question"),
         (b'[{"id": 1}, \n 2', "questions.jsonl is not valid JSON: Expecting ',' delimiter, line 2"),
-        (b'[{"id": 1, "image": "0.png"}]', "questions.jsonl, entry 1 has no question"),
+        (b'[{"id": 1, "image": "0.png"}]', "questions.jsonl, entry 1: it has no question"),
         (b'{"id": "\xff\xfe"}', "questions.jsonl is not in UTF-8, from byte 8 on; save it as"),
         (b'\n\n{"id": "\xff"}', "questions.jsonl is not in UTF-8, from byte 10 on"),
     ],

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,25 @@ def test_the_folder_can_be_trained_on(tmp_path: Path) -> None:
     assert (settings["questions"], settings["shards"]) == (20, 1)
     assert LabelConfig.from_dict(settings["labels"]) == LABELS_13B
     assert image_root(tmp_path / "out") == images
+
+
+def test_the_folder_says_how_it_was_made(tmp_path: Path) -> None:
+    """Below folders that are missing, and without an image folder."""
+    out = tmp_path / "above" / "out"
+    convert_labels(pickled(tmp_path, records()), out)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    settings = read_settings(out)
+    assert LabelConfig.from_dict(settings.pop("labels")) == LABELS_7B
+    assert settings == {
+        "images": None,
+        "questions": 20,
+        "shards": 1,
+        "shard_size": 4096,
+        "image_tokens": 576,
+        "side": 336,
+        "padding": "pad",
+        "data": "labels.pkl",
+    }
 
 
 def test_many_records_make_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +274,12 @@ def array_with(state: Any) -> Built:
         Built(np.dtype, ("f4", False, True), "state"),
         Calls(np.dtype, 4),
         Calls(np.dtype, "no such type"),
+        array_with((1, (1,), Calls(np.dtype, None), False, b"12345678")),  # numpy's float64
+        array_with((1, (True,), FLOAT, False, b"1234")),
+        array_with((1, (-1, -1), FLOAT, False, b"1234")),
+        Built(np.dtype, ("f4", False, True), [3, "<", None]),
+        Built(np.dtype, ("f4", False, True), (3,)),
+        Calls(np.float32(0).__reduce__()[0], FLOAT),  # a number without its bytes
     ],
 )
 def test_arrays_of_unknown_make_are_refused(tmp_path: Path, value: Any) -> None:
@@ -273,8 +299,25 @@ def test_arrays_of_unknown_make_are_refused(tmp_path: Path, value: Any) -> None:
 def test_what_is_no_value_does_not_come_out(tmp_path: Path, content: bytes, kind: str) -> None:
     """A pickle may name a function without having it called."""
     (tmp_path / "labels.pkl").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"labels.pkl refused: .*{kind}.*, which is not a plain"):
+    with pytest.raises(ValueError, match=rf"is refused: it contains a {kind}, which is not"):
         safe_pickle.load(tmp_path / "labels.pkl")
+
+
+@pytest.mark.parametrize(
+    ("code", "order", "data", "expected"),
+    [
+        ("i2", "<", b"\1\2", 513),
+        ("i2", ">", b"\1\2", 258),
+        ("i2", "=", b"\1\2", 513 if sys.byteorder == "little" else 258),
+        ("i1", "|", b"\3", 3),
+    ],
+)
+def test_bytes_have_the_order_that_is_named(
+    tmp_path: Path, code: str, order: str, data: bytes, expected: int
+) -> None:
+    kind = Built(np.dtype, (code, False, True), (3, order, None, None, None, -1, -1, 0))
+    (found,) = safe_pickle.load(pickled(tmp_path, [array_with((1, (1,), kind, False, data))]))
+    assert found.tolist() == [expected]
 
 
 def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
@@ -306,7 +349,11 @@ def changed(**changes: Any) -> list[dict[str, Any]]:
     [
         ({"a": 1}, "must hold a list of records, got a dict"),
         ([], "must hold a list of records, got a list"),
-        (["text"], "record 0 must be a dict with question_id"),
+        (
+            ["text"],
+            "record 0 must be a dict with question_id, prompt, text, image, sink_attn, "
+            "grounding_attn_o2i, got a str$",
+        ),
         (changed(sink_attn=None), "record 2 has no sink_attn; it has question_id"),
         (changed(image=None), "record 2 has no image"),
         (changed(sink_attn="text"), "record 2: sink_attn must be an array of numbers, got a str"),
@@ -327,6 +374,10 @@ def changed(**changes: Any) -> list[dict[str, Any]]:
         ),
         (changed(image="../1.jpg"), "record 2: image '../1.jpg' is not below"),
         ([records()[0] | {"sink_attn": np.zeros(7), "grounding_attn_o2i": np.zeros(7)}], "7 image"),
+        (
+            [records()[0] | {"sink_attn": np.zeros(0), "grounding_attn_o2i": np.zeros(0)}],
+            "record 0: .*maps",
+        ),
     ],
 )
 def test_records_that_do_not_fit_are_named(tmp_path: Path, value: Any, message: str) -> None:
@@ -335,6 +386,16 @@ def test_records_that_do_not_fit_are_named(tmp_path: Path, value: Any, message: 
         convert_labels(file, tmp_path / "out")
     assert str(file) in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["labels.pkl"]
+
+
+def test_a_path_outside_the_image_folder_names_it(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    file = pickled(tmp_path, changed(image=str(tmp_path / "gqa" / "1.jpg")))
+    with pytest.raises(
+        ValueError, match=r"record 2: image '\.\./gqa/1\.jpg' is not below"
+    ) as error:
+        convert_labels(file, tmp_path / "out", images=tmp_path / "images")
+    assert str(error.value).endswith(f" is not below {tmp_path / 'images'}")
 
 
 def test_absolute_paths_below_the_image_folder(tmp_path: Path) -> None:
@@ -347,8 +408,9 @@ def test_absolute_paths_below_the_image_folder(tmp_path: Path) -> None:
 def test_files_that_are_cut_off(tmp_path: Path, cut: int) -> None:
     file = pickled(tmp_path, records())
     file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(ValueError, match=r"labels.pkl cannot be read as a pickle"):
+    with pytest.raises(ValueError, match=r"labels.pkl cannot be read as a pickle: \w") as error:
         safe_pickle.load(file)
+    assert cut or str(error.value).endswith(": Ran out of input")
 
 
 def test_a_list_in_itself(tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ def test_a_length_that_is_no_number_is_left_out(folder: Path) -> None:
         {"remove_extra_whitespaces": True},
         {"add_dummy_prefix": False},
         {"user_defined_symbols": ["disc on", "red"]},
+        {"user_defined_symbols": ["\u2581di"]},  # with the space before it
     ],
     ids=lambda settings: next(iter(settings)),
 )
@@ -184,6 +185,32 @@ def test_added_words_are_cut_as_the_slow_tokenizer_cut_them(
         plain = PlainText(tokenizer, 523)
         for text in random_texts(1500, seed=3, words=PARTS):
             assert plain.ids(text)[1:] == slow_ids(pieces, text, added), text
+
+
+def test_what_special_tokens_map_says_of_a_word_is_followed(folder: Path) -> None:
+    """Alone or in a list; a flag that it leaves out is off, one that nothing is said of is on."""
+    words = ["<a>", "<b>", "<c>", "<d>"]
+    write(folder, "added_tokens.json", {word: 520 + i for i, word in enumerate(words)})
+    listed = [{"content": "<a>", "lstrip": True}, {"content": "<b>", "rstrip": True}, "<d>", 5]
+    write(folder, "special_tokens_map.json", {"extra": listed, "pad_token": {"content": "<c>"}})
+    added = read(folder).added_tokens_decoder
+    assert [(added[n].content, added[n].lstrip, added[n].rstrip) for n in range(520, 524)] == [
+        ("<a>", True, False),
+        ("<b>", False, True),
+        ("<c>", False, False),
+        ("<d>", True, True),
+    ]
+
+
+def test_flags_of_an_added_word_are_kept(folder: Path) -> None:
+    """Later ids first: their order in the file is none."""
+    plain = {"content": "<b>", "special": True}
+    alone = {"content": "<a>", "single_word": True, "lstrip": True, "rstrip": False}
+    write_settings(folder, added_tokens_decoder={"521": plain, "520": alone})
+    added = read(folder).added_tokens_decoder
+    flags = ("content", "special", "single_word", "lstrip", "rstrip", "normalized")
+    assert [getattr(added[520], name) for name in flags] == ["<a>", False, True, True, False, False]
+    assert [getattr(added[521], name) for name in flags] == ["<b>", True, *[False] * 4]
 
 
 def test_spaces_around_an_added_word_go(folder: Path, pieces: SentencePieceProcessor) -> None:

@@ -42,11 +42,12 @@ from sdrpn.distill.label_dataset import (
 )
 from sdrpn.distill.label_job import LabelJob, preview, relabel, report
 from sdrpn.distill.pseudo_labels import IGNORED, pseudo_labels
-from sdrpn.distill.questions import Item, fingerprint, read_items
+from sdrpn.distill.questions import fingerprint, read_items
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.inference.generation import generate
 from sdrpn.io.atomic import write_json
 from sdrpn.io.images import BadImage, load_image, safe_join
+from sdrpn.io.questions import ImageQuestion
 from sdrpn_eval.demo import tiny_path
 from tests.conftest import QUESTIONS, make_image
 
@@ -111,7 +112,7 @@ def test_only_conversations_without_an_image_are_passed_by_in_silence(
 
 
 def test_questions_have_a_name_by_their_words_and_order() -> None:
-    items = [Item("1", "a.png", "one"), Item("2", "b.png", "two")]
+    items = [ImageQuestion("1", "a.png", "one"), ImageQuestion("2", "b.png", "two")]
     others = [
         items[::-1],
         items[:1],
@@ -303,13 +304,16 @@ EXPECTED = (
         ({"question": "one"}, "it has no image"),
         ({"image": 5, "question": "one"}, "the image must be text, got 5"),
         ({"image": "a.png", "question": 5}, "the question must be text, got 5"),
-        ({"image": "a.png", "question": " <image>\n"}, "the question must be text, got ''"),
+        (
+            {"image": "a.png", "question": " <image>\n"},
+            "the question must be text, got ' <image>\\n'",
+        ),
         (
             {"image": "a.png", "question": "\ud800"},
             "the question holds half of a character, '\\ud800'",
         ),
-        ("one", "got a str"),
-        (None, "got a NoneType"),
+        ("one", "it must be an object, got a str"),
+        (None, "it must be an object, got a NoneType"),
     ],
 )
 def test_one_bad_entry_among_good_ones_is_skipped_and_named(
@@ -688,7 +692,7 @@ def test_every_question_is_labelled_exactly_once(
 
     monkeypatch.setattr("sdrpn.distill.label_job.label_batch", counted)
     make_image(60, 60, 0).save(tmp_path / "a.png")
-    items = [Item(str(i), "a.png", f"question {i} ?") for i in range(questions)]
+    items = [ImageQuestion(str(i), "a.png", f"question {i} ?") for i in range(questions)]
     zoom = ZoomModel(llava, proposer="none", labels=LABELS)
 
     def run_all() -> None:

@@ -17,8 +17,8 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback, TrainerState
 from typer.testing import CliRunner
 
 import sdrpn.distill
@@ -333,6 +333,124 @@ def test_on_a_gpu_it_is_bfloat16_with_checkpointing(
     train(llava, rpn, samples(4), given)
     assert set(dtypes) == {torch.bfloat16}
     assert all(layer.gradient_checkpointing for layer in models[0].rpn.layers)
+
+
+def test_the_command_s_defaults_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = module.defaults(measured=False)
+    name = next(key for key in found if key.endswith("checkpointing"))  # transformers renamed it
+    plain = {
+        "num_train_epochs": 1,
+        "learning_rate": 5e-5,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.98,
+        "weight_decay": 0.0,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "remove_unused_columns": False,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 16,
+        "bf16": False,
+        name: False,
+        "use_cpu": True,
+        "dataloader_num_workers": 0,
+        "logging_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": 0.1,
+        "save_total_limit": 2,
+    }
+    assert found == plain
+    assert module.defaults(measured=True) == plain | {
+        "eval_strategy": "steps",
+        "eval_steps": 0.1,
+        "batch_eval_metrics": True,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    on_gpu = {"bf16": True, name: True, "use_cpu": False, "dataloader_num_workers": 4}
+    assert module.defaults(measured=False) == plain | on_gpu
+
+
+# What is trained on
+
+
+def test_questions_are_padded_on_their_left_and_labels_on_their_right() -> None:
+    pairs = (([5, 6, 7], [1, 0]), ([8], [0, 1, IGNORED]))
+    batch = collate(
+        [
+            {"images": i, "input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+            for i, (ids, labels) in enumerate(pairs)
+        ]
+    )
+    assert batch["images"] == [0, 1]
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert batch["labels"].tolist() == [[1, 0, -100], [0, 1, -100]]
+
+
+def test_the_loss_is_the_mean_over_all_labelled_tokens(
+    llava: Llava15, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a batch, not of each row: ln 2, ln(1 + e^2) and ln(1 + e^-1), over three tokens."""
+    model = RPNForTraining(llava, RPN.from_backbone(llava, 2, 3))
+    logits = torch.tensor([[0.0, 2.0, 9.0], [1.0, -9.0, 0.0]])
+    monkeypatch.setattr(model, "_logits", lambda *_: logits)
+    labels = torch.tensor([[1, 0, IGNORED], [1, IGNORED, IGNORED]])
+    found = model([], torch.zeros(2, 1), torch.ones(2, 1), labels)
+    assert float(found["loss"]) == pytest.approx((0.693147 + 2.126928 + 0.313262) / 3, abs=1e-5)
+    assert found["logits"] is logits
+
+
+# Checkpoints
+
+
+def write_checkpoint(folder: Path, step: int) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    TrainerState(global_step=step, max_steps=12).save_to_json(str(path / "trainer_state.json"))
+    save_file({"a": torch.zeros(3)}, path / "model.safetensors")
+    torch.save({"a": 1}, path / "optimizer.pt")
+    return path
+
+
+def test_the_newest_whole_checkpoint_is_gone_on_with(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) == (None, [])
+    nine, ten, eleven = (write_checkpoint(tmp_path, step) for step in (9, 10, 11))
+    for other in ("checkpoint-x", "old-checkpoint-99", "checkpoint-99.part"):
+        (tmp_path / other).mkdir()
+    assert last_checkpoint(tmp_path) == (eleven, [])  # by number: "9" comes behind "11" in letters
+    weights = eleven / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    assert last_checkpoint(tmp_path) == (ten, [eleven])
+    (ten / "optimizer.pt").write_bytes(b"cut off")
+    assert last_checkpoint(tmp_path) == (nine, [eleven, ten])
+    (nine / "trainer_state.json").write_text("[")
+    assert last_checkpoint(tmp_path) == (None, [eleven, ten, nine])
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth"])
+def test_a_file_of_a_checkpoint_that_was_cut_is_seen(tmp_path: Path, suffix: str) -> None:
+    path = write_checkpoint(tmp_path, 1)
+    (path / "notes.txt").write_text("no archive, and none is asked for")
+    assert last_checkpoint(tmp_path) == (path, [])
+    (path / f"more{suffix}").write_bytes(b"PK cut")
+    assert last_checkpoint(tmp_path) == (None, [path])
+
+
+def test_a_checkpoint_ends_a_training_at_its_last_step(llava: Llava15, tmp_path: Path) -> None:
+    """12 of 12 steps: nothing is left to do; the weights are those of the folder."""
+    rpn = RPN.from_backbone(llava, 2, 3)
+    path = write_checkpoint(tmp_path, 12)
+    moved = {f"rpn.{name}": weight + 1 for name, weight in rpn.state_dict().items()}
+    save_file(moved, path / "model.safetensors")
+    told: list[str] = []
+    facts = train(llava, rpn, samples(4), arguments(tmp_path), tell=told.append)
+    assert told == [f"{path} is the end of this training; nothing is left to do"]
+    assert holds(rpn, {name.removeprefix("rpn."): weight for name, weight in moved.items()})
+    assert (facts["steps"], facts["samples"]) == (12, 4)
+    assert "seconds" not in facts
 
 
 # Questions that do not fit the context

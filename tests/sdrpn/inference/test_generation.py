@@ -148,6 +148,7 @@ CHANGE_NOTHING_HERE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(WORKING) - CHANGE_NOTHING_HERE))
 def test_the_values_above_change_answers(
     stock_engine: ZoomModel, images: list[Image.Image], name: str

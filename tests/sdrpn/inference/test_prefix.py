@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from sdrpn.backbones.base import Segment
 from sdrpn.backbones.cache import KV
-from sdrpn.inference.prefix import Prefix, batch_rows, stack
+from sdrpn.inference.prefix import Prefix, batch_rows, free_memory, stack
 
 
 def layer(tokens: int, value: float = 1.0) -> KV:
@@ -60,3 +61,12 @@ def test_rows_of_one_prefix_share_its_memory() -> None:
 def test_prefixes_of_unlike_depth_make_no_batch() -> None:
     with pytest.raises(ValueError, match="zip"):
         stack([(layer(3),), (layer(3), layer(3))])
+
+
+def test_free_memory_is_the_device_s_or_the_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU (free, total) bytes are known, each device's own."""
+    known = {torch.device("cuda", 0): (5, 9), torch.device("cuda", 1): (7, 9)}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: known[device])
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=11, total=99))
+    assert [free_memory(torch.device("cuda", i)) for i in (0, 1)] == [5, 7]
+    assert free_memory(torch.device("cpu")) == 11

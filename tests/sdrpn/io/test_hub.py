@@ -261,9 +261,9 @@ def test_the_weights_of_a_revision_are_hashed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is hashed into the record's keys is what was loaded."""
-    from sdrpn_eval import run_facts
-    from sdrpn_eval.arguments import checked
+    from sdrpn_eval.args import LlavaArguments
     from sdrpn_eval.loading import revisions, sources
+    from sdrpn_eval.provenance import collect
 
     for name in ("main", "v1"):
         (tmp_path / name).mkdir()
@@ -274,12 +274,12 @@ def test_the_weights_of_a_revision_are_hashed(
         seen[source] = revision
         return tmp_path / (revision or "main") if source == "org/rpn" else None
 
-    monkeypatch.setattr(run_facts, "local_folder", folder)
+    monkeypatch.setattr(collect, "local_folder", folder)
     given = {"pretrained": "org/base", "rpn": "org/rpn", "revision": "r0"}
     hashes = []
     for more in ({}, {"rpn_revision": "v1"}):
-        values = checked(given | more)
-        hashes.append(run_facts.hash_sources(sources(values), revisions(values)))
+        values = LlavaArguments.of(given | more)
+        hashes.append(collect.hash_sources(sources(values), revisions(values)))
     assert seen == {"org/base": "r0", "org/rpn": "v1"}
     assert hashes[0].keys() == hashes[1].keys() == {"rpn/rpn.safetensors"}
     assert hashes[0] != hashes[1]

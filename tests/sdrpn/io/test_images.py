@@ -33,7 +33,7 @@ from sdrpn.io.images import (
     safe_join,
 )
 from sdrpn.rpn.checkpoint import RPN
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
+from sdrpn_eval.model import LlavaSdrpn
 from sdrpn_eval.record import read_records
 from tests.conftest import SIZES, THRESHOLD, make_image
 from tests.helpers.fake_engine import FakeEngine
@@ -498,5 +498,5 @@ def test_the_plugin_asks_about_what_is_shown(tmp_path: Path) -> None:
     asked = {q.images[0].size: q.images[0] for batch in engine.batches for q in batch}
     assert set(asked) == {(30, 90), (40, 30)}
     assert asked[40, 30].getpixel((20, 0)) == (131, 131, 131)
-    sizes = [line["images"][0]["size"] for line in read_records(tmp_path)]
+    sizes = [line.size for line in read_records(tmp_path)]
     assert json.dumps(sizes) == "[[30, 90], [40, 30]]"

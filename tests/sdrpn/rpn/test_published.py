@@ -27,7 +27,7 @@ from sdrpn.model_registry import PUBLISHED_RPN
 from sdrpn.rpn import published
 from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval import loading
-from sdrpn_eval.arguments import checked
+from sdrpn_eval.args import LlavaArguments
 from tests.conftest import DEPTH, QUESTIONS, make_llava, make_rpn
 from tests.helpers import original_layout as original
 
@@ -520,8 +520,8 @@ def test_the_plugin_s_default_is_the_published_rpn(
         loading.ZoomModel, "from_pretrained", lambda *names, **options: asked.append(names)
     )
     for proposer in ("rpn", "attention", "none"):
-        values = checked({"pretrained": base, "proposer": proposer})
-        loading.load_engine(values, {}, torch.device("cpu"))
+        values = LlavaArguments.of({"pretrained": base, "proposer": proposer})
+        loading.load_engine(values, torch.device("cpu"))
     assert asked == [(base, PUBLISHED_RPN[base]), (base, None), (base, None)]
 
 

@@ -51,6 +51,7 @@ def runs(tmp_path: Path) -> list[Path]:
     return folders
 
 
+@pytest.mark.slow
 def test_the_list_names_what_is_slow(tmp_path: Path) -> None:
     """The check below would see it: `--update` writes versions down, and needs torch for it."""
     run = write_run(tmp_path / "run", {"toy": [sample(i) for i in range(N)]})
@@ -67,6 +68,7 @@ def test_help_of_sdrpn_imports_nothing_slow() -> None:
     assert imported(["--help"], [*SLOW, "scipy"], module="sdrpn.cli") == [0, []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("state", "code"), [("equal", 0), ("fell", 1), ("broken", 2)])
 def test_a_gate_imports_nothing_slow(
     tmp_path: Path, runs: list[Path], state: str, code: int

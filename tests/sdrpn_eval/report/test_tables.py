@@ -97,6 +97,7 @@ def printed(monkeypatch: pytest.MonkeyPatch, words: list[Any], width: int = 80) 
     return done.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_comparison_breaks_no_word_in_80_columns(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
@@ -116,6 +117,7 @@ def test_a_comparison_breaks_no_word_in_80_columns(
     assert "| won / lost |" in (out / "compare.md").read_text()  # what four runs leave no room for
 
 
+@pytest.mark.slow
 def test_a_wide_terminal_has_all_columns(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from sdrpn_eval.arguments import checked, parse_arguments, written_arguments
+from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.command_line import parse_arguments, written_arguments
 from sdrpn_eval.results.ladder import Ladder
 from sdrpn_eval.results.replay import arguments_again
 from sdrpn_eval.results.responses import read_source
@@ -80,14 +81,14 @@ def test_paths_are_expanded_and_lose_their_quotes(
     name: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert checked({name: form})[name] == "/home/me/a, b"
-    assert checked({name: Path("x")})[name] == "x"
+    assert getattr(LlavaArguments.of({name: form}), name) == "/home/me/a, b"
+    assert getattr(LlavaArguments.of({name: Path("x")}), name) == "x"
 
 
 def test_a_model_in_memory_stays_as_it_is() -> None:
     model = object()
-    assert checked({"pretrained": model})["pretrained"] is model
-    assert checked({"pretrained": 7})["pretrained"] == "7"
+    assert LlavaArguments.of({"pretrained": model}).pretrained is model
+    assert LlavaArguments.of({"pretrained": 7}).pretrained == "7"
 
 
 @pytest.mark.parametrize("text", ["don't look", "[look", "{look", 'say "hi'])
@@ -96,13 +97,16 @@ def test_arguments_that_a_text_swallowed_are_refused(text: str) -> None:
     given = parse_arguments(f"system_prompt={text},proposer=none")
     assert given == {"system_prompt": f"{text},proposer=none"}
     with pytest.raises(ValueError, match="system_prompt must be in quotes: lmms-eval reads"):
-        checked(given)
+        LlavaArguments.of(given)
     quote = '"' if "'" in text else "'"
     whole = parse_arguments(f"system_prompt={quote}{text}{quote},proposer=none")
     if '"' not in text:
-        assert checked(whole)["system_prompt"] == text
-        assert checked(whole)["proposer"] == "none"
-    assert checked({"system_prompt": "first, threshold=5"})["system_prompt"] == "first, threshold=5"
+        assert LlavaArguments.of(whole).system_prompt == text
+        assert LlavaArguments.of(whole).proposer == "none"
+    assert (
+        LlavaArguments.of({"system_prompt": "first, threshold=5"}).system_prompt
+        == "first, threshold=5"
+    )
 
 
 def test_a_short_name_and_a_tilde_are_resolved(

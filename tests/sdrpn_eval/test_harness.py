@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from lmms_eval.evaluator import simple_evaluate
 
-from sdrpn_eval import harness_flags, llava_sdrpn
-from sdrpn_eval.llava_sdrpn import LlavaSdrpn
+from sdrpn_eval import harness
+from sdrpn_eval import model as plugin_model
+from sdrpn_eval.model import LlavaSdrpn
 from tests.helpers.asking_by_hand import logged
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.local_benchmarks import manager, tiny_vstar_rows, write
@@ -33,7 +34,7 @@ REFUSED = [
 def test_flags_are_refused_before_anything_is_loaded(
     words: list[str], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llava_sdrpn, "load_engine", None)  # must not be needed
+    monkeypatch.setattr(plugin_model, "load_engine", None)  # must not be needed
     monkeypatch.setattr(sys, "argv", ["lmms-eval", "--model", "llava_sdrpn", *words])
     with pytest.raises(ValueError, match=told):
         LlavaSdrpn(pretrained="tiny")
@@ -51,7 +52,7 @@ def test_flags_are_refused_before_anything_is_loaded(
 )
 def test_flags_that_do_no_harm_pass(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lmms-eval", "--model", "llava_sdrpn", *words])
-    harness_flags.check_harness(["pope"], main_process=True)
+    harness.check_harness(["pope"], main_process=True)
 
 
 @pytest.fixture
@@ -92,9 +93,9 @@ def test_a_task_with_examples_of_its_own_is_refused_by_name() -> None:
             num_fewshot = 4
 
     with pytest.raises(ValueError, match=r"mine has num_fewshot: 4, .* give --num_fewshot 0"):
-        harness_flags.refuse_fewshot_tasks([Task()])
+        harness.refuse_task_settings([Task()])
     Task.config.num_fewshot = 0
-    harness_flags.refuse_fewshot_tasks([Task(), object()])
+    harness.refuse_task_settings([Task(), object()])
 
 
 @pytest.mark.parametrize("path", ["5", "5.0", "1e5", "true", "False", "nan", "inf"])
@@ -103,7 +104,7 @@ def test_an_output_path_that_reads_as_a_number_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lmms-eval", "--output_path", path])
-    monkeypatch.setattr(llava_sdrpn, "load_engine", None)
+    monkeypatch.setattr(plugin_model, "load_engine", None)
     with pytest.raises(ValueError, match=rf"--output_path {path}: .* saves no results; write \./"):
         LlavaSdrpn(pretrained="tiny")
     assert list(tmp_path.iterdir()) == []
@@ -123,7 +124,7 @@ def test_an_output_path_that_reads_as_a_number_is_refused(
 )
 def test_a_share_of_several_tasks_is_told(limit: Any, tasks: list[str], warned: bool) -> None:
     with logged() as log:
-        harness_flags.warn_of_limit(limit, tasks)
+        harness.warn_of_limit(limit, tasks)
     assert len(log) == warned
     if warned:
         assert f"--limit {limit} with several tasks: lmms-eval 0.7.3 takes that share of" in log[0]
@@ -132,7 +133,7 @@ def test_a_share_of_several_tasks_is_told(limit: Any, tasks: list[str], warned: 
 
 def test_the_limit_is_told_before_the_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--model", "llava_sdrpn", "--tasks", "pope,docvqa_val", "--limit", "0.1"]
-    monkeypatch.setattr("sdrpn_eval.llava_sdrpn.check_data", lambda *_: None)  # not at hand
+    monkeypatch.setattr("sdrpn_eval.announce.check_data", lambda *_: None)  # not at hand
     monkeypatch.setattr(sys, "argv", ["lmms-eval", *words])
     with logged() as log:
         LlavaSdrpn(pretrained=FakeEngine())
@@ -145,9 +146,9 @@ def test_a_folder_with_a_task_s_name_is_told(
     (tmp_path / "tiny_vstar").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"--tasks tiny_vstar: .*/tiny_vstar is a folder, which"):
-        harness_flags.refuse_folder_as_task("tiny_vstar", {"tiny_vstar": {}})
-    harness_flags.refuse_folder_as_task("pope", {"tiny_vstar": {}, "pope": {}})
-    harness_flags.refuse_folder_as_task("tiny_vstar", {})  # a folder of the user's own tasks
+        harness.refuse_folder_as_task("tiny_vstar", {"tiny_vstar": {}})
+    harness.refuse_folder_as_task("pope", {"tiny_vstar": {}, "pope": {}})
+    harness.refuse_folder_as_task("tiny_vstar", {})  # a folder of the user's own tasks
     monkeypatch.setattr(
         sys, "argv", ["lmms-eval", "--model", "llava_sdrpn", "--tasks", "tiny_vstar"]
     )

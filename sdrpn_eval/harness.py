@@ -16,7 +16,7 @@ from typing import Any
 
 from loguru import logger
 
-from sdrpn_eval.arguments import on_command_line, parse_arguments
+from sdrpn_eval.command_line import on_command_line, parse_arguments
 
 REFUSED: Mapping[str, str] = {
     "system_instruction": "lmms-eval glues it to every question; give the sentence as "
@@ -96,9 +96,12 @@ def refuse_folder_as_task(tasks: str | None, index: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_fewshot_tasks(tasks: Iterable[Any]) -> None:
-    """Raise ValueError for a task object whose own YAML asks for examples."""
+def refuse_task_settings(tasks: Iterable[Any]) -> None:
+    """Raise ValueError for task objects that were made with settings in REFUSED, or whose own YAML
+    asks for examples."""
     for task in tasks:
+        args = getattr(task, "args", None)
+        refuse_unsupported({name: getattr(args, name, None) for name in REFUSED})
         config = getattr(task, "config", None)
         count = getattr(config, "num_fewshot", None)
         if count:

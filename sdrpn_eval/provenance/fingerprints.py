@@ -24,7 +24,7 @@ from PIL import Image
 from sdrpn.io.images import image_key
 
 if TYPE_CHECKING:
-    from sdrpn_eval.questions import Request
+    from sdrpn_eval.requests import Request
 
 BITS = 128
 SCORING = ("metric_list", "filter_list", "output_type", "score_key", "repeats")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sdrpn.boxes import PixelBox
-from sdrpn_eval.report.looks import covered, read_looks, unfinished_later_run
+from sdrpn.boxes import PixelBox, covered
 from sdrpn_eval.results.compare import compare, gather
 from sdrpn_eval.results.read import read_run
+from sdrpn_eval.results.records import read_looks, unfinished_later_run
 from tests.helpers.comparisons import compared, pair
 from tests.helpers.run_folders import (
     FACTS,

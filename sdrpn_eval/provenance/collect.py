@@ -1,8 +1,7 @@
-"""What a run was made of, written beside its record: `run_facts_{run}_rank{r}.json`.
+"""Collects what a run is made of, and writes it beside the run's record.
 
-Package versions, weights' hashes, arguments, seeds, device, and per task the fingerprints of data,
-prompts and scorer. It is first written before the weights are loaded, so a run that died leaves its
-facts and no results: that is how a gate tells.
+It is first written before the weights are loaded, so a run that died leaves its provenance and no
+results: that is how a gate tells.
 """
 
 from __future__ import annotations
@@ -23,27 +22,29 @@ import torch
 
 from sdrpn.io.atomic import write_json
 from sdrpn.io.hub import local_folder
-from sdrpn_eval import fingerprints
-from sdrpn_eval.questions import Request
+from sdrpn_eval.command_line import parse_arguments
+from sdrpn_eval.provenance import fingerprints
+from sdrpn_eval.provenance.model import ParsedArguments, Provenance, TaskFingerprints
+from sdrpn_eval.requests import Request
 
-FORMAT = 1
 PACKAGES = ("sdrpn", "lmms_eval", "torch", "torchvision", "transformers", "tokenizers")
 PACKAGES += ("accelerate", "datasets", "numpy", "pillow", "scipy", "peft", "bitsandbytes")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 SETTINGS = ("*.json", "*.jinja", "tokenizer.model")
 """Files beside the weights that decide how they are used."""
-CHUNK = 1 << 22
 
 
 @dataclass
-class RunFacts:
-    """The facts of one process of a run; `add` as often as lmms-eval hands over requests.
+class Collector:
+    """The provenance of one process of a run; `add` as often as lmms-eval hands over requests.
 
-    run: name of the run, the same on all ranks; names must sort by time.
-    arguments: as resolved, defaults and all; as given until the model is loaded. hashes: as
-    `hash_ahead` makes them; the file lists those of weights once they are there.
-    documents: task -> document -> digest of its content. skipped: task -> documents that were not
-    answered as asked, see `on_error`.
+    Attributes:
+        run: Name of the run, the same on all ranks; names must sort by time.
+        arguments: As resolved, defaults and all; as given until the model is loaded.
+        hashes: As `hash_ahead` makes them; the file lists those of weights once they are there.
+        model_args: The text of `--model_args`, where it is known.
+        documents: Task -> document -> digest of its content.
+        skipped: Task -> documents that were not answered as asked, see `on_error`.
     """
 
     folder: Path
@@ -53,7 +54,8 @@ class RunFacts:
     arguments: Mapping[str, Any]
     hashes: Future[dict[str, str]]
     device: torch.device
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    model_args: str | None = None
+    tasks: dict[str, TaskFingerprints] = field(default_factory=dict)
     documents: dict[str, dict[int, int]] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     seeds: list[int] | None = None
@@ -63,9 +65,10 @@ class RunFacts:
         return self.folder / f"run_facts_{self.run}_rank{self.rank}.json"
 
     def add(self, requests: Sequence[Request], task_dict: Mapping[str, Any]) -> None:
-        """Write the facts with the tasks of these requests.
+        """Write what is known, with the tasks of these requests.
 
-        task_dict: task -> split -> rows, as the evaluator hands it to a model.
+        Args:
+            task_dict: Task -> split -> rows, as the evaluator hands it to a model.
         """
         asked = [r for r in requests if not r.padding_only]
         for name in dict.fromkeys(r.task for r in asked):
@@ -74,9 +77,9 @@ class RunFacts:
             self.documents[name] = fingerprints.document_digests(rows, (r.doc_id for r in own))
             self.tasks[name] = _of_task(own, self.documents[name])
             # lmms-eval tells a model neither its seeds nor its command; its task objects know.
-            self.seeds = self.seeds or getattr(
-                getattr(own[0].task_object, "args", None), "seed", None
-            )
+            cli = getattr(own[0].task_object, "args", None)
+            self.seeds = self.seeds or getattr(cli, "seed", None)
+            self.model_args = self.model_args or getattr(cli, "model_args", None)
         self.write()
 
     def skip(self, failed: Iterable[tuple[str, int]]) -> None:
@@ -87,26 +90,32 @@ class RunFacts:
 
     def write(self) -> None:
         """Write what is known by now."""
-        write_json(self.path, self.as_dict())
+        write_json(self.path, self.content().model_dump())
 
-    def as_dict(self) -> dict[str, Any]:
+    def content(self) -> Provenance:
         """What the file holds."""
         # One process tells; the others load the same files.
         known = self.rank == 0 and self.hashes.done()
-        return {
-            "format": FORMAT,
-            "run": self.run,
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "versions": versions(),
-            "source": source_state(),
-            "arguments": {k: _plain(v) for k, v in self.arguments.items()},
-            "seeds": self.seeds or {"torch": torch.initial_seed()},
-            "device": device_facts(self.device),
-            "weights": weights_only(self.hashes.result()) if known else {},
-            "tasks": self.tasks,
-            "skipped": self.skipped,
-        }
+        return Provenance(
+            run=self.run,
+            rank=self.rank,
+            world_size=self.world_size,
+            versions=versions(),
+            source=source_state(),
+            arguments={k: _plain(v) for k, v in self.arguments.items()},
+            model_args=_parsed(self.model_args),
+            seeds=self.seeds or {"torch": torch.initial_seed()},
+            device=device_facts(self.device),
+            weights=weights_only(self.hashes.result()) if known else {},
+            tasks=self.tasks,
+            skipped=self.skipped,
+        )
+
+
+def _parsed(model_args: Any) -> ParsedArguments | None:
+    if not isinstance(model_args, str):
+        return None
+    return ParsedArguments(text=model_args, parsed=parse_arguments(model_args))
 
 
 def _plain(value: Any) -> Any:
@@ -115,18 +124,17 @@ def _plain(value: Any) -> Any:
     return value if known else str(value) if isinstance(value, Path) else type(value).__name__
 
 
-def _of_task(requests: Sequence[Request], documents: Mapping[int, int]) -> dict[str, Any]:
+def _of_task(requests: Sequence[Request], documents: Mapping[int, int]) -> TaskFingerprints:
     task = requests[0].task_object
-    return {
-        "documents": len(documents),
-        "data": fingerprints.total(documents.values()),
-        "prompts": fingerprints.prompts_fingerprint(requests),
-        "generation": fingerprints.generation_fingerprint(requests),
-        "scorer": fingerprints.scorer_fingerprint(task) if hasattr(task, "config") else None,
-        "scorer_source": (
-            fingerprints.scorer_source_fingerprint(task) if hasattr(task, "config") else None
-        ),
-    }
+    has_scorer = hasattr(task, "config")
+    return TaskFingerprints(
+        documents=len(documents),
+        data=fingerprints.total(documents.values()),
+        prompts=fingerprints.prompts_fingerprint(requests),
+        generation=fingerprints.generation_fingerprint(requests),
+        scorer=fingerprints.scorer_fingerprint(task) if has_scorer else None,
+        scorer_source=fingerprints.scorer_source_fingerprint(task) if has_scorer else None,
+    )
 
 
 def versions() -> dict[str, str]:
@@ -143,7 +151,7 @@ def versions() -> dict[str, str]:
 
 def source_state() -> dict[str, Any] | None:
     """Commit of the checkout that sdrpn runs from, and whether it was changed; None in a wheel."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
@@ -221,8 +229,5 @@ def weights_only(hashes: Mapping[str, str]) -> dict[str, str]:
 @functools.cache
 def hash_file(file: Path, size: int, changed: int) -> str:
     """blake2b of a file's content; size and time of change are there for the cache."""
-    whole = hashlib.blake2b(digest_size=16)
     with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            whole.update(chunk)
-    return whole.hexdigest()
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -7,10 +7,11 @@ read once; within an image and between images the longest prompts go first.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any
 
 from datasets import Dataset
 from datasets import Image as ImageColumn
@@ -19,11 +20,8 @@ from PIL import Image
 
 from sdrpn.io.images import image_key
 from sdrpn.io.plurals import counted
-from sdrpn.io.resumable import prefetch as made_ahead
-from sdrpn_eval.generation import group_key
 
 IMAGE_PLACEHOLDER = "<image>"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,20 +77,10 @@ def batches(
             yield members[start : start + batch_size]
 
 
-def ahead(
-    groups: Iterable[list[Request]], make: Callable[[Request], T]
-) -> Generator[tuple[list[Request], list[T]], None, None]:
-    """Each group with what `make` makes of its requests, made in a thread while the last one is
-    worked on: images are decoded beside the model, not before it."""
-
-    def all_of(group: list[Request]) -> list[T]:
-        return [make(request) for request in group]
-
-    return made_ahead(groups, all_of)
-
-
 def _kwargs_key(request: Request) -> str:
-    return group_key(request.extra) if isinstance(request.extra, dict) else ""
+    """Equal for requests that may share a batch."""
+    extra = request.extra
+    return json.dumps(extra, sort_keys=True, default=str) if isinstance(extra, dict) else ""
 
 
 class Documents:
@@ -114,8 +102,8 @@ class Documents:
         for visual in visuals:
             if not isinstance(visual, Image.Image):
                 raise ValueError(
-                    f"llava_sdrpn answers questions on images; document {request.doc_id} of "
-                    f"{request.task} gives a {type(visual).__name__}"
+                    f"questions are on images; document {request.doc_id} of {request.task} gives a "
+                    f"{type(visual).__name__}"
                 )
         return tuple(visuals)
 

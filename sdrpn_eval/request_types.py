@@ -1,36 +1,26 @@
-"""The two kinds of requests: to answer in words, and to score words that are given.
+"""The two request types of lmms-eval: to answer in words, and to score words that are given.
 
-A kind knows how to ask the engine and what the record's line holds of it; what lmms-eval gets back
+A type knows how to ask the engine and what the record's line holds of it; what lmms-eval gets back
 is made of that line, so it is the same whether the line is new or an earlier run's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 
 from sdrpn.engine import Answer, Question, ZoomModel
 from sdrpn_eval.generation import translate
-from sdrpn_eval.questions import Request
-from sdrpn_eval.record import describe_answer
+from sdrpn_eval.record import RecordLine, describe_answer
+from sdrpn_eval.requests import Request
 
-NO_ANSWER = Answer("", (), None, "not answered", 0, 0, 0, 0)
+NO_ANSWER = describe_answer(Answer("", (), None, "not answered", 0, 0, 0, 0))
 
-
-@dataclass(frozen=True)
-class Said:
-    """An answer, and what a line of the record holds beside it."""
-
-    answer: Answer
-    more: Mapping[str, Any] = field(default_factory=dict)
-
-    def describe(self) -> dict[str, Any]:
-        """These fields of the record's line."""
-        return describe_answer(self.answer) | dict(self.more)
+Fields = dict[str, Any]
+"""Fields of a line of the record, by their names in JSON."""
 
 
 class LossAndGreedy(tuple):
@@ -44,20 +34,19 @@ class LossAndGreedy(tuple):
         return ()
 
 
-def result(line: Mapping[str, Any]) -> GenerationResult:
+def result(line: RecordLine) -> GenerationResult:
     """What lmms-eval gets for a line of the record.
 
     A loss that could not be had is infinite: the least likely of the options.
     """
-    if "loss" in line:
-        loss = math.inf if line["loss"] is None else line["loss"]
-        return GenerationResult(LossAndGreedy((loss, line["greedy"])))  # type: ignore[arg-type]
-    tokens = line["tokens"]
-    prompt = tokens["image"] + tokens["crop"] + tokens["question"]
-    return GenerationResult(line["answer"], TokenCounts(prompt, tokens["new"]))
+    if line.is_loss:
+        loss = math.inf if line.loss is None else line.loss
+        return GenerationResult(LossAndGreedy((loss, line.greedy)))  # type: ignore[arg-type]
+    prompt = line.tokens["image"] + line.tokens["crop"] + line.tokens["question"]
+    return GenerationResult(line.answer, TokenCounts(prompt, line.tokens["new"]))
 
 
-class Kind(Protocol):
+class RequestType(Protocol):
     """How requests of one type are asked."""
 
     name: str
@@ -68,17 +57,17 @@ class Kind(Protocol):
 
     def ask(
         self, engine: ZoomModel, requests: Sequence[Request], questions: Sequence[Question]
-    ) -> list[Said]:
+    ) -> list[Fields]:
         """Ask a batch of equal generation arguments."""
         ...
 
-    def nothing(self, request: Request) -> Said:
-        """What is said of a document that cannot be answered."""
+    def unanswered(self, request: Request) -> Fields:
+        """The fields of a document that cannot be answered."""
         ...
 
 
-class Words:
-    """Answers in words, `generate_until`."""
+class GenerateUntil:
+    """Answers in words."""
 
     name = "generate_until"
 
@@ -91,16 +80,16 @@ class Words:
 
     def ask(
         self, engine: ZoomModel, requests: Sequence[Request], questions: Sequence[Question]
-    ) -> list[Said]:
+    ) -> list[Fields]:
         generation = self._arguments[requests[0].index]
-        return [Said(answer) for answer in engine.ask_batch(questions, generation=generation)]
+        return [describe_answer(a) for a in engine.ask_batch(questions, generation=generation)]
 
-    def nothing(self, request: Request) -> Said:
-        return Said(NO_ANSWER)
+    def unanswered(self, request: Request) -> Fields:
+        return NO_ANSWER
 
 
-class Losses:
-    """Mean loss of each continuation and whether greedy decoding would give it, `loglikelihood`.
+class Loglikelihood:
+    """Mean loss of each continuation and whether greedy decoding would give it.
 
     The loss and not its negative: lmms-eval's multiple-choice tasks take the smallest.
     """
@@ -118,14 +107,18 @@ class Losses:
 
     def ask(
         self, engine: ZoomModel, requests: Sequence[Request], questions: Sequence[Question]
-    ) -> list[Said]:
+    ) -> list[Fields]:
         continuations = [self._continuation(r) for r in requests]
         scored = engine.loss_batch(questions, continuations)
         return [
-            Said(answer, {"continuation": text, "loss": loss, "greedy": greedy})
-            for text, (loss, greedy, answer) in zip(continuations, scored, strict=True)
+            {**describe_answer(seen), "continuation": text, "loss": loss, "greedy": greedy}
+            for text, (loss, greedy, seen) in zip(continuations, scored, strict=True)
         ]
 
-    def nothing(self, request: Request) -> Said:
-        more = {"continuation": self.asked(request), "loss": None, "greedy": False}
-        return Said(NO_ANSWER, more)
+    def unanswered(self, request: Request) -> Fields:
+        return {
+            **NO_ANSWER,
+            "continuation": self.asked(request),
+            "loss": None,
+            "greedy": False,
+        }

@@ -1,0 +1,1 @@
+"""What a run was made of: versions, weights, arguments, and fingerprints of data and scorers."""

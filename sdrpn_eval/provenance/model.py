@@ -1,0 +1,191 @@
+"""The provenance of a run as its files hold it, one a process: `run_facts_{run}_rank{r}.json`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr, TypeAdapter
+
+from sdrpn.io.atomic import read_parsed
+from sdrpn_eval.provenance.fingerprints import combined
+from sdrpn_eval.schemas import Count, Hex
+
+FORMAT = 1
+RUN_STAMP = "%Y%m%dT%H%M%S.%fZ"
+"""A run's name: when it began, in UTC; names sort by time."""
+FILES = "run_facts_*_rank*.json"
+NAME = re.compile(r"run_facts_(?P<run>.+)_rank(?P<rank>\d+)\.json")
+
+
+class TaskFingerprints(BaseModel):
+    """What a score of a task rests on, see `fingerprints`.
+
+    Attributes:
+        scorer: Of the grader's source and settings; None for a task without one.
+        scorer_source: Of its source alone; None in files of older versions.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    documents: Count = 0
+    data: Hex
+    prompts: Hex
+    generation: str | None = None
+    scorer: str | None
+    scorer_source: str | None = None
+
+
+class ParsedArguments(BaseModel):
+    """`--model_args` as given, and as lmms-eval reads them: reports need not import its parser."""
+
+    text: str
+    parsed: dict[str, Any]
+
+
+class Provenance(BaseModel):
+    """What one process of a run wrote down, or all of them put together (`merge`).
+
+    Attributes:
+        run: Name of the run, the same on all ranks.
+        arguments: As resolved, defaults and all; as given until the model is loaded.
+        weights: Hashes of the files of weights, by "what they are for/name".
+        skipped: Task -> documents that were not answered as asked (`on_error`).
+    """
+
+    model_config = ConfigDict(extra="allow")
+    format: int = FORMAT
+    run: str
+    rank: Count = 0
+    world_size: int = 1
+    versions: dict[str, str]
+    source: dict[str, Any] | None
+    arguments: dict[str, Any]
+    model_args: ParsedArguments | None = None
+    seeds: Any
+    device: dict[str, Any]
+    weights: dict[str, str]
+    tasks: dict[str, TaskFingerprints]
+    skipped: dict[str, Count] = {}
+    _files: tuple[Path, ...] = PrivateAttr(())
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that this was read from, one a process."""
+        return self._files
+
+    @property
+    def data(self) -> dict[str, str]:
+        return {name: task.data for name, task in self.tasks.items()}
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        return {name: task.prompts for name, task in self.tasks.items()}
+
+    @property
+    def scorers(self) -> dict[str, str]:
+        return {name: task.scorer for name, task in self.tasks.items() if task.scorer}
+
+    @property
+    def scorer_sources(self) -> dict[str, str | None]:
+        return {name: task.scorer_source for name, task in self.tasks.items()}
+
+    @property
+    def documents(self) -> dict[str, int]:
+        return {name: task.documents for name, task in self.tasks.items()}
+
+
+FACTS = TypeAdapter(Provenance)
+
+
+def read_provenance(files: Sequence[Path]) -> Provenance:
+    """The provenance of one run, from the files of its processes.
+
+    Raises:
+        ValueError: Naming the file that cannot be read.
+    """
+    try:
+        parts = [read_parsed(FACTS, file) for file in files]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}; a run without its facts is read too, so delete it") from None
+    merged = merge(parts)
+    merged._files = tuple(files)
+    return merged
+
+
+def merge(parts: Sequence[Provenance]) -> Provenance:
+    """The provenance of a run from those of its processes, each with its share of the documents."""
+    tasks: dict[str, list[TaskFingerprints]] = {}
+    for part in parts:
+        for name, task in part.tasks.items():
+            tasks.setdefault(name, []).append(task)
+    first = min(parts, key=lambda part: part.rank)
+    whole = {
+        name: shares[0].model_copy(
+            update={
+                "documents": sum(share.documents for share in shares),
+                "data": combined(share.data for share in shares),
+                "prompts": combined(share.prompts for share in shares),
+            }
+        )
+        for name, shares in tasks.items()
+    }
+    skipped = {name: sum(part.skipped.get(name, 0) for part in parts) for name in tasks}
+    return first.model_copy(update={"tasks": whole, "skipped": skipped})
+
+
+def read_latest(folder: Path, *, asked: bool = False) -> Provenance | None:
+    """The provenance of the latest run in a folder; None if there is none.
+
+    asked: only of runs that came as far as to ask something.
+    """
+    begun = begun_runs(folder)
+    for name in sorted(begun, reverse=True):
+        if moment(name) is not None:
+            found = read_provenance(begun[name])
+            if found.documents or not asked:
+                return found
+    return None
+
+
+def begun_runs(folder: Path) -> dict[str, list[Path]]:
+    """Run name -> its files, one a process."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob(FILES)):
+        match = NAME.fullmatch(path.name)
+        if match:
+            found.setdefault(match["run"], []).append(path)
+    return found
+
+
+def moment(name: str) -> datetime | None:
+    """When a run of that name began; None for a name that is no time."""
+    try:
+        return datetime.strptime(name, RUN_STAMP).replace(tzinfo=UTC)
+    except ValueError:
+        return None
+
+
+def parsed_arguments(folders: Iterable[Path], model_args: Any) -> dict[str, Any] | None:
+    """`--model_args` by name, as a run that was given the same text wrote them down.
+
+    Args:
+        folders: Where provenance may be.
+        model_args: What a results file holds: a text, as a rule.
+
+    Returns:
+        The arguments; None where no run wrote them down, as of version 0.1.
+    """
+    if not isinstance(model_args, str):
+        return None
+    for folder in folders:
+        for files in begun_runs(folder).values():
+            try:
+                given = read_parsed(FACTS, files[0]).model_args
+            except (OSError, ValueError):  # told where the file itself is needed
+                continue
+            if given is not None and given.text == model_args:
+                return given.parsed
+    return None

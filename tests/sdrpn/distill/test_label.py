@@ -1,0 +1,111 @@
+"""What a label says of answers that a test makes up: words with special tokens, none, too many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdrpn.backbones.llava15 import Llava15
+from sdrpn.config import LabelConfig, LayerHeads
+from sdrpn.distill.label import label, label_batch
+from sdrpn.distill.pseudo_labels import IGNORED
+from sdrpn.engine import Question, ZoomModel
+from tests.conftest import QUESTIONS, make_image
+
+LABELS = LabelConfig(
+    grounding=(LayerHeads(3, (0, 2)),),
+    sink=(LayerHeads(1),),
+    vicrop_layer=3,
+    sink_threshold=1.0,
+    foreground=0.75,
+    background=0.5,
+    max_new_tokens=3,
+)
+
+
+@pytest.fixture
+def zoom(llava: Llava15) -> ZoomModel:
+    return ZoomModel(llava, proposer="none", labels=LABELS)
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[list[int]]], None]:
+    """Makes the model's answers, in the order of the questions, what a test says."""
+
+    def answer(said: Sequence[list[int]]) -> None:
+        rest = list(said)
+
+        def generate(backbone: Any, prefixes: Sequence[Any], *more: Any) -> list[list[int]]:
+            return [rest.pop(0) for _ in prefixes]
+
+        monkeypatch.setattr("sdrpn.distill.label.generate", generate)
+
+    return answer
+
+
+def questions(count: int) -> list[Question]:
+    return [Question(QUESTIONS[i % 4], (make_image(90, 60, i),)) for i in range(count)]
+
+
+def test_an_answer_is_kept_without_special_tokens_and_spaces(
+    zoom: ZoomModel, answered: Callable[[Sequence[list[int]]], None]
+) -> None:
+    tokenizer = zoom.backbone.tokenizer
+    words = tokenizer("red level", add_special_tokens=False)["input_ids"]
+    answered([[tokenizer.bos_token_id, *words]])
+    (found,) = label_batch(zoom, questions(1))
+    assert found.response == "red level"
+    assert found.grounding.any()
+
+
+def test_an_empty_answer_has_no_map_between_others_that_have(
+    zoom: ZoomModel, answered: Callable[[Sequence[list[int]]], None]
+) -> None:
+    (red,) = zoom.backbone.tokenizer("red", add_special_tokens=False)["input_ids"]
+    answered([[red], [], [red]])
+    first, none, last = label_batch(zoom, questions(3))
+    assert (none.response, none.reason) == ("", "empty response")
+    for array, dtype, value in (
+        (none.grounding, np.float16, 0),
+        (none.sink, np.float16, 0),
+        (none.labels, np.int8, IGNORED),
+    ):
+        assert (array.dtype, array.shape) == (dtype, (8, 8))
+        assert (array == value).all()
+    assert none.grid == zoom.backbone.image_grid(make_image(90, 60, 1))
+    for one in (first, last):
+        assert one.response == "red"
+        assert (one.grounding.dtype, one.sink.dtype) == (np.float16, np.float16)
+        assert (one.grounding.shape, one.sink.shape, one.labels.shape) == ((8, 8),) * 3
+        assert one.grounding.any()
+        assert one.sink.any()
+    assert not np.array_equal(first.grounding, last.grounding)
+    assert first.grid == zoom.backbone.image_grid(make_image(90, 60, 0))
+
+
+def test_nothing_said_at_all_makes_no_map(
+    zoom: ZoomModel, answered: Callable[[Sequence[list[int]]], None]
+) -> None:
+    answered([[], []])
+    assert [one.reason for one in label_batch(zoom, questions(2))] == ["empty response"] * 2
+
+
+def test_questions_are_labelled_in_batches_in_their_order(
+    zoom: ZoomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def batch(_: ZoomModel, asked: Sequence[Question]) -> list[str]:
+        sizes.append(len(asked))
+        return [question.text for question in asked]
+
+    monkeypatch.setattr("sdrpn.distill.label.label_batch", batch)
+    asked = questions(7)
+    assert list(label(zoom, asked, batch_size=3)) == [question.text for question in asked]
+    assert sizes == [3, 3, 1]
+    sizes.clear()
+    assert len(list(label(zoom, asked[:1] * 17))) == 17
+    assert sizes == [16, 1]
