@@ -26,20 +26,20 @@ from sdrpn.cli.shared import (
 from sdrpn.io.plurals import counted
 
 SOME_FAILED = 1
-"""Exit code where --on-error empty passed over questions."""
+"""Exit code if --on-error empty wrote errors."""
 
 
 def answer(
     questions: Annotated[
         Path,
         typer.Argument(
-            help="JSON lines or a JSON list: `id`, `image`, `question`, and what else you like; or "
-            "LLaVA's `question_id`, `image`, `text`."
+            help="JSON lines or a JSON list with `id`, `image`, `question` and any other fields; "
+            "or LLaVA's `question_id`, `image`, `text`."
         ),
     ],
     images: Annotated[Path, typer.Option(help="Folder that the image paths start from.")],
     out: Annotated[
-        Path, typer.Option(help="JSON lines, one an answer; a begun file is gone on with.")
+        Path, typer.Option(help="JSON lines, one per answer; resumes if the file exists.")
     ],
     model: ModelOption = names.LLAVA_7B,
     rpn: RpnOption = None,
@@ -47,13 +47,15 @@ def answer(
     proposer: ProposerOption = "rpn",
     threshold: ThresholdOption = None,
     policy: PolicyOption = None,
-    batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(help="Questions per batch; halved if they do not fit.")
+    ] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
     on_error: Annotated[
         str,
         typer.Option(
-            help="A question that cannot be answered: `raise` ends there, `empty` notes the error "
-            "as its line and goes on."
+            help="If a question cannot be answered: `raise` stops, `empty` writes the error as its "
+            "line and continues."
         ),
     ] = "raise",
     dtype: DtypeOption = "auto",
@@ -63,9 +65,9 @@ def answer(
 
     Example: sdrpn answer questions.jsonl --images photos/ --out answers.jsonl
 
-    Stopped at any moment, the same command goes on where it was and asks nothing twice. It ends
-    with 0 where all are answered, with 1 where --on-error empty noted errors (asked again by the
-    next such command), with 2 where something stopped it.
+    If interrupted, the same command resumes and asks nothing twice. Exit code 0: all questions are
+    answered; 1: --on-error empty wrote errors, which the next such command asks again; 2: an error
+    stopped it.
     """
     with report_errors():
         check_images(images)

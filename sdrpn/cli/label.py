@@ -24,12 +24,12 @@ def label(
     data: Annotated[
         str,
         typer.Option(
-            help="LLaVA's conversations, or plain questions (`image`, `question`): a JSON list or "
-            "JSON lines; or a `datasets` set (.parquet, a saved folder, a hub id) with columns "
-            "`image` and `question`."
+            help="LLaVA's conversations or plain questions (`image`, `question`), as a JSON list "
+            "or JSON lines; or a dataset (.parquet, a saved folder, a Hub id) with columns `image` "
+            "and `question`."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the labels; a begun one is gone on with.")],
+    out: Annotated[Path, typer.Option(help="Folder for the labels; resumes if it exists.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = names.LLAVA_7B,
     images: Annotated[
         Path | None, typer.Option(help="Folder that the image paths in DATA start from.")
@@ -37,15 +37,21 @@ def label(
     subset: Annotated[
         str, typer.Option(help="Only images below these folders, such as gqa,ocr_vqa.")
     ] = "",
-    samples: Annotated[int | None, typer.Option(help="So many questions, drawn at random.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides which samples, and the preview.")] = 0,
+    samples: Annotated[
+        int | None, typer.Option(help="Number of questions, drawn at random.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the samples and of the preview.")] = 0,
     heads: Annotated[
         Path | None,
-        typer.Option(help="Heads that point, from `sdrpn heads`; the published ones for 7B, 13B."),
+        typer.Option(
+            help="Heads to read, from `sdrpn heads`; default: the published ones of 7B and 13B."
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions at a time, each process.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(help="Questions per batch and process; halved if they do not fit.")
+    ] = 16,
     shard_size: Annotated[
-        int, typer.Option(help="Questions a file: what is redone at most.")
+        int, typer.Option(help="Questions per file, which is what an interruption may repeat.")
     ] = 512,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     padding: PaddingOption = None,
@@ -53,15 +59,15 @@ def label(
         str,
         typer.Option(help="Of the pictures: natural, text, or auto, which goes by their folders."),
     ] = "auto",
-    preview: Annotated[int, typer.Option(help="Draw so many samples to OUT/preview.png.")] = 0,
+    preview: Annotated[int, typer.Option(help="Number of samples to draw to OUT/preview.png.")] = 0,
 ) -> None:
     """Let the frozen model answer, and keep where its answers looked: labels without annotation.
 
     Example: sdrpn label --data llava_v1_5_mix665k.json --images images/ --subset gqa,ocr_vqa
     --samples 10000 --out labels/
 
-    Several GPUs: accelerate launch -m sdrpn.cli label ...  Stopped at any moment, the same command
-    goes on where it was. OUT/summary.json tells what was kept and why the rest was not.
+    Several GPUs: accelerate launch -m sdrpn.cli label ...  If interrupted, the same command
+    resumes. OUT/summary.json counts what was kept, and why the rest was not.
     """
     # Imported here, so that --help and a wrong path answer at once.
     with report_errors():

@@ -42,7 +42,7 @@ def crop_tokens(
     for (i, _), one, tokens in zip(pairs, inputs, backbone.encode(inputs), strict=True):
         encoded[i].append(tokens.unflatten(0, (one.grid.rows, one.grid.columns)))
     return [
-        _fitting(own, region, zoom, most, backbone.crop_marks) if own else []
+        _fitting(own, region, zoom, most, backbone.crop_marks)
         for own, region, zoom, most in zip(encoded, regions, zooms, room, strict=True)
     ]
 

@@ -32,7 +32,6 @@ PACKAGES += ("accelerate", "datasets", "numpy", "pillow", "scipy", "peft", "bits
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 SETTINGS = ("*.json", "*.jinja", "tokenizer.model")
 """Files beside the weights that decide how they are used."""
-CHUNK = 1 << 22
 
 
 @dataclass
@@ -230,8 +229,5 @@ def weights_only(hashes: Mapping[str, str]) -> dict[str, str]:
 @functools.cache
 def hash_file(file: Path, size: int, changed: int) -> str:
     """blake2b of a file's content; size and time of change are there for the cache."""
-    whole = hashlib.blake2b(digest_size=16)
     with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            whole.update(chunk)
-    return whole.hexdigest()
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -144,7 +144,13 @@ class Record:
         return [one for one in self.parts("outputs") if one.startswith("sharp")]
 
     def thresholds(self, key: str) -> list[float]:
-        return [float(value) for value in self.outputs[f"{key}/thresholds"]]
+        """Recorded thresholds; none where the reference raised before it came to them."""
+        name = f"{key}/thresholds"
+        return [float(v) for v in self.outputs[name]] if name in self.outputs.files else []
+
+    def cases_with(self, name: str) -> list[str]:
+        """The cases that have this among their outputs."""
+        return [key for key in self.cases if f"{key}/{name}" in self.outputs.files]
 
     def zooms(self, key: str) -> list[int]:
         """The thresholds that answers were recorded at."""

@@ -61,7 +61,7 @@ def close(found: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
 # --- pictures ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", RECORD.cases_with("image_embeds"))
 def test_pictures(looked: dict[str, Looked], key: str) -> None:
     backbone = looked[key].engine.backbone
     (ready,) = backbone.preprocess([RECORD.cases[key].image])
@@ -72,7 +72,7 @@ def test_pictures(looked: dict[str, Looked], key: str) -> None:
     close(tokens, outputs(f"{key}/image_embeds"))
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", RECORD.cases_with("input_ids"))
 def test_prompts(looked: dict[str, Looked], key: str) -> None:
     case = looked[key]
     assert [*case.prefix.ids, *case.words] == outputs(f"{key}/input_ids").tolist()
@@ -81,7 +81,7 @@ def test_prompts(looked: dict[str, Looked], key: str) -> None:
 # --- maps and boxes ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", RECORD.cases_with("pred_roi"))
 def test_roi_logits(looked: dict[str, Looked], key: str) -> None:
     case, image = looked[key], RECORD.cases[key].image
     grid = case.engine.backbone.image_grid(image)
@@ -90,7 +90,7 @@ def test_roi_logits(looked: dict[str, Looked], key: str) -> None:
     close(found, outputs(f"{key}/pred_roi"))
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", RECORD.cases_with("blurred"))
 def test_blurred_maps(looked: dict[str, Looked], key: str) -> None:
     close(looked[key].proposal.roi_map, outputs(f"{key}/blurred"))
 
@@ -182,7 +182,7 @@ def same_answer(found: Any, name: str, tolerance: float = TOLERANCE) -> None:
 # --- answers -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", RECORD.cases_with("none/tokens"))
 def test_answers_without_a_zoom(looked: dict[str, Looked], key: str) -> None:
     case = looked[key]
     backbone, prefix = case.engine.backbone, case.prefix
@@ -235,9 +235,9 @@ def test_answers_do_not_depend_on_what_was_asked_before() -> None:
         for k in RECORD.zooms(key):
             question = Question(case.question, (case.image,), zoom=at(RECORD.thresholds(key)[k]))
             asked.append((engine, question, outputs(f"{key}/zoom/{k}/tokens").tolist()))
-        plain = ZoomModel(engine.backbone, proposer="none")
-        question = Question(case.question, (case.image,))
-        asked.append((plain, question, outputs(f"{key}/none/tokens").tolist()))
+        if (expected := recorded(f"{key}/none/tokens")) is not None:
+            plain = ZoomModel(engine.backbone, proposer="none")
+            asked.append((plain, Question(case.question, (case.image,)), expected.tolist()))
     settings = {"max_new_tokens": parity.NEW_TOKENS}
     for engine, question, expected in [*asked, *asked[::-1]]:
         (found,) = engine.ask_batch([question], settings)

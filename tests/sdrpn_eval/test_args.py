@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.args import Count, LlavaArguments, ModelArguments
 
 
 def test_unknown_and_ill_typed_arguments_make_one_error_with_the_list() -> None:
@@ -106,3 +106,23 @@ def test_defaults_are_the_paper_s_system() -> None:
 def test_a_preset_yields_to_what_is_given() -> None:
     assert LlavaArguments.of({"preset": "paper"}).policy == "mask"
     assert LlavaArguments.of({"preset": "paper", "policy": "bbox"}).policy == "bbox"
+
+
+class Other(ModelArguments):
+    """Another family: an argument and a default of its own, no presets."""
+
+    model_name = "other"
+    pretrained: Any = "nobody/other"
+    max_pixels: Count | None = None
+    """pixels of an image"""
+
+
+def test_a_family_has_arguments_and_defaults_of_its_own() -> None:
+    args = Other.of({"max_pixels": 5})
+    assert (args.pretrained, args.max_pixels, args.proposer) == ("nobody/other", 5, "rpn")
+    assert "\n  max_pixels: pixels of an image" in Other.listing()
+    with pytest.raises(ValueError, match="unknown padding") as error:
+        Other.of({"padding": "pad", "max_pixels": 0})
+    assert str(error.value).splitlines()[-1] == (
+        "other: unknown padding; max_pixels must be a whole number of 1 or more, or none, got 0"
+    )

@@ -214,6 +214,20 @@ def test_the_card_says_what_it_is_and_how_it_was_trained(llava: Llava15, tmp_pat
     assert card.rstrip().endswith("Not trained: a copy of the backbone's layers.")
 
 
+def test_broken_weights_are_named_with_the_folder_they_were_for(
+    llava: Llava15, tmp_path: Path
+) -> None:
+    rpn = make_rpn(llava, perturbed=False)
+    rpn.k_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite") as error:
+        rpn.save_pretrained(tmp_path / "rpn")
+    assert str(error.value) == (
+        f"the RPN for {tmp_path / 'rpn'}: k_proj.weight holds values that are not finite; its "
+        "training went wrong: try a lower learning rate"
+    )
+    assert not (tmp_path / "rpn").exists()
+
+
 def test_what_is_saved_can_be_published_at_once(
     perturbed_rpn: RPN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
