@@ -29,9 +29,10 @@ WITHOUT_THRESHOLD = ("none", "box", "vicrop")
 """Proposers whose map, if they draw one, is not cut at a threshold."""
 
 ZOOM_ARGUMENTS = ("policy", "token_budget", "max_crop_tokens", "skip_above", "relative")
+ZOOM_ARGUMENTS += ("thin_above",)
 """Arguments that are settings of the zoom, beside the threshold."""
 
-OFF = ("token_budget", "skip_above", "max_crop_tokens")
+OFF = ("token_budget", "skip_above", "max_crop_tokens", "thin_above")
 NONE_IS_A_VALUE = ("proposer", "prefix_cache", "record", *OFF)
 """Arguments of which `none` switches something off; of every other it is the default."""
 
@@ -187,7 +188,7 @@ class ModelArguments(BaseModel):
         for name in settings.keys() & type(self).model_fields.keys():
             setattr(self, name, settings[name])
 
-    @field_validator(*OFF, mode="before")
+    @field_validator(*OFF, mode="before", check_fields=False)
     @classmethod
     def _switched_off(cls, value: Any) -> Any:
         return None if isinstance(value, str) and value.lower() == "none" else value
@@ -347,6 +348,8 @@ class QwenArguments(ModelArguments):
     """most pixels of a resized image or crop"""
     system_prompt: Path | None = None
     """sentence, or file with it; default: the model's own"""
+    thin_above: Count | None = None
+    """drop unneeded image tokens of images with more than this (published: 1024), or none"""
     short_answer: Flag = False
     """end questions as the published runs do: Answer the question using a single word or phrase."""
     preset: Literal["paper"] | None = None
