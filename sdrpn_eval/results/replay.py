@@ -95,9 +95,7 @@ def ask_again(
     given = arguments_again(source, overrides)
     with tempfile.TemporaryDirectory() as folder:
         # An empty record, so that nothing is answered from an earlier one.
-        model = MODEL_CLASSES[source.config["model"]](
-            **given | {"record": folder, "batch_size": 1}
-        )
+        model = MODEL_CLASSES[source.config["model"]](**given | {"record": folder, "batch_size": 1})
         config = dict(source.config) | {"limit": 1, "offset": doc_id}
         results = evaluate_again(model, [task], config, manager, out, predict_only=True)
         lines, facts = read_records(folder), read_latest(Path(folder))
