@@ -305,7 +305,7 @@ def test_two_processes_share_the_work(random_llava: Path, data: Path, tmp_path: 
     (samples,) = (tmp_path / "out").glob("*/*_samples_textvqa_val.jsonl")
     answered = {line.doc_id: line.answer for line in lines if line.task == "textvqa_val"}
     for line in map(json.loads, samples.open()):
-        assert line["filtered_resps"] == [answered[line.doc_id]] or (
-            line["filtered_resps"] == answered[line.doc_id]
+        assert line["filtered_resps"] == [answered[line["doc_id"]]] or (
+            line["filtered_resps"] == answered[line["doc_id"]]
         )
     assert "vstar" in results_of(tmp_path / "out")
