@@ -184,7 +184,7 @@ def test_use_cache_is_refused_before_anything_is_loaded(
     words += ["--limit", "2", "--use_cache", str(tmp_path / "responses")]
     monkeypatch.setattr(sys, "argv", ["lmms-eval", *words])
     monkeypatch.setattr("sdrpn_eval.model.load_engine", None)  # must not be needed
-    with pytest.raises(ValueError, match="llava_sdrpn does not work with --use_cache"):
+    with pytest.raises(ValueError, match="sdrpn does not work with --use_cache"):
         cli_evaluate_single(parse_eval_args()[1])
     assert not (tmp_path / "responses").exists()
 
