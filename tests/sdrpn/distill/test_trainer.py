@@ -446,8 +446,8 @@ def test_a_checkpoint_ends_a_training_at_its_last_step(llava: Llava15, tmp_path:
     moved = {f"rpn.{name}": weight + 1 for name, weight in rpn.state_dict().items()}
     save_file(moved, path / "model.safetensors")
     told: list[str] = []
-    facts = train(llava, rpn, samples(4), arguments(tmp_path), tell=told.append)
-    assert told == [f"{path} is the end of this training; nothing is left to do"]
+    facts = train(llava, rpn, samples(4), arguments(tmp_path), log=told.append)
+    assert told == [f"training is already complete: {path}"]
     assert holds(rpn, {name.removeprefix("rpn."): weight for name, weight in moved.items()})
     assert (facts["steps"], facts["samples"]) == (12, 4)
     assert "seconds" not in facts

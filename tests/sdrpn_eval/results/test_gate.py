@@ -127,7 +127,22 @@ def test_each_setting_that_makes_a_score_is_held(
     )
     code, line = run_gate(run, baseline)
     assert code == 2
-    assert "another scorer" in line
+    assert f"another scorer than the baseline's: {setting} is " in line
+
+
+def test_another_scorer_is_named_by_what_changed(tmp_path: Path) -> None:
+    base = tmp_path / "b.json"
+    run_gate(write_run(tmp_path / "good", {"x": rows()}), base, "--update")
+    run = write_run(tmp_path / "run", {"x": rows()}, config={"repeats": 3, "score_key": "points"})
+    told = "gate: broken: x accuracy: another scorer than the baseline's: "
+    assert run_gate(run, base) == (
+        2,
+        f"{told}score_key is points, was score; repeats is 3, was None",
+    )
+    older = json.loads(base.read_text())
+    del older["tasks"]["x"]["scoring"]
+    base.write_text(json.dumps(older))
+    assert run_gate(run, base) == (2, f"{told}its settings changed")
 
 
 def test_more_documents_than_the_baseline_are_broken(tmp_path: Path) -> None:
@@ -416,15 +431,15 @@ def test_the_age_of_results_is_counted_from_their_end(
     class Clock(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
-            return datetime(2026, 3, 1, 14, 0, 11, tzinfo=tz)
+            return datetime(2026, 3, 11, 12, 0, 11, tzinfo=tz)
 
     monkeypatch.setattr(gate, "datetime", Clock)
     run = read_run(write_run(tmp_path / "run", {"x": rows(n=1)}))
     check_run(run)
-    check_run(run, timedelta(hours=2))
-    message = f"^{re.escape(str(run.file))}: the results are 2.0 hours old: this run left none$"
+    check_run(run, timedelta(hours=240))
+    message = f"^{re.escape(str(run.file))}: the results are 240.0 hours old: this run left none$"
     with pytest.raises(BadRun, match=message):
-        check_run(run, timedelta(hours=2, seconds=-1))
+        check_run(run, timedelta(hours=240, seconds=-1))
 
 
 def test_documents_that_may_be_skipped() -> None:
