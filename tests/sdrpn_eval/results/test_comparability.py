@@ -516,6 +516,7 @@ def test_labels_are_against_the_first_run_of_ours() -> None:
     )
     assert label_of(by_file, by_text) == [[], []]
     assert label_of(by_file, ran(given="system_prompt=brief")) == [[], other]
+    assert label_of(by_file, ran(given="system_prompt=/x/y.txt")) == [[], []]
     partly = ran(given="system_prompt=brief", facts=facts(padding="pad"))
     assert label_of(by_file, partly) == [[], other]
 
