@@ -236,8 +236,8 @@ def test_the_latest_run_of_each_task(tmp_path: Path, log: list[str]) -> None:
     late, early = ({"run": f"20260{month}01T120001.000000Z"} for month in (3, 2))
     writer.append([line(1, **late), line(0, **early), line(2, **late)])
     writer.append([line(4, task="other", **early)])
-    with (tmp_path / "record_toy_rank0.jsonl").open("a") as file:
-        file.write("\n{}\n")
+    with (tmp_path / "record_toy_rank0.jsonl").open("ab") as file:
+        file.write(b"\n{\r}\n")  # an empty line, and one with a carriage return
     assert [(one.task, one.doc_id) for one in read_records(tmp_path)] == [
         ("other", 4),
         ("toy", 1),
@@ -257,6 +257,12 @@ def test_a_folder_where_no_record_can_be_written(tmp_path: Path) -> None:
     said = rf"^the record's folder {re.escape(str(place))} cannot be written: .*; give another one,"
     with pytest.raises(OSError, match=said + " record=FOLDER, or record=none$"):
         check_writable(place)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder without files")
+def test_a_folder_that_takes_no_file_is_not_writable() -> None:
+    with pytest.raises(OSError, match=r"^the record's folder /proc/self cannot be written: "):
+        check_writable(Path("/proc/self"))
 
 
 def test_no_record_says_how_to_have_one(tmp_path: Path) -> None:

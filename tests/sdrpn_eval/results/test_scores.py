@@ -291,23 +291,33 @@ def test_why_a_metric_has_no_number_for_each_document(
 
 
 def test_a_metric_that_is_divided_by_the_whole_data_set() -> None:
-    values = [{"ocrbench_accuracy,none": 1.0}, {"ocrbench_accuracy,none": 1.0}]
-    (one,) = task_scores(answered("toy", values, {"ocrbench_accuracy,none": 0.002}))
+    key = "ocrbench_accuracy,none"
+    toy = answered("toy", [{key: {"score": 1.0, "points": 5}}] * 2, {key: 0.002})
+    (one,) = task_scores(toy)
     assert one.values == {("toy", 10): 1.0, ("toy", 11): 1.0}
+    results: Any = {"group_subtasks": {"g": ["toy"]}, "results": {"g": {key: 0.002}}}
+    (group,) = group_scores(Run("a", Path("a"), Path("a"), results, {"toy": toy}), "g")
+    assert group == Scores("g", "ocrbench_accuracy", "none", True, 0.002, one.values)
 
 
 def test_groups_of_tasks() -> None:
-    right, wrong = {"m,none": 1.0, "n,f": 0.0}, {"m,none": 0.0, "n,f": 0.0}
-    low = {"n": False}
+    right, wrong = {"m,none": 1.0, "n,o,f": 0.0}, {"m,none": 0.0, "n,o,f": 0.0}
+    low = {"n,o": False}
     tasks = {
-        "x": answered("x", [right, right, wrong], {"m,none": 2 / 3, "n,f": 0.0}),
-        "y": answered("y", [right], {"m,none": 1.0, "n,f": 0.0}, low),
+        "x": answered("x", [right, right, wrong], {"m,none": 2 / 3, "n,o,f": 0.0}),
+        "y": answered("y", [right], {"m,none": 1.0, "n,o,f": 0.0}, low),
         "z": answered("z", [{"m,none": "no"}], {"m,none": 1.0}),
     }
     results: Any = {
-        "group_subtasks": {"xy": ["x", "y"], "xz": ["x", "z"], "yw": ["y", "w"], "yx": ["y", "x"]},
+        "group_subtasks": {
+            "xy": ["x", "y"],
+            "xz": ["x", "z"],
+            "yw": ["y", "w"],
+            "yx": ["y", "x"],
+            "no score": ["x"],
+        },
         "results": {
-            "xy": {"alias": "xy", "m,none": 0.75, "n,f": 0.0, "o,none": 1.0},
+            "xy": {"alias": "xy", "m,none": 0.75, "n,o,f": 0.0, "o,none": 1.0},
             "xz": {"m,none": 0.5},
             "yx": {"m,none": 0.8},
         },
@@ -316,7 +326,7 @@ def test_groups_of_tasks() -> None:
     first, second, third = group_scores(run, "xy")
     values = {("x", 10): 1.0, ("x", 11): 1.0, ("x", 12): 0.0, ("y", 10): 1.0}
     assert first == Scores("xy", "m", "none", True, 0.75, values)
-    assert second == Scores("xy", "n", "f", False, 0.0, dict.fromkeys(values, 0.0))
+    assert second == Scores("xy", "n,o", "f", False, 0.0, dict.fromkeys(values, 0.0))
     missing = "not all of its tasks have a score a document"
     assert third == Scores("xy", "o", "none", True, 1.0, None, missing)
     (one,) = group_scores(run, "xz")
@@ -325,13 +335,14 @@ def test_groups_of_tasks() -> None:
     why = "is no mean over documents: theirs is 0.75, the score is 0.8"
     assert one == Scores("yx", "m", "none", True, 0.8, None, why)
     assert group_scores(run, "yw") == []  # w was not read
+    assert group_scores(run, "no score") == []
     found = all_scores(run, ["y", "x"])
     assert list(found) == [
         ("y", "m", "none"),
-        ("y", "n", "f"),
+        ("y", "n,o", "f"),
         ("x", "m", "none"),
-        ("x", "n", "f"),
-        *(("xy", m, f) for m, f in (("m", "none"), ("n", "f"), ("o", "none"))),
+        ("x", "n,o", "f"),
+        *(("xy", m, f) for m, f in (("m", "none"), ("n,o", "f"), ("o", "none"))),
         ("yx", "m", "none"),
     ]
     assert found["xy", "m", "none"] == first
