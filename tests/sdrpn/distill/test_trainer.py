@@ -480,17 +480,20 @@ def test_a_checkpoint_ends_a_training_at_its_last_step(llava: Llava15, tmp_path:
     assert "seconds" not in facts
 
 
-def test_the_best_step_is_enough_to_find_the_best_weights(llava: Llava15, tmp_path: Path) -> None:
-    """A state that names no folder, as of some versions of transformers."""
+@pytest.mark.parametrize(("best", "expected"), [(9, 9), (None, 12)])
+def test_the_best_step_is_enough_to_find_the_best_weights(
+    llava: Llava15, tmp_path: Path, best: int | None, expected: int
+) -> None:
+    """A state that names no folder, as of some versions of transformers; or no best at all."""
     rpn = RPN.from_backbone(llava, 2, 3)
     for step, more in ((9, 1), (12, 2)):
         path = write_checkpoint(tmp_path, step)
         moved = {f"rpn.{name}": weight + more for name, weight in rpn.state_dict().items()}
         save_file(moved, path / "model.safetensors")
-    state = TrainerState(global_step=12, max_steps=12, best_global_step=9)
+    state = TrainerState(global_step=12, max_steps=12, best_global_step=best)
     state.save_to_json(str(path / "trainer_state.json"))
     train(llava, rpn, samples(4), arguments(tmp_path, **BEST), held_out=samples(2))
-    assert holds(rpn, weights_at(tmp_path, 9))
+    assert holds(rpn, weights_at(tmp_path, expected))
 
 
 def test_what_training_leaves_is_said_by_its_facts(
@@ -619,6 +622,9 @@ def test_a_question_fits_to_the_token(llava: Llava15, monkeypatch: pytest.Monkey
     assert RPNSamples([row], llava)[0]["labels"].shape == (64,)
     monkeypatch.setattr(llava, "context_length", prompt)
     with pytest.raises(ValueError, match=rf"sample 0 has a prompt of {prompt} tokens, 1 too many"):
+        RPNSamples([row], llava)[0]
+    monkeypatch.setattr(llava, "context_length", prompt - 4)
+    with pytest.raises(ValueError, match=rf"sample 0 has a prompt of {prompt} tokens, 5 too many"):
         RPNSamples([row], llava)[0]
 
 
