@@ -224,6 +224,31 @@ def test_published_sizes(
     assert config.zoom == ZoomConfig(threshold=0.15, policy="mask")
 
 
+def test_a_size_that_nobody_published(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    config = published.read_config(values, checkpoint.Source(str(folder)))
+    assert (config.hidden_size, config.base_model, config.labels) == (128, "", None)
+    assert (config.backbone, config.image_tokens) == ("llava", 64)
+    assert config.zoom == ZoomConfig(threshold=0.15, policy="mask")
+
+
+def test_the_smallest_and_the_largest_numbers_of_a_config(tmp_path: Path) -> None:
+    values = {**SIZE_7B, **TWIG, "hidden_size": 1 << 20, "num_attention_heads": 1, "twig_K": 1000}
+    config = published.read_config(values, checkpoint.Source(str(tmp_path)))
+    assert (config.hidden_size, config.branch_layer) == (1048576, 1000)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (1, 1)
+
+
+def test_the_tower_is_a_folder_of_the_checkpoint_or_as_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tower").mkdir()
+    source = checkpoint.Source(str(tmp_path))
+    found = published.tower_of({"mm_vision_tower": "tower"}, source)
+    assert found == str(tmp_path / "tower")
+    assert published.tower_of({"mm_vision_tower": CLIP}, source) == CLIP
+    with pytest.raises(ValueError, match=r"config\.json has no mm_vision_tower$"):
+        published.tower_of({}, source)
+
+
 @pytest.mark.parametrize(
     ("values", "theirs"),
     [
