@@ -190,7 +190,8 @@ def on_a_grid(folder: Path, size: tuple[int, int], turned: bool = False) -> dict
     folder.mkdir(exist_ok=True)
     name = f"{size[0]}-{turned}.png"
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 5 if turned else 4
+    if size[0] != size[1]:
+        exif[ExifTags.Base.Orientation] = 5 if turned else 4
     Image.new("RGB", size[::-1] if turned else size).save(folder / name, exif=exif)
     grounding, sink = np.zeros((4, 4), np.float32), np.zeros((4, 4), np.float32)
     grounding[0, 0], grounding[1, 1], grounding[1, 2], grounding[3, 3] = 5, 1, 0.15, 0.15
@@ -465,6 +466,8 @@ def changed(**changes: Any) -> list[dict[str, Any]]:
         ),
         (changed(sink_attn=np.zeros(100)), "record 2 has maps of 100 and 576 image tokens"),
         (changed(prompt=5), "record 2: prompt must be text, got a int"),
+        (changed(text=5), "record 2: text must be text, got a int"),
+        (changed(image=5), "record 2: image must be text, got a int"),
         (changed(question_id="\ud800"), "record 2: question_id has a lone surrogate"),
         (changed(text="a \udfff"), "record 2: text has a lone surrogate"),
         (

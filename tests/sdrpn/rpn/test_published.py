@@ -271,11 +271,13 @@ def test_whose_config_it_is(values: dict[str, Any], theirs: bool) -> None:
         ("clip-vit-small-patch16-224", 196),
         ("a-tower-that-does-not-tell", 576),
         ("tower", 16),
+        ("finest", 64),
         (None, 576),
     ],
 )
 def test_image_tokens(tmp_path: Path, tower: str | None, tokens: int) -> None:
     original.write_config(tmp_path / "tower", {"image_size": 56, "patch_size": 14})
+    original.write_config(tmp_path / "finest", {"image_size": 8, "patch_size": 1})
     values = {"mm_vision_tower": tower} if tower else {}
     assert published.image_tokens(values, checkpoint.Source(str(tmp_path))) == tokens
 
