@@ -13,10 +13,10 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from fuzz.harness import JSON, holds, main, refused
-from sdrpn.backbones.llava15 import square_grid, stretched
+from sdrpn.backbones.llava15 import crop_to_square, square_grid
 from sdrpn.boxes import GridBox, ImageGrid, PixelBox
 from sdrpn.config import POLICIES, ZoomConfig
-from sdrpn.roi.postprocess import Region, blur, budget, components, given, propose
+from sdrpn.roi.postprocess import Region, blur, components, crop_grid_size, propose, region_from_box
 
 SIDES = st.one_of(st.integers(1, 40), st.integers(1, 3000), st.integers(1, 10**7))
 VALUES = st.one_of(
@@ -56,7 +56,7 @@ def check(region: Region, view: ImageGrid, zoom: ZoomConfig) -> None:
         assert all(type(edge) is int for edge in (*box, *cells))
         assert 0 <= cells.x0 < cells.x1 <= view.rows, cells
         assert 0 <= cells.y0 < cells.y1 <= view.rows, cells
-        rows, columns = budget(cells, view.rows, view.columns, zoom)
+        rows, columns = crop_grid_size(cells, view.rows, view.columns, zoom)
         assert 1 <= rows <= view.rows
         assert 1 <= columns <= view.rows
 
@@ -105,7 +105,7 @@ EDGES = st.one_of(st.integers(-5, 3005), st.integers(), st.sampled_from([0, 1, -
 def any_given_box(view: ImageGrid, edges: tuple[int, int, int, int]) -> None:
     zoom = ZoomConfig()
     try:
-        region = given(PixelBox(*edges), view)
+        region = region_from_box(PixelBox(*edges), view)
     except ValueError as error:
         refused(error, "does not lie inside")
         return
@@ -143,7 +143,7 @@ def any_crop(data: st.DataObject, size: tuple[int, int], side: int) -> None:
         data.draw(st.integers(low + 1, edge)) for low, edge in zip((x0, y0), size, strict=True)
     )
     image = Image.new("RGB", size, "red")
-    cut = stretched(image, PixelBox(x0, y0, x1, y1), side)
+    cut = crop_to_square(image, PixelBox(x0, y0, x1, y1), side)
     assert cut.size == (side, side)
     assert cut.getextrema() == ((255, 255), (0, 0), (0, 0))
 
@@ -174,7 +174,7 @@ def any_settings(pairs: list[tuple[str, str]], values: Any) -> None:
         assert 0 < zoom.threshold < 1
         assert zoom.policy in POLICIES
         assert zoom.token_budget is None or zoom.token_budget > 0
-        budget(GridBox(0, 0, 1, 1), 24, 24, zoom)
+        crop_grid_size(GridBox(0, 0, 1, 1), 24, 24, zoom)
 
 
 PROPERTIES = (any_map, any_blur, any_given_box, there_and_back, any_crop, any_settings)

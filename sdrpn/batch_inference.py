@@ -195,7 +195,7 @@ class AnswerJob:
 
     def _ask(self, batch: Sequence[ImageQuestion], questions: Sequence[Question]) -> list[Line]:
         answers = self.zoom.ask_batch(questions, self.generation)
-        return [_line(a, **answer.described()) for a, answer in zip(batch, answers, strict=True)]
+        return [_line(a, **answer.to_dict()) for a, answer in zip(batch, answers, strict=True)]
 
     def _recover(self, asked: ImageQuestion, _: Question | None, error: Exception) -> Line:
         """The line of a question that failed, by `on_error`."""

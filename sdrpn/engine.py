@@ -1,4 +1,4 @@
-"""ZoomModel: prefill an image, look where the answer may be, zoom there, answer.
+"""ZoomModel: prefill an image, look for the relevant region, zoom in, answer.
 
 zoom = ZoomModel.from_pretrained("llava-hf/llava-1.5-7b-hf", rpn="path-or-hub-id")
 answer = zoom.ask(image, "What is the number on the player's shirt?")
@@ -32,25 +32,32 @@ from sdrpn.io.checkpoint_files import CONFIG_FILE, Source
 from sdrpn.io.images import as_shown, image_key
 from sdrpn.io.plurals import counted
 from sdrpn.roi.crops import crop_tokens
-from sdrpn.roi.postprocess import Region, given
-from sdrpn.roi.proposers import BY_NAME, Look, Models, Proposal, cells_looked_at
+from sdrpn.roi.postprocess import Region, region_from_box
+from sdrpn.roi.proposers import BY_NAME, Look, Models, Proposal, relevant_cells
 from sdrpn.rpn.checkpoint import RPN
 
 logger = logging.getLogger(__name__)
 
 PREFIX_CACHE_SHARE = 0.25
-"""Of the memory that is free once the model is loaded, unless a number is given. A prefix of
-LLaVA-1.5-7B in half precision takes 0.3 GiB."""
+"""Default size of the prefix cache, as a share of the free memory after the model is loaded. A
+prefix of LLaVA-1.5-7B in half precision takes 0.3 GiB."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question: its text (without `<image>`), its images, and how to zoom.
+    """A question and its images.
 
-    One image is looked at twice; none or several are answered as stock LLaVA would.
-    images: of any mode; kept as a viewer shows them, in RGB and turned as their EXIF data says,
-    which is what boxes and regions count pixels of.
-    box: crop this box (source pixels) and ask no proposer. zoom: overrides the engine's settings.
+    Questions with one image can zoom; those with none or several are answered by the stock model.
+
+    Args:
+        text: Text of the question, without `<image>`.
+        images: Images of any mode, converted to RGB and rotated according to their EXIF data.
+            Boxes and regions refer to the pixels of the converted images.
+        box: Box to crop, in source pixels, instead of the proposer's.
+        zoom: Zoom settings; default: the engine's.
+
+    Raises:
+        ValueError: If there is a box, but not exactly one image.
     """
 
     text: str
@@ -61,21 +68,28 @@ class Question:
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", tuple(as_shown(image) for image in self.images))
         if self.box is not None and len(self.images) != 1:
-            raise ValueError(f"a box needs one image to be cut from, got {len(self.images)}")
+            raise ValueError(f"a box needs one image to crop, got {len(self.images)}")
 
     @cached_property
     def image_keys(self) -> tuple[str, ...]:
-        """A name for each image's content, see `image_key`; made once."""
+        """Content hash of each image, see `image_key`."""
         return tuple(image_key(image) for image in self.images)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and what it saw.
+    """An answer and how it was obtained.
 
-    regions: crops taken, in source pixels; empty without a zoom, and `reason` then says why.
-    roi_map: [rows, columns] float32 in [0, 1], blurred, None where no map was asked for.
-    seconds: this question's share of its batch's time.
+    Args:
+        text: The answer.
+        regions: Crops, in source pixels; empty without a zoom.
+        roi_map: [rows, columns] float32 in [0, 1], blurred; None if the proposer has no map.
+        reason: Why there was no zoom; None if there was one.
+        image_tokens: Number of image tokens.
+        crop_tokens: Number of crop tokens.
+        question_tokens: Number of text tokens after the image.
+        new_tokens: Number of generated tokens.
+        seconds: The batch's time divided by its number of questions.
     """
 
     text: str
@@ -88,8 +102,12 @@ class Answer:
     new_tokens: int
     seconds: float = 0.0
 
-    def described(self) -> dict[str, Any]:
-        """All but the map, as a line of JSON holds it; regions are (x0, y0, x1, y1) in pixels."""
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a JSON object, without the map.
+
+        Returns:
+            A dict with regions as [x0, y0, x1, y1] in source pixels.
+        """
         return {
             "answer": self.text,
             "regions": [[int(edge) for edge in box] for box in self.regions],
@@ -106,7 +124,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Row:
-    """One question on its way through a batch."""
+    """Intermediate results of one question in a batch."""
 
     prefix: Prefix
     question: tuple[int, ...]
@@ -116,21 +134,29 @@ class _Row:
 
 
 def _frozen(rpn: RPN, backbone: Backbone) -> RPN:
-    """The RPN, ready to be asked; of one in training a copy, which its trainer does not notice."""
+    """Attach the RPN to the backbone for inference; an RPN in training is copied."""
     if any(p.requires_grad for p in rpn.parameters()):
         rpn = copy.deepcopy(rpn)
     return rpn.attach(backbone).eval().requires_grad_(False)
 
 
 class ZoomModel:
-    """A vision-language model with a second look; see the module's example.
+    """A vision-language model that can zoom into regions of an image; see the module's example.
 
-    Set it up once and ask many times: an image is prefilled once for all questions about it.
+    An image is prefilled once for all questions about it.
 
-    proposer: rpn | attention | vicrop | none. zoom: default thresholds and policy; without one,
-    those the RPN was saved with. labels: which heads point, for the attention proposer.
-    prefix_cache: bytes of image prefixes kept for later questions; default: a quarter of the memory
-    that is free; 0 turns it off.
+    Args:
+        backbone: The base model.
+        rpn: A trained RPN; required for proposer `rpn`.
+        proposer: `rpn`, `attention`, `vicrop` or `none`.
+        zoom: Default zoom settings; default: those saved with the RPN, else the family's.
+        labels: Head lists for the attention proposer; default: those saved with the RPN, else the
+            published ones.
+        prefix_cache: Maximum size of cached image prefixes, in bytes; 0 disables the cache.
+            Default: a quarter of the free memory.
+
+    Raises:
+        ValueError: If the proposer is unknown, or `rpn` without an RPN.
     """
 
     def __init__(
@@ -148,7 +174,7 @@ class ZoomModel:
         if proposer == "rpn" and rpn is None:
             raise ValueError("proposer 'rpn' needs an RPN: pass rpn=, or another proposer")
         self.backbone = backbone
-        # Other proposers read an RPN's settings, and must not pay for running it.
+        # Other proposers only use the RPN's settings, and must not run it in prefill.
         self.rpn = _frozen(rpn, backbone) if rpn and proposer == "rpn" else None
         self.proposer = proposer
         self.zoom = zoom or (rpn.config.zoom if rpn else backbone.default_zoom)
@@ -159,7 +185,7 @@ class ZoomModel:
         self.prefixes = PrefixCache(prefix_cache)
         self._ready: dict[str, ImageInput] = {}
         self._ready_lock = threading.Lock()
-        self._told_plain = False
+        self._warned_plain = False
 
     @classmethod
     def from_pretrained(
@@ -174,12 +200,24 @@ class ZoomModel:
         rpn_revision: str | None = None,
         **load: Any,
     ) -> Self:
-        """Load a model and an RPN from folders or hub ids; `load` goes to `load_backbone`.
+        """Load a model and an RPN.
 
-        rpn: ours, or a checkpoint published by the paper's authors, as it is. rpn_revision: branch,
-        tag or commit of its Hub id; `revision` is the base model's.
+        Args:
+            pretrained: Folder or Hub id of the base model.
+            rpn: Folder or Hub id of an RPN saved by `RPN.save_pretrained` or published by the
+                paper's authors.
+            proposer: See the class.
+            zoom: See the class.
+            labels: See the class.
+            prefix_cache: See the class.
+            rpn_revision: Branch, tag or commit of the RPN's Hub id.
+            load: Arguments of `load_backbone`, such as `revision` and `dtype`.
+
+        Raises:
+            ValueError: If a file or an argument is invalid.
+            OSError: If a model cannot be found or downloaded.
         """
-        # The small files first: gigabytes of one are not fetched where another is refused.
+        # Fetch small files first, to fail before gigabytes are downloaded.
         if rpn and not os.path.isdir(rpn):
             Source(rpn, revision=rpn_revision).fetch(CONFIG_FILE, "an RPN checkpoint")
         check_reachable(pretrained, load.get("revision"), load.get("peft"))
@@ -199,21 +237,38 @@ class ZoomModel:
     def ask(
         self, image: Image.Image, question: str, *, box: PixelBox | None = None, **generation: Any
     ) -> Answer:
-        """Answer one question about one image; `generation` as in `ask_batch`."""
+        """Answer one question about one image.
+
+        Args:
+            image: The image.
+            question: Text of the question.
+            box: Box to crop, in source pixels, instead of the proposer's.
+            generation: Generation arguments; see `ask_batch`.
+
+        Raises:
+            ValueError: See `ask_batch`.
+        """
         return self.ask_batch([Question(question, (image,), box)], generation)[0]
 
     def ask_batch(
         self, questions: Sequence[Question], generation: Mapping[str, Any] | None = None
     ) -> list[Answer]:
-        """Answer a batch: any mixture of images, questions, lengths, zooms and plain prompts.
+        """Answer a batch of questions, in any mix of images, lengths and zoom settings.
 
-        generation: arguments of transformers' generate() (max_new_tokens, do_sample, num_beams,
-        ...; `sdrpn.inference.generation_arguments` lists them) and `stop`, a list of strings that
-        end an answer. Greedy by default. Raises ValueError for an argument that is unknown or
-        cannot be used, and for a prompt that does not fit the model's context, saying by how many
-        tokens.
+        Args:
+            questions: The questions.
+            generation: Arguments of transformers' generate() (max_new_tokens, do_sample,
+                num_beams, ...; see `sdrpn.inference.generation_arguments`), and `stop`, a list of
+                strings that end an answer. Decoding is greedy by default.
+
+        Returns:
+            An answer for each question.
+
+        Raises:
+            ValueError: If a generation argument is unknown, refused or invalid, or a prompt exceeds
+                the model's context.
         """
-        with self._letting_go(questions):
+        with self._discard_on_error(questions):
             generation = check_generation(generation or {}, len(questions))
         stop = generation.get("stop", [])
 
@@ -221,57 +276,84 @@ class ZoomModel:
             prefixes, suffixes = [r.prefix for r in rows], [r.suffix for r in rows]
             return generate(self.backbone, prefixes, suffixes, generation)
 
-        def answer_plain(asked: Sequence[Question]) -> list[list[int]]:
-            prompts = [self._plain_ids(q) for q in asked]
-            images = [image for q in asked for image in q.images]
+        def answer_plain(plain: Sequence[Question]) -> list[list[int]]:
+            prompts = [self._plain_ids(q) for q in plain]
+            images = [image for q in plain for image in q.images]
             return generate_plain(self.backbone, prompts, images, generation)
 
-        def finish(answer: Answer, ids: list[int]) -> Answer:
-            text = self.backbone.tokenizer.decode(ids, skip_special_tokens=True)
-            for string in stop:
-                text = text.split(string)[0]
-            return replace(answer, text=text.strip(), new_tokens=len(ids))
+        start = time.perf_counter()
+        with self._discard_on_error(questions):
+            results = self._dispatch(questions, answer, answer_plain)
+        share = (time.perf_counter() - start) / max(len(questions), 1)
+        return [
+            replace(result, text=self._decode(ids, stop), new_tokens=len(ids), seconds=share)
+            for result, ids in results
+        ]
 
-        started = time.perf_counter()
-        with self._letting_go(questions):
-            results = self._in_two_ways(questions, answer, answer_plain)
-        share = (time.perf_counter() - started) / max(len(questions), 1)
-        return [replace(finish(seen, ids), seconds=share) for seen, ids in results]
+    def _decode(self, ids: Sequence[int], stop: Sequence[str]) -> str:
+        text = self.backbone.tokenizer.decode(ids, skip_special_tokens=True)
+        for string in stop:
+            text = text.split(string)[0]
+        return text.strip()
 
     def loss_batch(
         self, questions: Sequence[Question], continuations: Sequence[str]
     ) -> list[tuple[float, bool, Answer]]:
-        """Score given answers: (mean loss in nats a token, greedy would say it, what it saw)."""
-        with self._letting_go(questions):
+        """Score given answers.
+
+        Args:
+            questions: The questions.
+            continuations: Answer to score for each question.
+
+        Returns:
+            For each question, the mean loss in nats per token, whether greedy decoding would
+            generate the continuation, and an `Answer` without text.
+
+        Raises:
+            ValueError: If a continuation is empty, or a prompt exceeds the model's context.
+        """
+        with self._discard_on_error(questions):
             return self._losses(questions, continuations)
 
     def _losses(
         self, questions: Sequence[Question], continuations: Sequence[str]
     ) -> list[tuple[float, bool, Answer]]:
-        wanted = [
+        targets = [
             self._continuation_ids(q, c) for q, c in zip(questions, continuations, strict=True)
         ]
-        if not all(wanted):
-            raise ValueError("a continuation to score is empty")
-        one = [ids for q, ids in zip(questions, wanted, strict=True) if len(q.images) == 1]
-        others = [ids for q, ids in zip(questions, wanted, strict=True) if len(q.images) != 1]
+        if not all(targets):
+            empty = targets.index([])
+            raise ValueError(
+                f"continuations must not be empty, got {continuations[empty]!r} for question "
+                f"{empty}"
+            )
+        pairs = list(zip(questions, targets, strict=True))
+        single = [ids for question, ids in pairs if len(question.images) == 1]
+        others = [ids for question, ids in pairs if len(question.images) != 1]
 
         def score(rows: Sequence[_Row]) -> list[tuple[float, bool]]:
             prefixes, suffixes = [r.prefix for r in rows], [r.suffix for r in rows]
-            return losses(self.backbone, prefixes, suffixes, one)
+            return losses(self.backbone, prefixes, suffixes, single)
 
-        def score_plain(asked: Sequence[Question]) -> list[tuple[float, bool]]:
-            prompts = [self._plain_ids(q) for q in asked]
-            images = [image for q in asked for image in q.images]
+        def score_plain(plain: Sequence[Question]) -> list[tuple[float, bool]]:
+            prompts = [self._plain_ids(q) for q in plain]
+            images = [image for q in plain for image in q.images]
             return losses_plain(self.backbone, prompts, images, others)
 
-        results = self._in_two_ways(questions, score, score_plain)
-        return [(loss, greedy, seen) for seen, (loss, greedy) in results]
+        results = self._dispatch(questions, score, score_plain)
+        return [(loss, greedy, answer) for answer, (loss, greedy) in results]
 
-    # --- stations ----------------------------------------------------------------------------
+    # --- stages ------------------------------------------------------------------------------
 
     def prefill(self, images: Sequence[Image.Image]) -> list[Prefix]:
-        """Prefill images, each distinct one once, from the cache where it is warm."""
+        """Prefill images that are not in the prefix cache; duplicates are prefilled once.
+
+        Args:
+            images: The images.
+
+        Returns:
+            A prefix for each image.
+        """
         return self._prefill(images, [image_key(image) for image in images])
 
     def _prefill(self, images: Sequence[Image.Image], keys: Sequence[str]) -> list[Prefix]:
@@ -288,30 +370,33 @@ class ZoomModel:
         return [prefix for key in keys if (prefix := known[key]) is not None]
 
     def _key(self, content: str) -> str:
-        """What an image's prefix is kept under: its content, and how it is preprocessed."""
+        """Build the cache key of an image's prefix from its content and preprocessing."""
         return f"{content} {dict(self.backbone.preprocessing)}"
 
     def _prepared(self, ready: ImageInput | None, image: Image.Image) -> ImageInput:
         return self.backbone.preprocess([image])[0] if ready is None else ready
 
     def prepare(self, questions: Sequence[Question]) -> None:
-        """Preprocess the images of questions to come, ahead of time.
+        """Prefetch: preprocess the images of upcoming questions.
 
-        Meant for a thread beside the one that asks: it touches the images, not the model. Pixels
-        are kept until their question is asked, whatever becomes of it, or until `forget_prepared`.
+        Thread-safe with the asking thread; the model is not used. The pixels are released when
+        their question is asked, also if that fails, or by `forget_prepared`.
+
+        Args:
+            questions: Upcoming questions.
         """
         for question in questions:
             if len(question.images) == 1:
                 key = self._key(question.image_keys[0])
                 with self._ready_lock:
-                    needless = key in self._ready or key in self.prefixes
-                if not needless:
+                    done = key in self._ready or key in self.prefixes
+                if not done:
                     (ready,) = self.backbone.preprocess(question.images)  # slow: without the lock
                     with self._ready_lock:
                         self._ready[key] = ready
 
     def forget_prepared(self) -> None:
-        """Let go of what `prepare` made for questions that are not asked after all."""
+        """Release the pixels of `prepare`, for questions that are not asked after all."""
         with self._ready_lock:
             self._ready.clear()
 
@@ -320,8 +405,8 @@ class ZoomModel:
             return {key: self._ready.pop(key, None) for key in keys}
 
     @contextmanager
-    def _letting_go(self, questions: Sequence[Question]) -> Iterator[None]:
-        """Let go of the questions' prepared images where asking fails before it takes them."""
+    def _discard_on_error(self, questions: Sequence[Question]) -> Iterator[None]:
+        """Release the questions' prepared images on errors."""
         try:
             yield
         except BaseException:
@@ -332,19 +417,28 @@ class ZoomModel:
         self,
         questions: Sequence[Question],
         prefixes: Sequence[Prefix],
-        words: Sequence[tuple[int, ...]],
+        token_ids: Sequence[tuple[int, ...]],
     ) -> list[Proposal]:
-        """Ask the proposer where the answers are; a given box is taken as it is.
+        """Propose regions; a question's own box takes precedence over the proposer.
 
-        words: token ids behind the image, question by question.
+        Args:
+            questions: Questions with one image each.
+            prefixes: Prefilled image of each question.
+            token_ids: Token ids after the image, for each question.
+
+        Returns:
+            A proposal for each question.
+
+        Raises:
+            ValueError: If a box exceeds its image.
         """
         proposals: list[Proposal | None] = []
         looks = []
-        for question, prefix, ids in zip(questions, prefixes, words, strict=True):
+        for question, prefix, ids in zip(questions, prefixes, token_ids, strict=True):
             grid = self.backbone.image_grid(question.images[0])
             if question.box is not None:
                 rules = self.backbone.map_rules
-                proposals.append(Proposal(given(question.box, grid, rules)))
+                proposals.append(Proposal(region_from_box(question.box, grid, rules)))
                 continue
             looks.append(Look(prefix, grid, ids, question.zoom or self.zoom))
             proposals.append(None)
@@ -352,68 +446,74 @@ class ZoomModel:
         return [next(found) if p is None else p for p in proposals]
 
     def _rows(self, questions: Sequence[Question]) -> list[_Row]:
+        """Prefill, look and crop, up to generation."""
         images = [q.images[0] for q in questions]
-        words = [self.backbone.prompt_ids(q.text).after for q in questions]
-        before = [self.backbone.prefix_length(self.backbone.image_grid(i).cells) for i in images]
+        token_ids = [self.backbone.prompt_ids(q.text).after for q in questions]
         zooms = [q.zoom or self.zoom for q in questions]
-        marks = 2 * self.backbone.crop_marks  # no policy takes more than two crops
-        rooms = [
-            min(
-                self._room(start + len(w)) - marks,
-                zoom.max_crop_tokens or self.backbone.context_length,
-            )
-            for start, w, zoom in zip(before, words, zooms, strict=True)
+        limits = [
+            self._max_crop_tokens(image, ids, zoom)
+            for image, ids, zoom in zip(images, token_ids, zooms, strict=True)
         ]
         prefixes = self._prefill(images, [q.image_keys[0] for q in questions])
-        proposals = self.look(questions, prefixes, words)
+        proposals = self.look(questions, prefixes, token_ids)
         regions = [p.region for p in proposals]
-        crops = crop_tokens(self.backbone, images, regions, zooms, rooms)
-        parts = zip(questions, prefixes, words, proposals, crops, strict=True)
-        return [self._row(*one) for one in parts]
+        crops = crop_tokens(self.backbone, images, regions, zooms, limits)
+        parts = zip(questions, prefixes, token_ids, proposals, crops, strict=True)
+        return [self._row(*part) for part in parts]
+
+    def _max_crop_tokens(self, image: Image.Image, ids: Sequence[int], zoom: ZoomConfig) -> int:
+        prefix_length = self.backbone.prefix_length(self.backbone.image_grid(image).cells)
+        delimiters = 2 * self.backbone.crop_marks  # policies take two crops at most
+        remaining = self._remaining_tokens(prefix_length + len(ids)) - delimiters
+        return min(remaining, zoom.max_crop_tokens or self.backbone.context_length)
 
     def _row(
         self,
         question: Question,
         prefix: Prefix,
-        word: tuple[int, ...],
+        ids: tuple[int, ...],
         proposal: Proposal,
         crops: Sequence[CropTokens],
     ) -> _Row:
         if not crops and proposal.region.boxes:
-            reason = "no crop token left: none kept by the mask, or no room in the context"
+            reason = "no crop tokens left: the mask keeps none, or the context is full"
             proposal = replace(proposal, region=Region(reason=reason))
         zoom, image = question.zoom or self.zoom, question.images[0]
-        thins = zoom.thin_above is not None and prefix.image_tokens > zoom.thin_above
-        if crops and self.rpn and thins:
-            look = Look(prefix, self.backbone.image_grid(image), word, zoom)
-            prefix = self._thinned(look, image)
-        suffix = self.backbone.suffix_segment(prefix.next_position, word, crops)
-        return _Row(prefix, word, proposal, crops, suffix)
+        prune = zoom.thin_above is not None and prefix.image_tokens > zoom.thin_above
+        if crops and self.rpn and prune:
+            look = Look(prefix, self.backbone.image_grid(image), ids, zoom)
+            prefix = self._prune(look, image)
+        suffix = self.backbone.suffix_segment(prefix.next_position, ids, crops)
+        return _Row(prefix, ids, proposal, crops, suffix)
 
-    def _thinned(self, look: Look, image: Image.Image) -> Prefix:
-        """The image read again, without the cells that the question does not look at."""
-        keep = cells_looked_at(self.models, look)
+    def _prune(self, look: Look, image: Image.Image) -> Prefix:
+        """Prefill an image again, without the cells that are irrelevant to the question."""
+        keep = relevant_cells(self.models, look)
         (ready,) = self.backbone.preprocess([image])
         (features,) = self.backbone.encode([ready])
-        whole = self.backbone.prefix_segment(ready, features)
-        return prefill_segments(self.backbone, None, [whole.keeping(keep)])[0]
+        segment = self.backbone.prefix_segment(ready, features).select_image_tokens(keep)
+        return prefill_segments(self.backbone, None, [segment])[0]
 
-    def _in_two_ways(self, questions: Sequence[Question], zoomed: Any, plain: Any) -> list[Any]:
-        """Split a batch into questions on one image and the others; results in the given order."""
-        one = [i for i, q in enumerate(questions) if len(q.images) == 1]
+    def _dispatch(self, questions: Sequence[Question], zoomed: Any, plain: Any) -> list[Any]:
+        """Run `zoomed` for questions with one image and `plain` for the others.
+
+        Returns (`Answer` without text, result) for each question.
+        """
+        single = [i for i, q in enumerate(questions) if len(q.images) == 1]
         others = [i for i, q in enumerate(questions) if len(q.images) != 1]
         results: dict[int, Any] = {}
-        if one:
-            rows = self._rows([questions[i] for i in one])
-            results |= zip(one, zip(map(self._seen, rows), zoomed(rows), strict=True), strict=True)
+        if single:
+            rows = self._rows([questions[i] for i in single])
+            pairs = zip(map(self._answer, rows), zoomed(rows), strict=True)
+            results |= zip(single, pairs, strict=True)
         if others:
-            self._tell_plain_once()
-            asked = [questions[i] for i in others]
-            seen = [self._seen_plain(q) for q in asked]
-            results |= zip(others, zip(seen, plain(asked), strict=True), strict=True)
+            self._warn_plain_once()
+            without = [questions[i] for i in others]
+            answers = [self._plain_answer(q) for q in without]
+            results |= zip(others, zip(answers, plain(without), strict=True), strict=True)
         return [results[i] for i in range(len(questions))]
 
-    def _seen(self, row: _Row) -> Answer:
+    def _answer(self, row: _Row) -> Answer:
         region = row.proposal.region
         return Answer(
             text="",
@@ -426,11 +526,11 @@ class ZoomModel:
             new_tokens=0,
         )
 
-    def _seen_plain(self, question: Question) -> Answer:
+    def _plain_answer(self, question: Question) -> Answer:
         reason = "several images" if question.images else "no image"
         images = sum(self.backbone.image_grid(image).cells for image in question.images)
         words = len(self._plain_ids(question)) - len(question.images)
-        self._room(words + images)
+        self._remaining_tokens(words + images)
         return Answer("", (), None, reason, images, 0, words, 0)
 
     # --- prompts -----------------------------------------------------------------------------
@@ -439,22 +539,21 @@ class ZoomModel:
         return self.backbone.plain_ids(question.text, len(question.images))
 
     def _continuation_ids(self, question: Question, continuation: str) -> list[int]:
-        asked = self._plain_ids(question)
+        prompt = self._plain_ids(question)
         answer = f" {continuation.strip()}"
-        return self.backbone.plain_ids(question.text, len(question.images), answer)[len(asked) :]
+        return self.backbone.plain_ids(question.text, len(question.images), answer)[len(prompt) :]
 
-    def _room(self, tokens: int) -> int:
-        """Tokens the context still holds behind a prompt, one kept for the answer."""
+    def _remaining_tokens(self, tokens: int) -> int:
+        """Subtract a prompt and one token of the answer from the context length."""
         limit = self.backbone.context_length
         if tokens + 1 > limit:
             raise ValueError(
                 f"the prompt has {counted(tokens, 'token')}, {tokens + 1 - limit} too many for a "
-                "context of "
-                f"{limit} with one token to answer: shorten the question"
+                f"context of {limit} with one token to answer: shorten the question"
             )
         return limit - tokens - 1
 
-    def _tell_plain_once(self) -> None:
-        if not self._told_plain and self.proposer != "none":
+    def _warn_plain_once(self) -> None:
+        if not self._warned_plain and self.proposer != "none":
             logger.warning("prompts with no image or several are answered without a second look")
-        self._told_plain = True
+        self._warned_plain = True

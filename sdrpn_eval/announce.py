@@ -41,12 +41,14 @@ class Announcer:
                 self._log_tasks(scored)
             check_data(scored, TaskIndex.latest)
 
-    def announce(self, tasks: Mapping[str, Any], thresholds: Mapping[str, float]) -> None:
+    def announce(
+        self, tasks: Mapping[str, Any], thresholds: Mapping[str, tuple[float, str]]
+    ) -> None:
         """Say what will be scored, and with which thresholds.
 
         Args:
             tasks: Name -> lmms-eval's object, None where it is not known.
-            thresholds: Of the tasks that were not asked before.
+            thresholds: Of the tasks that were not asked before, with where each is from.
         """
         if not self.main_process:
             return
@@ -54,7 +56,7 @@ class Announcer:
             metrics = {t: getattr(o, "aggregation", dict)() for t, o in tasks.items()}
             self._log_tasks({t: tasks_info.has_score(m) for t, m in metrics.items()})
         if thresholds and self.args.proposer not in WITHOUT_THRESHOLD:
-            said = [f"{task} {value} ({self._origin(task)})" for task, value in thresholds.items()]
+            said = [f"{task} {value} ({origin})" for task, (value, origin) in thresholds.items()]
             logger.info(f"Thresholds: {', '.join(said)}")
 
     def _log_tasks(self, scored: dict[str, bool]) -> None:
@@ -66,8 +68,3 @@ class Announcer:
                 f"pretrained=tiny knows discs and patterns only: its scores on "
                 f"{', '.join(strange)} say nothing about LLaVA-1.5"
             )
-
-    def _origin(self, task: str) -> str:
-        if self.args.threshold:
-            return "as given"
-        return tasks_info.threshold_origin(task, self.args.proposer)

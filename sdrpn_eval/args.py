@@ -1,4 +1,4 @@
-"""`--model_args`: a pydantic model a family, and one error that says all that is wrong."""
+"""`--model_args`: a pydantic model per family, and one error that says all that is wrong."""
 
 from __future__ import annotations
 
@@ -16,22 +16,29 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 
+from sdrpn.backbones.qwen25_vl_published import PIXELS
 from sdrpn.config import Padding, Policy, Proposer
-from sdrpn.model_registry import LLAVA_7B
+from sdrpn.model_registry import LLAVA_7B, QWEN_7B
 from sdrpn_eval.command_line import unquoted
 
 WITHOUT_THRESHOLD = ("none", "box", "vicrop")
 """Proposers whose map, if they draw one, is not cut at a threshold."""
 
 ZOOM_ARGUMENTS = ("policy", "token_budget", "max_crop_tokens", "skip_above", "relative")
+ZOOM_ARGUMENTS += ("thin_above",)
 """Arguments that are settings of the zoom, beside the threshold."""
 
-OFF = ("token_budget", "skip_above", "max_crop_tokens")
+OFF = ("token_budget", "skip_above", "max_crop_tokens", "thin_above")
 NONE_IS_A_VALUE = ("proposer", "prefix_cache", "record", *OFF)
 """Arguments of which `none` switches something off; of every other it is the default."""
+
+
+CELL = 28 * 28
+"""Pixels of an image token of Qwen2.5-VL."""
 
 
 class Needs(str):
@@ -75,6 +82,9 @@ Fraction = Annotated[Number, Field(gt=0, lt=1), Needs("a number between 0 and 1"
 Positive = Annotated[Number, Field(gt=0), Needs("a number above 0, or none")]
 StrictCount = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[StrictCount, Needs("a whole number of 1 or more, or none")]
+Pixels = Annotated[
+    int, Field(strict=True, ge=CELL), Needs(f"a whole number of {CELL} (one token) or more")
+]
 Bytes = Annotated[
     ByteSize,
     Field(ge=0),
@@ -178,7 +188,7 @@ class ModelArguments(BaseModel):
         for name in settings.keys() & type(self).model_fields.keys():
             setattr(self, name, settings[name])
 
-    @field_validator(*OFF, mode="before")
+    @field_validator(*OFF, mode="before", check_fields=False)
     @classmethod
     def _switched_off(cls, value: Any) -> Any:
         return None if isinstance(value, str) and value.lower() == "none" else value
@@ -213,7 +223,8 @@ class ModelArguments(BaseModel):
                 wrong[name] = one["msg"].removeprefix("Value error, ")
             else:
                 wrong.setdefault(name, cls._needed(name))
-        told = [*unknown, *(f"{n} must be {w}, got {given[n]!r}" for n, w in wrong.items())]
+        values = cls.defaults() | dict(given)
+        told = [*unknown, *(f"{n} must be {w}, got {values[n]!r}" for n, w in wrong.items())]
         listed = f"Arguments of {cls.model_name}:\n{cls.listing()}\n" if unknown else ""
         return f"{listed}{cls.model_name}: {'; '.join(told)}"
 
@@ -299,6 +310,64 @@ class LlavaArguments(ModelArguments):
     """sentence, or file with it; empty: no sentence"""
     preset: Literal["paper", "fast"] | None = None
     """a named set of the above: paper, fast"""
+
+
+class QwenArguments(ModelArguments):
+    """`--model_args` of qwen2_5_vl_sdrpn; those of lmms-eval's qwen2_5_vl mean the same."""
+
+    model_name = "qwen2_5_vl_sdrpn"
+    presets: ClassVar = {
+        "paper": {
+            "proposer": "rpn",
+            "policy": "mask",
+            "min_pixels": PIXELS,
+            "max_pixels": PIXELS,
+            "short_answer": True,
+            "token_budget": None,
+            "skip_above": None,
+            "relative": False,
+            "max_crop_tokens": None,
+        },
+    }
+    hints: ClassVar = {
+        "padding": "images keep their shape",
+        "use_cache": "the cache is always on",
+        "use_flash_attention_2": "give attn_implementation=flash_attention_2",
+        "max_num_frames": "there is no video",
+        "fps": "there is no video",
+        "interleave_visuals": "images stand in front of the question",
+        "reasoning_prompt": "write it into the task's prompt",
+        "max_batch_size": "batch_size=auto starts high and halves what does not fit",
+    }
+
+    pretrained: Annotated[Any, BeforeValidator(_as_path)] = QWEN_7B
+    """folder, hub id, or a model in memory"""
+    min_pixels: Pixels = PIXELS
+    """fewest pixels of a resized image or crop; the published 576 tokens of 28 x 28 pixels are"""
+    max_pixels: Annotated[Pixels, Field(validate_default=True)] = PIXELS
+    """most pixels of a resized image or crop"""
+    system_prompt: Path | None = None
+    """sentence, or file with it; default: the model's own"""
+    thin_above: Count | None = None
+    """drop unneeded image tokens of images with more than this (published: 1024), or none"""
+    short_answer: Flag = False
+    """end questions as the published runs do: Answer the question using a single word or phrase."""
+    preset: Literal["paper"] | None = None
+    """a named set of the above: paper"""
+
+    @field_validator("max_pixels", mode="after")
+    @classmethod
+    def _not_below_least(cls, value: int, info: ValidationInfo) -> int:
+        least = info.data.get("min_pixels")
+        if least is not None and value < least:
+            raise ValueError(f"at least min_pixels, {least}")
+        return value
+
+
+ARGUMENTS: Mapping[str, type[ModelArguments]] = {
+    kind.model_name: kind for kind in (LlavaArguments, QwenArguments)
+}
+"""Classes of model arguments by the model's name in lmms-eval."""
 
 
 def stated(

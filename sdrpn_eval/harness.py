@@ -21,7 +21,7 @@ from sdrpn_eval.command_line import on_command_line, parse_arguments
 REFUSED: Mapping[str, str] = {
     "system_instruction": "lmms-eval glues it to every question; give the sentence as "
     "system_prompt= in --model_args",
-    "apply_chat_template": "the prompt is LLaVA-1.5's own (vicuna_v1); leave it out, and give a "
+    "apply_chat_template": "the prompt is the model's own; leave it out, and give a "
     "system prompt as system_prompt= in --model_args",
     "fewshot_as_multiturn": "a question has one turn; leave it out",
     "num_fewshot": "examples would come without their images; leave it out, or give 0",
@@ -51,7 +51,7 @@ def refuse_unsupported(settings: Mapping[str, Any]) -> None:
         if settings.get(name) and str(settings[name]) not in HARMLESS
     ]
     if told:
-        raise ValueError(f"llava_sdrpn does not work with {'; '.join(told)}")
+        raise ValueError(f"sdrpn does not work with {'; '.join(told)}")
 
 
 def refuse_number_as_path(output_path: Any) -> None:
@@ -106,7 +106,7 @@ def refuse_task_settings(tasks: Iterable[Any]) -> None:
         count = getattr(config, "num_fewshot", None)
         if count:
             raise ValueError(
-                f"{getattr(config, 'task', 'a task')} has num_fewshot: {count}, and llava_sdrpn "
+                f"{getattr(config, 'task', 'a task')} has num_fewshot: {count}, and sdrpn "
                 "takes no examples, whose images would be missing; give --num_fewshot 0, or a task "
                 "without"
             )

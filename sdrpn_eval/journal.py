@@ -28,6 +28,7 @@ from sdrpn_eval.request_types import RequestType
 from sdrpn_eval.requests import Request
 
 SETTINGS = ("proposer", "padding", "system_prompt", "attn_implementation", "load_in_4bit")
+SETTINGS += ("min_pixels", "max_pixels", "short_answer")
 """Arguments that change an answer and stand neither in the weights nor in a ZoomConfig."""
 
 

@@ -16,7 +16,7 @@ from sdrpn_eval.args import ZOOM_ARGUMENTS, ModelArguments
 TINY = "tiny"
 
 _OPTIONS = ("attn_implementation", "device_map", "padding", "prefix_cache", "revision", "peft")
-_OPTIONS += ("load_in_4bit", "system_prompt", "rpn_revision")
+_OPTIONS += ("load_in_4bit", "system_prompt", "rpn_revision", "min_pixels", "max_pixels")
 """Arguments that `ZoomModel.from_pretrained` takes under the same name."""
 
 _SET_BEFORE = (*_OPTIONS, "rpn", "dtype", "device")
@@ -107,8 +107,8 @@ def sources(args: ModelArguments) -> dict[str, str | None]:
         if rpn is None:
             raise ValueError(
                 f"no RPN is known for pretrained={pretrained}. Give rpn=FOLDER of one trained with "
-                "`sdrpn train`, proposer=attention (needs no training) or proposer=none (stock "
-                "LLaVA); or pretrained=tiny (the embedded model) for a first try."
+                "`sdrpn train`, proposer=attention (needs no training) or proposer=none (stock); "
+                "or pretrained=tiny (the embedded model) for a first try."
             )
     return {"pretrained": folder, "rpn": rpn, "peft": args.peft}
 

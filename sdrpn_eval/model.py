@@ -1,4 +1,4 @@
-"""The lmms-eval model `llava_sdrpn`: requests in, batches through ZoomModel, answers out."""
+"""The lmms-eval models: requests in, batches through ZoomModel, answers out."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 
 from sdrpn.boxes import PixelBox
-from sdrpn.config import ZoomConfig
+from sdrpn.config import ONE_WORD, ZoomConfig
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.io.resumable import BatchRunner
 from sdrpn_eval import tasks_info
 from sdrpn_eval.announce import Announcer
-from sdrpn_eval.args import LlavaArguments, ModelArguments, stated
+from sdrpn_eval.args import LlavaArguments, ModelArguments, QwenArguments, stated
 from sdrpn_eval.command_line import on_command_line
 from sdrpn_eval.harness import check_harness, refuse_number_as_path, refuse_task_settings
 from sdrpn_eval.journal import Journal
@@ -50,6 +50,7 @@ class SdrpnModel(lmms):
 
     is_simple = True
     argument_class: ClassVar[type[ModelArguments]]
+    arguments: Any
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class SdrpnModel(lmms):
             refuse_number_as_path(on_command_line("--output_path", sys.argv))
             # Before anything else can fail, so that a gate sees that this run began.
             self._record.begin(given, self._device)
-            self.arguments = args = self.argument_class.of(given)
+            args = self.arguments = self.argument_class.of(given)
             self._read_files(args)
             self._device = self._choose_device()
             self.batch_size = AUTO_BATCH_SIZE if args.batch_size == "auto" else args.batch_size
@@ -89,7 +90,9 @@ class SdrpnModel(lmms):
         return self._device
 
     def _read_files(self, args: Any) -> None:
-        """Replace arguments that may name a file by what it holds."""
+        """Replace a system prompt that names a file by what it holds."""
+        if args.system_prompt:
+            args.system_prompt = self._resolve_system_prompt(args.system_prompt)
 
     def _choose_device(self) -> torch.device:
         device, device_map = self.arguments.device, self.arguments.device_map
@@ -201,11 +204,15 @@ class SdrpnModel(lmms):
         row = documents.row(request)
         images = documents.visuals(request, row)
         box = self._box(request, row) if self.arguments.proposer == "box" else None
-        text = question_text(request, len(images))
+        text = self._question_text(request, len(images))
         made = Question(text, images, box=box, zoom=self._zoom(request.task))
         _ = made.image_keys  # which decodes the images, if nothing did before
         self.engine.prepare([made])
         return made
+
+    def _question_text(self, request: Request, images: int) -> str:
+        """What is asked: the task's prompt as the family gives it to its model."""
+        return question_text(request, images)
 
     @cached_property
     def _stock(self) -> ZoomModel:
@@ -227,13 +234,14 @@ class SdrpnModel(lmms):
     def _zoom(self, task: str) -> ZoomConfig:
         """The zoom settings for a task: `threshold=`, or the one published for its family."""
         if task not in self._zooms:
-            threshold = self.arguments.threshold or self.published_threshold(task)
+            threshold = self.arguments.threshold or self.published_threshold(task)[0]
             self._zooms[task] = replace(self._zoom_settings, threshold=threshold)
         return self._zooms[task]
 
-    def published_threshold(self, task: str) -> float:
-        """The threshold that is published for a task's family."""
-        return tasks_info.threshold_of(task)
+    def published_threshold(self, task: str) -> tuple[float, str]:
+        """The threshold that is published for a task's family, and where it is from, in words."""
+        origin = tasks_info.threshold_origin(task, self.arguments.proposer)
+        return tasks_info.threshold_of(task), origin
 
     def _key(self, request: Request, kind: RequestType) -> str | None:
         """What a later run finds the request's line by."""
@@ -267,7 +275,13 @@ class SdrpnModel(lmms):
         """Say what will be scored, refuse what cannot be; open the record at the first call."""
         tasks = {r.task: r.task_object for r in requests}
         fresh = [task for task in tasks if task not in self._zooms]
-        self._announcer.announce(tasks, {task: self._zoom(task).threshold for task in fresh})
+        given = self.arguments.threshold
+        thresholds = {
+            task: (given, "as given") if given else self.published_threshold(task) for task in fresh
+        }
+        self._announcer.announce(tasks, thresholds)
+        for task in fresh:
+            self._zoom(task)
         self._check_harness(tasks)
         in_memory = not isinstance(self.arguments.pretrained, str)
         dtype = "" if in_memory else str(self.engine.backbone.dtype)
@@ -290,6 +304,26 @@ class LlavaSdrpn(SdrpnModel):
 
     argument_class = LlavaArguments
 
-    def _read_files(self, args: LlavaArguments) -> None:
-        if args.system_prompt:
-            args.system_prompt = self._resolve_system_prompt(args.system_prompt)
+
+class Qwen2_5_VLSdrpn(SdrpnModel):
+    """Qwen2.5-VL with a second look."""
+
+    argument_class = QwenArguments
+    arguments: QwenArguments
+
+    def _question_text(self, request: Request, images: int) -> str:
+        text = super()._question_text(request, images)
+        add = self.arguments.short_answer and ONE_WORD not in text
+        return f"{text}\n{ONE_WORD}" if add else text
+
+    def published_threshold(self, task: str) -> tuple[float, str]:
+        """The threshold published for the model's size, the task's benchmark and the image size."""
+        shape = self.engine.backbone.text_config
+        limits = self.arguments.min_pixels, self.arguments.max_pixels
+        return tasks_info.qwen_threshold(task, shape.hidden_size, shape.num_hidden_layers, *limits)
+
+
+MODEL_CLASSES: dict[str, type[SdrpnModel]] = {
+    one.argument_class.model_name: one for one in (LlavaSdrpn, Qwen2_5_VLSdrpn)
+}
+"""Model classes by their name in lmms-eval."""

@@ -1,4 +1,4 @@
-"""What lmms-eval's entry point calls: registers the model `llava_sdrpn` and our tasks.
+"""What lmms-eval's entry point calls: registers our models and tasks.
 
 lmms-eval has an entry point for models and none for tasks. The callable below runs before the
 task index is built, so it wraps `TaskManager.initialize_tasks` once: our folder joins the include
@@ -17,7 +17,7 @@ from typing import Any
 
 from loguru import logger
 
-from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.args import LlavaArguments, QwenArguments
 from sdrpn_eval.command_line import on_command_line
 from sdrpn_eval.harness import refuse_folder_as_task
 from sdrpn_eval.local_data import use_local_data
@@ -26,7 +26,10 @@ from sdrpn_eval.local_data import use_local_data
 # from here first would find half a module there: so what needs it is imported where it is used.
 
 
-MODELS: Mapping[str, str] = {LlavaArguments.model_name: "sdrpn_eval.model.LlavaSdrpn"}
+MODELS: Mapping[str, str] = {
+    LlavaArguments.model_name: "sdrpn_eval.model.LlavaSdrpn",
+    QwenArguments.model_name: "sdrpn_eval.model.Qwen2_5_VLSdrpn",
+}
 """Names of our models for `--model`, each with its class."""
 
 
@@ -37,16 +40,24 @@ class TaskIndex:
 
 
 def register() -> Any:
-    """Entry point of the group `lmms_eval.models`: hook up the tasks, return the ModelManifest."""
+    """Entry point `llava_sdrpn` of the group `lmms_eval.models`."""
+    return _register(LlavaArguments.model_name)
+
+
+def register_qwen2_5_vl() -> Any:
+    """Entry point `qwen2_5_vl_sdrpn` of the same group."""
+    return _register(QwenArguments.model_name)
+
+
+def _register(name: str) -> Any:
+    """Hook up the tasks; return the ModelManifest."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     try:
         add_tasks()
     except Exception as error:  # a broken hook must not take the model away with it
         _warn(f"{type(error).__name__}: {error}")
-    return ModelManifest(
-        LlavaArguments.model_name, simple_class_path=MODELS[LlavaArguments.model_name]
-    )
+    return ModelManifest(name, simple_class_path=MODELS[name])
 
 
 def tasks_folder() -> Path:

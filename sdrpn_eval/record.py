@@ -143,7 +143,7 @@ LINE = TypeAdapter(RecordLine)
 
 def describe_answer(answer: Answer) -> dict[str, Any]:
     """The fields of a line that come from an answer, by their names in JSON."""
-    return answer.described() | encode_map(answer.roi_map)
+    return answer.to_dict() | encode_map(answer.roi_map)
 
 
 def encode_map(roi_map: np.ndarray | None) -> dict[str, Any]:

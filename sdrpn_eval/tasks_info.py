@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from sdrpn.backbones import qwen25_vl_published as qwen
 from sdrpn_eval.command_line import on_command_line
 
 DEFAULT_THRESHOLD = 0.15
@@ -80,6 +81,34 @@ def threshold_origin(task: str, proposer: str) -> str:
     if name in OURS:
         return "chosen on the embedded model"
     return f"as published for {name}" + ("" if proposer == "rpn" else ", of the RPN")
+
+
+def qwen_threshold(
+    task: str, hidden_size: int, layers: int, min_pixels: int, max_pixels: int
+) -> tuple[float, str]:
+    """The threshold published for Qwen2.5-VL (docs/method.md), and where it is from, in words.
+
+    Args:
+        task: Name of the task.
+        hidden_size: Of the language model; with `layers` it tells the size.
+        layers: Decoder layers.
+        min_pixels: Fewest pixels of a resized image.
+        max_pixels: Most pixels of it.
+    """
+    size, name = qwen.size_of(hidden_size, layers), family(task)
+    if size is None or name is None:
+        return qwen.THRESHOLD, "as none is published for it"
+    tokens = min_pixels // qwen.CELL_PIXELS, max_pixels // qwen.CELL_PIXELS
+    which = re.match(r"hrbench\dk", task)
+    for benchmark in (which[0] if which else name, name):
+        for run in size.high_resolution.get(benchmark, ()):
+            if (run.least, run.most) == tokens:
+                limits = "{} to {}".format(*tokens)
+                return run.threshold, f"as published for {name} at {limits} tokens"
+    if name not in size.thresholds:
+        return qwen.THRESHOLD, "as none is published for it"
+    at = "" if tokens == (576, 576) else ", at 576 tokens"
+    return size.thresholds[name], f"as published for {name}{at}"
 
 
 def has_score(metrics: Iterable[str]) -> bool:

@@ -1,7 +1,7 @@
-"""The seam between the method and the model families: what every backbone provides.
+"""The interface between the method and the model families.
 
-Everything that differs between families stands behind `Backbone`. No code outside this package asks
-which family it is. Shapes: B rows, N new tokens, P cached tokens, C hidden size, A position axes
+Everything that differs between families is behind `Backbone`; code outside this package does not
+depend on the family. Shapes: B rows, N new tokens, P cached tokens, C hidden size, A position axes
 (1, or 3 for M-RoPE).
 """
 
@@ -27,7 +27,7 @@ from sdrpn.io.checkpoints import execution_device
 
 
 class PromptIds(NamedTuple):
-    """Token ids of a prompt with one image: before the image, and after it."""
+    """Token ids of a prompt with one image: those before the image and those after it."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
@@ -35,11 +35,11 @@ class PromptIds(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageInput:
-    """An image or a crop, ready for the image encoder.
+    """A preprocessed image or crop.
 
     Args:
-        pixels: What the encoder takes, normalised: [3, height, width], or [patches, values].
-        grid: How the tokens lie on the image.
+        pixels: Normalised input of the image encoder: [3, height, width], or [patches, values].
+        grid: Mapping from image tokens to pixels of the image or crop.
     """
 
     pixels: Tensor
@@ -48,13 +48,13 @@ class ImageInput:
 
 @dataclass(frozen=True)
 class CropTokens:
-    """The tokens of one crop that are inserted.
+    """The tokens of one crop that are inserted into the sequence.
 
     Args:
-        tokens: [n, C], those that are kept, row-major.
-        rows: Rows of the crop's token grid, before any token was dropped.
-        columns: Columns of it.
-        keep: [rows * columns] bool, which tokens `tokens` holds; None for all of them.
+        tokens: [n, C], row-major, without dropped tokens.
+        rows: Rows of the crop's token grid, before tokens are dropped.
+        columns: Columns of the crop's token grid, before tokens are dropped.
+        keep: [rows * columns] bool, True for the tokens in `tokens`; None if none is dropped.
     """
 
     tokens: Float[Tensor, "kept width"]
@@ -65,15 +65,15 @@ class CropTokens:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of one row's sequence.
+    """A contiguous part of one sequence.
 
     Args:
-        ids: [n] token ids, the image token's id where an image or a crop stands. They are not
-            embedded; they count for repetition penalties.
-        embeds: [n, C].
-        positions: [A, n].
-        next_position: The position of a text token right behind this segment.
-        image: Columns of the image tokens, for a segment that holds them.
+        ids: [n] token ids, with the image token's id for image and crop tokens. They are not
+            embedded, but count for repetition penalties.
+        embeds: [n, C] input embeddings.
+        positions: [A, n] position ids.
+        next_position: Position of a text token that follows the segment.
+        image: Columns of the image tokens; empty for a segment without an image.
     """
 
     ids: tuple[int, ...]
@@ -84,17 +84,24 @@ class Segment:
 
     @property
     def length(self) -> int:
-        """Tokens of the segment."""
+        """Number of tokens, n."""
         return len(self.ids)
 
-    def keeping(self, cells: Bool[Tensor, " cells"]) -> Segment:
-        """This segment with these of its image tokens only, each at its own position."""
+    def select_image_tokens(self, cells: Bool[Tensor, " cells"]) -> Segment:
+        """Drop image tokens; the remaining tokens keep their positions.
+
+        Args:
+            cells: [T] bool, True for image tokens to keep.
+
+        Returns:
+            The shorter segment.
+        """
         keep = torch.ones(self.length, dtype=torch.bool, device=self.embeds.device)
         keep[self.image] = cells.to(keep.device)
-        kept = [one for one, stays in zip(self.ids, keep.tolist(), strict=True) if stays]
+        ids = [token for token, kept in zip(self.ids, keep.tolist(), strict=True) if kept]
         start = self.image.start
         return Segment(
-            tuple(kept),
+            tuple(ids),
             self.embeds[keep],
             self.positions[:, keep],
             self.next_position,
@@ -102,7 +109,7 @@ class Segment:
         )
 
     def followed_by(self, other: Segment) -> Segment:
-        """This segment and another one, as one."""
+        """Concatenate this segment and `other`."""
         return Segment(
             (*self.ids, *other.ids),
             torch.cat([self.embeds, other.embeds]),
@@ -114,10 +121,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What a decoder layer needs to know of N new tokens behind P cached ones.
+    """Inputs of a decoder layer besides the hidden states, for N new tokens after P cached tokens.
 
     Args:
-        mask: What the attention implementation takes for causality and padding.
+        mask: Causal and padding mask in the format of the attention implementation; None if it
+            needs none.
         rotary: (cos, sin), each [B, N, head_dim].
     """
 
@@ -125,7 +133,7 @@ class AttentionInputs:
     rotary: KV
 
     def to(self, device: torch.device) -> AttentionInputs:
-        """The same on another device."""
+        """Move all tensors to `device`."""
         mask = self.mask.to(device) if isinstance(self.mask, Tensor) else self.mask
         cos, sin = self.rotary
         return AttentionInputs(mask, (cos.to(device), sin.to(device)))
@@ -134,21 +142,29 @@ class AttentionInputs:
 class Backbone(ABC):
     """A frozen vision-language model with its tokenizer, image processor and prompt.
 
-    The decoder layers of a family are expected to take `attention_mask`, `position_embeddings` and
-    a cache, and to have `input_layernorm` and `self_attn` with `q_proj`,
-    `k_proj`, `v_proj` and `head_dim`, as those of LLaMA and Qwen have.
+    Decoder layers must accept `attention_mask`, `position_embeddings` and a cache, and have
+    `input_layernorm` and `self_attn` with `q_proj`, `k_proj`, `v_proj` and `head_dim`, as in LLaMA
+    and Qwen.
     """
 
     load_options: ClassVar[frozenset[str]] = frozenset()
     """Arguments of `load` that are the family's own."""
 
     model_type: ClassVar[str]
-    """`model_type` of the family in config.json; what `RPNConfig.backbone` records."""
+    """`model_type` of the family in config.json, recorded in `RPNConfig.backbone`."""
 
     @classmethod
     def load(cls, pretrained: str, **options: Any) -> Backbone:
-        """Load a model of the family from a folder or a Hub id; see `loading.load_model`."""
-        raise NotImplementedError(f"{cls.model_type} models are not loaded from files")
+        """Load a model of the family.
+
+        Args:
+            pretrained: Folder or Hub id.
+            options: Arguments of `loading.load_model` and of the family.
+
+        Raises:
+            NotImplementedError: If the family has no files to load from.
+        """
+        raise NotImplementedError(f"{cls.model_type} models cannot be loaded from files")
 
     model: Any
     tokenizer: Any
@@ -161,78 +177,117 @@ class Backbone(ABC):
 
     @abstractmethod
     def prompt_ids(self, question: str) -> PromptIds:
-        """Token ids before and after the image; special tokens in the question are plain text."""
+        """Tokenize the prompt of one image; special tokens in the question are plain text."""
 
     @abstractmethod
     def plain_ids(self, question: str, images: int, answer: str = "") -> list[int]:
-        """Token ids of a prompt with any number of images, one id per image, then `answer`."""
+        """Tokenize a prompt with any number of images.
+
+        Args:
+            question: Text of the question; special tokens in it are plain text.
+            images: Number of images.
+            answer: Text after the prompt.
+
+        Returns:
+            Token ids, with one image token id per image.
+        """
 
     def as_trained(self) -> Backbone:
-        """The same model with pictures and prompts as RPNs are labelled and trained with."""
+        """Return the model with the preprocessing and prompts of labelling and RPN training."""
         return self
 
     # --- images ------------------------------------------------------------------------------
 
     map_rules: ClassVar[MapRules] = SMALL_SQUARE
-    """How RoI maps become crops, where families differ."""
+    """Family-specific post-processing of RoI maps."""
 
     default_zoom: ClassVar[ZoomConfig] = ZoomConfig()
-    """How to zoom where neither the caller nor the RPN says."""
+    """Zoom settings if neither the caller nor the RPN has any."""
 
     crop_marks: ClassVar[int] = 0
-    """Tokens that stand around each crop."""
+    """Number of delimiter tokens around each crop."""
 
     @abstractmethod
     def image_grid(self, image: Image.Image) -> ImageGrid:
-        """How the image tokens lie on this image."""
+        """Return the mapping from image tokens to source pixels."""
 
     @abstractmethod
     def preprocess(self, images: Sequence[Image.Image]) -> list[ImageInput]:
-        """Prepare whole images for the encoder."""
+        """Preprocess full images for the encoder."""
 
     @abstractmethod
     def crop_input(self, image: Image.Image, box: PixelBox) -> ImageInput:
-        """Cut a box out of an original image and prepare it for the encoder."""
+        """Crop an image and preprocess the crop for the encoder.
+
+        Args:
+            image: Original image.
+            box: Crop, in source pixels.
+        """
 
     @abstractmethod
     def encode(self, inputs: Sequence[ImageInput]) -> list[Float[Tensor, "_ width"]]:
-        """Run the image encoder and its projector: [rows * columns, C] for each input."""
+        """Run the image encoder and its projector.
+
+        Returns:
+            [rows * columns, C] for each input.
+        """
 
     @property
     @abstractmethod
     def preprocessing(self) -> Mapping[str, Any]:
-        """The settings that decide what `preprocess` makes of an image."""
+        """Settings that determine the output of `preprocess`; part of the prefix cache key."""
 
     # --- sequence ----------------------------------------------------------------------------
 
     @abstractmethod
     def prefix_length(self, image_tokens: int) -> int:
-        """Tokens of the prefix of an image with so many image tokens."""
+        """Return the number of prefix tokens for an image with `image_tokens` tokens."""
 
     @abstractmethod
     def prefix_segment(self, image: ImageInput, features: Float[Tensor, "cells width"]) -> Segment:
-        """[text before the image][image tokens]. features: [rows * columns, C]."""
+        """Build the prefix: [text before the image][image tokens].
+
+        Args:
+            image: The preprocessed image.
+            features: [rows * columns, C] from `encode`.
+        """
 
     @abstractmethod
     def suffix_segment(
         self, start: int, after: Sequence[int], crops: Sequence[CropTokens] = ()
     ) -> Segment:
-        """[crop tokens][text after the image] behind a prefix that ends at position `start` - 1."""
+        """Build the sequence after a prefix: [crop tokens][text after the image].
+
+        Args:
+            start: First position, the prefix's `next_position`.
+            after: Token ids after the image.
+            crops: Crops to insert.
+        """
 
     def text_segment(self, start: int, ids: Sequence[int]) -> Segment:
-        """Plain text from position `start` on."""
+        """Build a segment of text tokens.
+
+        Args:
+            start: First position.
+            ids: Token ids.
+        """
         end = start + len(ids)
         positions = torch.arange(start, end, device=self.device).expand(self.position_axes, -1)
         return Segment(tuple(ids), self.embed(ids), positions, end)
 
-    def room(self, image_tokens: int, after: Sequence[int]) -> int:
-        """Tokens that the context still holds behind an image and this text; 0 or less: none."""
+    def remaining_tokens(self, image_tokens: int, after: Sequence[int]) -> int:
+        """Return the context length minus the prompt length; negative if the prompt is too long.
+
+        Args:
+            image_tokens: Number of image tokens.
+            after: Token ids after the image.
+        """
         return self.context_length - self.prefix_length(image_tokens) - len(after)
 
     # --- layers ------------------------------------------------------------------------------
 
     position_axes: ClassVar[int] = 1
-    """Axes of a position: 1 for ordinary rotary embeddings, 3 for M-RoPE."""
+    """Number of position axes: 1 for standard rotary embeddings, 3 for M-RoPE."""
 
     @property
     @abstractmethod
@@ -241,37 +296,37 @@ class Backbone(ABC):
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers of the model."""
+        """Number of decoder layers."""
         return self.text_config.num_hidden_layers
 
     @property
     def layers(self) -> list[tuple[int, nn.Module]]:
-        """The decoder layers with their indices."""
+        """(index, decoder layer) pairs."""
         return list(enumerate(self.decoder.layers))
 
     @property
     def device(self) -> torch.device:
-        """Where the word embeddings are, and so where sequences begin."""
+        """Device of the word embeddings, where sequences are built."""
         return execution_device(self.model.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the model's weights."""
+        """Data type of the weights."""
         return self.model.dtype
 
     @property
     def eos_token_id(self) -> int:
-        """The token that ends an answer."""
+        """End-of-sequence token id."""
         return self.tokenizer.eos_token_id
 
     @property
     def pad_token_id(self) -> int:
-        """The token that fills finished rows."""
+        """Padding token id; the end-of-sequence token if the tokenizer has none."""
         pad = self.tokenizer.pad_token_id
         return self.eos_token_id if pad is None else pad
 
     def embed(self, ids: Sequence[Any] | Tensor) -> Tensor:
-        """Word embeddings: ids [...] -> [..., C]."""
+        """Look up word embeddings: [...] -> [..., C]."""
         table = self.model.get_input_embeddings()
         return table(torch.as_tensor(ids, device=self.device, dtype=torch.long))
 
@@ -282,15 +337,15 @@ class Backbone(ABC):
         positions: Int[Tensor, "axes batch new"],
         cache: Cache | None = None,
     ) -> AttentionInputs:
-        """Mask and rotary embeddings of new tokens.
+        """Compute the attention mask and rotary embeddings of new tokens.
 
         Args:
-            embeds: [B, N, C].
-            mask: [B, P + N], 1 where there is a token.
-            positions: [A, B, N].
-            cache: Holds the P tokens before, or None.
+            embeds: [B, N, C] input embeddings.
+            mask: [B, P + N], 1 for tokens, 0 for padding.
+            positions: [A, B, N] position ids.
+            cache: KV cache of the P previous tokens, or None if P is 0.
         """
-        # Without positions: transformers would take those that jump for several packed sequences.
+        # No positions: transformers would read gaps in them as boundaries of packed sequences.
         causal = create_causal_mask(
             config=self.text_config,
             inputs_embeds=embeds,
@@ -298,9 +353,9 @@ class Backbone(ABC):
             **cache_argument(cache),
         )
         if isinstance(causal, Tensor) and causal.dtype == torch.bool:
-            # Once, and not in every layer, which torch's fused attention would do.
-            shut = torch.finfo(embeds.dtype).min
-            causal = torch.zeros_like(causal, dtype=embeds.dtype).masked_fill_(~causal, shut)
+            # Convert once here; torch's fused attention would convert it in every layer.
+            lowest = torch.finfo(embeds.dtype).min
+            causal = torch.zeros_like(causal, dtype=embeds.dtype).masked_fill_(~causal, lowest)
         axes = positions if self.position_axes > 1 else positions[0]
         rotary = self.decoder.rotary_emb(embeds, position_ids=axes)
         return AttentionInputs(causal, rotary)
@@ -309,12 +364,20 @@ class Backbone(ABC):
     def rotate(
         states: Float[Tensor, "batch heads new head_dim"], rotary: KV
     ) -> Float[Tensor, "batch heads new head_dim"]:
-        """Apply rotary embeddings. states: [B, heads, N, head_dim]."""
+        """Apply rotary embeddings.
+
+        Args:
+            states: [B, heads, N, head_dim] queries or keys.
+            rotary: (cos, sin), each [B, N, head_dim].
+
+        Returns:
+            [B, heads, N, head_dim].
+        """
         cos, sin = (part.to(states.device) for part in rotary)
         return apply_rotary_pos_emb(states, states, cos, sin)[0]
 
     def logits(self, hidden: Float[Tensor, "*any width"]) -> Float[Tensor, "*any vocabulary"]:
-        """Final norm and language-model head: [..., C] -> [..., vocabulary]."""
+        """Apply the final norm and the language-model head: [..., C] -> [..., vocabulary]."""
         return self.model.lm_head(self.decoder.norm(hidden))
 
     # --- answers -----------------------------------------------------------------------------
@@ -329,67 +392,79 @@ class Backbone(ABC):
         cache: Cache,
         arguments: Mapping[str, Any],
     ) -> Int[Tensor, "batch longer"]:
-        """transformers' generate() behind a filled cache.
+        """Run transformers' generate() over a filled KV cache.
 
         Args:
-            ids: [B, P + N] ids of the whole sequence.
-            embeds: [B, P + N, C]; what the cache holds is not read.
-            mask: [B, P + N].
-            positions: [A, B, N] of the tokens behind the cache.
-            cache: Keys and values of P tokens of B rows, or of B times the number of beams.
+            ids: [B, P + N] token ids of the full sequence.
+            embeds: [B, P + N, C] input embeddings; the first P columns are not read.
+            mask: [B, P + N], 1 for tokens, 0 for padding.
+            positions: [A, B, N] position ids of the tokens after the cache.
+            cache: Keys and values of P tokens, with B rows, or B times `num_beams` rows.
             arguments: Further arguments of generate().
 
         Returns:
-            [B, P + N + new] ids.
+            [B, P + N + new] token ids.
         """
 
     @abstractmethod
     def plain_inputs(
         self, rows: Sequence[Sequence[int]], images: Sequence[Image.Image]
     ) -> dict[str, Tensor]:
-        """Arguments of the stock model for prompts from `plain_ids`, left-padded."""
+        """Build the stock model's inputs, left-padded.
+
+        Args:
+            rows: Token ids from `plain_ids`, one image token id per image.
+            images: Images of all rows, in order.
+
+        Returns:
+            Keyword arguments of the model's forward and generate().
+        """
 
     # --- the region proposal network ---------------------------------------------------------
 
     @property
     @abstractmethod
     def projector(self) -> nn.Module:
-        """What turns image features into image tokens; part of the fingerprint of a base."""
+        """Projector from image features to image tokens; part of a base model's fingerprint."""
 
     @abstractmethod
     def rpn_shape(self) -> dict[str, Any]:
-        """The fields of an `RPNConfig` that are this model's own."""
+        """Return the `RPNConfig` fields that the model determines."""
 
     @classmethod
     @abstractmethod
     def new_decoder_layer(cls, config: RPNConfig, index: int, attention: str) -> nn.Module:
-        """A decoder layer of the family's own class, for the RPN.
+        """Create a decoder layer of the family's class, for the RPN.
 
         Args:
-            config: Its sizes.
-            index: Its place in the RPN's cache, from 0.
-            attention: The attention implementation, such as sdpa.
+            config: Sizes of the layer.
+            index: Index of the layer in the RPN's KV cache, from 0.
+            attention: Attention implementation, such as sdpa.
         """
 
     @classmethod
     @abstractmethod
     def new_norm(cls, config: RPNConfig) -> nn.Module:
-        """A norm of the family's own class, over C values."""
+        """Create a norm of the family's class, over C features."""
 
     def published_labels(self) -> LabelConfig | None:
-        """The published head lists, for models that have some."""
+        """Return the published head lists; None if there are none for this model."""
         return None
 
     label_rules: ClassVar[LabelConfig] = LabelConfig(grounding=(), sink=(), vicrop_layer=0)
-    """Where the family's labels draw their lines, with no heads to read."""
+    """Pseudo-label thresholds of the family, without head lists."""
 
     global_batch: ClassVar[int] = 512
-    """Questions of a training step, as published."""
+    """Published global batch size, in questions."""
 
     training_overrides: ClassVar[Mapping[str, Any]] = {}
-    """Published hyper-parameters that differ from those for LLaVA-1.5."""
+    """Published hyperparameters that differ from those for LLaVA-1.5."""
 
     @classmethod
     def published_branch(cls, config: Mapping[str, Any]) -> int:
-        """B for a model, from its config.json: as published, or as deep."""
+        """Return the branch layer B: the published one, or one at a similar relative depth.
+
+        Args:
+            config: Values of the model's config.json.
+        """
         return 15

@@ -1,4 +1,4 @@
-"""KV caches under the names that the installed transformers uses."""
+"""KV caches, independent of the installed transformers version."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ KV = tuple[Tensor, Tensor]
 
 
 def cache_argument(cache: Cache | None) -> dict[str, Any]:
-    """A KV cache under the name transformers takes it by, which 5.24 changed."""
+    """Return the cache as a keyword argument; transformers 5.24 changed its name."""
     return {_CACHE: cache}
 
 
 def cache_of(kv: Iterable[KV]) -> DynamicCache:
-    """A cache that starts from given keys and values, without copying them.
+    """Create a cache from keys and values, without copying them.
 
-    Growing it concatenates into new tensors, so the given ones are never written to.
+    Updates concatenate into new tensors, so the given tensors are never modified.
+
+    Args:
+        kv: Keys and values of each layer.
     """
     cache = DynamicCache()
     for keys, values in kv:

@@ -1,4 +1,4 @@
-"""A short fingerprint of a base model's weights, to notice an RPN on another base than its own."""
+"""Fingerprints of model weights, to detect an RPN used with another base model."""
 
 from __future__ import annotations
 
@@ -12,22 +12,32 @@ from sdrpn.backbones.base import Backbone
 from sdrpn.io.checkpoints import named_weights
 
 ROWS = 64
-"""Rows looked at of each matrix: a few MB in all, and fine-tuning moves every row."""
+"""Approximate number of rows hashed per matrix; fine-tuning changes every row."""
 
 
 def base_hash(backbone: Backbone, branch_layer: int) -> str:
-    """A hash of what an RPN behind layer `branch_layer` - 1 reads: those layers and the projector.
+    """Hash the weights below the RPN: the projector and the decoder layers before `branch_layer`.
 
-    Made of the weights' signs, which no rounding between float32, float16 and bfloat16 changes;
-    training flips those of small weights, and there are many. Empty where the weights cannot be
-    read as numbers (4-bit), which compares with nothing.
+    The hash covers the signs of the weights: casts between float32, float16 and bfloat16 preserve
+    them, and training flips the signs of many small weights.
+
+    Args:
+        backbone: The base model.
+        branch_layer: B, the number of decoder layers to hash.
+
+    Returns:
+        16 hexadecimal digits, or "" for quantized weights, which have no comparable hash.
     """
     modules = [backbone.projector, *(layer for _, layer in backbone.layers[:branch_layer])]
     return weights_hash(modules)
 
 
 def weights_hash(modules: Sequence[nn.Module]) -> str:
-    """A hash of these modules' matrices, as `base_hash` makes it of a base's."""
+    """Hash the matrices of `modules`; see `base_hash`.
+
+    Returns:
+        16 hexadecimal digits, or "" for quantized or meta weights.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for module in modules:
         signs: dict[str, bytes] = {}

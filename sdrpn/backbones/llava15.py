@@ -1,4 +1,4 @@
-"""LLaVA-1.5: a LLaMA behind a CLIP tower, which sees every image as one square of 336 pixels."""
+"""LLaVA-1.5: a LLaMA language model and a CLIP tower that sees images as 336 x 336 pixels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,15 @@ from sdrpn.io.images import LONGEST, as_shown, limit_size
 
 
 def check_is_llava15(config: dict[str, Any], name: str) -> None:
-    """Refuse, by name, every model that is not a LLaVA-1.5. config: its config.json."""
+    """Check that a model is a LLaVA-1.5 in the Hugging Face layout.
+
+    Args:
+        config: Values of its config.json.
+        name: Model, for messages.
+
+    Raises:
+        ValueError: If it is another model or layout; names it.
+    """
     check_not_llava16(config, name)
     kind = config.get("model_type", "a model without a model_type")
     if kind in ("llava_llama", "llava"):
@@ -50,7 +58,7 @@ def check_is_llava15(config: dict[str, Any], name: str) -> None:
         if kind == "llava_llama" or "mm_vision_tower" in config:
             raise ValueError(
                 f"{name} is in the original LLaVA layout (model_type {kind!r}); convert it once "
-                f"with `sdrpn convert base {name} --out FOLDER`, or give one in the Hugging Face "
+                f"with `sdrpn convert base {name} --out FOLDER`, or use one in the Hugging Face "
                 "layout, such as llava-hf/llava-1.5-7b-hf"
             )
         if (text, vision) == ("llama", "clip_vision_model"):
@@ -62,13 +70,21 @@ def check_is_llava15(config: dict[str, Any], name: str) -> None:
         else:
             kind = f"llava with a {text} language model and a {vision} vision tower"
     raise ValueError(
-        f"{name} is not a LLaVA-1.5 model but {kind}; sdrpn needs a LLaMA language model behind a "
+        f"{name} is not a LLaVA-1.5 model but {kind}; sdrpn needs a LLaMA language model and a "
         "CLIP tower with one feature layer and no CLS token, such as llava-hf/llava-1.5-7b-hf"
     )
 
 
 def check_not_llava16(config: Mapping[str, Any], name: str) -> None:
-    """Refuse a LLaVA-1.6 (LLaVA-NeXT), which cuts an image into tiles. config: its config.json."""
+    """Check that a model is not a LLaVA-1.6 (LLaVA-NeXT), which splits images into tiles.
+
+    Args:
+        config: Values of its config.json.
+        name: Model, for the message.
+
+    Raises:
+        ValueError: If it is a LLaVA-1.6.
+    """
     kind, ratio = config.get("model_type"), config.get(ASPECT_RATIO)
     signs = {
         "model_type": kind if kind == "llava_mistral" else None,
@@ -80,15 +96,23 @@ def check_not_llava16(config: Mapping[str, Any], name: str) -> None:
         key, sign = next(iter(found.items()))
         raise ValueError(
             f"{name} is not a LLaVA-1.5 model but a LLaVA-1.6 ({key} is {sign!r} in config.json), "
-            "which reads an image in tiles; give a LLaVA-1.5, such as llava-hf/llava-1.5-7b-hf or "
+            "which reads an image in tiles; use a LLaVA-1.5, such as llava-hf/llava-1.5-7b-hf or "
             "liuhaotian/llava-v1.5-7b"
         )
 
 
 def noted_padding(config: Mapping[str, Any], name: str) -> str:
-    """How a model's config.json says its images were made square: `pad`, where it says nothing.
+    """Read the padding mode of a model from its config.json.
 
-    Raises ValueError for a value that is not known.
+    Args:
+        config: Values of config.json.
+        name: Model, for the message.
+
+    Returns:
+        `pad` or `crop`; `pad` if config.json has no `image_aspect_ratio`.
+
+    Raises:
+        ValueError: If the value is unknown.
     """
     ratio = config.get(ASPECT_RATIO)
     if ratio is None:
@@ -96,7 +120,7 @@ def noted_padding(config: Mapping[str, Any], name: str) -> str:
     if not isinstance(ratio, str) or ratio not in NOTED_PADDINGS:
         raise ValueError(
             f"{name}: {ASPECT_RATIO} in config.json must be {' or '.join(NOTED_PADDINGS)}, got "
-            f"{ratio!r:.80}; correct it to how the model was trained"
+            f"{ratio!r:.80}; set it to the value used in training"
         )
     return NOTED_PADDINGS[ratio]
 
@@ -112,24 +136,24 @@ ARCHITECTURE = Architecture(
 
 
 def check_padding(padding: str | None) -> None:
-    """Raise ValueError for a padding that is not known; None is the model's own."""
+    """Raise ValueError for an unknown padding mode; None stands for the model's default."""
     if padding is not None and padding not in PADDINGS:
         raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
 
 
 def square_grid(size: tuple[int, int], cells: int, side: int, padding: str = "pad") -> ImageGrid:
-    """How a square of image tokens lies on an image.
+    """Map a square grid of image tokens to the pixels of an image.
 
     Args:
         size: (width, height) of the image, in pixels.
         cells: Image tokens per side.
-        side: Side of the square that the encoder sees, in pixels.
-        padding: `pad` centres the whole image on the square, `crop` takes its central square.
+        side: Side of the encoder's square input, in pixels.
+        padding: `pad` centres the full image on the square, `crop` takes its central square.
     """
     fitted = max(size) if padding == "pad" else min(size)
     ratio = side / fitted
-    # A padded image is resized to whole pixels, so its size is truncated before it is centred, as
-    # in SD-RPN's published code. `crop` has no published rule and keeps the exact offset.
+    # A padded image is resized to an integer size, so the size is truncated before centring, as in
+    # SD-RPN's published code. `crop` has no published rule and keeps the exact offset.
     width, height = (int(n * ratio) if padding == "pad" else n * ratio for n in size)
     offset = (side - width) / 2, (side - height) / 2
     exact = Fraction(side, fitted)
@@ -137,12 +161,17 @@ def square_grid(size: tuple[int, int], cells: int, side: int, padding: str = "pa
 
 
 class Llava15(Backbone):
-    """A frozen LLaVA-1.5 with its processor and its prompt.
+    """A frozen LLaVA-1.5 with its processor and prompt.
 
-    processor: a LlavaProcessor, or what has its `tokenizer` and `image_processor`.
-    padding: `pad` shows the whole image on a square, as LLaVA-1.5 was trained and scored; `crop`
-    uses the checkpoint's own image processor without padding, which cuts the sides off. Default:
-    what its config.json notes as `image_aspect_ratio` (`pad`, or `square` for crop), else `pad`.
+    Args:
+        model: The model.
+        processor: A LlavaProcessor, or an object with its `tokenizer` and `image_processor`.
+        padding: `pad` pads the full image to a square, as in LLaVA-1.5's training and evaluation;
+            `crop` uses the checkpoint's image processor without padding, which crops the centre.
+            Default: `image_aspect_ratio` in config.json (`pad`, or `square` for `crop`), else
+            `pad`.
+        system_prompt: Sentence before the conversation.
+        name: Name for messages and RPN configs; default: the folder or Hub id.
     """
 
     model_type = "llava"
@@ -193,13 +222,17 @@ class Llava15(Backbone):
         system_prompt: str = VICUNA_SYSTEM_PROMPT,
         **load: Any,
     ) -> Llava15:
-        """Load a LLaVA-1.5 and its processor from a folder or a hub id.
+        """Load a LLaVA-1.5 and its processor.
 
         Args:
-            pretrained: A folder or a Hub id.
+            pretrained: Folder or Hub id.
             padding: See the class.
-            system_prompt: The sentence before the conversation.
-            load: As `loading.load_model` takes them, which also says what is raised.
+            system_prompt: Sentence before the conversation.
+            load: Arguments of `loading.load_model`.
+
+        Raises:
+            ValueError: If the model is not a LLaVA-1.5, or a file is broken.
+            WeightsUnavailable: If the model cannot be found or downloaded.
         """
         check_padding(padding)
 
@@ -220,17 +253,23 @@ class Llava15(Backbone):
     # --- prompt ------------------------------------------------------------------------------
 
     def prompt(self, question: str, images: int = 1, mark: str = IMAGE_TOKEN) -> str:
-        """Vicuna's prompt, with a mark for each image before the question.
+        """Build a Vicuna prompt.
 
-        A question that holds as many `<image>` as it has images means them by it: several stay
-        where they are, a single one goes in front. Any other number is plain text.
+        If the question contains `<image>` exactly `images` times, these are placeholders: several
+        stay in place, a single one moves to the front. Otherwise they are plain text, and all
+        images precede the question.
+
+        Args:
+            question: Text of the question.
+            images: Number of images.
+            mark: Text that stands for an image in the prompt.
         """
-        named = question.count(IMAGE_TOKEN)
-        if images > 1 and named == images:
+        placeholders = question.count(IMAGE_TOKEN)
+        if images > 1 and placeholders == images:
             question = question.replace(IMAGE_TOKEN, mark)
         elif images:
-            if named == images:
-                # As LLaVA-1.5's own training data did: a single image always goes in front.
+            if placeholders == images:
+                # In LLaVA-1.5's training data, a single image always comes first.
                 question = question.replace(IMAGE_TOKEN, "").strip()
             question = " ".join([mark] * images) + "\n" + question
         system = f"{self.system_prompt} " if self.system_prompt else ""
@@ -259,20 +298,24 @@ class Llava15(Backbone):
         return [ImageInput(*pair) for pair in zip(self.pixels(images), grids, strict=True)]
 
     def pixels(self, images: Sequence[Image.Image]) -> Float[Tensor, "images 3 side side"]:
-        """Whole images as the encoder sees them: [n, 3, side, side], normalised."""
+        """Preprocess full images.
+
+        Returns:
+            [n, 3, side, side], normalised.
+        """
         own = self.processor.image_processor
         processor = self._padder if self.padding == "pad" else own
-        fitting = [limit_size(as_shown(image), self.padding) for image in images]
-        ready = processor(images=fitting, do_pad=self.padding == "pad", return_tensors="pt")
-        return ready["pixel_values"]
+        limited = [limit_size(as_shown(image), self.padding) for image in images]
+        inputs = processor(images=limited, do_pad=self.padding == "pad", return_tensors="pt")
+        return inputs["pixel_values"]
 
     def crop_input(self, image: Image.Image, box: PixelBox) -> ImageInput:
-        cut = stretched(as_shown(image), box, self.side)
-        ready = self._padder(images=[cut], do_pad=False, do_resize=False, return_tensors="pt")
+        crop = crop_to_square(as_shown(image), box, self.side)
+        inputs = self._padder(images=[crop], do_pad=False, do_resize=False, return_tensors="pt")
         size = box.x1 - box.x0, box.y1 - box.y0
         scale = self.side / size[0], self.side / size[1]
         grid = ImageGrid(self.grid, self.grid, size, self.side / self.grid, scale)
-        return ImageInput(ready["pixel_values"][0], grid)
+        return ImageInput(inputs["pixel_values"][0], grid)
 
     def encode(self, inputs: Sequence[ImageInput]) -> list[Float[Tensor, "cells width"]]:
         tower = execution_device(self.model.model.vision_tower)
@@ -322,7 +365,7 @@ class Llava15(Backbone):
         cache: Cache,
         arguments: Mapping[str, Any],
     ) -> Int[Tensor, "batch longer"]:
-        # generate() counts the positions over the mask, which is what `positions` holds.
+        # generate() derives the same positions from the mask.
         return self.model.generate(
             input_ids=ids,
             inputs_embeds=embeds,
@@ -334,14 +377,14 @@ class Llava15(Backbone):
     def plain_inputs(
         self, rows: Sequence[Sequence[int]], images: Sequence[Image.Image]
     ) -> dict[str, Tensor]:
-        spread = [
+        expanded = [
             [t for i in ids for t in [i] * (self.image_tokens if i == self.image_token_id else 1)]
             for ids in rows
         ]
-        longest = max(map(len, spread))
+        longest = max(map(len, expanded))
         ids = torch.full((len(rows), longest), self.pad_token_id, device=self.device)
         mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(spread):
+        for row, tokens in enumerate(expanded):
             ids[row, longest - len(tokens) :] = torch.tensor(tokens)
             mask[row, longest - len(tokens) :] = 1
         inputs = {"input_ids": ids, "attention_mask": mask}
@@ -373,7 +416,7 @@ class Llava15(Backbone):
             intermediate_size=config.intermediate_size,
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads,
-            rms_norm_eps=float(config.rms_norm_eps),  # JSON may write a whole number
+            rms_norm_eps=float(config.rms_norm_eps),  # may be an integer in JSON
             num_hidden_layers=config.depth - 1,
         )
         shape._attn_implementation = attention
@@ -387,13 +430,19 @@ class Llava15(Backbone):
         return published_labels(self.text_config.num_hidden_layers, self.text_config.hidden_size)
 
 
-def stretched(image: Image.Image, box: PixelBox, side: int) -> Image.Image:
-    """Cut a box out of an image and stretch it to side x side, bilinear (SD-RPN, section 3.3)."""
-    # Columns first, then rows, as every Pillow did that published numbers were made with: newer
-    # ones start with the cheaper direction, which moves the rounding of tall crops.
+def crop_to_square(image: Image.Image, box: PixelBox, side: int) -> Image.Image:
+    """Crop an image and resize the crop to a square, bilinear (SD-RPN, section 3.3).
+
+    Args:
+        image: Original image.
+        box: Crop, in source pixels.
+        side: Side of the square, in pixels.
+    """
+    # Resize width before height, as the Pillow versions behind the published numbers did. Newer
+    # versions start with the cheaper direction, which changes the rounding of tall crops.
     bilinear = Image.Resampling.BILINEAR
-    cut = image.crop((box.x0, box.y0, box.x1, box.y1))
-    if cut.height > LONGEST:
-        # But here they would take gigabytes of a crop that is high and narrow.
-        cut = cut.resize((cut.width, side), bilinear)
-    return cut.resize((side, cut.height), bilinear).resize((side, side), bilinear)
+    crop = image.crop((box.x0, box.y0, box.x1, box.y1))
+    if crop.height > LONGEST:
+        # Width first would need gigabytes for a tall and narrow crop.
+        crop = crop.resize((crop.width, side), bilinear)
+    return crop.resize((side, crop.height), bilinear).resize((side, side), bilinear)

@@ -1,4 +1,4 @@
-"""Loading a base model of any family: arguments checked, weights read, what is broken named."""
+"""Loading base models of any family, with checks of their arguments and files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from transformers import AutoProcessor, PreTrainedConfig
 from transformers.utils import logging
 
-from sdrpn.backbones.adapters import four_bits, with_adapter
+from sdrpn.backbones.adapters import load_adapter, quantization_arguments
 from sdrpn.io import hub
 from sdrpn.io.checkpoint_files import CONFIG_FILE, Source, first_line
 from sdrpn.io.checkpoints import (
@@ -29,20 +29,20 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class WeightsUnavailable(OSError):
-    """The weights of a model could not be found: no such folder, or no hub within reach."""
+    """Raised if a model cannot be found or downloaded; the message has the cause and remedy."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What transformers calls a family, and how it is told from others.
+    """How a family is loaded with transformers.
 
     Args:
-        what: The family in a sentence, such as "a LLaVA-1.5".
-        example: A Hub id of it.
-        config: Its configuration class.
-        model: Its model class.
-        half: The type its weights were published in; what `auto` is on an accelerator.
-        check: Raises ValueError for a config.json (and the model's name) that is not the family's.
+        what: The family in messages, such as "a LLaVA-1.5".
+        example: Hub id of a model of the family.
+        config: Configuration class.
+        model: Model class.
+        half: Data type of the published weights; the default on an accelerator.
+        check: Takes a config.json and the model's name; raises ValueError for other families.
     """
 
     what: str
@@ -79,84 +79,122 @@ def load_model(
 
     Args:
         kind: The family.
-        pretrained: A folder or a Hub id.
-        dtype: Of the weights; `auto` is float32 on the CPU and the family's own on an accelerator.
-        device: One device; default: the GPU where there is one.
-        device_map: accelerate's, instead of a device; parts of it may be "cpu" or "disk", which are
-            computed on the GPU where there is one.
-        offload_folder: Where "disk" parts of weights that are not safetensors are written;
-            safetensors are read from where they are.
-        attn_implementation: The attention implementation, such as sdpa.
+        pretrained: Folder or Hub id.
+        dtype: Data type of the weights; `auto` is float32 on the CPU and `kind.half` on an
+            accelerator.
+        device: A single device; default: the GPU if there is one.
+        device_map: accelerate's device map, instead of `device`. Modules offloaded to "cpu" or
+            "disk" are computed on the GPU if there is one.
+        offload_folder: Folder for modules offloaded to "disk" from other formats than safetensors.
+        attn_implementation: Attention implementation, such as sdpa.
         revision: Branch, tag or commit of a Hub id.
-        num_layers: Read only the first decoder layers, for training an RPN over them; such a model
-            cannot answer.
-        peft: A PEFT adapter to put on it.
-        load_in_4bit: Its language model, with bitsandbytes.
+        num_layers: Load only the first `num_layers` decoder layers, for RPN training; such a model
+            cannot generate.
+        peft: Folder or Hub id of a PEFT adapter.
+        load_in_4bit: Quantize the language model with bitsandbytes.
 
     Raises:
-        ValueError: It is another kind of model, or has a file that is broken or a tensor that is
-            missing or not finite, naming it.
-        WeightsUnavailable: There is nothing to load, or the Hub does not hand it out, with the
-            cause and its remedy.
+        ValueError: If the model is of another family, a file is broken, or a tensor is missing or
+            not finite.
+        WeightsUnavailable: If the model cannot be found or downloaded.
     """
-    fastest = "cuda" if torch.cuda.is_available() else "cpu"
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
     if device_map is None:
-        device_map = {"": str(device or fastest)}
-    weights = pick_dtype(dtype, _computing_device(device_map, fastest), kind.half)
-    try:
+        device_map = {"": str(device or default_device)}
+    weights = pick_dtype(dtype, _compute_device(device_map, default_device), kind.half)
+    arguments = {
+        "dtype": weights,
+        "device_map": device_map,
+        "offload_folder": offload_folder,
+        "attn_implementation": attn_implementation,
+    }
+    with _explain_unavailable(pretrained, revision):
         source = Source(pretrained, revision=revision)
-        with explain_load_errors(pretrained, revision):
-            folder = source.folder or source.fetch(CONFIG_FILE, kind.what).parent
-            config, _ = PreTrainedConfig.get_config_dict(folder)
-        if not config or not isinstance(config, dict):
-            raise OSError("there is no config.json, or none that holds an object")
-        kind.check(config, pretrained)
+        config = _read_config(kind, source, revision)
         check_has_tokenizer(pretrained, kind.example)
-        quantized = four_bits(weights) if load_in_4bit else {}
+        if load_in_4bit:
+            arguments |= quantization_arguments(weights)
         with (
             _first_layers(kind, config, pretrained, num_layers) as shape,
             explain_load_errors(pretrained, revision),
         ):
-            folder = source.fetch_all()
-            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-            loaded: Any = kind.model.from_pretrained(
-                folder,
-                dtype=weights,
-                device_map=device_map,
-                offload_folder=offload_folder,
-                attn_implementation=attn_implementation,
-                # Named below, with both shapes; what transformers makes up is not kept.
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **quantized,
-                **shape,
-            )
-    except OSError as error:
-        told = str(error) if isinstance(error, hub.HubError) else None
-        told = told or hub.explain(error, pretrained, revision=revision) or first_line(error)
-        raise WeightsUnavailable(f"cannot load {pretrained!r}: {told}") from error
-    model, found = loaded
-    check_complete(found, str(pretrained))
+            loaded = _read_model(kind, source.fetch_all(), arguments | shape)
+    model, processor, loading_info = loaded
+    check_complete(loading_info, str(pretrained))
     if peft is not None:
-        model = with_adapter(model, peft, merge=not load_in_4bit)
+        model = load_adapter(model, peft, merge=not load_in_4bit)
     check_finite(named_weights(model), str(pretrained))
     return Loaded(model, processor, config)
 
 
+def _read_model(
+    kind: Architecture, folder: Path, arguments: dict[str, Any]
+) -> tuple[Any, Any, Any]:
+    """Read the model, its processor and transformers' loading info."""
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    model, loading_info = kind.model.from_pretrained(
+        folder,
+        # check_complete raises for mismatched sizes, with both shapes.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **arguments,
+    )
+    return model, processor, loading_info
+
+
+@contextmanager
+def _explain_unavailable(pretrained: str, revision: str | None) -> Iterator[None]:
+    """Re-raise OSError as WeightsUnavailable, with the cause and remedy."""
+    try:
+        yield
+    except OSError as error:
+        cause = str(error) if isinstance(error, hub.HubError) else None
+        cause = cause or hub.explain(error, pretrained, revision=revision) or first_line(error)
+        raise WeightsUnavailable(f"cannot load {pretrained!r}: {cause}") from error
+
+
+def _read_config(kind: Architecture, source: Source, revision: str | None) -> dict[str, Any]:
+    """Read config.json and check that it is the family's."""
+    with explain_load_errors(source.name, revision):
+        folder = source.folder or source.fetch(CONFIG_FILE, kind.what).parent
+        config, _ = PreTrainedConfig.get_config_dict(folder)
+    if not config or not isinstance(config, dict):
+        raise OSError("config.json is missing or is not a JSON object")
+    kind.check(config, source.name)
+    return config
+
+
 def check_has_tokenizer(folder: str, example: str) -> None:
-    """Refuse, by name, a local model without a tokenizer; a hub id is not looked at."""
+    """Check that a local model has a tokenizer; Hub ids pass unchecked.
+
+    Args:
+        folder: Folder or Hub id.
+        example: Hub id of a model of the family, for the message.
+
+    Raises:
+        ValueError: If the folder has no tokenizer file.
+    """
     path = Path(folder)
     if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(
             f"{folder} holds no tokenizer ({' or '.join(TOKENIZER_FILES)}): copy there the "
-            f"tokenizer files of the model it was made from, such as {example}"
+            f"tokenizer files of its base model, such as {example}"
         )
 
 
 def pick_dtype(
     dtype: str | torch.dtype, device: torch.device, half: torch.dtype = torch.float16
 ) -> torch.dtype:
-    """`auto` is float32 on the CPU and `half`, the model's own, on an accelerator."""
+    """Resolve a data type.
+
+    Args:
+        dtype: A torch dtype, its name, or `auto`.
+        device: Device of the computations.
+        half: What `auto` is on an accelerator; on the CPU, it is float32.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     dtype = dtype.removeprefix("torch.")
@@ -167,27 +205,27 @@ def pick_dtype(
     return DTYPES[dtype]
 
 
-def _computing_device(device_map: str | dict[str, Any], fastest: str) -> torch.device:
-    """The first device of a map that computes; what is on the CPU or on disk beside it is moved."""
+def _compute_device(device_map: str | dict[str, Any], default: str) -> torch.device:
+    """Return the first accelerator of a device map, on which offloaded modules run too."""
     if isinstance(device_map, str):
-        return torch.device("cpu" if device_map == "cpu" else fastest)
-    computing = [place for place in device_map.values() if place not in ("cpu", "disk")]
-    return torch.device(computing[0] if computing else "cpu")
+        return torch.device("cpu" if device_map == "cpu" else default)
+    accelerators = [device for device in device_map.values() if device not in ("cpu", "disk")]
+    return torch.device(accelerators[0] if accelerators else "cpu")
 
 
 @contextmanager
 def _first_layers(
     kind: Architecture, config: dict[str, Any], name: str, num_layers: int | None
 ) -> Iterator[dict[str, Any]]:
-    """Arguments of from_pretrained that read the first decoder layers only; all by default.
+    """Yield arguments of from_pretrained that load only the first decoder layers, or none for all.
 
-    Raises ValueError where config.json makes no sense, or far more of a model than there is.
+    Raises ValueError if config.json is invalid, or describes a larger model than the weights.
     """
     with explain_load_errors(name):
         shape = kind.config.from_dict(config)
         with torch.device("meta"):
-            whole = kind.model(shape)
-    check_size(sum(weight.numel() for weight in whole.parameters()), name)
+            model = kind.model(shape)
+    check_size(sum(weight.numel() for weight in model.parameters()), name)
     if num_layers is None:
         yield {}
         return
@@ -195,13 +233,12 @@ def _first_layers(
     if num_layers > text.num_hidden_layers:
         raise ValueError(
             f"{name} has {counted(text.num_hidden_layers, 'decoder layer')}, {num_layers} "
-            f"{agree(num_layers, 'is', 'are')} "
-            "needed"
+            f"{agree(num_layers, 'is', 'are')} needed"
         )
     text.num_hidden_layers = num_layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:num_layers]
-    # The layers left out would be listed as unexpected, one warning of many lines.
+    # transformers would list the weights of the omitted layers in a long warning.
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,9 +1,9 @@
-"""Prompt text -> token ids, as LLaVA-1.5 was trained, with special tokens in a question as text.
+"""Tokenization of prompts as in LLaVA-1.5's training, with special tokens in questions as text.
 
-LLaVA's own code (`tokenizer_image_token`) splits a prompt at its images and encodes each part on
-its own, so every part starts with LLaMA's "▁". Tokenizers of transformers encode the prompt as a
-whole, and whether they put that "▁" behind an image depends on their version, on `legacy` and on
-spaces around it. So each part is encoded on its own here, too.
+LLaVA's own code (`tokenizer_image_token`) splits a prompt at its images and encodes the parts
+separately, so every part starts with LLaMA's "▁". The tokenizers of transformers encode the full
+prompt, and whether "▁" follows an image depends on their version, on `legacy` and on adjacent
+spaces. This module encodes the parts separately, like LLaVA.
 """
 
 from __future__ import annotations
@@ -15,17 +15,23 @@ from typing import Any
 from tokenizers import normalizers, pre_tokenizers
 
 SPACE = "▁"
-"""What sentencepiece writes for a space, and puts before every text it encodes."""
+"""SentencePiece's symbol for a space, prepended to every text."""
 
 
 class PlainText:
-    """A tokenizer's copy for which special tokens are plain text, and only `mark` is an image.
+    """A copy of a tokenizer that encodes special tokens as plain text, except for images.
 
-    A question may spell out </s> or <image>; it means the letters. mark: stands in a text for an
-    image, and cannot be guessed, so that no question holds it.
+    A question may contain the text `</s>` or `<image>`. Images are represented by `mark`, a random
+    placeholder that no question contains.
 
-    Raises ValueError where the tokenizer does not know `image_token_id`, or is LLaMA's but does not
-    start a text with "▁". name: the model, for the message.
+    Args:
+        tokenizer: The model's tokenizer; it is not modified.
+        image_token_id: Token id that replaces `mark`.
+        name: Model, for messages.
+
+    Raises:
+        ValueError: If the tokenizer lacks `image_token_id`, or is LLaMA's but does not start a text
+            with "▁".
     """
 
     def __init__(self, tokenizer: Any, image_token_id: int, name: str = "this model") -> None:
@@ -33,8 +39,8 @@ class PlainText:
         self.image_token_id = image_token_id
         if image_token_id not in tokenizer.added_tokens_decoder:
             raise ValueError(
-                f"config.json says that token {image_token_id} is an image, which the tokenizer "
-                "does not know: they belong to different models"
+                f"config.json sets image token {image_token_id}, which the tokenizer lacks: they "
+                "belong to different models"
             )
         self._tokenizer = copy.deepcopy(tokenizer)
         encode_as_sentencepiece(self._tokenizer)
@@ -43,7 +49,11 @@ class PlainText:
         self._check_prefix(name)
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text, `image_token_id` for every mark."""
+        """Encode a text, with `image_token_id` for every `mark`.
+
+        Raises:
+            ValueError: If the text contains an unpaired surrogate.
+        """
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -58,29 +68,32 @@ class PlainText:
         return ids
 
     def _encode(self, part: str) -> list[int]:
-        """Ids of one part on its own, without <s>."""
+        """Encode one part, without <s>."""
         encoded = self._tokenizer(part, add_special_tokens=False, split_special_tokens=True)
         return encoded["input_ids"]
 
     def _check_prefix(self, name: str) -> None:
         vocabulary = self._tokenizer.get_vocab()
         if SPACE not in vocabulary or "<0x0A>" not in vocabulary:
-            return  # not LLaMA's
+            return  # not a LLaMA tokenizer
         wanted, found = [vocabulary[SPACE], vocabulary["<0x0A>"]], self._encode("\n")
         if found != wanted:
             raise ValueError(
-                f"{name}: its tokenizer encodes the line break behind an image as {found}, but "
+                f"{name}: its tokenizer encodes the line break after an image as {found}, but "
                 f"LLaVA-1.5 was trained with {wanted} (a {SPACE!r} first): use the tokenizer files "
                 "of llava-hf/llava-1.5-7b-hf, or remove add_prefix_space from tokenizer_config.json"
             )
 
 
 def encode_as_sentencepiece(tokenizer: Any) -> None:
-    """Make a LLaMA tokenizer put "▁" before every text, as sentencepiece does.
+    """Make a LLaMA tokenizer prepend "▁" to every text, as SentencePiece does.
 
-    transformers 5 builds it with a Metaspace that leaves the "▁" out before a text that starts with
-    a space and, with `legacy=False`, behind every added token. Changes the tokenizer in place; one
-    that puts no "▁" anywhere, or is of another kind, stays as it is.
+    The Metaspace pre-tokenizer of transformers 5 omits "▁" before a text that starts with a space
+    and, with `legacy=False`, after every added token.
+
+    Args:
+        tokenizer: Modified in place. Tokenizers that never prepend "▁", or of other types, are left
+            unchanged.
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     splitter = getattr(backend, "pre_tokenizer", None)

@@ -9,7 +9,10 @@ from typing import Any
 
 from sdrpn.config import LabelConfig, LayerHeads
 
-PIXELS = 576 * 28 * 28
+CELL_PIXELS = 28 * 28
+"""Pixels of an image token."""
+
+PIXELS = 576 * CELL_PIXELS
 """Least and most pixels of a resized picture: about 576 tokens, or just as many of a square."""
 
 PICTURES: Mapping[str, Any] = MappingProxyType(

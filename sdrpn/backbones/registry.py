@@ -1,4 +1,4 @@
-"""The model families, by the `model_type` of their config.json."""
+"""Registry of model families, by the `model_type` in config.json."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ ADAPTER_FILE = "adapter_config.json"
 
 FAMILIES: dict[str, type[Backbone]] = {one.model_type: one for one in (Llava15, Qwen25VL)}
 
-
-COUSINS = {
+UNSUPPORTED = {
     "qwen2_vl": "Qwen2-VL",
     "qwen3_vl": "Qwen3-VL",
     "qwen3_vl_moe": "Qwen3-VL",
@@ -28,44 +27,47 @@ COUSINS = {
     "qwen_vl": "Qwen-VL",
     "llava_onevision": "LLaVA-OneVision",
 }
-"""Relatives that are told from the known families by name."""
+"""Names of related families without published RPNs, by `model_type`."""
 
 
 def family(model_type: str) -> type[Backbone]:
-    """The class of a family. Raises ValueError for one that is not known."""
+    """Return the class of a family.
+
+    Raises:
+        ValueError: If the family is unknown.
+    """
     if model_type not in FAMILIES:
-        raise ValueError(
-            f"unknown backbone {model_type!r}; this version knows {', '.join(sorted(FAMILIES))}"
-        )
+        raise ValueError(f"unknown backbone {model_type!r}; known: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
 
 
 def load_backbone(pretrained: str, revision: str | None = None, **options: Any) -> Backbone:
-    """Load a frozen model of any known family from a folder or a Hub id.
+    """Load a frozen model of any known family.
 
     Args:
-        pretrained: A folder or a Hub id.
+        pretrained: Folder or Hub id.
         revision: Branch, tag or commit of a Hub id.
-        options: Of `loading.load_model`, and the family's own; see its `load`.
+        options: Arguments of `loading.load_model` and of the family's `load`; None is ignored.
 
     Raises:
-        ValueError: A model of another family, named, or one that is broken.
-        WeightsUnavailable: There is nothing to load, with the cause and its remedy.
+        ValueError: If the model is of an unsupported family, an option is not the family's, or a
+            file is broken.
+        WeightsUnavailable: If the model cannot be found or downloaded.
     """
-    kind = str(_config(pretrained, revision).get("model_type"))
-    if kind in COUSINS:
+    model_type = str(_config(pretrained, revision).get("model_type"))
+    if model_type in UNSUPPORTED:
         raise ValueError(
-            f"{pretrained} is a {COUSINS[kind]} (model_type {kind!r}), which has no published "
-            f"region proposals; give a Qwen2.5-VL, such as {QWEN25_VL.example}, or a LLaVA-1.5, "
-            f"such as {LLAVA15.example}"
+            f"{pretrained} is a {UNSUPPORTED[model_type]} (model_type {model_type!r}), which has "
+            f"no published region proposals; use a Qwen2.5-VL, such as {QWEN25_VL.example}, or a "
+            f"LLaVA-1.5, such as {LLAVA15.example}"
         )
-    # What is neither is refused by LLaVA-1.5's own check, which knows its relatives by name.
-    chosen = FAMILIES.get(kind, Llava15)
-    return chosen.load(pretrained, revision=revision, **_known(chosen, pretrained, options))
+    # LLaVA-1.5's check rejects all other families, with a message for its own relatives.
+    chosen = FAMILIES.get(model_type, Llava15)
+    return chosen.load(pretrained, revision=revision, **_checked(chosen, pretrained, options))
 
 
-def _known(chosen: type[Backbone], name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without those that are None; ValueError for one that only another family has."""
+def _checked(chosen: type[Backbone], name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop options that are None, and raise ValueError for those of other families only."""
     given = {key: value for key, value in options.items() if value is not None}
     others = frozenset().union(*(one.load_options for one in FAMILIES.values()))
     wrong = sorted(given.keys() & (others - chosen.load_options))
@@ -77,14 +79,22 @@ def _known(chosen: type[Backbone], name: str, options: Mapping[str, Any]) -> dic
 
 
 def family_of(pretrained: str, revision: str | None = None) -> tuple[type[Backbone], int]:
-    """A model's family and the published branch layer of its RPN, from its config.json."""
+    """Read a model's family and published branch layer from its config.json.
+
+    Args:
+        pretrained: Folder or Hub id.
+        revision: Branch, tag or commit of a Hub id.
+
+    Returns:
+        The family's class and the branch layer B.
+    """
     values = _config(pretrained, revision)
     chosen = FAMILIES.get(str(values.get("model_type")), Llava15)
     return chosen, chosen.published_branch(values)
 
 
 def _config(pretrained: str, revision: str | None) -> dict[str, Any]:
-    """A model's config.json; empty where it cannot be read, which loading tells."""
+    """Read config.json; empty if that fails, which loading the model reports."""
     try:
         return Source(pretrained, revision=revision).config("a model")
     except (OSError, ValueError):
@@ -92,13 +102,20 @@ def _config(pretrained: str, revision: str | None) -> dict[str, Any]:
 
 
 def check_reachable(pretrained: str, revision: str | None = None, peft: str | None = None) -> None:
-    """Fetch the small file of a base model and of its adapter, by which a refusal shows.
+    """Check access to a base model and its adapter on the Hub, by fetching their config files.
 
-    Raises WeightsUnavailable, with the cause and its remedy.
+    Args:
+        pretrained: Folder or Hub id of the base model.
+        revision: Branch, tag or commit of `pretrained`.
+        peft: Folder or Hub id of a PEFT adapter.
+
+    Raises:
+        WeightsUnavailable: If a file cannot be fetched.
     """
-    for name, of, file in ((pretrained, revision, CONFIG_FILE), (peft, None, ADAPTER_FILE)):
+    files = ((pretrained, revision, CONFIG_FILE), (peft, None, ADAPTER_FILE))
+    for name, version, file in files:
         if name and not os.path.isdir(name):
             try:
-                Source(name, revision=of).fetch(file, "a model or an adapter")
+                Source(name, revision=version).fetch(file, "a model or an adapter")
             except OSError as error:
                 raise WeightsUnavailable(f"cannot load {name!r}: {error}") from error

@@ -108,7 +108,9 @@ def train(
         backbone.name = model
         check_same_grid(backbone, settings, labels)
         skipped = rows.drop(
-            lambda question, cells: backbone.room(cells, backbone.prompt_ids(question).after) < 1
+            lambda question, cells: (
+                backbone.remaining_tokens(cells, backbone.prompt_ids(question).after) < 1
+            )
         )
         if skipped:
             trained, evaluated = split_by_image(rows, held_out, samples, arguments.seed)

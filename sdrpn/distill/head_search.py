@@ -158,7 +158,7 @@ def find_heads(
 
 def _check_token_budget(backbone: Backbone, asked: Sequence[ProbeQuestion]) -> None:
     """Raise ValueError unless every probe question leaves room for an answer."""
-    budget = min(backbone.room(len(one.target.inside), one.token_ids) for one in asked)
+    budget = min(backbone.remaining_tokens(len(one.target.inside), one.token_ids) for one in asked)
     if budget < 1:
         tokens = backbone.context_length - budget
         raise ValueError(

@@ -16,7 +16,7 @@ from sdrpn.distill.pseudo_labels import IGNORED, label_cells, padding_cells
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.inference.generation import generate
 from sdrpn.inference.prefix import Prefix
-from sdrpn.roi.proposers import Look, known_labels, response_attention
+from sdrpn.roi.proposers import Look, require_labels, response_attention
 
 EMPTY_RESPONSE = "empty response"
 EXCEEDS_CONTEXT = "does not fit the context"
@@ -82,7 +82,7 @@ def label_batch(
         kinds: Kind of each image, `natural` or `text`, where labels tell them apart; default:
             natural.
     """
-    config = known_labels(zoom.models)
+    config = require_labels(zoom.models)
     every = kinds if kinds and config.text_grounding else ["natural"] * len(questions)
     found: dict[int, Labelled] = {}
     for kind in sorted(set(every)):

@@ -42,7 +42,7 @@ from sdrpn.io.atomic import atomic_write, remove_partial_files
 from sdrpn.io.images import BadImage, image_key, load_image, safe_join
 from sdrpn.io.questions import ImageQuestion
 from sdrpn.io.resumable import BatchRunner, guard_settings
-from sdrpn.roi.proposers import known_labels
+from sdrpn.roi.proposers import require_labels
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class LabelJob:
             "backbone": zoom.backbone.model_type,
             "image_tokens": zoom.backbone.rpn_shape()["image_tokens"],
             **zoom.backbone.preprocessing,
-            "labels": asdict(known_labels(zoom.models)),
+            "labels": asdict(require_labels(zoom.models)),
             **({} if kind is None else {"kind": kind}),
             **(about or {}),
         }

@@ -213,7 +213,7 @@ class RPNSamples(Dataset):
         row = self.rows[index]
         (image,) = self.backbone.preprocess([row["image"]])
         token_ids = self.backbone.prompt_ids(row["question"]).after
-        if (budget := self.backbone.room(image.grid.cells, token_ids)) < 1:
+        if (budget := self.backbone.remaining_tokens(image.grid.cells, token_ids)) < 1:
             limit = self.backbone.context_length
             raise ValueError(
                 f"sample {index} has a prompt of {limit - budget} tokens, {1 - budget} too many "

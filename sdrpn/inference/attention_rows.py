@@ -1,8 +1,8 @@
-"""Attention rows of chosen layers and heads, without any full attention matrix.
+"""Attention rows of selected layers, without full attention matrices.
 
-The attention and ViCrop proposers and the pseudo-labels read where a few tokens look. Only those
-tokens' rows are computed, only in the layers asked for: the backbone runs with its fast kernels,
-and behind each such layer the rows follow from its own query projection and the cached keys.
+The attention and ViCrop proposers and the pseudo-labels need the attention of a few tokens in a few
+layers. The backbone runs with its fused kernels; after each selected layer, a hook recomputes the
+rows of these tokens from the layer's query projection and the cached keys.
 """
 
 from __future__ import annotations
@@ -24,25 +24,31 @@ from sdrpn.inference.prefix import Batch, Prefix, batch_rows, stack
 
 @dataclass(frozen=True)
 class Rows:
-    """Attention to the image of one batch, averaged over the tokens read.
+    """Attention to the image tokens, averaged over the query tokens of each row.
 
     Args:
-        by_layer: For each layer, [heads, T] of every row; T is the row's own number of image
-            tokens.
+        by_layer: For each layer, [heads, T] for every row; T is the row's number of image tokens.
     """
 
     by_layer: dict[int, list[Float[Tensor, "heads _"]]]
 
     def mean(self, chosen: Sequence[LayerHeads]) -> list[Float[Tensor, " _"]]:
-        """Mean over all chosen heads of all chosen layers: [T] in float32, for each row."""
+        """Average over all heads in `chosen`.
+
+        Args:
+            chosen: Heads by layer.
+
+        Returns:
+            [T] in float32 for each row.
+        """
         return [
-            torch.cat([self._heads(choice, row) for choice in chosen]).mean(0)
+            torch.cat([self._heads(selected, row) for selected in chosen]).mean(0)
             for row in range(len(next(iter(self.by_layer.values()))))
         ]
 
-    def _heads(self, choice: LayerHeads, row: int) -> Tensor:
-        values = self.by_layer[choice.layer][row]
-        return values if choice.heads is None else values[list(choice.heads)]
+    def _heads(self, selected: LayerHeads, row: int) -> Tensor:
+        values = self.by_layer[selected.layer][row]
+        return values if selected.heads is None else values[list(selected.heads)]
 
 
 @torch.no_grad()
@@ -53,12 +59,17 @@ def read_rows(
     counts: Sequence[int],
     layers: Sequence[int],
 ) -> Rows:
-    """Run token ids over prefixes and read where the last `counts[i]` tokens of row i look.
+    """Run suffixes over prefixes and compute the attention of the last tokens to the image.
 
     Args:
-        suffixes: Token ids behind each prefix.
-        counts: How many of the last tokens of each row are read, 1 or more.
-        layers: Whose attention is wanted; the backbone runs no further than the last of them.
+        backbone: The base model.
+        prefixes: Prefilled image of each row.
+        suffixes: Token ids after each prefix.
+        counts: Number of query tokens at the end of each row, at least 1.
+        layers: Layer indices to read; later layers are not run.
+
+    Returns:
+        Attention to the image tokens, by layer.
     """
     segments: list[Segment] = [
         backbone.suffix_segment(prefix.next_position, ids)
@@ -67,13 +78,13 @@ def read_rows(
     batch = batch_rows(segments, [p.length for p in prefixes])
     cache = stack([p.kv for p in prefixes])
     inputs = batch.attention(backbone, cache)
-    reader = _Reader(backbone, prefixes, batch, counts, frozenset(layers), cache)
-    run_layers(backbone.layers[: max(layers) + 1], batch.embeds, inputs, cache, reader.hook)
-    return Rows(reader.found)
+    probe = _AttentionHook(backbone, prefixes, batch, counts, frozenset(layers), cache)
+    run_layers(backbone.layers[: max(layers) + 1], batch.embeds, inputs, cache, probe)
+    return Rows(probe.by_layer)
 
 
-class _Reader:
-    """Collects rows while the layers run; see `run_layers` for the hook's arguments."""
+class _AttentionHook:
+    """A `LayerHook` that computes the attention rows of selected layers."""
 
     def __init__(
         self,
@@ -90,34 +101,34 @@ class _Reader:
             slice(gap + prefix.image.start, gap + prefix.image.stop)
             for gap, prefix in zip(gaps, prefixes, strict=True)
         ]
-        self.longest = max(counts)
+        self.num_queries = max(counts)
         mask = batch.mask
         columns = torch.arange(mask.shape[1], device=mask.device)
-        causal = columns <= columns[-self.longest :, None]
+        causal = columns <= columns[-self.num_queries :, None]
         self.visible = causal & mask.bool()[:, None]
-        number = torch.tensor(counts, device=mask.device)[:, None]
-        read = torch.arange(self.longest, 0, -1, device=mask.device) <= number
-        self.weights = read / number
-        self.found: dict[int, list[Tensor]] = {}
+        count = torch.tensor(counts, device=mask.device)[:, None]
+        is_query = torch.arange(self.num_queries, 0, -1, device=mask.device) <= count
+        self.weights = is_query / count
+        self.by_layer: dict[int, list[Tensor]] = {}
 
-    def hook(self, layer: int, entering: Float[Tensor, "batch new width"], rotary: KV) -> None:
+    def __call__(
+        self, layer: int, layer_input: Float[Tensor, "batch new width"], rotary: KV
+    ) -> None:
         if layer not in self.layers:
             return
         module: Any = self.backbone.layers[layer][1]
         attention = module.self_attn
-        states = module.input_layernorm(entering[:, -self.longest :])
+        states = module.input_layernorm(layer_input[:, -self.num_queries :])
         query = split_heads(attention.q_proj(states), attention.head_dim)
-        cos, sin = (part[:, -self.longest :] for part in rotary)
+        cos, sin = (part[:, -self.num_queries :] for part in rotary)
         query = self.backbone.rotate(query, (cos, sin))
         keys = self.cache.layers[layer].keys
         keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
         scores = (query @ keys.transpose(-1, -2)).float() * attention.scaling
         scores = scores.masked_fill(~self.visible[:, None].to(scores.device), float("-inf"))
-        shares = scores.softmax(-1)
-        weights = self.weights.to(shares.device)
-        self.found[layer] = [
-            torch.einsum("hrt,r->ht", shares[row, ..., image], weights[row]).to(
-                self.backbone.device
-            )
+        rows = scores.softmax(-1)
+        weights = self.weights.to(rows.device)
+        self.by_layer[layer] = [
+            torch.einsum("hqt,q->ht", rows[row, ..., image], weights[row]).to(self.backbone.device)
             for row, image in enumerate(self.images)
         ]

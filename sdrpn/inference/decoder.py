@@ -1,4 +1,4 @@
-"""Decoder layers over a KV cache: what stands between a hidden state and the next one.
+"""Decoder layers over a KV cache.
 
 Shapes: B rows, N new tokens, P cached tokens, C hidden size.
 """
@@ -16,8 +16,8 @@ from sdrpn.backbones.base import AttentionInputs, Backbone
 from sdrpn.backbones.cache import KV, cache_argument
 
 LayerHook = Callable[[int, Tensor, KV], None]
-"""Called after a layer ran, with its index, the hidden state that entered it [B, N, C], and the
-rotary embeddings (cos, sin) of the new tokens."""
+"""Called after each layer with its index, its input hidden states [B, N, C], and the rotary
+embeddings (cos, sin) of the new tokens."""
 
 
 def run_layers(
@@ -27,20 +27,20 @@ def run_layers(
     cache: Cache | None = None,
     hook: LayerHook | None = None,
 ) -> Float[Tensor, "batch new width"]:
-    """Run decoder layers over N new tokens behind a cache, which grows by them.
+    """Run decoder layers over N new tokens.
 
     Args:
-        layers: (index, decoder layer) in their order.
+        layers: (index, decoder layer), in order.
         hidden: [B, N, C].
-        inputs: Mask and positions of the new tokens.
-        cache: Keys and values of the tokens before.
-        hook: Called behind every layer.
+        inputs: Mask and rotary embeddings of the new tokens.
+        cache: KV cache of the previous tokens; the new tokens are appended.
+        hook: Called after every layer.
 
     Returns:
         [B, N, C], before any final norm.
     """
     for index, layer in layers:
-        entering = hidden
+        layer_input = hidden
         hidden = layer(
             hidden,
             attention_mask=inputs.mask,
@@ -49,7 +49,7 @@ def run_layers(
             **cache_argument(cache),
         )
         if hook is not None:
-            hook(index, entering, inputs.rotary)
+            hook(index, layer_input, inputs.rotary)
     return hidden
 
 
@@ -61,30 +61,35 @@ def fill_cache(
     cache: Cache,
     hook: LayerHook | None = None,
 ) -> None:
-    """Like `run_layers`, for the cache alone: the last layer computes only keys and values.
+    """Fill a KV cache; like `run_layers`, but the last layer computes only keys and values.
 
-    Nothing reads what the last layer makes of a token that no answer follows.
+    The last layer's output is not needed, as no token is generated from it.
+
+    Args:
+        backbone: Model of the layers.
+        layers: (index, decoder layer), in order.
+        hidden: [B, N, C].
+        inputs: Mask and rotary embeddings of the new tokens.
+        cache: KV cache to fill.
+        hook: Called after every layer.
     """
     *lower, (index, last) = layers
-    entering = run_layers(lower, hidden, inputs, cache, hook)
+    layer_input = run_layers(lower, hidden, inputs, cache, hook)
     layer: Any = last
-    if layer.input_layernorm.weight.is_meta:  # offloaded: only a whole layer fetches its weights
-        run_layers([(index, last)], entering, inputs, cache, hook)
+    if layer.input_layernorm.weight.is_meta:  # offloaded: weights are fetched by layer.forward only
+        run_layers([(index, last)], layer_input, inputs, cache, hook)
         return
     attention = layer.self_attn
-    states = layer.input_layernorm(entering.to(layer.input_layernorm.weight.device))
-    keys, values = (split_heads(proj(states), attention.head_dim) for proj in _projections(layer))
+    states = layer.input_layernorm(layer_input.to(layer.input_layernorm.weight.device))
+    keys = split_heads(attention.k_proj(states), attention.head_dim)
+    values = split_heads(attention.v_proj(states), attention.head_dim)
     cache.update(backbone.rotate(keys, inputs.rotary), values, attention.layer_idx)
     if hook is not None:
-        hook(index, entering, inputs.rotary)
-
-
-def _projections(layer: Any) -> tuple[nn.Module, nn.Module]:
-    return layer.self_attn.k_proj, layer.self_attn.v_proj
+        hook(index, layer_input, inputs.rotary)
 
 
 def split_heads(
     states: Float[Tensor, "batch new channels"], head_dim: int
 ) -> Float[Tensor, "batch heads new {head_dim}"]:
-    """[B, N, heads * head_dim] -> [B, heads, N, head_dim]."""
+    """Split channels into heads: [B, N, heads * head_dim] -> [B, heads, N, head_dim]."""
     return states.unflatten(-1, (-1, head_dim)).transpose(1, 2)

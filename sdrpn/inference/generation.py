@@ -1,4 +1,4 @@
-"""Answers: suffixes over prefixes, through transformers' generate() or as a loss."""
+"""Generation and loss of answers over prefixes, with transformers' generate()."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from sdrpn.inference.generation_arguments import (
     SAMPLING,
     check_generation,
     greedy_note,
-    switched_off,
+    neutral_arguments,
     warn_once,
 )
 from sdrpn.inference.prefix import Prefix, batch_rows, stack
 
 
 class StopAtStrings(StoppingCriteria):
-    """Ends a row once its new text holds one of the strings.
+    """Stop a row when its generated text contains one of the strings.
 
-    transformers' own criterion reads a BPE vocabulary and fails on a word-level tokenizer; this
-    one asks the tokenizer for the text, which is also what the answer is cut by.
+    transformers' StopStringCriteria reads a BPE vocabulary and fails for word-level tokenizers.
+    This criterion decodes the tokens, like the truncation of the answer.
     """
 
     def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
@@ -44,9 +44,14 @@ class StopAtStrings(StoppingCriteria):
 
 
 def generation_arguments(backbone: Backbone, generation: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a request's settings into arguments of generate(): greedy unless told to sample.
+    """Build the arguments of generate(); decoding is greedy by default.
 
-    generation: as `check_generation` takes it, which raises ValueError for what cannot be used.
+    Args:
+        backbone: The base model.
+        generation: Settings of a request; see `check_generation`.
+
+    Raises:
+        ValueError: If a setting is unknown, refused or invalid.
     """
     arguments = check_generation(generation)
     stop = arguments.pop("stop", [])
@@ -55,14 +60,14 @@ def generation_arguments(backbone: Backbone, generation: Mapping[str, Any]) -> d
     if arguments.get("temperature") == 0:
         arguments["do_sample"] = False
     if not arguments.setdefault("do_sample", False):
-        # A checkpoint's generation config may carry sampling settings; greedy must not read them.
+        # Override sampling settings in the checkpoint's generation config.
         arguments = {k: v for k, v in arguments.items() if k not in SAMPLING}
         arguments |= dict.fromkeys(("temperature", "top_p", "top_k"))
     if stop:
         given = arguments.get("stopping_criteria") or []
         arguments["stopping_criteria"] = [*given, StopAtStrings(backbone.tokenizer, stop)]
     arguments.setdefault("pad_token_id", backbone.pad_token_id)
-    return switched_off() | {"max_new_tokens": 128, "num_beams": 1} | arguments
+    return neutral_arguments() | {"max_new_tokens": 128, "num_beams": 1} | arguments
 
 
 @torch.no_grad()
@@ -72,22 +77,34 @@ def generate(
     suffixes: Sequence[Segment],
     generation: Mapping[str, Any],
 ) -> list[list[int]]:
-    """Answer a batch from its prefixes; returns the new token ids of each row, end token left out.
+    """Generate answers over prefixes.
 
-    generate() begins behind the prefix: its first forward is the suffix alone, which also gives the
+    generate() starts after the prefix: its first forward pass covers only the suffix and yields the
     first new token.
+
+    Args:
+        backbone: The base model.
+        prefixes: Prefix of each row.
+        suffixes: Segment after each prefix.
+        generation: Settings of the request; see `check_generation`.
+
+    Returns:
+        New token ids of each row, without the end token.
+
+    Raises:
+        ValueError: If a setting is unknown, refused or invalid.
     """
     arguments = generation_arguments(backbone, generation)
     batch = batch_rows(suffixes, [p.length for p in prefixes])
     length = batch.prefix_length
     cache = stack([p.kv for p in prefixes])
     if arguments["num_beams"] > 1:
-        # generate() expands the tensors it is given, but not a cache.
+        # generate() expands tensors for beams, but not a cache.
         cache.batch_repeat_interleave(arguments["num_beams"])
-    # generate() wants embeddings of the whole prompt, and cuts off what the cache holds unread.
+    # generate() expects embeddings of the full prompt, and drops those in the cache unread.
     unread = batch.embeds.new_zeros(1, 1, 1).expand(len(suffixes), length, batch.embeds.shape[-1])
-    # No id is embedded: they count for repetition penalties.
-    # Padding repeats the image token, which every row holds already, so no row's penalty moves.
+    # Ids only count for repetition penalties. Padding repeats the image token, which every row
+    # contains, so it does not change any penalty.
     ids = torch.full_like(batch.mask, backbone.image_token_id)
     for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
         ids[row, length - prefix.length : length] = torch.tensor(prefix.ids)
@@ -104,7 +121,18 @@ def losses(
     suffixes: Sequence[Segment],
     continuations: Sequence[Sequence[int]],
 ) -> list[tuple[float, bool]]:
-    """Mean loss of each continuation (nats a token), and whether greedy decoding would give it."""
+    """Compute the loss of continuations over prefixes.
+
+    Args:
+        backbone: The base model.
+        prefixes: Prefix of each row.
+        suffixes: Segment after each prefix.
+        continuations: Token ids to score, after each suffix.
+
+    Returns:
+        For each row, the mean loss in nats per token, and whether greedy decoding would generate
+        the continuation.
+    """
     rows = [
         suffix.followed_by(backbone.text_segment(suffix.next_position, ids))
         for suffix, ids in zip(suffixes, continuations, strict=True)
@@ -113,11 +141,20 @@ def losses(
     cache = stack([p.kv for p in prefixes])
     inputs = batch.attention(backbone, cache)
     hidden = run_layers(backbone.layers, batch.embeds, inputs, cache)
-    return [_loss(backbone, state, c) for state, c in zip(hidden, continuations, strict=True)]
+    return [
+        _loss(backbone.logits(_before(state, ids)), ids)
+        for state, ids in zip(hidden, continuations, strict=True)
+    ]
 
 
-def _loss(backbone: Backbone, hidden: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
-    logits = backbone.logits(hidden[-len(continuation) - 1 : -1]).float()
+def _before(hidden: Tensor, continuation: Sequence[int]) -> Tensor:
+    """Select the states that predict a continuation: [N, C] -> [n, C]."""
+    return hidden[-len(continuation) - 1 : -1]
+
+
+def _loss(logits: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
+    """Compute the mean loss and whether it is the greedy choice, from logits [n, vocabulary]."""
+    logits = logits.float()
     target = torch.tensor(continuation, device=logits.device)
     return float(cross_entropy(logits, target)), bool((logits.argmax(-1) == target).all())
 
@@ -132,7 +169,20 @@ def generate_plain(
     images: Sequence[Image.Image],
     generation: Mapping[str, Any],
 ) -> list[list[int]]:
-    """Answer prompts as stock LLaVA does: ids with placeholders, the images in their order."""
+    """Generate answers with the stock model.
+
+    Args:
+        backbone: The base model.
+        prompts: Token ids from `Backbone.plain_ids`.
+        images: Images of all prompts, in order.
+        generation: Settings of the request; see `check_generation`.
+
+    Returns:
+        New token ids of each row, without the end token.
+
+    Raises:
+        ValueError: If a setting is unknown, refused or invalid.
+    """
     arguments = generation_arguments(backbone, generation)
     inputs = backbone.plain_inputs(prompts, images)
     output = backbone.model.generate(**inputs, **arguments)
@@ -147,34 +197,41 @@ def losses_plain(
     images: Sequence[Image.Image],
     continuations: Sequence[Sequence[int]],
 ) -> list[tuple[float, bool]]:
-    """As `losses`, for prompts without a prefix."""
+    """Compute the loss of continuations with the stock model.
+
+    Args:
+        backbone: The base model.
+        prompts: Token ids from `Backbone.plain_ids`.
+        images: Images of all prompts, in order.
+        continuations: Token ids to score, after each prompt.
+
+    Returns:
+        As `losses`.
+    """
     rows = [[*p, *c] for p, c in zip(prompts, continuations, strict=True)]
     inputs = backbone.plain_inputs(rows, images)
     hidden = backbone.model.model(**inputs).last_hidden_state
-    results = []
-    for state, continuation in zip(hidden, continuations, strict=True):
-        logits = backbone.model.lm_head(state[-len(continuation) - 1 : -1]).float()
-        target = torch.tensor(continuation, device=logits.device)
-        greedy = bool((logits.argmax(-1) == target).all())
-        results.append((float(cross_entropy(logits, target)), greedy))
-    return results
+    return [
+        _loss(backbone.model.lm_head(_before(state, ids)), ids)
+        for state, ids in zip(hidden, continuations, strict=True)
+    ]
 
 
 def _end_ids(backbone: Backbone, arguments: Mapping[str, Any]) -> set[int]:
-    """The tokens that end an answer: those asked for, else the checkpoint's and the tokenizer's."""
-    given = arguments.get("eos_token_id")
-    known = [backbone.eos_token_id, backbone.model.generation_config.eos_token_id]
+    """Return the end tokens: as requested, or else the checkpoint's and the tokenizer's."""
+    requested = arguments.get("eos_token_id")
+    defaults = [backbone.eos_token_id, backbone.model.generation_config.eos_token_id]
     ends: set[int] = set()
-    for one in known if given is None else [given]:
-        ends |= set(one) if isinstance(one, list | tuple) else {one}
+    for ids in defaults if requested is None else [requested]:
+        ends |= set(ids) if isinstance(ids, list | tuple) else {ids}
     return ends - {None}
 
 
 def _until_end(backbone: Backbone, ids: list[int], arguments: Mapping[str, Any]) -> list[int]:
-    """An answer's own tokens: up to its end token.
+    """Truncate an answer at its end token.
 
-    A row that a stopping criterion ended has none, but padding behind it. Elsewhere padding is
-    something the model said, which does not end an answer.
+    A row ended by a stopping criterion has no end token, only padding. In other rows, a padding
+    token was generated by the model and does not end the answer.
     """
     ends = _end_ids(backbone, arguments)
     end = next((place for place, token in enumerate(ids) if token in ends), None)

@@ -1,6 +1,6 @@
-"""Arguments of transformers' generate(): which work over a filled KV cache, which are refused.
+"""Arguments of transformers' generate(): those supported over a filled KV cache.
 
-The image is prefilled before generate() begins, so only decoding loops that start behind a cache
+The image is prefilled before generate() starts, so only decoding loops that accept a filled cache
 are exact: greedy search, sampling and beam search, with any logits processor.
 """
 
@@ -27,7 +27,7 @@ SAMPLING: Mapping[str, tuple[float, ...]] = {
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
 }
-"""What only sampling reads, each with the values that ask for nothing else than greedy search."""
+"""Arguments that only affect sampling, each with the values that have no effect."""
 
 SUPPORTED = frozenset(
     {
@@ -62,26 +62,26 @@ SUPPORTED = frozenset(
 )
 
 ONE_QUESTION = ("prefix_allowed_tokens_fn", "streamer")
-"""What generate() calls with rows of its own batch, which is not the batch of questions."""
+"""Arguments that refer to rows of generate()'s batch, which may differ from the questions'."""
 
 _OBJECTS = ("logits_processor", "stopping_criteria", *ONE_QUESTION)
 
 _INPUT = "it is made from the question and its images"
-_CACHE = "the KV cache is filled before generate() begins"
-_ASSISTED = "assisted decoding cannot begin behind a filled KV cache"
-_OTHER_LOOP = "only greedy search, sampling and beam search begin behind a filled KV cache"
+_CACHE = "the KV cache is filled before generate() starts"
+_ASSISTED = "assisted decoding does not support a filled KV cache"
+_OTHER_LOOP = "only greedy search, sampling and beam search support a filled KV cache"
 _OUTPUT = "an answer is text; read scores with a logits_processor"
-_ENCODER = "it has no effect behind a filled KV cache"
+_ENCODER = "it has no effect with a filled KV cache"
 
 REFUSED: Mapping[str, str] = {
-    "max_length": "it counts the prompt; give max_new_tokens",
-    "min_length": "it counts the prompt; give min_new_tokens",
-    "stop_strings": "give stop, a list of strings (until in lmms-eval)",
+    "max_length": "it includes the prompt; use max_new_tokens",
+    "min_length": "it includes the prompt; use min_new_tokens",
+    "stop_strings": "use stop, a list of strings (until in lmms-eval)",
     "num_return_sequences": "a question has one answer",
-    "generation_config": "give its fields as arguments",
-    "custom_generate": "no other code than transformers' own is run",
-    "trust_remote_code": "no other code than transformers' own is run",
-    "synced_gpus": "each process generates on its own",
+    "generation_config": "pass its fields as arguments",
+    "custom_generate": "remote code is never run",
+    "trust_remote_code": "remote code is never run",
+    "synced_gpus": "processes generate independently",
     "token_healing": "the prompt's tokens are fixed",
     **dict.fromkeys(
         (
@@ -132,9 +132,9 @@ REFUSED: Mapping[str, str] = {
         _ENCODER,
     ),
 }
-"""Arguments of generate() that would be ignored, fail, or change answers; why, or what to do."""
+"""Arguments of generate() that would be ignored, fail or change answers, with reason or remedy."""
 
-_HARMLESS: Mapping[str, tuple[Any, ...]] = {
+_NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "bos_token_id": (),
     "decoder_start_token_id": (),
     "disable_compile": (True, False),
@@ -145,101 +145,111 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "num_return_sequences": (1,),
     "use_cache": (True,),
 }
-"""Values, beside None, that ask for what happens anyway; False and 0 where nothing is said."""
+"""Values of refused arguments that have no effect, besides None; others default to False and 0."""
 
-_OFF: Mapping[str, Any] = {"use_cache": True, "num_return_sequences": 1, "min_length": 0}
-"""How what is refused is switched off where that is not None."""
+_NEUTRAL: Mapping[str, Any] = {"use_cache": True, "num_return_sequences": 1, "min_length": 0}
+"""Values that disable refused arguments, if not None."""
 
 
 def check_generation(generation: Mapping[str, Any], questions: int = 1) -> dict[str, Any]:
-    """Check the settings of a request and leave out what is None or asks for nothing.
+    """Check the settings of a request and drop those without effect.
 
     Args:
-        generation: generate()'s own arguments, and `stop`, a string or strings that end an answer.
-        questions: how many are asked with them at once.
+        generation: Arguments of generate(), and `stop`, a string or strings that end an answer.
+        questions: Number of questions in the request.
 
     Returns:
-        A new mapping; `stop`, where given, is a list of strings.
+        A new mapping; `stop` is a list of strings.
 
     Raises:
-        ValueError: names every argument that is unknown, refused or has an impossible value.
+        ValueError: If arguments are unknown, refused or invalid; names them all.
     """
-    given = {name: value for name, value in generation.items() if not _asks_nothing(name, value)}
-    wrong = [_refusal(name, value) for name, value in given.items() if name not in SUPPORTED]
-    if questions != 1:
-        wrong += [
-            f"{name} needs one question at a time, got {questions}"
-            for name in ONE_QUESTION
-            if name in given
-        ]
-    wrong += [
-        f"{name} must be an object as generate() takes it, got {given[name]!r}"
-        for name in _OBJECTS
-        if isinstance(given.get(name), bool | int | float | str)
-    ]
-    if "streamer" in given and given.get("num_beams", 1) != 1:
-        wrong.append(f"streamer needs num_beams=1, got {given['num_beams']}")
-    for name in ("max_new_tokens", "num_beams"):
-        if name in given and not (_is_count(given[name]) and given[name] >= 1):
-            wrong.append(f"{name} must be a whole number of 1 or more, got {given[name]!r}")
-    if wrong:
-        raise ValueError("; ".join(wrong))
+    given = {name: value for name, value in generation.items() if not _no_effect(name, value)}
+    problems = [_refusal(name, value) for name, value in given.items() if name not in SUPPORTED]
+    problems += _invalid_values(given, questions)
+    if problems:
+        raise ValueError("; ".join(problems))
     if "stop" in given:
         given["stop"] = _stop_strings(given["stop"])
     return given
 
 
+def _invalid_values(given: Mapping[str, Any], questions: int) -> list[str]:
+    problems = []
+    if questions != 1:
+        problems += [
+            f"{name} needs one question at a time, got {questions}"
+            for name in ONE_QUESTION
+            if name in given
+        ]
+    problems += [
+        f"{name} must be an object as in generate(), got {given[name]!r}"
+        for name in _OBJECTS
+        if isinstance(given.get(name), bool | int | float | str)
+    ]
+    if "streamer" in given and given.get("num_beams", 1) != 1:
+        problems.append(f"streamer needs num_beams=1, got {given['num_beams']}")
+    problems += [
+        f"{name} must be a positive integer, got {given[name]!r}"
+        for name in ("max_new_tokens", "num_beams")
+        if name in given and not (_is_integer(given[name]) and given[name] >= 1)
+    ]
+    return problems
+
+
 def is_known(name: str) -> bool:
-    """Whether a name is one that `check_generation` decides on, and not simply unknown."""
+    """Return whether `name` is an argument of generate(), supported or not."""
     return name in SUPPORTED or name in REFUSED or name in _config_names()
 
 
 def greedy_note(generation: Mapping[str, Any]) -> str | None:
-    """What to tell a user whose sampling settings have no effect; None where there are none.
+    """Describe sampling settings that have no effect with greedy search.
 
-    generation: with `do_sample` as it was asked for; temperature 0 means greedy search whatever it
-    says.
+    Args:
+        generation: Settings as requested; temperature 0 is greedy search even with `do_sample`.
+
+    Returns:
+        A message for the user; None if there are no such settings.
     """
     temperature = generation.get("temperature")
     if generation.get("do_sample") and temperature != 0:
         return None
-    idle = [
+    unused = [
         f"{name}={generation[name]}"
         for name, greedy in SAMPLING.items()
         if generation.get(name) is not None and generation[name] not in greedy
     ]
     if generation.get("do_sample"):
-        idle = ["do_sample=True", *idle]
+        unused = ["do_sample=True", *unused]
         return (
-            f"{', '.join(idle)} has no effect with temperature=0: answers are greedy; set a "
+            f"{', '.join(unused)} has no effect with temperature=0: answers are greedy; set a "
             "temperature above 0 to sample"
         )
-    if not idle:
+    if not unused:
         return None
     return (
-        f"{', '.join(idle)} has no effect without do_sample=True: answers are greedy; add "
+        f"{', '.join(unused)} has no effect without do_sample=True: answers are greedy; add "
         "do_sample=True to sample"
     )
 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a warning, each message once."""
+    """Log a warning, once per message."""
     logger.warning(message)
 
 
-def switched_off() -> dict[str, Any]:
-    """Arguments that keep generate() from taking what is refused out of a checkpoint's own
-    generation_config.json."""
-    return {name: _OFF.get(name) for name in REFUSED if name in _config_names()}
+def neutral_arguments() -> dict[str, Any]:
+    """Return arguments that override refused ones in a checkpoint's generation_config.json."""
+    return {name: _NEUTRAL.get(name) for name in REFUSED if name in _config_names()}
 
 
-def _asks_nothing(name: str, value: Any) -> bool:
+def _no_effect(name: str, value: Any) -> bool:
     if value is None:
         return True
     if name in SUPPORTED or not isinstance(value, bool | int | float | str):
         return False
-    return is_known(name) and value in _HARMLESS.get(name, (False,))
+    return is_known(name) and value in _NO_EFFECT.get(name, (False,))
 
 
 def _refusal(name: str, value: Any) -> str:
@@ -249,20 +259,20 @@ def _refusal(name: str, value: Any) -> str:
     if name in REFUSED:
         return f"{shown} is not supported: {REFUSED[name]}"
     if is_known(name):
-        return f"{shown} is not supported: it is not known to be exact behind a filled KV cache"
+        return f"{shown} is not supported: it may not be exact over a filled KV cache"
     near = difflib.get_close_matches(name, SUPPORTED, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(SUPPORTED))}"
     return f"unknown generation argument {name}; {hint}"
 
 
-def _is_count(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _stop_strings(stop: Any) -> list[str]:
     strings = [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, list | tuple) or not all(isinstance(s, str) and s for s in strings):
-        raise ValueError(f"stop must be a list of strings that are not empty, got {stop!r}")
+        raise ValueError(f"stop must be a list of non-empty strings, got {stop!r}")
     return list(strings)
 
 

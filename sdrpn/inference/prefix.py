@@ -1,7 +1,7 @@
-"""Prefixes: the KV of everything up to the last image token, and a cache of them.
+"""Prefixes (the KV cache up to the last image token), and an LRU cache of them.
 
-Nothing up to the last image token depends on the question, so an image is prefilled once, and any
-number of questions, looks and zooms grow from its prefix.
+Nothing up to the last image token depends on the question, so an image is prefilled once for any
+number of questions, looks and zooms.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from sdrpn.inference.decoder import fill_cache
 
 @runtime_checkable
 class BranchNetwork(Protocol):
-    """A network that branches off the backbone and has a cache of its own: the RPN."""
+    """A network that branches off the backbone with its own KV cache, such as the RPN."""
 
     @property
     def branch_layer(self) -> int:
-        """It reads the hidden state that enters this backbone layer."""
+        """Index of the backbone layer whose input is the network's input."""
         ...
 
     def __call__(self, hidden: Tensor, inputs: AttentionInputs, cache: Cache | None) -> Tensor:
-        """Run its layers. hidden: [B, N, C]. Returns [B, N, C]."""
+        """Run the network's layers: [B, N, C] -> [B, N, C]."""
         ...
 
     def image_keys(self, states: Tensor, rotary: KV) -> Tensor:
-        """Keys of its map head: [B, N, C] -> [B, N, kv heads * d]."""
+        """Compute the keys of the map head: [B, N, C] -> [B, N, kv heads * d]."""
         ...
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """[text before the image][image tokens], P tokens, as the backbone and the RPN remember them.
+    """KV of [text before the image][image tokens], P tokens.
 
     Args:
         kv: Keys and values of all backbone layers, each [1, heads, P, d].
-        rpn_kv: Those of the RPN's own R-1 layers; empty without an RPN.
+        rpn_kv: Keys and values of the RPN's R-1 layers; empty without an RPN.
         rpn_keys: Image keys of the RPN's map head, [1, T, kv heads * d]; None without an RPN.
-        ids: Token ids, P of them.
+        ids: [P] token ids.
         image: Columns of the T image tokens.
-        next_position: The position of a text token right behind the prefix.
+        next_position: Position of a text token that follows the prefix.
     """
 
     kv: tuple[KV, ...]
@@ -63,17 +63,17 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """P, the tokens of the prefix."""
+        """P, the number of tokens."""
         return len(self.ids)
 
     @property
     def image_tokens(self) -> int:
-        """T, the image tokens of the prefix."""
+        """T, the number of image tokens."""
         return self.image.stop - self.image.start
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the prefix keeps alive."""
+        """Size of all tensors, in bytes."""
         tensors = [t for pair in (*self.kv, *self.rpn_kv) for t in pair]
         if self.rpn_keys is not None:
             tensors.append(self.rpn_keys)
@@ -82,12 +82,12 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Batch:
-    """Segments of several rows, side by side and left-padded, behind their prefixes.
+    """Left-padded segments of several rows, after their prefixes.
 
     Args:
-        embeds: [B, N, C].
-        mask: [B, P + N], 1 where there is a token, 0 in both gaps.
-        positions: [A, B, N].
+        embeds: [B, N, C] input embeddings.
+        mask: [B, P + N], 1 for tokens, 0 for padding of prefixes and of segments.
+        positions: [A, B, N] position ids.
         prefix_length: P, the length of the longest prefix.
     """
 
@@ -97,42 +97,50 @@ class Batch:
     prefix_length: int
 
     def attention(self, backbone: Backbone, cache: Cache | None = None) -> AttentionInputs:
-        """What the decoder layers need to know of these rows."""
+        """Compute the decoder layers' mask and rotary embeddings."""
         return backbone.attention_inputs(self.embeds, self.mask, self.positions, cache)
 
 
 def batch_rows(segments: Sequence[Segment], prefix_lengths: Sequence[int]) -> Batch:
-    """Batch segments that stand behind prefixes of these lengths (0: behind nothing).
+    """Batch segments that follow prefixes, left-padded.
 
-    Every row ends in the same column. Where prefixes differ in length, the shorter ones are padded
-    on their left, as `stack` pads their keys and values.
+    All rows end in the same column. Shorter prefixes are left-padded too, as in `stack`.
+
+    Args:
+        segments: Segment of each row.
+        prefix_lengths: Length of each row's prefix; 0 for none.
     """
-    longest, behind = max(s.length for s in segments), max(prefix_lengths)
+    longest, longest_prefix = max(s.length for s in segments), max(prefix_lengths)
     first = segments[0]
     embeds = first.embeds.new_zeros(len(segments), longest, first.embeds.shape[-1])
     positions = first.positions.new_zeros(len(first.positions), len(segments), longest)
-    mask = torch.ones(len(segments), behind + longest, dtype=torch.long, device=embeds.device)
-    for row, (segment, own) in enumerate(zip(segments, prefix_lengths, strict=True)):
-        gap = longest - segment.length
-        embeds[row, gap:] = segment.embeds
-        positions[:, row, gap:] = segment.positions
-        mask[row, : behind - own] = 0
-        mask[row, behind : behind + gap] = 0
-    return Batch(embeds, mask, positions, behind)
+    columns = longest_prefix + longest
+    mask = torch.ones(len(segments), columns, dtype=torch.long, device=embeds.device)
+    for row, (segment, prefix_length) in enumerate(zip(segments, prefix_lengths, strict=True)):
+        padding = longest - segment.length
+        embeds[row, padding:] = segment.embeds
+        positions[:, row, padding:] = segment.positions
+        mask[row, : longest_prefix - prefix_length] = 0
+        mask[row, longest_prefix : longest_prefix + padding] = 0
+    return Batch(embeds, mask, positions, longest_prefix)
 
 
 def stack(prefixes: Sequence[tuple[KV, ...]]) -> DynamicCache:
-    """One cache for a batch, a row for each prefix, left-padded; a prefix may stand in many rows.
+    """Batch the KV of prefixes into one left-padded cache.
 
-    Rows of one prefix alone share its memory until the cache grows, which copies it.
+    If all rows have the same prefix, they share its memory until the cache grows.
+
+    Args:
+        prefixes: Keys and values of each row's prefix, by layer.
     """
     layers = zip(*prefixes, strict=True)
     return cache_of(
-        (_joined([k for k, _ in rows]), _joined([v for _, v in rows])) for rows in layers
+        (_pad_and_concat([k for k, _ in rows]), _pad_and_concat([v for _, v in rows]))
+        for rows in layers
     )
 
 
-def _joined(rows: Sequence[Tensor]) -> Tensor:
+def _pad_and_concat(rows: Sequence[Tensor]) -> Tensor:
     if all(row is rows[0] for row in rows):
         return rows[0].expand(len(rows), -1, -1, -1)
     longest = max(row.shape[2] for row in rows)
@@ -143,10 +151,20 @@ def _joined(rows: Sequence[Tensor]) -> Tensor:
 def prefill(
     backbone: Backbone, rpn: BranchNetwork | None, inputs: Sequence[ImageInput]
 ) -> list[Prefix]:
-    """Prefill images in one batch: each becomes a Prefix."""
+    """Prefill images in one batch.
+
+    Args:
+        backbone: The base model.
+        rpn: The RPN, whose KV is added to the prefixes.
+        inputs: Preprocessed images.
+
+    Returns:
+        A prefix for each image.
+    """
     features = backbone.encode(inputs)
     segments = [
-        backbone.prefix_segment(one, tokens) for one, tokens in zip(inputs, features, strict=True)
+        backbone.prefix_segment(image, tokens)
+        for image, tokens in zip(inputs, features, strict=True)
     ]
     return prefill_segments(backbone, rpn, segments)
 
@@ -155,30 +173,39 @@ def prefill(
 def prefill_segments(
     backbone: Backbone, rpn: BranchNetwork | None, segments: Sequence[Segment]
 ) -> list[Prefix]:
-    """Prefill segments that begin a sequence and end with an image: each becomes a Prefix."""
+    """Prefill segments from `Backbone.prefix_segment` in one batch.
+
+    Args:
+        backbone: The base model.
+        rpn: The RPN, whose KV is added to the prefixes.
+        segments: Segments that start a sequence and end with an image.
+
+    Returns:
+        A prefix for each segment.
+    """
     batch = batch_rows(segments, [0] * len(segments))
     cache = cache_of([])
     attention = batch.attention(backbone, cache)
     branch: dict[int, Tensor] = {}
 
-    def keep_branch(layer: int, entering: Tensor, _: KV) -> None:
+    def save_branch_input(layer: int, layer_input: Tensor, _: KV) -> None:
         if rpn is not None and layer == rpn.branch_layer:
-            branch[layer] = entering
+            branch[layer] = layer_input
 
-    fill_cache(backbone, backbone.layers, batch.embeds, attention, cache, keep_branch)
+    fill_cache(backbone, backbone.layers, batch.embeds, attention, cache, save_branch_input)
     rpn_cache, keys = cache_of([]), None
     if rpn is not None:
         states = rpn(branch[rpn.branch_layer], attention, rpn_cache)
         keys = rpn.image_keys(states, attention.rotary)
-    alone = len(segments) == 1
+    copy = len(segments) > 1
     prefixes = []
     for row, segment in enumerate(segments):
-        gap = batch.embeds.shape[1] - segment.length
-        image = slice(gap + segment.image.start, gap + segment.image.stop)
+        padding = batch.embeds.shape[1] - segment.length
+        image = slice(padding + segment.image.start, padding + segment.image.stop)
         prefixes.append(
             Prefix(
-                kv=_row(cache, row, gap, alone),
-                rpn_kv=_row(rpn_cache, row, gap, alone),
+                kv=_row(cache, row, padding, copy),
+                rpn_kv=_row(rpn_cache, row, padding, copy),
                 rpn_keys=None if keys is None else keys[row : row + 1, image].clone(),
                 ids=segment.ids,
                 image=segment.image,
@@ -188,25 +215,32 @@ def prefill_segments(
     return prefixes
 
 
-def _row(cache: DynamicCache, row: int, gap: int, alone: bool) -> tuple[KV, ...]:
-    # A slice would keep the whole batch's tensors alive in the cache of prefixes.
+def _row(cache: DynamicCache, row: int, padding: int, copy: bool) -> tuple[KV, ...]:
+    # Slices of a batch are copied; they would keep the batch in memory as long as the prefix.
     layers: Any = cache.layers
     pairs = [
-        (layer.keys[row : row + 1, :, gap:], layer.values[row : row + 1, :, gap:])
+        (layer.keys[row : row + 1, :, padding:], layer.values[row : row + 1, :, padding:])
         for layer in layers
     ]
-    return tuple(pairs if alone else [(k.clone(), v.clone()) for k, v in pairs])
+    return tuple([(k.clone(), v.clone()) for k, v in pairs] if copy else pairs)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device, or on the machine for the CPU."""
+    """Return the free memory of a device, in bytes; for the CPU, of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
 
 class PrefixCache:
-    """Prefixes by image content, least recently used out first, bounded in bytes (0: off)."""
+    """LRU cache of prefixes.
+
+    Args:
+        max_bytes: Maximum total size; 0 disables the cache.
+
+    Raises:
+        ValueError: If `max_bytes` is negative.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         if max_bytes < 0:
@@ -219,7 +253,7 @@ class PrefixCache:
         return len(self._prefixes)
 
     def clear(self) -> None:
-        """Forget every prefix."""
+        """Remove all prefixes."""
         self._prefixes.clear()
         self.nbytes = 0
 
@@ -227,11 +261,13 @@ class PrefixCache:
         return key in self._prefixes
 
     def get(self, key: str) -> Prefix | None:
+        """Return a prefix and mark it as recently used; None if it is not cached."""
         if key in self._prefixes:
             self._prefixes.move_to_end(key)
         return self._prefixes.get(key)
 
     def put(self, key: str, prefix: Prefix) -> None:
+        """Add a prefix, evicting the least recently used; skipped if larger than the cache."""
         if key in self._prefixes or prefix.nbytes > self.max_bytes:
             return
         self._prefixes[key] = prefix

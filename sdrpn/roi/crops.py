@@ -1,4 +1,4 @@
-"""From regions to crop tokens: encode the crops, shrink or mask their grids, fit the context."""
+"""From regions to crop tokens: encode crops, resize or mask their grids, fit the context."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from sdrpn.backbones.base import Backbone, CropTokens
 from sdrpn.boxes import GridBox
 from sdrpn.config import ZoomConfig
-from sdrpn.roi.postprocess import Region, budget
+from sdrpn.roi.postprocess import Region, crop_grid_size
 
 
 @torch.no_grad()
@@ -23,39 +23,42 @@ def crop_tokens(
     images: Sequence[Image.Image],
     regions: Sequence[Region],
     zooms: Sequence[ZoomConfig],
-    room: Sequence[int],
+    max_tokens: Sequence[int],
 ) -> list[list[CropTokens]]:
-    """Crop tokens of each region, a list per row; all crops of the batch are encoded together.
+    """Encode the crops of a batch in one call.
 
     Args:
-        images: The original image of each row.
-        regions: What to crop; rows without a box get an empty list.
-        zooms: The settings of each row.
-        room: How many crop tokens the model's context still holds, row by row. More are cut by
-            shrinking the crops' grids, as a token budget would.
+        backbone: The base model.
+        images: Original image of each row.
+        regions: Region of each row.
+        zooms: Zoom settings of each row.
+        max_tokens: Maximum number of crop tokens of each row; larger crops are resized.
+
+    Returns:
+        Crop tokens of each row; empty for rows without a box or without any token left.
     """
     pairs = [(i, b) for i, region in enumerate(regions) for b in range(len(region.boxes))]
     if not pairs:
         return [[] for _ in regions]
     inputs = [backbone.crop_input(images[i], regions[i].boxes[b]) for i, b in pairs]
     encoded: list[list[Tensor]] = [[] for _ in regions]
-    for (i, _), one, tokens in zip(pairs, inputs, backbone.encode(inputs), strict=True):
-        encoded[i].append(tokens.unflatten(0, (one.grid.rows, one.grid.columns)))
+    for (i, _), crop, tokens in zip(pairs, inputs, backbone.encode(inputs), strict=True):
+        encoded[i].append(tokens.unflatten(0, (crop.grid.rows, crop.grid.columns)))
     return [
-        _fitting(own, region, zoom, most, backbone.crop_marks)
-        for own, region, zoom, most in zip(encoded, regions, zooms, room, strict=True)
+        _fit(features, region, zoom, limit, backbone.crop_marks)
+        for features, region, zoom, limit in zip(encoded, regions, zooms, max_tokens, strict=True)
     ]
 
 
-def _fitting(
-    features: Sequence[Tensor], region: Region, zoom: ZoomConfig, room: int, marks: int
+def _fit(
+    features: Sequence[Tensor], region: Region, zoom: ZoomConfig, max_tokens: int, marks: int
 ) -> list[CropTokens]:
-    """Tokens of one row's crops. features: [rows, columns, C] each; fewer where room is short.
+    """Resize the crops of one row, [rows, columns, C] each, until they have at most `max_tokens`.
 
-    Crops that keep no token are left out, unless marks stand around them.
+    Crops without tokens are dropped if the backbone has no delimiters around crops.
     """
     grids = [
-        budget(box, feature.shape[0], feature.shape[1], zoom)
+        crop_grid_size(box, feature.shape[0], feature.shape[1], zoom)
         for feature, box in zip(features, region.grid_boxes, strict=True)
     ]
     while True:
@@ -64,11 +67,11 @@ def _fitting(
             for feature, box, grid in zip(features, region.grid_boxes, grids, strict=True)
         ]
         total = sum(len(crop.tokens) for crop in crops)
-        if total <= room:
+        if total <= max_tokens:
             return crops if total or marks else []
         if all(rows == columns == 1 for rows, columns in grids):
             return []
-        shrink = min(math.sqrt(max(room, 0) / total), 0.95)
+        shrink = min(math.sqrt(max(max_tokens, 0) / total), 0.95)
         grids = [(max(int(r * shrink), 1), max(int(c * shrink), 1)) for r, c in grids]
 
 
@@ -76,26 +79,36 @@ def _crop(feature: Tensor, region: Region, box: GridBox, rows: int, columns: int
     tokens = resize(feature, rows, columns).flatten(0, 1)
     if region.keep is None:
         return CropTokens(tokens, rows, columns)
-    keep = kept(region.keep, box, rows, columns).to(tokens.device)
+    keep = keep_mask(region.keep, box, rows, columns).to(tokens.device)
     return CropTokens(tokens[keep], rows, columns, keep)
 
 
 def resize(
     feature: Float[Tensor, "height length width"], rows: int, columns: int
 ) -> Float[Tensor, "{rows} {columns} width"]:
-    """Bilinearly resize a grid of tokens: [any, any, C] -> [rows, columns, C]."""
+    """Resize a grid of tokens, bilinear: [any, any, C] -> [rows, columns, C]."""
     if feature.shape[:2] == (rows, columns):
         return feature
     channels_first = feature.permute(2, 0, 1)[None]
-    small = interpolate(channels_first, (rows, columns), mode="bilinear", align_corners=False)
-    return small[0].permute(1, 2, 0)
+    resized = interpolate(channels_first, (rows, columns), mode="bilinear", align_corners=False)
+    return resized[0].permute(1, 2, 0)
 
 
-def kept(keep: object, box: GridBox, rows: int, columns: int) -> Bool[Tensor, " tokens"]:
-    """Which crop tokens the mask policy keeps: bool [rows * columns] (SD-RPN, section 3.3).
+def keep_mask(keep: object, box: GridBox, rows: int, columns: int) -> Bool[Tensor, " tokens"]:
+    """Select the crop tokens of the `mask` policy (SD-RPN, section 3.3).
 
-    The thresholded map, cut to the box and resized bilinearly to the token grid, exceeds 0.5.
+    The thresholded map is cropped to the box and resized to the token grid, bilinear; tokens above
+    0.5 are kept.
+
+    Args:
+        keep: [map rows, map columns] of {0, 1}, the thresholded map.
+        box: Crop, in grid cells of the map.
+        rows: Rows of the crop's token grid.
+        columns: Columns of the crop's token grid.
+
+    Returns:
+        [rows * columns] bool, row-major.
     """
     cells = torch.as_tensor(keep, dtype=torch.float32)[box.y0 : box.y1, box.x0 : box.x1]
-    grown = interpolate(cells[None, None], (rows, columns), mode="bilinear", align_corners=False)
-    return (grown[0, 0] > 0.5).flatten()
+    resized = interpolate(cells[None, None], (rows, columns), mode="bilinear", align_corners=False)
+    return (resized[0, 0] > 0.5).flatten()

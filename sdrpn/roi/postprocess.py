@@ -1,6 +1,6 @@
 """From a RoI map to boxes: blur, threshold, components, policies (SD-RPN, section 3.3).
 
-Plain geometry on arrays, no model.
+Functions of arrays, without a model.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from sdrpn.boxes import GridBox, ImageGrid, PixelBox
 from sdrpn.config import SMALL_SQUARE, MapRules, ZoomConfig
 
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
-SMALLEST_BOX = 3
-"""Components of fewer than 4 cells are grown to boxes of at least 3 x 3 cells."""
+MIN_BOX_SIDE = 3
+"""Side, in cells, to which boxes of components under 4 cells are enlarged."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """Where to look again. Empty `boxes` means no zoom, and `reason` then says why.
+    """Boxes to crop, or the reason for no zoom.
 
-    grid_boxes: the same boxes in cells. keep: [rows, columns] of {0, 1}, the cells whose crop
-    tokens stay under the `mask` policy with several components; None keeps every crop token.
+    Args:
+        boxes: Boxes in source pixels; empty for no zoom.
+        grid_boxes: The same boxes in grid cells.
+        reason: Why there is no zoom; None if there are boxes.
+        keep: [rows, columns] of {0, 1}, cells whose crop tokens the `mask` policy keeps if there
+            are several components; None keeps all crop tokens.
     """
 
     boxes: tuple[PixelBox, ...] = ()
@@ -37,13 +41,17 @@ class Region:
 def blur(
     probabilities: Float[np.ndarray, "rows columns"],
 ) -> Float32[np.ndarray, "rows columns"]:
-    """Gaussian blur, 3 x 3, sigma 1, reflect padding.
+    """Apply a Gaussian blur with a 3 x 3 kernel, sigma 1 and reflect padding.
 
-    probabilities: [rows, columns] in [0, 1]. Returns float32 of the same shape.
+    Args:
+        probabilities: [rows, columns] in [0, 1].
+
+    Returns:
+        [rows, columns] float32.
     """
     kernel = np.exp(-0.5 * np.array([-1.0, 0.0, 1.0]) ** 2)
     kernel /= kernel.sum()
-    # scipy's "mirror" is what torch calls "reflect": the border cell itself is not repeated.
+    # scipy's "mirror" is torch's "reflect": the border cell is not repeated.
     blurred = ndimage.correlate1d(probabilities.astype(np.float64), kernel, axis=0, mode="mirror")
     return ndimage.correlate1d(blurred, kernel, axis=1, mode="mirror").astype(np.float32)
 
@@ -51,9 +59,14 @@ def blur(
 def darken(
     values: Float[np.ndarray, "rows columns"], rules: MapRules
 ) -> Float[np.ndarray, "rows columns"]:
-    """Set the sinks of large grids to 0: the first quarters of the top row and the left column.
+    """Zero the attention sinks of large grids: the first quarter of the top row and left column.
 
-    values: [rows, columns]; returned as they are where the grid is small enough, else as a copy.
+    Args:
+        values: [rows, columns] map; it is not modified.
+        rules: Rules of the model family, with the grid size above which cells are zeroed.
+
+    Returns:
+        [rows, columns]; `values` itself for small grids.
     """
     if rules.dark_above is None or values.size <= rules.dark_above:
         return values
@@ -66,10 +79,15 @@ def darken(
 def components(
     over: Bool[np.ndarray, "rows columns"], zoom: ZoomConfig
 ) -> list[tuple[GridBox, np.ndarray]]:
-    """Connected components with 8 neighbours, in reading order.
+    """Find 8-connected components within the size limits, in reading order.
 
-    over: bool [rows, columns]. Returns (box, bool mask of the component) for each that is neither
-    too small nor too large; boxes of components under 4 cells are grown to at least 3 x 3.
+    Args:
+        over: [rows, columns] bool, cells over the threshold.
+        zoom: Settings with the size limits.
+
+    Returns:
+        (box in grid cells, [rows, columns] bool mask) of each component. Boxes of components under
+        4 cells are enlarged to at least 3 x 3 cells.
     """
     labelled: Any = ndimage.label(over, structure=EIGHT_NEIGHBOURS)[0]  # type: ignore[index]
     largest = round(zoom.max_cells_fraction * over.size)
@@ -85,12 +103,18 @@ def components(
 
 
 def grow(box: GridBox, rows: int, columns: int) -> GridBox:
-    """Grow a box to at least 3 x 3 cells around its centre, shifted to stay inside the grid."""
+    """Enlarge a box to at least 3 x 3 cells around its centre, shifted to stay inside the grid.
+
+    Args:
+        box: Box in grid cells.
+        rows: Rows of the grid.
+        columns: Columns of the grid.
+    """
 
     def side(low: int, high: int, cells: int) -> tuple[int, int]:
-        missing = max(SMALLEST_BOX - (high - low), 0)
+        missing = max(MIN_BOX_SIDE - (high - low), 0)
         low = min(max(low - missing // 2, 0), max(cells - (high - low) - missing, 0))
-        return low, min(max(low + SMALLEST_BOX, high), cells)
+        return low, min(max(low + MIN_BOX_SIDE, high), cells)
 
     (x0, x1), (y0, y1) = side(box.x0, box.x1, columns), side(box.y0, box.y1, rows)
     return GridBox(x0, y0, x1, y1)
@@ -102,10 +126,16 @@ def propose(
     zoom: ZoomConfig,
     rules: MapRules = SMALL_SQUARE,
 ) -> Region:
-    """Threshold a blurred map and choose the boxes to crop (SD-RPN, section 3.3).
+    """Threshold a blurred map and select the boxes to crop (SD-RPN, section 3.3).
 
-    blurred: [rows, columns] in [0, 1], from `blur`. rules: of the model family. NaN is refused: a
-    broken map must not look like an image without a region.
+    Args:
+        blurred: [rows, columns] in [0, 1], from `blur`.
+        grid: Mapping from grid cells to source pixels.
+        zoom: Threshold, size limits and policy.
+        rules: Rules of the model family.
+
+    Raises:
+        ValueError: If the map is not finite, which would otherwise pass for a map without a region.
     """
     if not np.isfinite(blurred).all():
         raise ValueError("the RoI map holds values that are not finite; check the RPN's weights")
@@ -114,55 +144,76 @@ def propose(
         return Region(reason=f"no cell over the threshold {zoom.threshold:g}")
     found = components(over, zoom)
     if zoom.policy == "mask" and (rules.one_box or len(found) >= 2):
-        return _to_source([_around(over)], grid, zoom, rules, keep=over)
+        return _to_source([_bounding_box(over)], grid, zoom, rules, keep=over)
     if not found:
         return Region(reason="no component within the size limits")
     if zoom.policy == "strongest":
-        # A peak in the padding must not hide one in the picture.
-        seen = [one for one in found if grid.to_pixels(one[0]).area > 0] or found
-        found = [max(seen, key=lambda one: float(blurred[one[1]].max()))]
+        # Components in the padding do not compete with those in the image.
+        visible = [one for one in found if grid.to_pixels(one[0]).area > 0] or found
+        found = [max(visible, key=lambda one: float(blurred[one[1]].max()))]
     if len(found) > 2:
         return Region(reason=f"{len(found)} components, more than two")
     return _to_source([box for box, _ in found], grid, zoom, rules)
 
 
-def given(box: PixelBox, grid: ImageGrid, rules: MapRules = SMALL_SQUARE) -> Region:
-    """A region chosen by the caller, checked against the image. rules: of the model family."""
+def region_from_box(box: PixelBox, grid: ImageGrid, rules: MapRules = SMALL_SQUARE) -> Region:
+    """Make a region of a box that the caller chose.
+
+    Args:
+        box: Box in source pixels.
+        grid: Mapping from grid cells to source pixels.
+        rules: Rules of the model family.
+
+    Raises:
+        ValueError: If the box is empty or exceeds the image.
+    """
     width, height = grid.size
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise ValueError(f"box {tuple(box)} does not lie inside the {width} x {height} image")
-    if refusal := refused(PixelBox(*box), rules):
-        return Region(reason=refusal)
+    if reason := unsupported_crop(PixelBox(*box), rules):
+        return Region(reason=reason)
     return Region(boxes=(PixelBox(*box),), grid_boxes=(grid.to_cells(PixelBox(*box)),))
 
 
-def refused(box: PixelBox, rules: MapRules) -> str | None:
-    """Why a family cannot read a crop of this size; None where it can."""
+def unsupported_crop(box: PixelBox, rules: MapRules) -> str | None:
+    """Describe why a model family cannot encode a crop of this size; None if it can.
+
+    Args:
+        box: Crop, in source pixels.
+        rules: Rules of the model family.
+    """
     short, long = sorted((box.x1 - box.x0, box.y1 - box.y0))
     size = f"the region is {box.x1 - box.x0} x {box.y1 - box.y0} pixels"
     if short < rules.min_side:
-        return f"{size}, and crops with a side under {rules.min_side} are not read"
+        return f"{size}, and crops with a side under {rules.min_side} are not supported"
     if rules.max_aspect is not None and long > rules.max_aspect * short:
-        return f"{size}, and crops narrower than 1 : {rules.max_aspect:g} are not read"
+        return f"{size}, and crops narrower than 1 : {rules.max_aspect:g} are not supported"
     return None
 
 
-def budget(box: GridBox, rows: int, columns: int, zoom: ZoomConfig) -> tuple[int, int]:
-    """(rows, columns) of the tokens that a crop keeps, of the rows x columns it is encoded as.
+def crop_grid_size(box: GridBox, rows: int, columns: int, zoom: ZoomConfig) -> tuple[int, int]:
+    """Compute the size of a crop's token grid under `zoom.token_budget`.
 
-    All of them, or the box's size times the token budget.
+    Args:
+        box: Crop, in grid cells.
+        rows: Rows of the encoded crop.
+        columns: Columns of the encoded crop.
+        zoom: Settings with the token budget, in tokens per cell side; None for no budget.
+
+    Returns:
+        (rows, columns), at most those of the encoded crop.
     """
     if zoom.token_budget is None:
         return rows, columns
 
-    def side(cells: int, most: int) -> int:
-        return min(max(round(cells * (zoom.token_budget or 1)), 1), most)
+    def side(cells: int, limit: int) -> int:
+        return min(max(round(cells * (zoom.token_budget or 1)), 1), limit)
 
     return side(box.y1 - box.y0, rows), side(box.x1 - box.x0, columns)
 
 
-def _around(mask: np.ndarray) -> GridBox:
+def _bounding_box(mask: np.ndarray) -> GridBox:
     rows, columns = np.nonzero(mask)
     box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     return GridBox(*(int(edge) for edge in box))
@@ -175,16 +226,18 @@ def _to_source(
     rules: MapRules,
     keep: np.ndarray | None = None,
 ) -> Region:
-    """Map to source pixels; boxes without a pixel, as in the padding, are left out."""
+    """Map boxes to source pixels; boxes in the padding and unsupported crops are dropped."""
     pairs = [(box, grid.to_pixels(box)) for box in boxes]
     pairs = [(box, pixels) for box, pixels in pairs if pixels.area > 0]
     if not pairs:
-        return Region(reason="the region holds no whole pixel of the image, only padding")
-    refusals = [refused(pixels, rules) for _, pixels in pairs]
-    pairs = [pair for pair, refusal in zip(pairs, refusals, strict=True) if refusal is None]
+        return Region(reason="the region contains only padding")
+    reasons = [unsupported_crop(pixels, rules) for _, pixels in pairs]
+    pairs = [pair for pair, reason in zip(pairs, reasons, strict=True) if reason is None]
     if not pairs:
-        return Region(reason=refusals[0])
+        return Region(reason=reasons[0])
     share = sum(pixels.area for _, pixels in pairs) / (grid.size[0] * grid.size[1])
     if zoom.skip_above is not None and share >= zoom.skip_above:
-        return Region(reason=f"the region is {share:.0%} of the image, which was seen already")
+        return Region(
+            reason=f"the region is {share:.0%} of the image (skip_above={zoom.skip_above:g})"
+        )
     return Region(tuple(p for _, p in pairs), tuple(b for b, _ in pairs), keep=keep)

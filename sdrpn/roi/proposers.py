@@ -1,7 +1,7 @@
-"""Where to look again: the proposers, each from a batch of looks to a batch of proposals.
+"""Proposers: from a batch of questions about images to a batch of regions.
 
-`rpn` asks the trained network, `attention` reads the model's own answer (training-free), `vicrop`
-is the published baseline, `none` is the stock model.
+`rpn` is the trained network, `attention` uses the attention of the model's first answer
+(training-free), `vicrop` is a published baseline, and `none` is the stock model.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from sdrpn.inference.attention_rows import read_rows
 from sdrpn.inference.decoder import run_layers
 from sdrpn.inference.generation import generate
 from sdrpn.inference.prefix import Prefix, batch_rows, stack
-from sdrpn.roi.postprocess import Region, blur, darken, propose, refused
+from sdrpn.roi.postprocess import Region, blur, darken, propose, unsupported_crop
 from sdrpn.roi.sinks import remove_sinks
 from sdrpn.roi.vicrop import NEUTRAL_QUESTION, propose_window, relative_attention
 from sdrpn.rpn.checkpoint import RPN
 
-LOOKED_AT = 0.01
-"""A cell below this probability for every token of a question is dropped by `thin_above`."""
+RELEVANCE_THRESHOLD = 0.01
+"""Cells below this RoI probability for every question token are dropped by `thin_above`."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """One question about one image, on its way to a region.
+    """One question about one image, the input of a proposer.
 
     Args:
-        prefix: The image, prefilled.
-        grid: How its tokens lie on the image.
+        prefix: The prefilled image.
+        grid: Mapping from image tokens to source pixels.
         question: Token ids after the image.
-        zoom: How a map becomes a region.
+        zoom: Settings for the map's post-processing.
     """
 
     prefix: Prefix
@@ -49,13 +49,18 @@ class Look:
     zoom: ZoomConfig
 
     def shaped(self, values: np.ndarray) -> np.ndarray:
-        """One value per image token, [T] -> [rows, columns]."""
+        """Reshape one value per image token: [T] -> [rows, columns]."""
         return values.reshape(self.grid.rows, self.grid.columns)
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A region and the map it came from ([rows, columns] float32 in [0, 1], blurred; or None)."""
+    """A region and its map.
+
+    Args:
+        region: Boxes to crop, or the reason for no zoom.
+        roi_map: [rows, columns] float32 in [0, 1], blurred; None if the proposer has no map.
+    """
 
     region: Region
     roi_map: Float32[np.ndarray, "rows columns"] | None = None
@@ -63,7 +68,13 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Models:
-    """What a proposer may ask: the backbone, a trained RPN, and which heads point."""
+    """Models available to a proposer.
+
+    Args:
+        backbone: The base model.
+        rpn: A trained RPN.
+        labels: Head lists of the base model.
+    """
 
     backbone: Backbone
     rpn: RPN | None
@@ -75,30 +86,53 @@ Proposer = Callable[[Models, Sequence[Look]], list[Proposal]]
 
 @torch.no_grad()
 def roi_logits(models: Models, looks: Sequence[Look]) -> list[Float32[np.ndarray, "_ _"]]:
-    """The RPN's maps for a batch of looks: RoI logits [rows, columns] each, float32."""
+    """Compute the RPN's maps for a batch of looks.
+
+    Args:
+        models: The backbone and an RPN.
+        looks: Questions about prefilled images.
+
+    Returns:
+        [rows, columns] float32 RoI logits for each look.
+
+    Raises:
+        ValueError: If there is no RPN.
+    """
     states, (cos, sin), keys, rpn = _question_states(models, looks)
     last = cos[:, -1:], sin[:, -1:]
     logits = rpn.roi_logits(states[:, -1], last, pad_sequence(keys, batch_first=True))
     pairs = zip(logits.cpu().numpy(), looks, strict=True)
-    return [look.shaped(one[: look.grid.cells]) for one, look in pairs]
+    return [look.shaped(row[: look.grid.cells]) for row, look in pairs]
 
 
 @torch.no_grad()
-def cells_looked_at(models: Models, look: Look) -> Bool[Tensor, " cells"]:
-    """The cells that any token behind the image looks at: a logit above that of `LOOKED_AT`."""
+def relevant_cells(models: Models, look: Look) -> Bool[Tensor, " cells"]:
+    """Select the cells with a RoI probability above `RELEVANCE_THRESHOLD` for any question token.
+
+    Args:
+        models: The backbone and an RPN.
+        look: A question about a prefilled image.
+
+    Returns:
+        [T] bool.
+
+    Raises:
+        ValueError: If there is no RPN.
+    """
     states, (cos, sin), (keys,), rpn = _question_states(models, [look])
-    tokens = states[0]  # one row: no padding among them
-    every = cos[0][:, None], sin[0][:, None]
-    logits = rpn.roi_logits(tokens, every, keys.expand(len(tokens), -1, -1))
-    return logits.max(0).values.sigmoid() > LOOKED_AT
+    tokens = states[0]  # a single row has no padding
+    rotary = cos[0][:, None], sin[0][:, None]
+    logits = rpn.roi_logits(tokens, rotary, keys.expand(len(tokens), -1, -1))
+    return logits.max(0).values.sigmoid() > RELEVANCE_THRESHOLD
 
 
 def _question_states(
     models: Models, looks: Sequence[Look]
 ) -> tuple[Float[Tensor, "batch new width"], KV, list[Tensor], RPN]:
-    """What the map head reads of the questions' tokens, their rotary embeddings, the image keys.
+    """Run questions through backbone layers 0..B-1 and the RPN, over the prefixes' KV.
 
-    The question runs through backbone layers 0..B-1 and the RPN, over the prefixes' KV.
+    Returns the RPN's states [B, N, C], their rotary embeddings, the image keys of each row and the
+    RPN.
     """
     backbone, rpn = models.backbone, models.rpn
     if rpn is None:
@@ -116,28 +150,32 @@ def _question_states(
 
 
 def by_rpn(models: Models, looks: Sequence[Look]) -> list[Proposal]:
-    """Sigmoid, blur, threshold, boxes (SD-RPN, section 3.3)."""
+    """Propose regions with the RPN: sigmoid, blur, threshold, boxes (SD-RPN, section 3.3)."""
     logits, rules = roi_logits(models, looks), models.backbone.map_rules
     maps = [darken(torch.sigmoid(torch.from_numpy(one)).numpy(), rules) for one in logits]
-    shown = [
-        blur(_over_its_maximum(one) if look.zoom.relative else one)
-        for one, look in zip(maps, looks, strict=True)
+    blurred = [
+        blur(_normalize(values) if look.zoom.relative else values)
+        for values, look in zip(maps, looks, strict=True)
     ]
-    return _from_maps(models, shown, looks)
+    return _from_maps(models, blurred, looks)
 
 
-def _over_its_maximum(values: np.ndarray) -> np.ndarray:
+def _normalize(values: np.ndarray) -> np.ndarray:
+    """Divide a map by its maximum."""
     peak = values.max()
     return values / peak if peak > 0 else values
 
 
-def known_labels(models: Models) -> LabelConfig:
-    """Which heads point at the answer; ValueError where that is not known of this model, or is
-    known of another."""
+def require_labels(models: Models) -> LabelConfig:
+    """Return the head lists of the base model.
+
+    Raises:
+        ValueError: If there are none, or they do not fit the model.
+    """
     if models.labels is None:
         raise ValueError(
-            f"it is not known which attention heads of {models.backbone.name} point at the answer: "
-            "pass labels=LabelConfig(...), or an RPN that was trained with them"
+            f"no grounding heads are known for {models.backbone.name}: pass "
+            "labels=LabelConfig(...), or an RPN that was trained with head lists"
         )
     text = models.backbone.text_config
     models.labels.check_fits(text.num_hidden_layers, text.num_attention_heads, models.backbone.name)
@@ -150,12 +188,21 @@ def response_attention(
     responses: Sequence[Sequence[int]],
     labels: LabelConfig | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Grounding and sink maps, [T] each, of given responses; every response must have a token.
+    """Compute the attention of responses to the image.
 
-    labels: the heads to read; None for those that are known of the model. Without sink heads the
-    sink map is 0. Raises ValueError where it is not known which heads of this model point.
+    Args:
+        models: The backbone and its head lists.
+        looks: Questions about prefilled images.
+        responses: Token ids of each response, at least one.
+        labels: Heads to read; default: `models.labels`.
+
+    Returns:
+        ([T] grounding map, [T] sink map) for each look; the sink map is 0 without sink heads.
+
+    Raises:
+        ValueError: If there are no head lists, or they do not fit the model.
     """
-    labels = labels or known_labels(models)
+    labels = labels or require_labels(models)
     rows = read_rows(
         models.backbone,
         [look.prefix for look in looks],
@@ -164,70 +211,78 @@ def response_attention(
         [choice.layer for choice in (*labels.grounding, *labels.sink)],
     )
     grounding = rows.mean(labels.grounding)
-    sink = rows.mean(labels.sink) if labels.sink else [one * 0 for one in grounding]
+    sink = rows.mean(labels.sink) if labels.sink else [values * 0 for values in grounding]
     pairs = zip(grounding, sink, strict=True)
-    return [(one.cpu().numpy(), other.cpu().numpy()) for one, other in pairs]
+    return [(a.cpu().numpy(), b.cpu().numpy()) for a, b in pairs]
 
 
 def by_attention(models: Models, looks: Sequence[Look]) -> list[Proposal]:
-    """Where the model's own answer looked: the grounding map, sinks removed, over its maximum."""
-    backbone, labels = models.backbone, known_labels(models)
-    prefixes = [look.prefix for look in looks]
-    asked = [backbone.suffix_segment(k.prefix.next_position, k.question) for k in looks]
-    said = generate(backbone, prefixes, asked, {"max_new_tokens": labels.max_new_tokens})
-    # Where tokens past the model's context look means nothing.
-    rooms = [backbone.room(look.grid.cells, look.question) for look in looks]
-    responses = [one[:room] for one, room in zip(said, rooms, strict=True)]
+    """Propose regions from the attention of the model's first answer, with sinks removed."""
+    labels = require_labels(models)
+    responses = _first_answers(models.backbone, looks, labels.max_new_tokens)
     proposals = [Proposal(Region(reason="the model's first answer was empty")) for _ in looks]
-    spoken = [i for i, response in enumerate(responses) if response]
-    if not spoken:
+    answered = [i for i, response in enumerate(responses) if response]
+    if not answered:
         return proposals
-    some = [looks[i] for i in spoken]
+    some = [looks[i] for i in answered]
     maps = []
-    read = response_attention(models, some, [responses[i] for i in spoken])
-    for look, (grounding, sink) in zip(some, read, strict=True):
+    attention = response_attention(models, some, [responses[i] for i in answered])
+    for look, (grounding, sink) in zip(some, attention, strict=True):
         clean = remove_sinks(grounding, sink, labels.sink_threshold)
-        maps.append(blur(look.shaped(_over_its_maximum(clean))))
-    for i, proposal in zip(spoken, _from_maps(models, maps, some), strict=True):
+        maps.append(blur(look.shaped(_normalize(clean))))
+    for i, proposal in zip(answered, _from_maps(models, maps, some), strict=True):
         proposals[i] = proposal
     return proposals
 
 
+def _first_answers(
+    backbone: Backbone, looks: Sequence[Look], max_new_tokens: int
+) -> list[list[int]]:
+    """Generate answers without a zoom, truncated where they exceed the model's context."""
+    prefixes = [look.prefix for look in looks]
+    suffixes = [backbone.suffix_segment(k.prefix.next_position, k.question) for k in looks]
+    answers = generate(backbone, prefixes, suffixes, {"max_new_tokens": max_new_tokens})
+    limits = [backbone.remaining_tokens(look.grid.cells, look.question) for look in looks]
+    return [answer[:limit] for answer, limit in zip(answers, limits, strict=True)]
+
+
 def by_vicrop(models: Models, looks: Sequence[Look]) -> list[Proposal]:
-    """The last prompt token's attention over that of a neutral prompt (arXiv 2502.17422)."""
+    """Propose regions from attention relative to a neutral prompt's (arXiv 2502.17422)."""
     backbone = models.backbone
     layer = models.labels.vicrop_layer if models.labels else round(backbone.num_layers * 14 / 32)
     neutral = backbone.prompt_ids(NEUTRAL_QUESTION).after
 
     def attention(prefixes: list[Prefix], suffixes: Sequence[Sequence[int]]) -> list[np.ndarray]:
         rows = read_rows(backbone, prefixes, suffixes, [1] * len(prefixes), [layer])
-        return [one.mean(0).cpu().numpy() for one in rows.by_layer[layer]]
+        return [heads.mean(0).cpu().numpy() for heads in rows.by_layer[layer]]
 
-    asked_maps = attention([look.prefix for look in looks], [look.question for look in looks])
-    # The neutral prompt asks the same of every question on an image: once is enough.
+    question_maps = attention([look.prefix for look in looks], [look.question for look in looks])
+    # The neutral prompt does not depend on the question: run it once per image.
     images = {id(look.prefix): look.prefix for look in looks}
-    plain_maps = attention([*images.values()], [neutral] * len(images))
-    plain = dict(zip(images, plain_maps, strict=True))
+    neutral_maps = attention([*images.values()], [neutral] * len(images))
+    neutral_by_image = dict(zip(images, neutral_maps, strict=True))
     proposals = []
-    for look, asked in zip(looks, asked_maps, strict=True):
-        ratio = look.shaped(relative_attention(asked, plain[id(look.prefix)]))
-        shown = (ratio / ratio.max()).astype(np.float32)
+    for look, question_map in zip(looks, question_maps, strict=True):
+        ratio = look.shaped(relative_attention(question_map, neutral_by_image[id(look.prefix)]))
+        roi_map = (ratio / ratio.max()).astype(np.float32)
         region = propose_window(ratio, look.grid)
-        if refusal := refused(region.boxes[0], backbone.map_rules):
-            region = Region(reason=refusal)
-        proposals.append(Proposal(region, shown))
+        if reason := unsupported_crop(region.boxes[0], backbone.map_rules):
+            region = Region(reason=reason)
+        proposals.append(Proposal(region, roi_map))
     return proposals
 
 
 def by_none(models: Models, looks: Sequence[Look]) -> list[Proposal]:
-    """The stock model: no second look."""
+    """Propose no region, as the stock model."""
     return [Proposal(Region(reason="proposer none")) for _ in looks]
 
 
 def _from_maps(models: Models, maps: Sequence[np.ndarray], looks: Sequence[Look]) -> list[Proposal]:
     rules = models.backbone.map_rules
     pairs = zip(maps, looks, strict=True)
-    return [Proposal(propose(one, look.grid, look.zoom, rules), one) for one, look in pairs]
+    return [
+        Proposal(propose(values, look.grid, look.zoom, rules), values) for values, look in pairs
+    ]
 
 
 BY_NAME: Mapping[str, Proposer] = {

@@ -1,4 +1,4 @@
-"""Attention sinks: image tokens that take attention whatever is asked (docs/method.md)."""
+"""Attention sinks: image tokens with high attention for any question (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ def remove_sinks(
     sink: Num[np.ndarray, "*maps_or_one cells"],
     sink_threshold: float,
 ) -> Num[np.ndarray, "*maps cells"]:
-    """Set the attention on sink tokens to 0.
+    """Zero the grounding attention on sink tokens.
 
-    grounding, sink: attention shares, >= 0, of one shape. Returns a copy of grounding.
+    Args:
+        grounding: [..., T] attention of the grounding heads, >= 0.
+        sink: [..., T] attention of the sink heads, >= 0, broadcast over maps.
+        sink_threshold: Tokens with at least this sink attention are sinks.
+
+    Returns:
+        [..., T], a copy.
     """
     return np.where(sink >= sink_threshold, 0, grounding)

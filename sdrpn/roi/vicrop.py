@@ -1,6 +1,6 @@
-"""The ViCrop baseline's window search (arXiv 2502.17422), plain geometry; see docs/method.md.
+"""Window search of the ViCrop baseline (arXiv 2502.17422); see docs/method.md.
 
-The original also splits images of very high resolution into blocks of 1024 px; that is left out.
+The original also splits high-resolution images into blocks of 1024 px; this is not implemented.
 """
 
 from __future__ import annotations
@@ -13,20 +13,37 @@ from sdrpn.roi.postprocess import Region
 
 NEUTRAL_QUESTION = "Write a general description of the image."
 SIDES = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
-"""Window sides, in multiples of the model frame's shorter side, measured in source pixels."""
+"""Window sides in source pixels, as multiples of the shorter side of the model's input."""
 
 
 def relative_attention(
     question: Float[np.ndarray, " cells"], neutral: Float[np.ndarray, " cells"]
 ) -> Float[np.ndarray, " cells"]:
-    """Attention for the question over attention for a neutral prompt, cell by cell. [T] each."""
+    """Divide the attention for a question by that for a neutral prompt.
+
+    Args:
+        question: [T] attention for the question.
+        neutral: [T] attention for the neutral prompt.
+
+    Returns:
+        [T] ratios.
+    """
     return question / np.maximum(neutral, np.finfo(np.float32).tiny)
 
 
 def window_sums(
     ratio: Float[np.ndarray, "height length"], rows: int, columns: int
 ) -> Float[np.ndarray, "height-{rows}+1 length-{columns}+1"]:
-    """Sums of all windows of rows x columns cells, one for each place of the window's corner."""
+    """Sum all windows of a size with a summed-area table.
+
+    Args:
+        ratio: [height, length] map.
+        rows: Rows of the window.
+        columns: Columns of the window.
+
+    Returns:
+        [height - rows + 1, length - columns + 1] sums, by the window's top left cell.
+    """
     table = np.pad(ratio.astype(np.float64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     below, above = table[rows:], table[:-rows]
     right, left = slice(columns, None), slice(None, -columns)
@@ -34,9 +51,14 @@ def window_sums(
 
 
 def contrast(sums: Float[np.ndarray, "down across"], cells: int) -> tuple[float, tuple[int, int]]:
-    """How much the best window stands out from its up to four neighbours, and its (row, column).
+    """Find the window with the largest sum and its contrast to the up to four adjacent windows.
 
-    sums: of windows that hold so many cells.
+    Args:
+        sums: Window sums from `window_sums`.
+        cells: Cells per window.
+
+    Returns:
+        Contrast per cell, and (row, column) of the window.
     """
     row, column = (int(i) for i in np.unravel_index(sums.argmax(), sums.shape))
     steps = ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1))
@@ -46,7 +68,18 @@ def contrast(sums: Float[np.ndarray, "down across"], cells: int) -> tuple[float,
 
 
 def propose_window(ratio: Float[np.ndarray, "rows columns"], grid: ImageGrid) -> Region:
-    """The square of source pixels that stands out most. ratio: [rows, columns], from above."""
+    """Select the square window with the highest contrast.
+
+    Args:
+        ratio: [rows, columns] map from `relative_attention`.
+        grid: Mapping from grid cells to source pixels.
+
+    Returns:
+        A region with one box.
+
+    Raises:
+        ValueError: If the map is not finite.
+    """
     if not np.isfinite(ratio).all():
         raise ValueError("the attention ratio map holds values that are not finite")
     best: tuple[float, GridBox, float] | None = None
@@ -61,16 +94,16 @@ def propose_window(ratio: Float[np.ndarray, "rows columns"], grid: ImageGrid) ->
     _, cells, side = best
     x0 = _start((cells.x0 + cells.x1) / 2, side, grid, axis=0)
     y0 = _start((cells.y0 + cells.y1) / 2, side, grid, axis=1)
-    whole = max(int(side), 1)
-    return Region((PixelBox(x0, y0, x0 + whole, y0 + whole),), (cells,))
+    pixels = max(int(side), 1)
+    return Region((PixelBox(x0, y0, x0 + pixels, y0 + pixels),), (cells,))
 
 
-def _cells(side: float, scale: float, cell: float, most: int) -> int:
-    """Cells that a window of this side, in source pixels, is wide or high."""
-    return min(max(round(side / (cell / scale)), 1), most)
+def _cells(side: float, scale: float, cell: float, limit: int) -> int:
+    """Convert a window side from source pixels to cells, between 1 and `limit`."""
+    return min(max(round(side / (cell / scale)), 1), limit)
 
 
-def _start(middle: float, side: float, grid: ImageGrid, axis: int) -> int:
-    """Source pixel where a window of this side begins, centred on a cell, inside the image."""
-    centre = (middle * float(grid.cell) - grid.offset[axis]) / float(grid.scale[axis])
+def _start(centre_cell: float, side: float, grid: ImageGrid, axis: int) -> int:
+    """Compute the first source pixel of a window centred on a cell, shifted into the image."""
+    centre = (centre_cell * float(grid.cell) - grid.offset[axis]) / float(grid.scale[axis])
     return min(max(int(centre - side / 2), 0), grid.size[axis] - max(int(side), 1))

@@ -1,4 +1,4 @@
-"""RPN checkpoints: copies of a backbone, folders of ours, and those that the authors published."""
+"""RPN checkpoints: initialisation from a backbone, saving, loading, the authors' layouts."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ base_model: {base_model}
 ---
 # Region proposal network for {base_model}
 
-Says where the model should look again (SD-RPN, arXiv 2509.16944). It reads the backbone's hidden
-state behind layer {branch} and has {parameters:,} parameters of its own ({depth} layers).
+Predicts which regions of an image the model should look at again (SD-RPN, arXiv 2509.16944). It
+takes the output of the backbone's layer {branch} and has {parameters:,} parameters ({depth}
+layers).
 
 ```python
 from sdrpn import ZoomModel
@@ -51,9 +52,14 @@ zoom = ZoomModel.from_pretrained("{base_model}", rpn="path-or-id-of-this-folder"
 
 
 class RPN(RegionProposalNetwork, ModelHubMixin):
-    """A region proposal network that is copied from a backbone, saved, loaded and published.
+    """A region proposal network with methods to initialise, save, load and publish it.
 
-    facts: how it was trained, for its model card.
+    Args:
+        config: Sizes and variant of the head.
+        attention: Attention implementation of the decoder layers, such as sdpa.
+
+    Attributes:
+        facts: Training facts for the model card.
     """
 
     def __init__(self, config: RPNConfig, attention: str = "sdpa") -> None:
@@ -70,14 +76,22 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
         zoom: ZoomConfig | None = None,
         labels: LabelConfig | None = None,
     ) -> RPN:
-        """A fresh RPN whose every weight is a copy of the backbone's (docs/method.md).
+        """Create an RPN with weights copied from the backbone (docs/method.md).
 
-        zoom, labels: noted in its config, for those who use it.
+        Args:
+            backbone: The base model.
+            branch_layer: B, the index of the first backbone layer to copy.
+            depth: R, the number of layers, the map head included.
+            zoom: Zoom settings, saved in the RPN's config; default: the family's.
+            labels: Head lists, saved in the RPN's config.
+
+        Raises:
+            ValueError: If the backbone has fewer than B + R layers.
         """
         if branch_layer + depth > backbone.num_layers:
             raise ValueError(
-                f"branch_layer {branch_layer} + depth {depth} needs as many layers, "
-                f"the backbone has {backbone.num_layers}"
+                f"branch_layer {branch_layer} + depth {depth} must be at most the backbone's "
+                f"{backbone.num_layers} layers"
             )
         config = RPNConfig(
             branch_layer=branch_layer,
@@ -102,7 +116,11 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
         return rpn.to(device=execution_device(head), dtype=backbone.dtype)
 
     def check_fits(self, backbone: Backbone) -> None:
-        """Raise ValueError unless this RPN's sizes are the base model's."""
+        """Check that the RPN's sizes are the base model's.
+
+        Raises:
+            ValueError: If they differ; names all differences.
+        """
         wrong = [
             f"{name} {getattr(self.config, name)} (the model has {value})"
             for name, value in backbone.rpn_shape().items()
@@ -119,15 +137,23 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
             )
 
     def attach(self, backbone: Backbone, dtype: torch.dtype | None = None) -> RPN:
-        """Put the RPN where the backbone's layer B is, with its attention backend.
+        """Move the RPN to the device of backbone layer B and use its attention implementation.
 
-        dtype: default the backbone's; training keeps float32 weights over a half backbone. Warns
-        where the backbone's weights are not those it was trained on, or its images are padded
-        otherwise.
+        Logs a warning if the RPN was trained with other backbone weights or another padding.
+
+        Args:
+            backbone: The base model.
+            dtype: Data type of the RPN; default: the backbone's. Training uses float32.
+
+        Returns:
+            The RPN itself.
+
+        Raises:
+            ValueError: If the RPN does not fit the backbone.
         """
         self.check_fits(backbone)
-        self._warn_of_padding(backbone)
-        self._tell_of_another_base(backbone)
+        self._warn_about_padding(backbone)
+        self._warn_about_base(backbone)
         layer: Any = backbone.layers[self.config.branch_layer][1]
         for own in self.layers:
             attention: Any = own.self_attn
@@ -135,7 +161,7 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
             attention.config._attn_implementation = backbone.text_config._attn_implementation
         return self.to(device=execution_device(layer), dtype=dtype or backbone.dtype)
 
-    def _warn_of_padding(self, backbone: Backbone) -> None:
+    def _warn_about_padding(self, backbone: Backbone) -> None:
         own, found = self.config.padding, backbone.preprocessing.get("padding", "")
         if own and own != found:
             logger.warning(
@@ -147,7 +173,7 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
                 own,
             )
 
-    def _tell_of_another_base(self, backbone: Backbone) -> None:
+    def _warn_about_base(self, backbone: Backbone) -> None:
         own = self.config.base_hash
         found = base_hash(backbone, self.config.branch_layer) if own else ""
         if found and found != own:
@@ -161,12 +187,17 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
             )
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Write a folder that `from_pretrained` reads; options: ModelHubMixin's.
+        """Save the RPN to a folder for `from_pretrained`.
 
-        Raises ValueError, before anything is written over, for weights that are not finite.
+        Args:
+            save_directory: The folder.
+            options: Arguments of `ModelHubMixin.save_pretrained`.
+
+        Raises:
+            ValueError: If a weight is not finite; nothing is written.
         """
-        mend = "its training went wrong: try a lower learning rate"
-        check_finite(self.state_dict().items(), f"the RPN for {save_directory}", mend)
+        hint = "training diverged: use a lower learning rate"
+        check_finite(self.state_dict().items(), f"the RPN for {save_directory}", hint)
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -175,12 +206,12 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
         with atomic_write(save_directory / WEIGHTS_FILE) as part:
             save_file(tensors, part, metadata={"format": "pt"})
         write_json(save_directory / CONFIG_FILE, self.config.to_dict() | {"facts": self.facts})
-        # The mixin would keep a card that is already there; a retrained RPN needs its own.
+        # The mixin would keep the existing card of a retrained RPN.
         with atomic_write(save_directory / "README.md") as part:
             self.generate_model_card().save(part)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The README of a saved RPN: what it belongs to and how it was trained."""
+        """Build the model card from the config and the training facts."""
         facts = "\n".join(f"- {name}: {value}" for name, value in self.facts.items())
         return ModelCard(
             CARD.format(
@@ -195,11 +226,16 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **download: Any) -> RPN:
-        """Load an RPN from a folder or hub id: ours, or one published by the paper's authors.
+        """Load an RPN saved by `save_pretrained`, or published by the paper's authors.
 
-        download: hf_hub_download's revision, cache_dir, token, ... Raises FileNotFoundError where
-        something is missing, OSError where the Hub does not hand it out, with the cause and its
-        remedy, ValueError where a name, a shape or a setting does not fit.
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            download: Arguments of `hf_hub_download`, such as `revision`, `cache_dir` and `token`.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            OSError: If the Hub cannot be reached or denies access.
+            ValueError: If the config is invalid, or tensors do not fit it.
         """
         source = Source(str(pretrained_model_name_or_path), **download)
         values = source.config(WHAT)
@@ -215,29 +251,31 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
             raise ValueError(f"{source.name} is not an sdrpn RPN checkpoint: {error}") from error
         tensors = read_all(weights)
         try:
-            rpn = cls._of(config, tensors, facts)
+            rpn = cls._from_tensors(config, tensors, facts)
         except (RuntimeError, TypeError, OverflowError) as error:  # torch's, for sizes too
-            told = " ".join(str(error).split())[:500]
-            raise ValueError(f"{source.name}: weights and config disagree: {told}") from error
+            detail = " ".join(str(error).split())[:500]
+            raise ValueError(f"{source.name}: weights and config disagree: {detail}") from error
         check_finite(tensors.items(), source.name)
         return rpn
 
     @classmethod
     def _from_published(cls, values: Mapping[str, Any], source: Source) -> RPN:
-        """An RPN out of a checkpoint as the paper's authors lay it out."""
+        """Load a checkpoint in a layout of the paper's authors."""
         config = published.read_config(values, source)
         with torch.device("meta"):
             shapes = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
         tensors = published.read_tensors(source, config, shapes)
         check_finite(tensors.items(), source.name)
-        return cls._of(config, tensors, {"converted from": source.name})
+        return cls._from_tensors(config, tensors, {"converted from": source.name})
 
     @classmethod
-    def _of(cls, config: RPNConfig, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RPN:
-        """An RPN with these weights, frozen, in the widest of their types."""
-        # Each layer has several tensors; and no more layers are built than are held.
+    def _from_tensors(
+        cls, config: RPNConfig, tensors: Mapping[str, Tensor], facts: dict[str, Any]
+    ) -> RPN:
+        """Create a frozen RPN with the given weights, in their widest data type."""
+        # Every layer has several tensors. Check before building that many layers.
         if config.depth > len(tensors):
-            raise RuntimeError(f"{len(tensors)} tensors do not make {config.depth} layers")
+            raise RuntimeError(f"{len(tensors)} tensors are too few for {config.depth} layers")
         dtype = functools.reduce(torch.promote_types, {t.dtype for t in tensors.values()})
         with torch.device("meta"):
             rpn = cls(config)

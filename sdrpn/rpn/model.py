@@ -1,4 +1,4 @@
-"""The region proposal network: R-1 decoder layers of its own and a map head (SD-RPN, section 3)."""
+"""The region proposal network: R-1 decoder layers and a map head (SD-RPN, section 3)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sdrpn.inference.decoder import run_layers, split_heads
 
 
 class RegionProposalNetwork(nn.Module):
-    """A question's look at an image: hidden state behind backbone layer B-1 -> RoI logits.
+    """Maps the output of backbone layer B-1 to RoI logits over the image tokens.
 
-    Its decoder layers start as copies of the backbone's. Once trained, their keys and values are
-    their own, so a prefix keeps the RPN's KV beside the backbone's.
+    The decoder layers are initialised from the backbone's. Their keys and values diverge in
+    training, so a prefix stores the RPN's KV in addition to the backbone's.
 
     Args:
-        config: Sizes, and the variant of the head.
-        attention: The attention implementation of the decoder layers, such as sdpa.
+        config: Sizes and variant of the head.
+        attention: Attention implementation of the decoder layers, such as sdpa.
     """
 
     def __init__(self, config: RPNConfig, attention: str = "sdpa") -> None:
@@ -40,12 +40,12 @@ class RegionProposalNetwork(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """Device of the weights."""
         return self.q_proj.weight.device
 
     @property
     def branch_layer(self) -> int:
-        """B: it reads the hidden state that enters this backbone layer."""
+        """B, the index of the backbone layer whose input is the RPN's input."""
         return self.config.branch_layer
 
     def forward(
@@ -57,12 +57,12 @@ class RegionProposalNetwork(nn.Module):
         """Run the decoder layers and the norms.
 
         Args:
-            hidden: [B, N, C] behind backbone layer B-1.
-            inputs: Mask and positions of these tokens.
-            cache: The RPN's own, with the tokens before.
+            hidden: [B, N, C] output of backbone layer B-1.
+            inputs: Mask and rotary embeddings of these tokens.
+            cache: The RPN's KV cache of the previous tokens.
 
         Returns:
-            [B, N, C], what the map head reads.
+            [B, N, C], the input of the map head.
         """
         hidden = hidden.to(self.device)
         hidden = run_layers(enumerate(self.layers), hidden, inputs.to(self.device), cache)
@@ -71,7 +71,7 @@ class RegionProposalNetwork(nn.Module):
     def image_keys(
         self, states: Float[Tensor, "batch cells width"], rotary: KV
     ) -> Float[Tensor, "batch cells channels"]:
-        """Keys of image tokens, with rotary embeddings if the head has them.
+        """Compute the keys of image tokens, with rotary embeddings if the head has them.
 
         Args:
             states: [B, T, C] from `forward`.
@@ -88,12 +88,12 @@ class RegionProposalNetwork(nn.Module):
         rotary: KV,
         image_keys: Float[Tensor, "batch cells channels"],
     ) -> Float[Tensor, "batch cells"]:
-        """The map: dot products of the last prompt token's query with the image tokens' keys.
+        """Compute the map: dot products of the last prompt token's query and the image keys.
 
         Args:
-            last: [B, C], the state of the last prompt token from `forward`.
+            last: [B, C] state of the last prompt token, from `forward`.
             rotary: (cos, sin) of that token, [B, 1, d] each.
-            image_keys: [B, T, kv heads * d].
+            image_keys: [B, T, kv heads * d] from `image_keys`.
 
         Returns:
             [B, T] in float32, row-major.
@@ -111,5 +111,5 @@ class RegionProposalNetwork(nn.Module):
     def _rotated(self, states: Tensor, rotary: KV) -> Tensor:
         if not self.config.rotary_head:
             return states
-        turned = self.rotate(split_heads(states, self.config.head_dim), rotary)
-        return turned.transpose(1, 2).flatten(-2)
+        rotated = self.rotate(split_heads(states, self.config.head_dim), rotary)
+        return rotated.transpose(1, 2).flatten(-2)

@@ -1,7 +1,7 @@
-"""The RPN checkpoints published by the paper's authors, read as they are (docs/method.md).
+"""Reading RPN checkpoints in the layouts of the paper's authors (docs/method.md).
 
-A whole model with the RPN inside ("filled"), or one whose upper layers are gone: either way only
-config.json, the index and the shards that hold the RPN are fetched and read.
+A checkpoint is a full model with an RPN ("filled"), or one without the upper layers. Only
+config.json, the index and the shards with RPN tensors are fetched.
 """
 
 from __future__ import annotations
@@ -28,32 +28,37 @@ from sdrpn.io.checkpoints import MAX_LAYERS
 from sdrpn.io.weight_maps import rename, require, rpn_names
 
 LLAVA_TYPES = ("llava", "llava_llama")
-"""What original LLaVA calls itself in config.json, over the years."""
+"""Values of `model_type` in the original LLaVA layout."""
 
 BASES = {
     4096: ("llava-hf/llava-1.5-7b-hf", 32),
     5120: ("llava-hf/llava-1.5-13b-hf", 40),
 }
-"""By hidden size, the base model of a published RPN and its layers: a pruned checkpoint's own
-num_hidden_layers may count those that were kept."""
+"""Base model and its number of layers, by hidden size; num_hidden_layers of a pruned checkpoint may
+count only the remaining layers."""
 
-LARGEST = 1 << 20
-"""More than any size in a config.json."""
+MAX_SIZE = 1 << 20
+"""Upper limit for sizes in a config.json."""
 
 LLAVA15_IMAGE_TOKENS = 576
-"""Of CLIP ViT-L/14 at 336 px, LLaVA-1.5's only vision tower."""
+"""Image tokens of CLIP ViT-L/14 at 336 px, LLaVA-1.5's vision tower."""
 
 
 def is_published(values: Mapping[str, Any]) -> bool:
-    """Whether a config.json is one of the authors' layouts, RPN inside or not."""
+    """Return whether a config.json is in a layout of the authors, with or without an RPN."""
     known = (*LLAVA_TYPES, Qwen25VL.model_type)
     return values.get("model_type") in known or any(key.startswith("twig_") for key in values)
 
 
 def read_config(values: Mapping[str, Any], source: Source) -> RPNConfig:
-    """config.json of a published checkpoint -> ours.
+    """Convert the config.json of a published checkpoint.
 
-    Raises ValueError that names the key which is missing or does not fit.
+    Args:
+        values: Values of config.json.
+        source: The checkpoint.
+
+    Raises:
+        ValueError: If a key is missing or invalid.
     """
     is_qwen = values.get("model_type") == Qwen25VL.model_type
     if "twig_K" not in values and "twig_T" not in values:
@@ -61,37 +66,37 @@ def read_config(values: Mapping[str, Any], source: Source) -> RPNConfig:
         raise ValueError(
             f"{source.name} is a {what} without an RPN: its {CONFIG_FILE} has no twig_K and twig_T"
         )
-    # transformers 5 writes the sizes of Qwen's language model into an object of their own.
+    # transformers 5 writes the sizes of Qwen's language model to text_config.
     values = {**values, **(values.get("text_config") or {})} if is_qwen else values
-    source_of_map = values.get("roi_source", "qk")
-    if source_of_map != "qk":
+    roi_source = values.get("roi_source", "qk")
+    if roi_source != "qk":
         raise ValueError(
-            f"{source.name}: roi_source is {source_of_map!r} in {CONFIG_FILE}; only maps made of "
-            "queries and keys (qk) are known"
+            f"{source.name}: roi_source is {roi_source!r} in {CONFIG_FILE}; only 'qk' (products "
+            "of queries and keys) is supported"
         )
-    heads = _number(values, "num_attention_heads", source)
-    hidden = _number(values, "hidden_size", source)
+    heads = _integer(values, "num_attention_heads", source)
+    hidden = _integer(values, "hidden_size", source)
     if hidden % heads:
         raise ValueError(f"{source.name}: hidden_size {hidden} is not a multiple of {heads} heads")
     family = _qwen25_vl(hidden) if is_qwen else _llava15(hidden, values, source)
     return RPNConfig(
         hidden_size=hidden,
-        intermediate_size=_number(values, "intermediate_size", source),
+        intermediate_size=_integer(values, "intermediate_size", source),
         num_attention_heads=heads,
-        # Left out by models whose heads all have keys of their own.
-        num_key_value_heads=_number(
+        # Models without grouped-query attention may omit it.
+        num_key_value_heads=_integer(
             {"num_key_value_heads": heads} | dict(values), "num_key_value_heads", source
         ),
-        rms_norm_eps=_need(values, "rms_norm_eps", float, source),
-        branch_layer=_number(values, "twig_K", source, MAX_LAYERS),
-        depth=_number(values, "twig_T", source, MAX_LAYERS),
-        multi_head=_need(values, "roi_multi_head", bool, source),
+        rms_norm_eps=_value(values, "rms_norm_eps", float, source),
+        branch_layer=_integer(values, "twig_K", source, MAX_LAYERS),
+        depth=_integer(values, "twig_T", source, MAX_LAYERS),
+        multi_head=_value(values, "roi_multi_head", bool, source),
         **family,
     )
 
 
 def _llava15(hidden: int, values: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """What an RPN for LLaVA-1.5 has of its own."""
+    """Return the config fields specific to LLaVA-1.5."""
     base, layers = BASES.get(hidden, ("", 0))
     return {
         "image_tokens": image_tokens(values, source),
@@ -103,7 +108,7 @@ def _llava15(hidden: int, values: Mapping[str, Any], source: Source) -> dict[str
 
 
 def _qwen25_vl(hidden: int) -> dict[str, Any]:
-    """What an RPN for Qwen2.5-VL has of its own."""
+    """Return the config fields specific to Qwen2.5-VL."""
     size = qwen.size_of(hidden)
     return {
         "backbone": Qwen25VL.model_type,
@@ -118,11 +123,20 @@ def _qwen25_vl(hidden: int) -> dict[str, Any]:
 def read_tensors(
     source: Source, config: RPNConfig, shapes: Mapping[str, Size]
 ) -> dict[str, Tensor]:
-    """The RPN's tensors under our names.
+    """Read the RPN's tensors and rename them.
 
-    config: of the RPN. shapes: what our RPN of that config holds. Raises ValueError that names, as
-    the checkpoint does, a tensor that is unknown, missing or of another shape; FileNotFoundError
-    for a missing file.
+    Args:
+        source: The checkpoint.
+        config: Config of the RPN.
+        shapes: Expected shapes, by our names.
+
+    Returns:
+        Tensors by our names.
+
+    Raises:
+        ValueError: If a tensor is unknown, missing or of another shape; names it as in the
+            checkpoint.
+        FileNotFoundError: If a file is missing.
     """
     weights = Weights(source)
     names = rpn_names(config.depth, biases=config.head_bias, norm=config.final_norm)
@@ -139,14 +153,33 @@ def read_tensors(
 
 
 def tower_of(values: Mapping[str, Any], source: Source) -> str:
-    """The CLIP that a config.json names: a folder, also one inside the checkpoint, or a hub id."""
-    tower = _need(values, "mm_vision_tower", str, source)
+    """Return the vision tower of a published checkpoint.
+
+    Args:
+        values: Values of config.json.
+        source: The checkpoint.
+
+    Returns:
+        A folder, which may be in the checkpoint, or a Hub id.
+
+    Raises:
+        ValueError: If config.json has no vision tower.
+    """
+    tower = _value(values, "mm_vision_tower", str, source)
     inside = source.folder / tower if source.folder else None
     return str(inside) if inside is not None and inside.is_dir() else tower
 
 
 def image_tokens(values: Mapping[str, Any], source: Source) -> int:
-    """Image tokens that the vision tower gives, from its folder or else its name; else 576."""
+    """Compute the number of image tokens from the vision tower's config or name.
+
+    Args:
+        values: Values of config.json.
+        source: The checkpoint.
+
+    Returns:
+        Image tokens; 576 if neither the tower's config nor its name has sizes.
+    """
     tower = values.get("mm_vision_tower") and tower_of(values, source)
     if not tower:
         return LLAVA15_IMAGE_TOKENS
@@ -156,16 +189,16 @@ def image_tokens(values: Mapping[str, Any], source: Source) -> int:
         read = read.get("vision_config", read)
         side, patch = read.get("image_size"), read.get("patch_size")
     else:
-        # As in clip-vit-large-patch14-336; a path on the authors' machine ends like that too.
-        told = re.search(r"patch(\d+)-(\d+)", tower)
-        patch, side = map(int, told.groups()) if told else (None, None)
+        # Such as clip-vit-large-patch14-336, a Hub id or the end of a path.
+        match = re.search(r"patch(\d+)-(\d+)", tower)
+        patch, side = map(int, match.groups()) if match else (None, None)
     if not isinstance(side, int) or not isinstance(patch, int) or patch < 1:
         return LLAVA15_IMAGE_TOKENS
     return (side // patch) ** 2
 
 
-def _need(values: Mapping[str, Any], key: str, kind: type, source: Source) -> Any:
-    """A value of config.json, of its kind; ValueError names the key where it is not so."""
+def _value(values: Mapping[str, Any], key: str, kind: type, source: Source) -> Any:
+    """Read a value of a type from config.json; raise ValueError if it is missing or another."""
     if key not in values:
         raise ValueError(f"{source.name}: {CONFIG_FILE} has no {key}")
     value = values[key]
@@ -177,8 +210,8 @@ def _need(values: Mapping[str, Any], key: str, kind: type, source: Source) -> An
     return value
 
 
-def _number(values: Mapping[str, Any], key: str, source: Source, most: int = LARGEST) -> int:
-    value = _need(values, key, int, source)
-    if not 1 <= value <= most:
-        raise ValueError(f"{source.name}: {key} in {CONFIG_FILE} must be 1 to {most}, got {value}")
+def _integer(values: Mapping[str, Any], key: str, source: Source, limit: int = MAX_SIZE) -> int:
+    value = _value(values, key, int, source)
+    if not 1 <= value <= limit:
+        raise ValueError(f"{source.name}: {key} in {CONFIG_FILE} must be 1 to {limit}, got {value}")
     return value

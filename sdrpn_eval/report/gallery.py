@@ -38,7 +38,7 @@ def description(comparison: Comparison) -> dict[str, Any]:
     return {
         "runs": [run.name for run in comparison.runs],
         "padding": [
-            preprocessing(e.run, e.facts).get("padding", "pad") for e in comparison.evidence
+            preprocessing(e.run, e.facts).get("padding", "none") for e in comparison.evidence
         ],
         "tasks": [info.task for info in comparison.tasks],
         "metrics": [

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdrpn.io.plurals import counted
+from sdrpn_eval.args import ARGUMENTS
 from sdrpn_eval.provenance.fingerprints import without_addresses
 from sdrpn_eval.provenance.model import Provenance
 from sdrpn_eval.results.read import Run, TaskRun
@@ -24,8 +25,13 @@ SCORING += ("doc_to_choice", "doc_to_target", "repeats")
 CALLED = ("metric", "name", "function")
 """Keys that name an entry of a list in a configuration."""
 
-PREPROCESSING = {"padding": "pad", "system_prompt": None}
-"""Arguments of llava_sdrpn that change the base model's input, with their defaults."""
+PREPROCESSING = ("padding", "system_prompt", "min_pixels", "max_pixels", "short_answer")
+"""Arguments of our models that change the base model's input."""
+
+
+def _input_defaults(model: str) -> dict[str, Any]:
+    defaults = ARGUMENTS[model].defaults()
+    return {name: defaults[name] for name in PREPROCESSING if name in defaults}
 
 
 class NotComparable(ValueError):
@@ -227,22 +233,26 @@ def labels(evidence: Evidence, every: Sequence[Evidence]) -> list[str]:
 
 
 def _is_prepared_otherwise(evidence: Evidence, every: Sequence[Evidence]) -> bool:
-    """Compares with the first run of llava_sdrpn if there is one, else with the first run."""
-    ours = [one for one in every if one.run.model == "llava_sdrpn"] or list(every)
+    """Compares with the first run of one of our models if there is one, else with the first run."""
+    ours = [one for one in every if one.run.model in ARGUMENTS] or list(every)
     pair = (evidence, ours[0])
     # Resolved arguments if both are known: a prompt may be given as text or as a file.
-    resolved = all(one.facts and set(PREPROCESSING) <= set(one.facts.arguments) for one in pair)
+    resolved = all(
+        one.facts and one.facts.arguments.keys() >= _input_defaults(one.run.model).keys()
+        for one in pair
+        if one.run.model in ARGUMENTS
+    )
     mine, its = (preprocessing(one.run, one.facts if resolved else None) for one in pair)
     return mine != its
 
 
 def preprocessing(run: Run, facts: Provenance | None = None) -> dict[str, Any]:
     """What decides how an image and a question reach the base model, from the facts if given."""
-    if run.model != "llava_sdrpn":
+    if run.model not in ARGUMENTS:
         return {"model": run.model}
     given = facts.arguments if facts else run.arguments
-    values = {name: given.get(name, default) for name, default in PREPROCESSING.items()}
-    return {name: None if value == "" else value for name, value in values.items()}
+    values = {n: given.get(n, default) for n, default in _input_defaults(run.model).items()}
+    return {"model": run.model, **{n: None if v == "" else v for n, v in values.items()}}
 
 
 def _generation(task: TaskRun) -> Mapping[str, Any]:

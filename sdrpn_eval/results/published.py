@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sdrpn.model_registry import LLAVA_7B
+from sdrpn.backbones import qwen25_vl_published as qwen
+from sdrpn.model_registry import LLAVA_7B, QWEN_7B
 
 _TABLE = """
 size method throughput docvqa chartqa ocrbench infovqa textvqa vstar_attribute vstar_spatial
@@ -22,6 +23,10 @@ size method throughput docvqa chartqa ocrbench infovqa textvqa vstar_attribute v
 13b S2     0.71 30.7 20.3 36.4 24.7 54.5 43.5 59.2 49.7 87.3 88.1 49.1 42.9
 13b vicrop 0.39 30.2 20.1 36.1 25.9 60.3 47.8 57.9 51.8 88.0 88.7 53.3 40.6
 13b rpn    0.51 39.7 21.4 38.8 24.7 62.3 59.1 67.1 62.3 87.3 88.1 52.8 43.6
+qwen-3b stock 1   87.1 82.6 73.8 62.7 76.9 81.7 60.5 73.3 87.8 88.6 66.3 58.9
+qwen-3b rpn  0.56 89.5 83.8 76.3 67.0 79.7 91.3 65.8 81.2 88.9 89.3 73.1 65.3
+qwen-7b stock 1   92.0 82.6 81.5 70.2 81.1 80.0 75.0 78.0 86.7 87.9 72.5 63.6
+qwen-7b rpn  0.57 93.6 85.5 82.9 76.9 83.5 96.5 79.0 89.5 88.4 88.9 78.5 73.5
 """
 
 
@@ -68,6 +73,8 @@ WITH_OCR: Mapping[tuple[str, str], float] = {("7b", "stock"): 58.2, ("13b", "sto
 
 def row_of(model: str, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
     """The published row that a run repeats; None for other models and other ways to look."""
+    if model == "qwen2_5_vl_sdrpn":
+        return _qwen_row(arguments)
     pretrained = str(arguments.get("pretrained", LLAVA_7B)).lower()
     if "llava" not in pretrained or "1.5" not in pretrained:
         return None
@@ -79,6 +86,38 @@ def row_of(model: str, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
     elif model != "llava_hf":
         return None
     return (size, method) if size and (size, method) in PUBLISHED else None
+
+
+def _qwen_row(arguments: Mapping[str, Any]) -> tuple[str, str] | None:
+    pretrained = str(arguments.get("pretrained", QWEN_7B)).lower()
+    if "qwen2.5-vl-" not in pretrained or not _follows_paper(arguments):
+        return None
+    size = next((size for size in ("3b", "7b") if f"-{size}" in pretrained), None)
+    proposer = str(arguments.get("proposer", "rpn"))
+    row = f"qwen-{size}", {"none": "stock"}.get(proposer, proposer)
+    return row if row in PUBLISHED else None
+
+
+def _follows_paper(arguments: Mapping[str, Any]) -> bool:
+    return arguments.get("short_answer") is True or arguments.get("preset") == "paper"
+
+
+def _is_published_resolution(
+    row: tuple[str, str], column: str, arguments: Mapping[str, Any]
+) -> bool:
+    """Whether a run of Qwen2.5-VL sees as many tokens as the published score of a column did."""
+    least, most = (
+        int(arguments.get(name, qwen.PIXELS)) // qwen.CELL_PIXELS
+        for name in ("min_pixels", "max_pixels")
+    )
+    benchmark = column.partition("_")[0]
+    if benchmark not in ("vstar", "hrbench4k", "hrbench8k"):
+        return (least, most) == (576, 576)
+    if row[1] == "stock":
+        return most == 4096
+    (size,) = (one for one in qwen.SIZES if one.base.lower().endswith(f"{row[0][5:]}-instruct"))
+    runs = size.high_resolution.get(benchmark) or size.high_resolution["hrbench"]
+    return any((run.least, run.most) == (least, most) for run in runs)
 
 
 def published_score(
@@ -98,4 +137,8 @@ def published_score(
     column, row = COLUMN_OF.get((task.removesuffix("_public"), metric)), row_of(model, arguments)
     if row and (task, metric) == ("textvqa_val_ocr", "exact_match"):
         return WITH_OCR.get(row)
-    return PUBLISHED[row][column] if column and row else None
+    if not column or not row:
+        return None
+    if row[0].startswith("qwen") and not _is_published_resolution(row, column, arguments):
+        return None
+    return PUBLISHED[row][column]

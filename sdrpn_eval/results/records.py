@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sdrpn.io.plurals import counted
-from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.args import ARGUMENTS
 from sdrpn_eval.provenance.model import (
     FILES,
     Provenance,
@@ -54,7 +54,7 @@ def record_lines(run: Run) -> tuple[list[RecordLine], tuple[str, ...]]:
     They are found by the run's name and time, see `own_name`, whatever they answer. Without any,
     sentences that say why: a record whose answers contradict the samples is not used either.
     """
-    if run.model != "llava_sdrpn":
+    if run.model not in ARGUMENTS:
         return [], ()
     folders = [f for f in record_folders(run) if any(f.glob("record_*_rank*.jsonl"))]
     if not folders:
@@ -204,7 +204,7 @@ def read_facts(run: Run, folders: list[Path]) -> Provenance | None:
 
     Another model may have written its results beside ours: it leaves no facts.
     """
-    if run.model != "llava_sdrpn":
+    if run.model not in ARGUMENTS:
         return None
     for folder in folders:
         begun = begun_runs(folder)
@@ -248,7 +248,7 @@ def _has_other_arguments(run: Run, name: str, folder: Path) -> bool:
         # A prompt may be named by its file, and is recorded as its text.
         if argument in recorded and argument != "system_prompt":
             try:
-                given = getattr(LlavaArguments.of({argument: value}), argument)
+                given = getattr(ARGUMENTS[run.model].of({argument: value}), argument)
             except ValueError:  # of another version
                 continue
             if given != recorded[argument]:

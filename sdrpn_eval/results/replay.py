@@ -12,9 +12,9 @@ from typing import Any
 from sdrpn.boxes import PixelBox
 from sdrpn.draw import Card, sheet
 from sdrpn.io.atomic import write_json
-from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.args import ARGUMENTS
 from sdrpn_eval.command_line import parse_arguments
-from sdrpn_eval.model import LlavaSdrpn
+from sdrpn_eval.model import MODEL_CLASSES
 from sdrpn_eval.provenance.model import Provenance, read_latest
 from sdrpn_eval.record import RecordLine, read_records
 from sdrpn_eval.results.comparability import changes
@@ -95,7 +95,7 @@ def ask_again(
     given = arguments_again(source, overrides)
     with tempfile.TemporaryDirectory() as folder:
         # An empty record, so that nothing is answered from an earlier one.
-        model = LlavaSdrpn(**given | {"record": folder, "batch_size": 1})
+        model = MODEL_CLASSES[source.config["model"]](**given | {"record": folder, "batch_size": 1})
         config = dict(source.config) | {"limit": 1, "offset": doc_id}
         results = evaluate_again(model, [task], config, manager, out, predict_only=True)
         lines, facts = read_records(folder), read_latest(Path(folder))
@@ -119,9 +119,10 @@ def ask_again(
 
 
 def _refuse_unknown(source: Source, document: Document) -> None:
-    if source.config["model"] != "llava_sdrpn":
+    if source.config["model"] not in ARGUMENTS:
         raise BadRun(
-            f"{source.place} is a run of {source.config['model']}; replay asks llava_sdrpn again"
+            f"{source.place} is a run of {source.config['model']}; replay asks "
+            f"{' or '.join(ARGUMENTS)} again"
         )
     task, doc_id = document
     held = {line.doc_id for line in source.lines if line.task == task}
@@ -142,7 +143,8 @@ def arguments_again(source: Source, overrides: Mapping[str, Any]) -> dict[str, A
         recorded = arguments_of(source.facts)
     else:
         recorded = parse_arguments(source.config.get("model_args"))
-    replaced = LlavaArguments.presets.get(str(overrides.get("preset", "")), {})
+    presets = ARGUMENTS[source.config["model"]].presets
+    replaced = presets.get(str(overrides.get("preset", "")), {})
     return {k: v for k, v in recorded.items() if k not in replaced} | dict(overrides)
 
 

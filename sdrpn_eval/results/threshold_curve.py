@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdrpn_eval.args import WITHOUT_THRESHOLD, LlavaArguments
+from sdrpn_eval.args import ARGUMENTS, WITHOUT_THRESHOLD
 from sdrpn_eval.results.comparability import Evidence, common_tasks, refuse_moved
 from sdrpn_eval.results.compare import cluster_keys, gather
 from sdrpn_eval.results.read import read_run
@@ -85,9 +85,9 @@ def curves(folders: Sequence[Path], tasks: Sequence[str] = (), seed: int = 0) ->
 
 def arguments(evidence: Evidence) -> Mapping[str, Any]:
     """Model arguments: as resolved if the run left its facts, else as given, with defaults."""
-    if evidence.run.model != "llava_sdrpn":
+    if evidence.run.model not in ARGUMENTS:
         return {"model": evidence.run.model, "proposer": "none"}
-    return LlavaArguments.defaults() | dict(evidence.arguments)
+    return ARGUMENTS[evidence.run.model].defaults() | dict(evidence.arguments)
 
 
 def series_names(every: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -743,7 +743,7 @@ def test_losses_are_one_full_forward(
 
 
 def test_an_empty_continuation_is_refused(engine: ZoomModel, images: Any) -> None:
-    with pytest.raises(ValueError, match="continuation to score is empty"):
+    with pytest.raises(ValueError, match="must not be empty, got ' ' for question 0"):
         engine.loss_batch([Question("yellow", (images[0],))], [" "])
 
 

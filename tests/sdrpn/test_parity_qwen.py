@@ -23,8 +23,8 @@ from sdrpn.distill.trainer import RPNForTraining, RPNSamples, collate
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.inference.attention_rows import read_rows
 from sdrpn.io.weight_maps import rpn_names
-from sdrpn.roi.crops import crop_tokens, kept
-from sdrpn.roi.postprocess import blur, darken, propose, refused
+from sdrpn.roi.crops import crop_tokens, keep_mask
+from sdrpn.roi.postprocess import blur, darken, propose, unsupported_crop
 from sdrpn.roi.proposers import Look, roi_logits
 from sdrpn.rpn.checkpoint import RPN
 from tests.helpers import parity_qwen as parity
@@ -108,7 +108,7 @@ def test_boxes(looked: dict[str, Looked], key: str, k: int) -> None:
         assert not region.boxes
         assert region.reason
         if source is not None:
-            assert refused(PixelBox(*source.tolist()), backbone.map_rules)
+            assert unsupported_crop(PixelBox(*source.tolist()), backbone.map_rules)
         return
     assert [list(one) for one in region.grid_boxes] == [box.tolist()]
     assert [list(one) for one in region.boxes] == [source.tolist()]
@@ -128,7 +128,7 @@ def test_crops(looked: dict[str, Looked], key: str, k: int) -> None:
     assert patches == outputs(f"{key}/crop_grid_thw/{k}").tolist()
     cells = GridBox(*outputs(f"{key}/box_grid/{k}").tolist())
     over = blurred > np.float32(RECORD.thresholds(key)[k])
-    assert kept(over, cells, crop.grid.rows, crop.grid.columns).tolist() == expected.tolist()
+    assert keep_mask(over, cells, crop.grid.rows, crop.grid.columns).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("part", RECORD.parts("regions"))
@@ -152,7 +152,7 @@ def test_regions(part: str) -> None:
     if "keep" not in stored:
         assert not region.boxes
         if "box_src" in stored:
-            assert refused(PixelBox(*stored["box_src"].tolist()), backbone.map_rules)
+            assert unsupported_crop(PixelBox(*stored["box_src"].tolist()), backbone.map_rules)
             cells = GridBox(*stored["box_grid"].tolist())
             assert list(grid.to_pixels(cells)) == stored["box_src"].tolist()
         return
@@ -162,7 +162,7 @@ def test_regions(part: str) -> None:
     (box,), (cells,) = region.boxes, region.grid_boxes
     columns, rows = backbone.pictures.crop_cells(box)
     assert [1, 2 * rows, 2 * columns] == stored["crop_grid_thw"].tolist()
-    assert kept(region.keep, cells, rows, columns).tolist() == stored["keep"].tolist()
+    assert keep_mask(region.keep, cells, rows, columns).tolist() == stored["keep"].tolist()
 
 
 def stretched_grid(size: tuple[int, int], rows: int, columns: int) -> StretchedGrid:

@@ -80,7 +80,7 @@ def test_they_are_refused_from_python_too(
     """Of a model that is made before the evaluation, and of one that the evaluation makes."""
     made = LlavaSdrpn(pretrained=FakeEngine(), record="none") if made_before else "llava_sdrpn"
     arguments = "" if made_before else f"pretrained={tmp_path / 'none'},device=cpu"
-    with pytest.raises(ValueError, match=f"llava_sdrpn does not work with {told}"):
+    with pytest.raises(ValueError, match=f"sdrpn does not work with {told}"):
         simple_evaluate(
             made, arguments, tasks=[tiny], task_manager=manager(), bootstrap_iters=0, **settings
         )

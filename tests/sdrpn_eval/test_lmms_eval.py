@@ -184,7 +184,7 @@ def test_use_cache_is_refused_before_anything_is_loaded(
     words += ["--limit", "2", "--use_cache", str(tmp_path / "responses")]
     monkeypatch.setattr(sys, "argv", ["lmms-eval", *words])
     monkeypatch.setattr("sdrpn_eval.model.load_engine", None)  # must not be needed
-    with pytest.raises(ValueError, match="llava_sdrpn does not work with --use_cache"):
+    with pytest.raises(ValueError, match="sdrpn does not work with --use_cache"):
         cli_evaluate_single(parse_eval_args()[1])
     assert not (tmp_path / "responses").exists()
 
@@ -305,7 +305,7 @@ def test_two_processes_share_the_work(random_llava: Path, data: Path, tmp_path: 
     (samples,) = (tmp_path / "out").glob("*/*_samples_textvqa_val.jsonl")
     answered = {line.doc_id: line.answer for line in lines if line.task == "textvqa_val"}
     for line in map(json.loads, samples.open()):
-        assert line["filtered_resps"] == [answered[line.doc_id]] or (
-            line["filtered_resps"] == answered[line.doc_id]
+        assert line["filtered_resps"] == [answered[line["doc_id"]]] or (
+            line["filtered_resps"] == answered[line["doc_id"]]
         )
     assert "vstar" in results_of(tmp_path / "out")

@@ -12,7 +12,7 @@ import typer
 from lmms_eval.utils import simple_parse_args_string
 from typer.core import TyperGroup
 
-from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.args import ARGUMENTS
 from sdrpn_eval.cli import app
 from sdrpn_eval.results.published import PUBLISHED
 from sdrpn_eval.subsets import names, read_subset
@@ -48,13 +48,12 @@ def test_evaluations_name_tasks_and_arguments_that_exist() -> None:
     for words in commands():
         if words[0] != "lmms-eval":
             continue
-        assert option(words, "--model") == "llava_sdrpn"
+        kind = ARGUMENTS[option(words, "--model")]
         assert "--log_samples" in words
         for task in option(words, "--tasks").split(","):
             assert task in index, task
         arguments = simple_parse_args_string(option(words, "--model_args"))
-        LlavaArguments.of(arguments)
-        assert set(arguments) <= set(LlavaArguments.model_fields)
+        kind.of(arguments)
         seen.add((option(words, "--tasks"), *sorted(arguments.items())))
     for size in ("7b", "13b"):
         model = ("pretrained", f"llava-hf/llava-1.5-{size}-hf")
@@ -83,15 +82,16 @@ def test_our_own_commands_parse() -> None:
                 sub.make_context(name, left)
 
 
-ROWS = {"LLaVA-1.5": "stock", "+ ViCrop": "vicrop", "+ SD-RPN": "rpn"}
+ROWS = {"stock": "stock", "+ ViCrop": "vicrop", "+ SD-RPN": "rpn"}
 
 
 def test_the_table_holds_the_published_numbers() -> None:
     lines = [line.strip("| ").split(" | ") for line in PAGE.splitlines() if line.count(" | ") == 10]
     size, read = "", {}
     for name, *cells in lines:
-        if name.startswith("LLaVA-1.5-"):
-            size, name = name.removeprefix("LLaVA-1.5-").lower(), "LLaVA-1.5"
+        for family, prefix in (("LLaVA-1.5", ""), ("Qwen2.5-VL", "qwen-")):
+            if name.startswith(f"{family}-"):
+                size, name = prefix + name.removeprefix(f"{family}-").lower(), "stock"
         if name in ROWS:
             numbers = [float(n) for cell in cells[:-1] for n in cell.split(" / ")]
             read[size, ROWS[name]] = numbers

@@ -167,13 +167,14 @@ function outline(context, [x0, y0, x1, y1], scale, stroke, strong) {
   context.strokeRect(...place);
 }
 
-// The map lies on the square the model saw: the padded image, or its central crop.
+// The map lies on what the model saw: the image padded to a square, its central square, or all of it.
 function heat(context, question, scale) {
   const look = question.looks[state.run];
   if (!look || !look.map) return;
   const [rows, columns] = look.grid, [width, height] = question.size;
-  const side = data.padding[state.run] === "crop" ? Math.min(width, height)
-    : Math.max(width, height);
+  const padding = data.padding[state.run];
+  const side = padding === "crop" ? Math.min(width, height) : Math.max(width, height);
+  const [across, down] = padding === "none" ? [width, height] : [side, side];
   const cells = Uint8Array.from(atob(look.map), (c) => c.charCodeAt(0));
   const top = Math.max(1, ...cells), small = make("canvas");
   small.width = columns;
@@ -187,8 +188,8 @@ function heat(context, question, scale) {
     pixels.data[4 * i + 3] = 165 * value;
   });
   small.getContext("2d").putImageData(pixels, 0, 0);
-  context.drawImage(small, (width - side) / 2 * scale, (height - side) / 2 * scale,
-    side * scale, side * scale);
+  context.drawImage(small, (width - across) / 2 * scale, (height - down) / 2 * scale,
+    across * scale, down * scale);
 }
 
 function crop(question, look, [x0, y0, x1, y1], index) {

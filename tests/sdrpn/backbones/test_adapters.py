@@ -116,7 +116,9 @@ def test_an_adapter_for_other_names(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     renamed = {n.replace("language_model.", "decoder."): t for n, t in load_file(path).items()}
     save_file(renamed, path)
-    with pytest.raises(ValueError, match=r"cannot be put on the base model: .*missing") as error:
+    with pytest.raises(
+        ValueError, match=r"cannot be applied to the base model: .*missing"
+    ) as error:
         Llava15.load(str(base), peft=str(tmp_path / "adapter"), device="cpu")
     assert "sdrpn convert base FOLDER --base BASE" in str(error.value)
 
@@ -125,7 +127,7 @@ def test_an_adapter_of_another_size(base: Path, tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", r".*language_model.*q_proj")
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace('"r": 2', '"r": 4'))
-    with pytest.raises(ValueError, match=r"put on the base model: Error\(s\) in loading"):
+    with pytest.raises(ValueError, match=r"applied to the base model: Error\(s\) in loading"):
         Llava15.load(str(base), peft=str(tmp_path / "adapter"), device="cpu")
 
 

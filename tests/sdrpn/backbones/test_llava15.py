@@ -336,8 +336,8 @@ def test_another_note_is_refused_by_name(folder: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="image_aspect_ratio") as error:
         Llava15.load(str(tmp_path), device="cpu")
     assert str(error.value) == (
-        f"{tmp_path}: image_aspect_ratio in config.json must be pad or square, got 'keep'; correct "
-        "it to how the model was trained"
+        f"{tmp_path}: image_aspect_ratio in config.json must be pad or square, got 'keep'; set "
+        "it to the value used in training"
     )
     assert Llava15.load(str(tmp_path), device="cpu", padding="crop").padding == "crop"
 
@@ -472,7 +472,7 @@ def test_crops_that_cannot_fit_are_left_out(short_llava: Llava15, images: Any) -
     zoom = ZoomModel(short_llava, proposer="none")
     answer = zoom.ask(images[0], text, box=PixelBox(0, 0, 60, 60), max_new_tokens=1)
     assert (answer.regions, answer.crop_tokens) == ((), 0)
-    assert "no room in the context" in str(answer.reason)
+    assert "the context is full" in str(answer.reason)
     assert answer.text == zoom.ask(images[0], text, max_new_tokens=1).text
 
 
@@ -563,7 +563,7 @@ def test_the_card_tells_the_facts(llava: Llava15, tmp_path: Path) -> None:
     assert f"base_model: {llava.name}\n" in card
     assert "- samples: 1234\n- final loss: 0.25" in card
     assert f"{sum(weight.numel() for weight in rpn.parameters()):,} parameters" in card
-    assert f"behind layer {BRANCH_LAYER - 1} " in card
+    assert f"layer {BRANCH_LAYER - 1} and has" in card
     assert "Not trained" not in card
 
 
@@ -627,7 +627,9 @@ def test_missing_files_are_named(checkpoint: Path, file: str) -> None:
 
 def test_a_fresh_rpn_needs_enough_layers(llava: Llava15) -> None:
     assert RPN.from_backbone(llava, 3, 3).config.depth == 3
-    with pytest.raises(ValueError, match=r"branch_layer 4 \+ depth 3 .* the backbone has 6"):
+    with pytest.raises(
+        ValueError, match=r"branch_layer 4 \+ depth 3 must be .*the backbone's 6 layers"
+    ):
         RPN.from_backbone(llava, 4, 3)
 
 

@@ -159,12 +159,12 @@ def test_the_plugin_follows_the_note_and_records_what_it_does(
 ) -> None:
     model = LlavaSdrpn(pretrained=str(square), rpn=str(square / "rpn"), device="cpu", **given)
     assert model.engine.backbone.padding == used
-    assert model.arguments["padding"] == used
+    assert model.arguments.padding == used
 
 
 def test_without_a_note_the_plugin_pads(llava: Llava15) -> None:
     model = LlavaSdrpn(pretrained="tiny", device="cpu")
-    assert (model.engine.backbone.padding, model.arguments["padding"]) == ("pad", "pad")
+    assert (model.engine.backbone.padding, model.arguments.padding) == ("pad", "pad")
     cropping = Llava15(llava.model, llava.processor, padding="crop")
     model = LlavaSdrpn(pretrained=ZoomModel(cropping, proposer="none"), proposer="none")
-    assert model.arguments["padding"] == "crop"
+    assert model.arguments.padding == "crop"

@@ -136,12 +136,12 @@ def test_no_start_token_where_the_tokenizer_has_none() -> None:
 def test_a_tokenizer_without_a_leading_space_is_refused() -> None:
     never = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
     tokenizer = hub_tokenizer(normalizer=None, pre_tokenizer=never)
-    with pytest.raises(ValueError, match="behind an image") as error:
+    with pytest.raises(ValueError, match="after an image") as error:
         PlainText(tokenizer, 32000, "my/llava")
     with pytest.raises(ValueError, match=r"^this model: its tokenizer encodes the line break"):
         PlainText(tokenizer, 32000)
     assert str(error.value) == (
-        "my/llava: its tokenizer encodes the line break behind an image as [13], but LLaVA-1.5 was "
+        "my/llava: its tokenizer encodes the line break after an image as [13], but LLaVA-1.5 was "
         "trained with [29871, 13] (a '▁' first): use the tokenizer files of "
         "llava-hf/llava-1.5-7b-hf, or remove add_prefix_space from tokenizer_config.json"
     )

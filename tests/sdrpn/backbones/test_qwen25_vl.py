@@ -151,7 +151,7 @@ def test_tied_output_embeddings(tmp_path: Path, picture: Image.Image) -> None:
 def test_cousins_are_refused_by_name(folder: Path, tmp_path: Path, kind: str, named: str) -> None:
     values = json.loads((folder / "config.json").read_text()) | {"model_type": kind}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=f"is a {named} .*give a Qwen2.5-VL"):
+    with pytest.raises(ValueError, match=f"is a {named} .*use a Qwen2.5-VL"):
         load_backbone(str(tmp_path))
 
 
@@ -337,7 +337,7 @@ def test_refused_crops_are_no_zoom(
     asked = Question(QUESTIONS[0], (picture,), PixelBox(*box))
     (found,) = engine.ask_batch([asked], STEPS)
     assert (found.text, found.regions) == (plain.text, ())
-    assert "side under 28 are not read" in (found.reason or "")
+    assert "side under 28 are not supported" in (found.reason or "")
     (whole,) = engine.ask_batch([replace(asked, box=PixelBox(0, 0, 28, 100))], STEPS)
     assert whole.regions
 

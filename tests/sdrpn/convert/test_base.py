@@ -800,7 +800,7 @@ def test_a_llava_1_6_is_told(
     edit(folder, **changes)
     sentence = (
         f"{folder} is not a LLaVA-1.5 model but a LLaVA-1.6 ({sign} in config.json), which reads "
-        "an image in tiles; give a LLaVA-1.5, such as llava-hf/llava-1.5-7b-hf or "
+        "an image in tiles; use a LLaVA-1.5, such as llava-hf/llava-1.5-7b-hf or "
         "liuhaotian/llava-v1.5-7b"
     )
     assert sentence in said(str(folder), "--out", str(tmp_path / "out"))

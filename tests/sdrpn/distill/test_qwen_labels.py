@@ -25,9 +25,9 @@ from sdrpn.distill.label import kind_of, label_batch
 from sdrpn.distill.label_dataset import load_labels, read_label_config, read_settings
 from sdrpn.distill.label_job import LabelJob, relabel
 from sdrpn.distill.pseudo_labels import label_cells, padding_cells, pseudo_labels
-from sdrpn.distill.questions import Item
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.inference.generation import generate
+from sdrpn.io.questions import ImageQuestion
 from sdrpn.rpn.checkpoint import RPN
 from tests.conftest import QUESTIONS, make_image
 from tests.helpers.qwen_tiny import CELL_PIXELS, make_qwen, write_checkpoint
@@ -193,7 +193,7 @@ def test_a_batch_of_both_kinds(engine: ZoomModel) -> None:
         assert (found.sink == 0).all() == (kind == "text")
 
 
-def pictures(folder: Path) -> list[Item]:
+def pictures(folder: Path) -> list[ImageQuestion]:
     """Natural pictures and pictures of text, wide and high."""
     items = []
     for place in ("gqa", "ocr_vqa"):
@@ -201,7 +201,7 @@ def pictures(folder: Path) -> list[Item]:
         for number, size in enumerate([(161, 90), (90, 161), (112, 112)]):
             name = f"{place}/{number}.png"
             make_image(*size, number).save(folder / name)
-            items += [Item(f"{name}-{t}", name, f"{t}\n{ONE_WORD}") for t in QUESTIONS[:2]]
+            items += [ImageQuestion(f"{name}-{t}", name, f"{t}\n{ONE_WORD}") for t in QUESTIONS[:2]]
     return items
 
 

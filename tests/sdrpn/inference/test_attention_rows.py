@@ -178,7 +178,7 @@ def test_attention_proposer_reads_no_answer_past_the_context(
 
 def test_attention_proposer_needs_to_know_the_heads(llava: Llava15, images: Any) -> None:
     zoom = ZoomModel(llava, proposer="attention")
-    with pytest.raises(ValueError, match=f"which attention heads of {llava.name}"):
+    with pytest.raises(ValueError, match=f"no grounding heads are known for {llava.name}"):
         ask_all(zoom, images[:1])
 
 

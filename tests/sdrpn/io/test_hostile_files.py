@@ -45,7 +45,7 @@ from sdrpn.engine import ZoomModel
 from sdrpn.io.atomic import MAX_SETTINGS, parse_json, read_object
 from sdrpn.io.images import BadImage, safe_join
 from sdrpn.io.resumable import guard_settings
-from sdrpn.roi.proposers import known_labels
+from sdrpn.roi.proposers import require_labels
 from sdrpn.rpn.checkpoint import RPN
 from sdrpn_eval.demo import embedded_model, tiny_path
 from sdrpn_eval.report.html import write_page
@@ -393,7 +393,7 @@ def test_rows_of_a_data_set_without_text_are_named(tmp_path: Path, row: dict[str
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"depth": 10**9}, "tensors do not make 1000000000 layers"),
+        ({"depth": 10**9}, "tensors are too few for 1000000000 layers"),
         ({"depth": "3"}, "depth must be int, got '3'"),
         ({"depth": True}, "depth must be int, got 'True'"),
         ({"hidden_size": 10**20}, "weights and config disagree"),
@@ -599,7 +599,7 @@ def test_nan_in_an_rpn_is_named_and_none_is_saved(tmp_path: Path, llava: Llava15
 def test_heads_of_another_model_are_refused(llava: Llava15) -> None:
     zoom = ZoomModel(llava, proposer="none", labels=LABELS_13B)
     with pytest.raises(ValueError, match="these heads were found for another model"):
-        known_labels(zoom.models)
+        require_labels(zoom.models)
 
 
 @pytest.mark.parametrize(

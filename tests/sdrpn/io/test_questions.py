@@ -185,7 +185,7 @@ def test_the_tokenizer_itself_is_left_alone(tokenizer: Any) -> None:
 
 
 def test_a_tokenizer_without_the_image_token_is_refused(llava: Llava15) -> None:
-    with pytest.raises(ValueError, match="token 31 is an image, which the tokenizer does not know"):
+    with pytest.raises(ValueError, match="image token 31, which the tokenizer lacks"):
         PlainText(llava.tokenizer, 31)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from sdrpn.backbones.base import Backbone, CropTokens, ImageInput
 from sdrpn.boxes import GridBox, ImageGrid, PixelBox
 from sdrpn.config import ZoomConfig
-from sdrpn.roi.crops import crop_tokens, kept
+from sdrpn.roi.crops import crop_tokens, keep_mask
 from sdrpn.roi.postprocess import Region
 
 WHOLE = ZoomConfig()
@@ -116,14 +116,14 @@ def test_masks_are_cut_by_rows_and_by_columns() -> None:
     over = np.zeros((4, 6), bool)
     over[1, 2:5] = over[2, 2] = True
     box = GridBox(2, 1, 5, 3)  # 3 wide, 2 high
-    assert kept(over, box, 2, 3).reshape(2, 3).tolist() == [
+    assert keep_mask(over, box, 2, 3).reshape(2, 3).tolist() == [
         [True, True, True],
         [True, False, False],
     ]
     # On one row of tokens a cell and the empty one below it make a half, which is not over it.
-    assert kept(over, box, 1, 3).tolist() == [True, False, False]
+    assert keep_mask(over, box, 1, 3).tolist() == [True, False, False]
     # On two columns: 0.75 of the first column's cells come from columns 0, a quarter from 1.
-    assert kept(over, box, 2, 2).reshape(2, 2).tolist() == [[True, True], [True, False]]
+    assert keep_mask(over, box, 2, 2).reshape(2, 2).tolist() == [[True, True], [True, False]]
 
 
 def test_crops_come_back_with_their_row() -> None:

@@ -16,12 +16,12 @@ from PIL import Image
 from scipy import ndimage
 
 from sdrpn.backbones.base import Backbone, ImageInput
-from sdrpn.backbones.llava15 import square_grid, stretched
+from sdrpn.backbones.llava15 import crop_to_square, square_grid
 from sdrpn.boxes import GridBox, ImageGrid, PixelBox
 from sdrpn.config import ZoomConfig
 from sdrpn.roi import postprocess as region
-from sdrpn.roi.crops import crop_tokens, kept, resize
-from sdrpn.roi.postprocess import Region, blur, budget, components, grow, propose
+from sdrpn.roi.crops import crop_tokens, keep_mask, resize
+from sdrpn.roi.postprocess import Region, blur, components, crop_grid_size, grow, propose
 from sdrpn.roi.vicrop import propose_window
 
 HIGH, LOW = 0.9, 0.01
@@ -318,7 +318,7 @@ def test_strongest_passes_over_peaks_in_the_padding() -> None:
     assert boxes(square) == [(0, 0, 2, 2)]
     only = [row.replace("5", ".").replace("6", ".") for row in rows]
     nothing = propose(drawn(*only), wide, replace(ANY_SIZE, policy="strongest"))
-    assert nothing.reason == "the region holds no whole pixel of the image, only padding"
+    assert nothing.reason == "the region contains only padding"
 
 
 # --- the image ---------------------------------------------------------------------------------
@@ -541,20 +541,20 @@ def test_a_region_of_less_than_a_pixel_is_none(size: tuple[int, int]) -> None:
     rows[0] = "##......"
     found = propose(drawn(*rows), square_grid(size, 8, 112), replace(ANY_SIZE, min_cells=1))
     assert found.boxes == ()
-    assert found.reason == "the region holds no whole pixel of the image, only padding"
+    assert found.reason == "the region contains only padding"
 
 
 # --- given boxes -------------------------------------------------------------------------------
 
 
 def test_a_given_box_is_taken_as_it_is() -> None:
-    found = region.given(PixelBox(5, 30, 112, 84), square_grid((112, 112), 4, 112))
+    found = region.region_from_box(PixelBox(5, 30, 112, 84), square_grid((112, 112), 4, 112))
     assert found.boxes == (PixelBox(5, 30, 112, 84),)
     assert found.grid_boxes == (GridBox(0, 1, 4, 3),)
     assert found.reason is None
-    assert region.given(PixelBox(0, 0, 112, 112), square_grid((112, 112), 4, 112)).boxes == (
-        (0, 0, 112, 112),
-    )
+    assert region.region_from_box(
+        PixelBox(0, 0, 112, 112), square_grid((112, 112), 4, 112)
+    ).boxes == ((0, 0, 112, 112),)
 
 
 @pytest.mark.parametrize(
@@ -571,7 +571,7 @@ def test_a_given_box_is_taken_as_it_is() -> None:
 )
 def test_a_given_box_must_lie_inside_the_image(box: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="does not lie inside the 40 x 30 image") as error:
-        region.given(PixelBox(*box), square_grid((40, 30), 4, 112))
+        region.region_from_box(PixelBox(*box), square_grid((40, 30), 4, 112))
     assert str(box) in str(error.value)
 
 
@@ -623,10 +623,10 @@ def noise_image(width: int, height: int) -> Image.Image:
 
 def test_crops_are_cut_from_the_original_and_stretched() -> None:
     image = noise_image(50, 40)
-    found = stretched(image, PixelBox(10, 5, 42, 37), 32)
+    found = crop_to_square(image, PixelBox(10, 5, 42, 37), 32)
     assert np.array_equal(np.asarray(found), np.asarray(image)[5:37, 10:42])
-    assert stretched(image, PixelBox(0, 0, 50, 3), 32).size == (32, 32)
-    assert stretched(image, PixelBox(7, 7, 8, 8), 32).getcolors() == [
+    assert crop_to_square(image, PixelBox(0, 0, 50, 3), 32).size == (32, 32)
+    assert crop_to_square(image, PixelBox(7, 7, 8, 8), 32).getcolors() == [
         (1024, image.getpixel((7, 7)))
     ]
 
@@ -641,7 +641,7 @@ def test_any_box_gives_a_crop_of_its_own_pixels(data: st.DataObject, size: tuple
     )
     image = noise_image(*size)
     cut = np.asarray(image)[box.y0 : box.y1, box.x0 : box.x1]
-    found = np.asarray(stretched(image, box, 28))
+    found = np.asarray(crop_to_square(image, box, 28))
     assert found.shape == (28, 28, 3)
     assert (found >= cut.min((0, 1))).all()
     assert (found <= cut.max((0, 1))).all()
@@ -650,7 +650,7 @@ def test_any_box_gives_a_crop_of_its_own_pixels(data: st.DataObject, size: tuple
 def test_crops_that_are_very_high_resize_rows_first() -> None:
     """Columns first would take side x height pixels of a crop one pixel wide."""
     high, bilinear = noise_image(5, 9_000), Image.Resampling.BILINEAR
-    found = np.asarray(stretched(high, PixelBox(0, 0, 5, 9_000), 112))
+    found = np.asarray(crop_to_square(high, PixelBox(0, 0, 5, 9_000), 112))
     rows = high.resize((5, 112), bilinear).resize((112, 112), bilinear)
     columns = high.resize((112, 9_000), bilinear).resize((112, 112), bilinear)
     assert np.array_equal(found, rows)
@@ -661,7 +661,7 @@ def test_crops_that_are_very_high_resize_rows_first() -> None:
 def test_crops_resize_columns_first(size: tuple[int, int]) -> None:
     """The order of the two passes decides the rounding, so it is not left to Pillow's version."""
     image = noise_image(*size)
-    found = np.asarray(stretched(image, PixelBox(0, 0, *size), 112), dtype=int)
+    found = np.asarray(crop_to_square(image, PixelBox(0, 0, *size), 112), dtype=int)
     columns = image.resize((112, size[1]), Image.Resampling.BILINEAR)
     assert np.array_equal(found, columns.resize((112, 112), Image.Resampling.BILINEAR))
     rows = image.resize((size[0], 112), Image.Resampling.BILINEAR)
@@ -684,7 +684,7 @@ def test_budget_is_cells_of_the_box_times_the_ratio(
     ratio: float | None, expected: tuple[int, int]
 ) -> None:
     """(rows, columns) for a box of 5 x 2 cells, at most the grid."""
-    assert budget(GridBox(3, 4, 8, 6), 24, 24, ZoomConfig(token_budget=ratio)) == expected
+    assert crop_grid_size(GridBox(3, 4, 8, 6), 24, 24, ZoomConfig(token_budget=ratio)) == expected
 
 
 def test_kept_tokens_follow_the_cut_map() -> None:
@@ -695,7 +695,7 @@ def test_kept_tokens_follow_the_cut_map() -> None:
         ".#..",
         "....",
     )
-    found = kept(over > 0.5, GridBox(1, 1, 3, 3), 4, 4).reshape(4, 4)
+    found = keep_mask(over > 0.5, GridBox(1, 1, 3, 3), 4, 4).reshape(4, 4)
     # Tokens lie at quarters of cells. The innermost one of the empty quarter gets 9/16 of its own
     # cell and 7/16 of the three full ones, which does not exceed one half.
     assert found.tolist() == [
@@ -704,8 +704,8 @@ def test_kept_tokens_follow_the_cut_map() -> None:
         [True, True, False, False],
         [True, True, False, False],
     ]
-    assert kept(over > 0.5, GridBox(1, 1, 3, 3), 2, 2).tolist() == [True, True, True, False]
-    assert kept(over > 0.5, GridBox(2, 2, 4, 4), 2, 2).tolist() == [False] * 4
+    assert keep_mask(over > 0.5, GridBox(1, 1, 3, 3), 2, 2).tolist() == [True, True, True, False]
+    assert keep_mask(over > 0.5, GridBox(2, 2, 4, 4), 2, 2).tolist() == [False] * 4
 
 
 def test_resize_is_bilinear_and_leaves_whole_grids_alone() -> None:
@@ -756,7 +756,8 @@ def test_crop_tokens_are_some_and_fit_or_there_are_none(
         assert crops == []
         return
     whole = sum(
-        rows * columns for rows, columns in (budget(b, grid, grid, zoom) for b in found.grid_boxes)
+        rows * columns
+        for rows, columns in (crop_grid_size(b, grid, grid, zoom) for b in found.grid_boxes)
     )
     if not crops:
         assert room < len(found.boxes) or found.keep is not None
@@ -809,7 +810,7 @@ def test_a_region_as_large_as_the_image_is_not_zoomed_where_told() -> None:
     assert boxes(look(*rows, zoom=replace(ANY_SIZE, skip_above=0.57))) == [(1, 1, 4, 4)]
     skipped = look(*rows, zoom=replace(ANY_SIZE, skip_above=0.56))
     assert not skipped.boxes
-    assert skipped.reason == "the region is 56% of the image, which was seen already"
+    assert skipped.reason == "the region is 56% of the image (skip_above=0.56)"
     assert boxes(look(*rows)) == [(1, 1, 4, 4)]
     with pytest.raises(ValueError, match="skip_above must be in"):
         replace(ANY_SIZE, skip_above=1.5)

@@ -86,7 +86,9 @@ def test_the_published_depths_are_the_defaults() -> None:
 
 def test_a_copy_needs_as_many_layers_as_it_replaces(llava: Llava15) -> None:
     assert RPN.from_backbone(llava, 3, 3).config.depth == 3
-    with pytest.raises(ValueError, match=r"branch_layer 4 \+ depth 3 needs .*the backbone has 6"):
+    with pytest.raises(
+        ValueError, match=r"branch_layer 4 \+ depth 3 must be .*the backbone's 6 layers"
+    ):
         RPN.from_backbone(llava, 4, 3)
 
 
@@ -204,7 +206,7 @@ def test_the_card_says_what_it_is_and_how_it_was_trained(llava: Llava15, tmp_pat
     assert f"\nbase_model: {llava.name}\n" in card
     assert f"# Region proposal network for {llava.name}\n" in card
     count = sum(p.numel() for p in rpn.parameters())
-    assert f"state behind layer 1 and has {count:,} parameters of its own (3 layers)" in card
+    assert f"output of the backbone's layer 1 and has {count:,} parameters (3\nlayers)" in card
     assert card.rstrip().endswith("## Training facts\n\n- samples: 7\n- final loss: 0.25")
     assert RPN.from_pretrained(tmp_path).facts == rpn.facts
     rpn.facts, rpn.config = {}, replace(rpn.config, base_model="")
@@ -222,8 +224,8 @@ def test_broken_weights_are_named_with_the_folder_they_were_for(
     with pytest.raises(ValueError, match="not finite") as error:
         rpn.save_pretrained(tmp_path / "rpn")
     assert str(error.value) == (
-        f"the RPN for {tmp_path / 'rpn'}: k_proj.weight holds values that are not finite; its "
-        "training went wrong: try a lower learning rate"
+        f"the RPN for {tmp_path / 'rpn'}: k_proj.weight holds values that are not finite; "
+        "training diverged: use a lower learning rate"
     )
     assert not (tmp_path / "rpn").exists()
 
@@ -271,7 +273,7 @@ def test_weights_of_several_types_come_in_the_widest(saved: Path) -> None:
         ({"colour": 1}, "is not an sdrpn RPN checkpoint: .*colour"),
         ({"intermediate_size": 300}, "weights and config disagree: .*size mismatch"),
         ({"depth": 2}, "weights and config disagree: .*Unexpected key"),
-        ({"depth": 500}, "weights and config disagree: 22 tensors do not make 500 layers"),
+        ({"depth": 500}, "weights and config disagree: 22 tensors are too few for 500 layers"),
     ],
 )
 def test_folders_that_make_no_sense_are_named(

@@ -548,7 +548,7 @@ def test_the_plugin_s_default_is_the_published_rpn(
     )
     for proposer in ("rpn", "attention", "none"):
         values = LlavaArguments.of({"pretrained": base, "proposer": proposer})
-        loading.load_engine(values, {}, torch.device("cpu"))
+        loading.load_engine(values, torch.device("cpu"))
     assert asked == [(base, PUBLISHED_RPN[base]), (base, None), (base, None)]
 
 
