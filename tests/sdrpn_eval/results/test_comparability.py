@@ -490,7 +490,7 @@ def test_arguments_are_the_resolved_ones_where_they_are_known() -> None:
 
 def test_how_an_image_and_a_question_reach_the_model() -> None:
     assert preprocessing(ran(model="llava_hf", given="padding=crop").run) == {"model": "llava_hf"}
-    plain = {"padding": "pad", "system_prompt": None}
+    plain = {"model": "llava_sdrpn", "padding": "pad", "system_prompt": None}
     assert preprocessing(ran().run) == plain
     assert preprocessing(ran(given="padding=,system_prompt=").run) == plain | {"padding": None}
     crop = ran(given="padding=crop,proposer=none").run
