@@ -237,7 +237,7 @@ def test_the_latest_run_of_each_task(tmp_path: Path, log: list[str]) -> None:
     writer.append([line(1, **late), line(0, **early), line(2, **late)])
     writer.append([line(4, task="other", **early)])
     with (tmp_path / "record_toy_rank0.jsonl").open("ab") as file:
-        file.write(b"\n{\r}\n")  # an empty line, and one with a carriage return
+        file.write(b"\n{\r\xff}\n")  # an empty line, and one of a carriage return and no UTF-8
     assert [(one.task, one.doc_id) for one in read_records(tmp_path)] == [
         ("other", 4),
         ("toy", 1),
