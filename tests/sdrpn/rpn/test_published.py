@@ -315,6 +315,10 @@ def test_a_tower_that_makes_no_sense_is_taken_for_llava_1_5_s(
         ({"roi_multi_head": 1}, r"roi_multi_head in config.json must be a bool, got 1"),
         ({"roi_source": "hidden_states"}, r"roi_source is 'hidden_states'"),
         ({"hidden_size": None}, r"config.json has no hidden_size"),
+        (
+            {"num_key_value_heads": "4"},
+            r"^\S+: num_key_value_heads in config.json must be a int, got '4'$",
+        ),
         ({"num_attention_heads": 3}, r"hidden_size 128 is not a multiple of 3 heads"),
         ({"rms_norm_eps": "small"}, r"rms_norm_eps in config.json must be a float, got 'small'"),
         ({"twig_T": 2}, r"holds a tensor model.twig_layers.2.\S+ \(and 8 more\)"),
