@@ -211,6 +211,7 @@ def test_label_settings_survive_json() -> None:
         (21, 5, range(1, 4)),  # 2.6 of 5: 2, and one more behind them
         (39, 5, range(0, 5)),  # 4.9 of 5: 4, and one more
         (1, 4, range(1, 3)),  # never less than 1
+        (1, 5, range(2, 3)),
         (40, 4, range(4)),
     ],
 )
