@@ -57,9 +57,7 @@ def padding_cells(size: tuple[int, int], cells: int) -> np.ndarray:
     def shown(own: int) -> slice:
         return slice((cells - own) // 2, min(cells, own + math.ceil((cells - own) / 2)))
 
-    rows = shown(height) if width > height else slice(None)
-    columns = shown(width) if height > width else slice(None)
-    padding[rows, columns] = False
+    padding[shown(height), shown(width)] = False
     return padding
 
 

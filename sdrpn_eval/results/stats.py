@@ -134,7 +134,7 @@ def _share(sums: np.ndarray, counts: np.ndarray, alike: float | None = None) -> 
     from scipy.special import betaincinv, stdtrit
 
     questions, images = int(counts.sum()), len(sums)
-    mean = min(float(sums.sum()) / questions, 1.0)
+    mean = float(sums.sum()) / questions
     if images == 1:
         return Estimate(mean, None, None)
     variance = _covariance(sums, sums, counts)

@@ -153,7 +153,7 @@ def images_that_can_fall(task: TaskBaseline, key: str) -> int:
     return len({cluster for score, cluster in scored if score != worst})
 
 
-def decided_by_noise(images: Mapping[str, int], alpha: float) -> dict[str, int]:
+def decided_by_noise(images: Mapping[str, int], alpha: float) -> set[str]:
     """Finds the tasks with enough images for the sign-flip test.
 
     Tasks with the fewest images are dropped first, which leaves fewer tests to correct for.
@@ -163,16 +163,16 @@ def decided_by_noise(images: Mapping[str, int], alpha: float) -> dict[str, int]:
         alpha: Level that the p-values, after Holm's correction, are held against.
 
     Returns:
-        By task with enough images, the number of images that it needs.
+        Their names.
     """
     left = dict(images)
     while left:
         needed = images_needed(alpha, len(left))
         fewest = min(left, key=lambda task: left[task])
         if needed is not None and left[fewest] >= needed:
-            return dict.fromkeys(left, needed)
+            return set(left)
         del left[fewest]
-    return {}
+    return set()
 
 
 def small(tasks: Mapping[str, TaskBaseline], rules: Rules) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sdrpn_eval.cli import app
+from sdrpn_eval.results.baseline import MetricBaseline, TaskBaseline
 from sdrpn_eval.results.comparability import NotComparable
 from sdrpn_eval.results.compare import compare
 from sdrpn_eval.results.comparison import Comparison, MetricRow
@@ -54,3 +56,33 @@ def run_gate(run: Path, baseline: Path, *words: str) -> tuple[int, str]:
     done = CliRunner().invoke(app, ["gate", str(run), "--baseline", str(baseline), *words])
     assert done.exception is None or isinstance(done.exception, SystemExit)
     return done.exit_code, done.output.strip().splitlines()[-1]
+
+
+def metric(scores: Sequence[float | None], better: bool = True) -> MetricBaseline:
+    """A metric of a baseline, by hand."""
+    known = [score for score in scores if score is not None]
+    return MetricBaseline(better, sum(known) / len(known), list(scores))
+
+
+def task(
+    scores: Sequence[float | None],
+    clusters: Sequence[int] | None = None,
+    *,
+    better: bool = True,
+    empty: int = 0,
+    **more: MetricBaseline,
+) -> TaskBaseline:
+    """A task of a baseline with the metric `accuracy`, and more; each on an image of its own."""
+    n = len(scores)
+    return TaskBaseline(
+        documents=list(range(n)),
+        questions=["q"] * n,
+        images=[None] * n,
+        clusters=list(range(n) if clusters is None else clusters),
+        clustered_by="images",
+        empty_answers=empty,
+        scorer=None,
+        settings="s",
+        metrics={"accuracy,none": metric(scores, better)}
+        | {f"{name},none": value for name, value in more.items()},
+    )

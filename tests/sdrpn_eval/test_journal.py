@@ -30,6 +30,9 @@ from tests.helpers.fake_engine import FakeEngine
 
 N = 9
 
+FOUND = "in the record of an earlier run, of the same weights, settings and prompts, and not asked "
+FOUND += "again; resume=false asks all anew"
+
 
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -90,7 +93,7 @@ def test_a_second_run_asks_the_rest_and_its_record_is_whole(weights: Path, tmp_p
     done = {line.prompt for line in first}
     assert new == sorted({f"q{i}" for i in range(N)} - done)
     assert texts(answers) == [f"q{i}|1" for i in range(N)]
-    assert len([line for line in log if line.startswith("4 of 9 answers stand in")]) == 1
+    assert log.count(f"4 of 9 answers stand {FOUND}") == 1
     lines = read_records(tmp_path / "r")
     assert [line.doc_id for line in lines] == list(range(N))
     assert {line.run for line in lines}.isdisjoint({line.run for line in first})
@@ -148,6 +151,17 @@ def test_shares_of_other_processes_are_found(weights: Path, tmp_path: Path) -> N
         lm._record.rank = rank
         lm.generate_until(requests()[rank::3])
         assert engine.batches == []
+
+
+def test_one_answer_that_stands_is_told_as_one(weights: Path, tmp_path: Path) -> None:
+    run(tmp_path / "r", requests(1))
+    with logged() as log:
+        run(tmp_path / "r", requests(2))
+        run(tmp_path / "r", requests(1))
+    assert [line for line in log if FOUND in line] == [
+        f"1 of 2 answers stands {FOUND}",
+        f"1 of 1 answer stands {FOUND}",
+    ]
 
 
 def test_a_line_cut_off_is_asked_again(weights: Path, tmp_path: Path) -> None:
@@ -373,6 +387,19 @@ def test_a_key_moves_with_weights_document_and_question(
     assert moved is not None
     assert moved != key(tmp_path)
     assert re.fullmatch("[0-9a-f]{32}", moved)
+
+
+def test_a_key_stays_with_the_order_of_files_and_of_settings(tmp_path: Path) -> None:
+    files = {"pretrained/model.safetensors": "a", "pretrained/config.json": "c"}
+    backwards = dict(reversed(files.items()))
+    assert [*files] != [*backwards]
+    assert key(tmp_path, hashes=files) == key(tmp_path, hashes=backwards)
+
+
+def test_a_key_takes_settings_that_json_does_not_know(tmp_path: Path) -> None:
+    one, other = (key(tmp_path, {"system_prompt": Path(name)}) for name in ("a.txt", "b.txt"))
+    assert one == key(tmp_path, {"system_prompt": "a.txt"})
+    assert one != other
 
 
 def test_a_key_moves_with_the_kind_of_request(tmp_path: Path, monkeypatch: Any) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmms_eval.api.instance import Instance
 
-from sdrpn_eval.record import LINE, RecordLine, encode_map, read_records
+from sdrpn_eval.record import (
+    LINE,
+    RecordLine,
+    RecordWriter,
+    check_writable,
+    encode_map,
+    lines_of,
+    read_all_records,
+    read_records,
+)
 from tests.helpers.asking_by_hand import ask, logged, model, rows, texts, visual
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.run_folders import record_line
@@ -125,3 +137,135 @@ def test_record_stands_beside_lmms_eval_s_output(engine: FakeEngine, tmp_path: P
     assert len(read_records(tmp_path / "sdrpn_record")) == 1
     model(engine, rows(1), record="none").generate_until([asked_by_a_task()])
     assert len(list((tmp_path / "sdrpn_record").glob("run_facts_*"))) == 1
+
+
+# A line
+
+
+def line(doc_id: int = 0, **more: Any) -> RecordLine:
+    return RecordLine.model_validate(record_line(doc_id, "red", **more))
+
+
+def test_a_map_is_written_with_8_bits_a_cell() -> None:
+    """0.5 of 255 is 127.5, rounded to the even 128; what is out of [0, 1] is clipped."""
+    cells = base64.b64encode(bytes([0, 128, 255, 255, 51, 0])).decode()
+    found = encode_map(np.array([[0.0, 0.5, 1.0], [1.2345678, 0.2, -0.3]]))
+    assert found == {"map": cells, "grid": (2, 3), "map_max": 1.234568}
+    assert encode_map(None) == {"map": None, "grid": None, "map_max": None}
+
+
+def test_a_map_is_read_back() -> None:
+    cells = base64.b64encode(bytes([0, 51, 255, 102])).decode()
+    found = line(map=cells, grid=[2, 2]).roi_map
+    assert found is not None
+    assert found.dtype == np.float32
+    assert found.tolist() == np.array([[0, 0.2], [1, 0.4]], np.float32).tolist()
+    assert line(map=None, grid=[2, 2]).roi_map is None
+    assert line(map=None, grid=None).roi_map is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"regions": [[5, 0, 5, 9]]}, "the region [5, 0, 5, 9] is empty, or of no image"),
+        ({"regions": [[0, 5, 9, 5]]}, "the region [0, 5, 9, 5] is empty, or of no image"),
+        ({"regions": [[0, 0, 1, 1], [-1, 0, 5, 9]]}, "the region [-1, 0, 5, 9] is empty"),
+        ({"regions": [[0, -1, 5, 9]]}, "the region [0, -1, 5, 9] is empty"),
+        ({"images": []}, "the region [0, 0, 50, 50] is empty, or of no image"),
+        ({"map": "no!"}, "its map is not in base64"),
+        ({"map": "AA==\n"}, "its map is not in base64"),
+        ({"grid": [2, 5]}, "its map has 5 cells, its grid is (2, 5)"),
+        ({"map": "AA=="}, "its map has 1 cell, its grid is (1, 5)"),
+        ({"grid": None}, "its map has 5 cells, its grid is None"),
+        ({"images": [{"hash": "h", "size": [0, 5]}]}, "greater than 0"),
+        ({"seconds": -1}, "greater than or equal to 0"),
+        ({"seconds": float("nan")}, "finite number"),
+    ],
+)
+def test_a_line_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        line(**change)
+
+
+def test_what_follows_from_a_line() -> None:
+    """Two boxes of 50 x 50 and 20 x 100 on 100 x 200, which share 10 x 50 pixels."""
+    images = [{"hash": "a", "size": [100, 200]}, {"hash": "b", "size": [7, 9]}]
+    found = line(images=images, regions=[[0, 0, 50, 50], [40, 0, 60, 100]])
+    assert found.images == ("a", "b")
+    assert found.size == (100, 200)
+    assert found.share == pytest.approx((2500 + 2000 - 500) / 20000)
+    assert not found.is_loss
+    assert line(greedy=False).is_loss
+    assert line(regions=[]).share is None
+    none = line(images=[], regions=[])
+    assert (none.images, none.size, none.share) == ((), None, None)
+
+
+def test_a_line_is_written_as_it_was_given() -> None:
+    """Under the names of the file, and without fields that nobody set."""
+    given = record_line(3, "red", **{"from": "earlier", "of_a_later_version": [1]})
+    found = RecordLine.model_validate(given)
+    assert (found.origin, found.reason, found.heat) == ("earlier", None, "AAAAgP8=")
+    assert found.as_dict() == given
+    assert json.loads(found.as_json()) == given
+    assert json.loads(line(loss=float("inf")).as_json())["loss"] is None
+
+
+# Files
+
+
+def test_lines_stand_in_a_file_for_each_task_and_process(tmp_path: Path, log: list[str]) -> None:
+    writer = RecordWriter(tmp_path / "a" / "b", 3)
+    folder = tmp_path / "a" / "b"
+    writer.append([line(1, task="x y"), line(0, task="z"), line(0, task="x y")])
+    RecordWriter(str(folder), 0).append([line(0, task="x_y"), line(5, task="z")])
+    names = ["record_x_y_rank0.jsonl", "record_x_y_rank3.jsonl"]
+    names += ["record_z_rank0.jsonl", "record_z_rank3.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert [one.doc_id for one in lines_of(folder, "x y")] == [1, 0]
+    assert [one.doc_id for one in lines_of(folder, "x_y")] == [0]
+    assert [one.doc_id for one in lines_of(folder, "z")] == [5, 0]
+    assert list(lines_of(folder, "x")) == []
+    found = [(one.task, one.doc_id) for one in read_all_records(folder)]
+    assert found == [("x y", 0), ("x y", 1), ("x_y", 0), ("z", 0), ("z", 5)]
+    assert log == []
+
+
+def test_the_latest_run_of_each_task(tmp_path: Path, log: list[str]) -> None:
+    writer = RecordWriter(tmp_path, 0)
+    late, early = ({"run": f"20260{month}01T120001.000000Z"} for month in (3, 2))
+    writer.append([line(1, **late), line(0, **early), line(2, **late)])
+    writer.append([line(4, task="other", **early)])
+    with (tmp_path / "record_toy_rank0.jsonl").open("ab") as file:
+        file.write(b"\n{\r\xff}\n")  # an empty line, and one of a carriage return and no UTF-8
+    assert [(one.task, one.doc_id) for one in read_records(tmp_path)] == [
+        ("other", 4),
+        ("toy", 1),
+        ("toy", 2),
+    ]
+    path = tmp_path / "record_toy_rank0.jsonl"
+    (told,) = log
+    assert told.endswith(f"{path}, line 5, was cut off or is damaged, and is left out")
+    assert [one.doc_id for one in lines_of(tmp_path, "toy")] == [1, 0, 2]
+
+
+def test_a_folder_where_no_record_can_be_written(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "r"
+    said = rf"^the record's folder {re.escape(str(place))} cannot be written: .*; give another one,"
+    with pytest.raises(OSError, match=said + " record=FOLDER, or record=none$"):
+        check_writable(place)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder without files")
+def test_a_folder_that_takes_no_file_is_not_writable() -> None:
+    with pytest.raises(OSError, match=r"^the record's folder /proc/self cannot be written: "):
+        check_writable(Path("/proc/self"))
+
+
+def test_no_record_says_how_to_have_one(tmp_path: Path) -> None:
+    told = f"no record_*_rank*.jsonl in {tmp_path}; run with record={tmp_path}"
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(told)}$"):
+        read_all_records(tmp_path)

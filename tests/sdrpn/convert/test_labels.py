@@ -8,15 +8,18 @@ import collections
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 from typer.testing import CliRunner
 
 from sdrpn.cli import app
@@ -24,7 +27,7 @@ from sdrpn.config import LABELS_7B, LABELS_13B, LabelConfig
 from sdrpn.convert import safe_pickle
 from sdrpn.convert.labels import convert_labels
 from sdrpn.distill.label_dataset import FEATURES, image_root, load_labels, read_settings
-from sdrpn.distill.pseudo_labels import pseudo_labels
+from sdrpn.distill.pseudo_labels import IGNORED, pseudo_labels
 
 runner = CliRunner()
 RECORD = np.load(Path(__file__).parents[2] / "data" / "parity" / "pseudo_labels.npz")
@@ -171,6 +174,104 @@ def test_plain_values_and_shapes_come_back(tmp_path: Path, protocol: int) -> Non
         assert one.dtype == other.dtype
         assert (one == other).all()
         assert one.shape == other.shape
+
+
+# --- grids and their padding ---------------------------------------------------------------------
+
+PADDED = replace(LABELS_7B, padding_background=True)
+
+
+def on_a_grid(folder: Path, size: tuple[int, int], turned: bool = False) -> dict[str, Any]:
+    """A record on a picture as a viewer shows it, with a grid of 4 x 4.
+
+    Foreground at (1, 1), a value between the thresholds at (1, 2) and (3, 3), more than either at
+    (0, 0), and a sink at (2, 1).
+    """
+    folder.mkdir(exist_ok=True)
+    name = f"{size[0]}-{turned}.png"
+    exif = Image.Exif()
+    if size[0] != size[1]:
+        exif[ExifTags.Base.Orientation] = 5 if turned else 4
+    Image.new("RGB", size[::-1] if turned else size).save(folder / name, exif=exif)
+    grounding, sink = np.zeros((4, 4), np.float32), np.zeros((4, 4), np.float32)
+    grounding[0, 0], grounding[1, 1], grounding[1, 2], grounding[3, 3] = 5, 1, 0.15, 0.15
+    grounding[2, 1], sink[2, 1] = 9, 0.5
+    return {
+        "question_id": 7,
+        "prompt": " <image> What? ",
+        "text": " red ",
+        "image": name,
+        "sink_attn": sink,
+        "grounding_attn_o2i": grounding,
+    }
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_padding_around_pictures_is_background(tmp_path: Path, turned: bool) -> None:
+    """40 x 21 in a square of 40: rows 0 and 3 of 4 hold none of it. 21 x 40: columns 0 and 3."""
+    images = tmp_path / "images"
+    given = [on_a_grid(images, size, turned) for size in ((40, 21), (21, 40), (30, 30))]
+    file = pickled(tmp_path, given)
+    about = {"square": True, "max_pixels": 5}
+    out = tmp_path / "out"
+    convert_labels(file, out, images=images, config=PADDED, preprocessing=about)
+    wide, high, square = load_labels(out)  # type: ignore[misc]
+    row = [0, 1, IGNORED, 0]
+    assert wide["labels"] == [0] * 4 + row + [0] * 4 + [0] * 4
+    assert high["labels"] == [0] * 4 + row + [0] * 4 + [0] * 4
+    # (0, 0) is in the picture, and the foreground itself; (1, 1) has exactly a fifth of it.
+    assert square["labels"] == [1, 0, 0, 0, 0, IGNORED, *[0] * 10]
+    assert [one["size"] for one in (wide, high, square)] == [[40, 21], [21, 40], [30, 30]]
+    assert [one["extent"] for one in (wide, high, square)] == [
+        [0, -9, 40, 31],
+        [-9, 0, 31, 40],
+        [0, 0, 30, 30],
+    ]
+    assert (wide["id"], wide["question"], wide["response"]) == ("7", "What?", "red")
+    assert (wide["rows"], wide["columns"]) == (4, 4)
+    settings = read_settings(out)
+    assert (settings["image_tokens"], settings["square"], settings["max_pixels"]) == (None, True, 5)
+    kept = {"images", "questions", "shards", "shard_size", "labels", "data", *about, "image_tokens"}
+    assert set(json.loads((out / "settings.json").read_text())) == kept
+    assert settings["images"] == str(images)
+
+
+def test_without_labels_for_padding_sizes_are_not_read(tmp_path: Path) -> None:
+    record = on_a_grid(tmp_path / "images", (40, 21))
+    (tmp_path / "images" / record["image"]).unlink()
+    for key in ("sink_attn", "grounding_attn_o2i"):
+        record[key] = record[key].reshape(2, 8)
+    for images in (None, tmp_path / "images"):
+        out = tmp_path / f"out-{images is None}"
+        convert_labels(pickled(tmp_path, [record]), out, images=images, preprocessing={})
+        (row,) = load_labels(out)  # type: ignore[misc]
+        assert (row["size"], row["extent"]) == ([], [])
+        assert (row["rows"], row["columns"]) == (2, 8)
+
+
+def test_sizes_that_are_missing_are_asked_for(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    file = pickled(tmp_path, [on_a_grid(images, (40, 21)), on_a_grid(images, (21, 40))])
+    message = (
+        f"{file} labels the padding around pictures, which follows from their sizes: give the "
+        "folder they are in with --images"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        convert_labels(file, tmp_path / "out", config=PADDED, preprocessing={})
+    path = images / "21-False.png"
+    for damage in (lambda: path.write_text("no picture"), path.unlink):
+        damage()
+        told = re.escape(f"{file}, record 1: the size of {path} cannot be read: ")
+        with pytest.raises(ValueError, match=f"^{told}."):
+            convert_labels(file, tmp_path / "out", images=images, config=PADDED, preprocessing={})
+
+
+def test_grids_of_two_shapes_are_refused(tmp_path: Path) -> None:
+    record = on_a_grid(tmp_path / "images", (40, 21))
+    record["sink_attn"] = record["sink_attn"].reshape(2, 8)
+    told = "record 0: maps must be two grids (rows, columns) of one shape, got (4, 4) and (2, 8)"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        convert_labels(pickled(tmp_path, [record]), tmp_path / "out", preprocessing={})
 
 
 # --- nothing is run ------------------------------------------------------------------------------
@@ -358,14 +459,19 @@ def changed(**changes: Any) -> list[dict[str, Any]]:
         (changed(image=None), "record 2 has no image"),
         (changed(sink_attn="text"), "record 2: sink_attn must be an array of numbers, got a str"),
         (changed(sink_attn=["a"]), "record 2: sink_attn must be a list of numbers"),
-        (changed(sink_attn=np.zeros((24, 24))), r"one vector .*, got the shape \(24, 24\)"),
-        (changed(sink_attn=np.full(576, np.nan)), "one vector of finite numbers"),
+        (changed(sink_attn=np.zeros((24, 24))), r"one vector .*, got the shape \(24, 24\)$"),
+        (
+            changed(sink_attn=np.full(576, np.nan)),
+            r"one vector of finite numbers, got the shape \(576,\) with NaN or infinity$",
+        ),
         (
             changed(sink_attn=np.zeros(576, bool)),
             "must be an array of numbers, got an array of bool",
         ),
         (changed(sink_attn=np.zeros(100)), "record 2 has maps of 100 and 576 image tokens"),
         (changed(prompt=5), "record 2: prompt must be text, got a int"),
+        (changed(text=5), "record 2: text must be text, got a int"),
+        (changed(image=5), "record 2: image must be text, got a int"),
         (changed(question_id="\ud800"), "record 2: question_id has a lone surrogate"),
         (changed(text="a \udfff"), "record 2: text has a lone surrogate"),
         (

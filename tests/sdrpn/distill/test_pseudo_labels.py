@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sdrpn.config import LABELS_7B, LABELS_13B, LabelConfig, LayerHeads, published_labels
-from sdrpn.distill.pseudo_labels import IGNORED, label_cells, pseudo_labels
+from sdrpn.distill.pseudo_labels import IGNORED, label_cells, padding_cells, pseudo_labels
 from sdrpn.roi.sinks import remove_sinks
 
 CONFIG = LABELS_7B
@@ -199,3 +199,64 @@ def test_published_lines(config: LabelConfig) -> None:
 def test_label_settings_survive_json() -> None:
     for config in (LABELS_7B, LABELS_13B):
         assert LabelConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
+
+
+# Padding, margins and faint maps, as for the second family
+
+
+@pytest.mark.parametrize(
+    ("edge", "cells", "shown"),
+    [
+        (21, 4, range(1, 3)),  # 2.1 of 4 rows: 2, from the first on
+        (21, 5, range(1, 4)),  # 2.6 of 5: 2, and one more behind them
+        (39, 5, range(0, 5)),  # 4.9 of 5: 4, and one more
+        (1, 4, range(1, 3)),  # never less than 1
+        (1, 5, range(2, 3)),
+        (40, 4, range(4)),
+    ],
+)
+def test_cells_of_padding_only(edge: int, cells: int, shown: range) -> None:
+    """Of a picture of 40 by less, centred in a square; and on its side."""
+    found = padding_cells((40, edge), cells)
+    assert found.dtype == bool
+    assert found.tolist() == [[row not in shown] * cells for row in range(cells)]
+    assert (padding_cells((edge, 40), cells) == found.T).all()
+
+
+def test_padding_is_background_whatever_it_holds() -> None:
+    """The peak is 1: of the picture, not of the padding above and below it."""
+    grounding = np.array([[5, 0.15, 0], [1, 0.15, 0], [0.15, 0, 0]])
+    padding = np.array([[True] * 3, [False] * 3, [True] * 3])
+    sink = np.zeros((3, 3))
+    expected = [[0, 0, 0], [1, IGNORED, 0], [0, 0, 0]]
+    labels, reason = label_cells(grounding, sink, LABELS_7B, padding)
+    assert (labels.tolist(), reason) == (expected, None)
+    assert pseudo_labels(grounding, sink, LABELS_7B, padding).tolist() == expected
+    labels, reason = label_cells(grounding, sink, LABELS_7B, np.ones((3, 3), dtype=bool))
+    assert reason == "no attention left without the sinks"
+    assert (labels == IGNORED).all()
+
+
+def test_a_margin_around_the_foreground_is_no_background() -> None:
+    grounding = np.zeros((6, 6))
+    grounding[1, 2] = grounding[2, 2] = 1
+    config = replace(LABELS_7B, box_margin=1)
+    labels = label_cells(grounding, np.zeros((6, 6)), config)[0]
+    box, none = [0, IGNORED, IGNORED, IGNORED, 0, 0], [0] * 6
+    middle = [0, IGNORED, 1, IGNORED, 0, 0]
+    assert labels.tolist() == [box, middle, middle, box, none, none]
+    corner = np.zeros((4, 4))
+    corner[0, 0] = 1
+    labels = label_cells(corner, np.zeros((4, 4)), config)[0]
+    assert labels.tolist() == [[1, IGNORED, 0, 0], [IGNORED, IGNORED, 0, 0], [0] * 4, [0] * 4]
+
+
+@pytest.mark.parametrize(
+    ("floor", "reason"), [(0.5, None), (0.51, "attention to the image too faint")]
+)
+def test_a_map_is_kept_from_its_floor_on(floor: float, reason: str | None) -> None:
+    grounding = np.zeros((3, 3))
+    grounding[1, 1] = 0.5
+    found = label_cells(grounding, np.zeros((3, 3)), replace(LABELS_7B, floor=floor))
+    assert found[1] == reason
+    assert (found[0] == IGNORED).all() == (reason is not None)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +19,9 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainerCallback, TrainerState
 from typer.testing import CliRunner
 
@@ -373,7 +377,28 @@ def test_the_command_s_defaults_by_hand(monkeypatch: pytest.MonkeyPatch) -> None
     assert module.defaults(measured=False) == plain | on_gpu
 
 
+def test_training_arguments_are_the_published_ones_unless_given(tmp_path: Path) -> None:
+    given = {"use_cpu": True, "report_to": "none", "adam_beta1": 0.8}
+    found = module.training_arguments(tmp_path / "out", **given)
+    assert found.output_dir == str(tmp_path / "out")
+    assert (found.num_train_epochs, found.learning_rate, found.weight_decay) == (1, 5e-5, 0.0)
+    assert (found.adam_beta1, found.adam_beta2) == (0.8, 0.98)
+    assert (found.lr_scheduler_type, found.warmup_steps) == ("cosine", 0.03)
+    assert (found.remove_unused_columns, found.batch_eval_metrics) == (False, True)
+
+
 # What is trained on
+
+
+def test_a_sample_as_it_is_trained_on(llava: Llava15) -> None:
+    labels = np.full((8, 8), IGNORED)
+    labels[0, 1], labels[1, 0] = 1, 0
+    found = RPNSamples([samples(1)[0] | {"labels": labels}], llava)[0]
+    assert set(found) == {"images", "input_ids", "labels"}
+    assert (found["labels"].dtype, found["input_ids"].dtype) == (torch.int64, torch.int64)
+    assert found["labels"].tolist() == [IGNORED, 1, *[IGNORED] * 6, 0, *[IGNORED] * 55]
+    assert found["input_ids"].tolist() == [*llava.prompt_ids(QUESTIONS[0]).after]
+    assert found["images"].grid.cells == 64
 
 
 def test_questions_are_padded_on_their_left_and_labels_on_their_right() -> None:
@@ -401,6 +426,8 @@ def test_the_loss_is_the_mean_over_all_labelled_tokens(
     found = model([], torch.zeros(2, 1), torch.ones(2, 1), labels)
     assert float(found["loss"]) == pytest.approx((0.693147 + 2.126928 + 0.313262) / 3, abs=1e-5)
     assert found["logits"] is logits
+    nothing = model([], torch.zeros(2, 1), torch.ones(2, 1), torch.full((2, 3), IGNORED))
+    assert float(nothing["loss"]) == 0
 
 
 # Checkpoints
@@ -453,6 +480,131 @@ def test_a_checkpoint_ends_a_training_at_its_last_step(llava: Llava15, tmp_path:
     assert "seconds" not in facts
 
 
+@pytest.mark.parametrize(("best", "expected"), [(9, 9), (None, 12)])
+def test_the_best_step_is_enough_to_find_the_best_weights(
+    llava: Llava15, tmp_path: Path, best: int | None, expected: int
+) -> None:
+    """A state that names no folder, as of some versions of transformers; or no best at all."""
+    rpn = RPN.from_backbone(llava, 2, 3)
+    for step, more in ((9, 1), (12, 2)):
+        path = write_checkpoint(tmp_path, step)
+        moved = {f"rpn.{name}": weight + more for name, weight in rpn.state_dict().items()}
+        save_file(moved, path / "model.safetensors")
+    state = TrainerState(global_step=12, max_steps=12, best_global_step=best)
+    state.save_to_json(str(path / "trainer_state.json"))
+    train(llava, rpn, samples(4), arguments(tmp_path, **BEST), held_out=samples(2))
+    assert holds(rpn, weights_at(tmp_path, expected))
+
+
+def test_what_training_leaves_is_said_by_its_facts(
+    llava: Llava15, tmp_path: Path, planned: Callable[..., None]
+) -> None:
+    """A step of 2 x 4 of 12 samples, behind a checkpoint that was cut off."""
+    planned(0.123456)
+    cut = tmp_path / "checkpoint-5"
+    cut.mkdir()
+    rpn, told = RPN.from_backbone(llava, 2, 3), []
+    more = BEST | {"max_steps": 1, "gradient_accumulation_steps": 2, "seed": 7}
+    facts = train(
+        llava,
+        rpn,
+        samples(12),
+        arguments(tmp_path, **more),
+        held_out=samples(5),
+        log=told.append,
+    )
+    assert told == [f"removing incomplete checkpoint {cut}"]
+    assert not cut.exists()
+    assert facts is rpn.facts
+    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    (loss,) = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert 0 < facts.pop("seconds") < 600
+    assert 0 < facts.pop("held-out average precision") <= 1
+    assert 0 <= facts.pop("held-out IoU") <= 1
+    assert facts == {
+        "samples": 12,
+        "steps": 1,
+        "epochs": 0.667,
+        "final loss": round(loss, 4),
+        "learning rate": 1e-3,
+        "batch size": 8,
+        "seed": 7,
+        "held-out samples": 5,
+        "held-out loss": 0.1235,
+    }
+
+
+def test_a_training_that_diverged_is_not_saved(llava: Llava15, tmp_path: Path) -> None:
+    rpn = RPN.from_backbone(llava, 2, 3)
+    with torch.no_grad():
+        rpn.q_proj.weight[0, 0] = torch.nan
+    advice = "the training diverged: use a lower --learning_rate and another --out"
+    with pytest.raises(ValueError, match=rf"step 1\b.*{advice}"):
+        train(llava, rpn, samples(4), arguments(tmp_path, max_steps=1, save_steps=1))
+    assert list(tmp_path.glob("checkpoint-*")) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError("No space left"), RuntimeError("No space left"), SafetensorError("No space left")],
+)
+def test_a_checkpoint_that_cannot_be_written_is_removed(
+    llava: Llava15, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    folder = tmp_path / "checkpoint-1"
+
+    def full(*_: Any, **__: Any) -> None:
+        folder.mkdir()
+        raise error
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", full)
+    message = re.escape(
+        f"{folder} cannot be written (No space left): free disk space, then run the same command "
+        "to resume from the previous checkpoint"
+    )
+    with pytest.raises(OSError, match=f"^{message}$"):
+        train(
+            llava,
+            RPN.from_backbone(llava, 2, 3),
+            samples(4),
+            arguments(tmp_path, max_steps=1, save_steps=1),
+        )
+    assert not folder.exists()
+
+
+def test_memory_that_ran_out_while_saving_is_told_as_such(
+    llava: Llava15, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", full)
+    given = arguments(tmp_path, max_steps=1, save_steps=1)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^out of memory$"):
+        train(llava, RPN.from_backbone(llava, 2, 3), samples(4), given)
+
+
+def test_a_state_that_cannot_be_unpickled_is_named(
+    llava: Llava15, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = write_checkpoint(tmp_path, 9), []
+
+    def refused(_: Any, resume_from_checkpoint: Any = None) -> None:
+        asked.append(resume_from_checkpoint)
+        raise UnpicklingError("Weights only load failed\nand more")
+
+    monkeypatch.setattr(Trainer, "train", refused)
+    told: list[str] = []
+    why = "it holds more than tensors, or is damaged; code in a checkpoint is never run"
+    message = re.escape(f"{path} cannot be read ({why}); delete it")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        train(
+            llava, RPN.from_backbone(llava, 2, 3), samples(4), arguments(tmp_path), log=told.append
+        )
+    assert asked == [str(path)]
+    assert told == [f"resuming from {path}"]
+
+
 # Questions that do not fit the context
 
 
@@ -470,6 +622,9 @@ def test_a_question_fits_to_the_token(llava: Llava15, monkeypatch: pytest.Monkey
     assert RPNSamples([row], llava)[0]["labels"].shape == (64,)
     monkeypatch.setattr(llava, "context_length", prompt)
     with pytest.raises(ValueError, match=rf"sample 0 has a prompt of {prompt} tokens, 1 too many"):
+        RPNSamples([row], llava)[0]
+    monkeypatch.setattr(llava, "context_length", prompt - 4)
+    with pytest.raises(ValueError, match=rf"sample 0 has a prompt of {prompt} tokens, 5 too many"):
         RPNSamples([row], llava)[0]
 
 
@@ -575,6 +730,26 @@ def test_checkpointing_gives_the_same_gradients(llava: Llava15) -> None:
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0, msg=name)
+
+
+def test_checkpointing_takes_the_options_of_the_trainer(llava: Llava15) -> None:
+    model = RPNForTraining(llava, RPN.from_backbone(llava, 2, 3))
+    default = {"use_reentrant": False}
+    for options, expected in (
+        ({}, default),
+        ({"gradient_checkpointing_kwargs": None}, default),
+        ({"other_kwargs": {"x": 1}}, default),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, {"use_reentrant": True}),
+        (
+            {"activation_checkpointing_kwargs": {"preserve_rng_state": False}},
+            default | {"preserve_rng_state": False},
+        ),
+    ):
+        model.activation_checkpointing_enable(**options)
+        assert [layer.gradient_checkpointing for layer in model.rpn.layers] == [True, True]
+        for layer in model.rpn.layers:
+            run = layer._gradient_checkpointing_func
+            assert (run.func, run.keywords) == (checkpoint, expected)
 
 
 def test_weights_stay_float32_over_a_half_backbone(llava: Llava15) -> None:

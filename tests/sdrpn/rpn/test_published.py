@@ -224,6 +224,31 @@ def test_published_sizes(
     assert config.zoom == ZoomConfig(threshold=0.15, policy="mask")
 
 
+def test_a_size_that_nobody_published(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    config = published.read_config(values, checkpoint.Source(str(folder)))
+    assert (config.hidden_size, config.base_model, config.labels) == (128, "", None)
+    assert (config.backbone, config.image_tokens) == ("llava", 64)
+    assert config.zoom == ZoomConfig(threshold=0.15, policy="mask")
+
+
+def test_the_smallest_and_the_largest_numbers_of_a_config(tmp_path: Path) -> None:
+    values = {**SIZE_7B, **TWIG, "hidden_size": 1 << 20, "num_attention_heads": 1, "twig_K": 1000}
+    config = published.read_config(values, checkpoint.Source(str(tmp_path)))
+    assert (config.hidden_size, config.branch_layer) == (1048576, 1000)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (1, 1)
+
+
+def test_the_tower_is_a_folder_of_the_checkpoint_or_as_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tower").mkdir()
+    source = checkpoint.Source(str(tmp_path))
+    found = published.tower_of({"mm_vision_tower": "tower"}, source)
+    assert found == str(tmp_path / "tower")
+    assert published.tower_of({"mm_vision_tower": CLIP}, source) == CLIP
+    with pytest.raises(ValueError, match=r"config\.json has no mm_vision_tower$"):
+        published.tower_of({}, source)
+
+
 @pytest.mark.parametrize(
     ("values", "theirs"),
     [
@@ -246,11 +271,13 @@ def test_whose_config_it_is(values: dict[str, Any], theirs: bool) -> None:
         ("clip-vit-small-patch16-224", 196),
         ("a-tower-that-does-not-tell", 576),
         ("tower", 16),
+        ("finest", 64),
         (None, 576),
     ],
 )
 def test_image_tokens(tmp_path: Path, tower: str | None, tokens: int) -> None:
     original.write_config(tmp_path / "tower", {"image_size": 56, "patch_size": 14})
+    original.write_config(tmp_path / "finest", {"image_size": 8, "patch_size": 1})
     values = {"mm_vision_tower": tower} if tower else {}
     assert published.image_tokens(values, checkpoint.Source(str(tmp_path))) == tokens
 
@@ -288,6 +315,10 @@ def test_a_tower_that_makes_no_sense_is_taken_for_llava_1_5_s(
         ({"roi_multi_head": 1}, r"roi_multi_head in config.json must be a bool, got 1"),
         ({"roi_source": "hidden_states"}, r"roi_source is 'hidden_states'"),
         ({"hidden_size": None}, r"config.json has no hidden_size"),
+        (
+            {"num_key_value_heads": "4"},
+            r"^\S+: num_key_value_heads in config.json must be a int, got '4'$",
+        ),
         ({"num_attention_heads": 3}, r"hidden_size 128 is not a multiple of 3 heads"),
         ({"rms_norm_eps": "small"}, r"rms_norm_eps in config.json must be a float, got 'small'"),
         ({"twig_T": 2}, r"holds a tensor model.twig_layers.2.\S+ \(and 8 more\)"),

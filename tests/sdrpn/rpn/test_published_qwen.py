@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from sdrpn.backbones import qwen25_vl_published as qwen_published
 from sdrpn.backbones.qwen25_vl import Qwen25VL
 from sdrpn.backbones.registry import load_backbone
+from sdrpn.config import ZoomConfig
 from sdrpn.engine import ZoomModel
 from sdrpn.io.checkpoint_files import Source
 from sdrpn.rpn.checkpoint import RPN
@@ -152,6 +153,15 @@ def test_published_sizes_know_their_base_and_heads(filled: Path, hidden: int) ->
     assert size is not None
     assert config.base_model == f"Qwen/Qwen2.5-VL-{'3B' if hidden == 2048 else '7B'}-Instruct"
     assert config.labels == size.labels
+
+
+def test_a_size_that_nobody_published_has_no_base_and_no_heads(filled: Path) -> None:
+    values = json.loads((filled / "config.json").read_text())
+    config = read_config(values, Source(str(filled)))
+    assert (config.backbone, config.image_tokens, config.padding) == ("qwen2_5_vl", None, "")
+    assert (config.base_model, config.labels) == ("", None)
+    assert config.zoom == ZoomConfig(threshold=0.1, policy="mask")
+    assert (config.head_bias, config.rotary_head, config.final_norm) == (True, True, False)
 
 
 def test_an_rpn_on_a_base_of_another_size(qwen: Qwen25VL, rpn: RPN) -> None:

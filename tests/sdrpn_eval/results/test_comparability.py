@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from sdrpn_eval.provenance.model import Provenance
 from sdrpn_eval.report import text
-from sdrpn_eval.results.comparability import NotComparable, established
-from sdrpn_eval.results.read import read_run
+from sdrpn_eval.results.comparability import (
+    Evidence,
+    NotComparable,
+    changes,
+    common_tasks,
+    established,
+    labels,
+    moved_in_task,
+    other_data,
+    preprocessing,
+    refuse_moved,
+)
+from sdrpn_eval.results.read import Run, Sample, TaskRun, read_run
+from sdrpn_eval.results.records import Record
 from tests.helpers.comparisons import compared, pair, refusal
 from tests.helpers.local_benchmarks import (
     docvqa_rows,
@@ -19,6 +34,7 @@ from tests.helpers.local_benchmarks import (
     write,
 )
 from tests.helpers.run_folders import (
+    FACTS,
     SCORER_SETTINGS,
     record_line,
     sample,
@@ -244,3 +260,283 @@ def test_a_changed_source_is_named_beside_a_setting(tmp_path: Path) -> None:
     said = refusal(*folders)
     assert "toy: other scorer, repeats is 1 and 3" in said
     assert "toy: other scorer (source c1 and c2)" in said
+
+
+# By hand, without files
+
+
+def one(doc_id: int, prompt: str = "q", target: str = "t") -> Sample:
+    return Sample(doc_id, prompt, target, "red", (None, None), {})
+
+
+def ran(
+    samples: Sequence[Sample] = (one(0), one(1)),
+    name: str = "a",
+    *,
+    tasks: Sequence[str] = ("toy",),
+    config: Mapping[str, Any] | None = None,
+    totals: Sequence[str] = ("accuracy,none",),
+    images: Mapping[int, tuple[str, ...]] | None = None,
+    facts: Provenance | None = None,
+    model: str = "llava_sdrpn",
+    given: str = "",
+    limit: float | None = None,
+    **more: Any,
+) -> Evidence:
+    """A run and what is known of it; the same samples, settings and totals in each task."""
+    by_id = {sample.doc_id: sample for sample in samples}
+    held = {
+        task: TaskRun(task, by_id, dict.fromkeys(totals, 0.5), {}, config or {}, len(by_id))
+        for task in tasks
+    }
+    results: Any = {"config": {"model": model, "model_args": given, "limit": limit}, **more}
+    looks: Any = {("toy", i): SimpleNamespace(images=seen) for i, seen in (images or {}).items()}
+    folder = Path("/no/such/folder") / name
+    run = Run(name, folder, folder / "x_results.json", results, held)
+    return Evidence(run, Record(looks), facts)
+
+
+def facts(
+    scorer: str | None = "aa", source: str | None = None, data: str = "1", **arguments: Any
+) -> Provenance:
+    marks = {"data": data, "prompts": "2", "scorer": scorer, "scorer_source": source}
+    return Provenance.model_validate(FACTS | {"tasks": {"toy": marks}, "arguments": arguments})
+
+
+def moved(first: Evidence, second: Evidence) -> list[str]:
+    return moved_in_task(first, second, "toy")
+
+
+def test_the_tasks_of_all_runs_in_the_order_of_the_first() -> None:
+    runs = [
+        ran(name="a", tasks=["y", "x", "p"]).run,
+        ran(name="b", tasks=["x", "y", "z"]).run,
+        ran(name="c", tasks=["z", "x", "y"]).run,
+    ]
+    assert common_tasks(runs) == (
+        ["y", "x"],
+        [
+            "p is not compared: b, c has no such task",
+            "z is not compared: a has no such task",
+        ],
+    )
+    with pytest.raises(NotComparable, match=r"have no task in common \(a: y, x; b: z\)$"):
+        common_tasks([ran(name="a", tasks=["y", "x"]).run, ran(name="b", tasks=["z"]).run])
+
+
+def test_what_moved_is_said_task_by_task() -> None:
+    refuse_moved(ran(), ran(name="b"), ["toy"])
+    first = ran([one(0)], tasks=["x", "y"])
+    second = ran([one(0, "Q")], "b", tasks=["x", "y"])
+    told = "{}: other prompts in 1 document, such as 0: 'q' and 'Q'"
+    with pytest.raises(
+        NotComparable,
+        match=f"^a and b cannot be compared: {told.format('x')}; {told.format('y')}$",
+    ):
+        refuse_moved(first, second, ["x", "y"])
+
+
+def test_other_documents() -> None:
+    more = ran([one(i) for i in (0, 1, 7, 5)])
+    assert moved(more, ran()) == ["toy: other documents, 4 and 2, such as 5 in one only"]
+    assert moved(ran(), more) == ["toy: other documents, 2 and 4, such as 5 in one only"]
+    both = ran([one(0, "Q"), one(3)], limit=0.5)
+    assert moved(both, ran()) == [
+        "toy: other documents, 2 and 2, such as 3 in one only (limits: 0.5 and none)"
+    ]
+
+
+def test_other_prompts_and_targets_are_quoted_to_80_characters() -> None:
+    first = ran([one(0), one(2, "a" * 80, "x"), one(1, "c", "y")])
+    second = ran([one(0), one(2, "b" * 81, "X"), one(1, "d", "y")])
+    assert moved(first, second) == [
+        f"toy: other prompts in 2 documents, such as 2: '{'a' * 80}' and '{'b' * 77}...'",
+        "toy: other targets in 1 document, such as 2: 'x' and 'X'",
+    ]
+
+
+def test_other_images_or_else_other_data() -> None:
+    seen = {0: ("h",), 1: ("i",), 2: ("j", "k")}
+    first = ran(images=seen, facts=facts(data="1"))
+    data = "toy: other data, in columns that prompts do not show (1 and 7)"
+    second = ran(images=seen | {2: ("j", "K"), 1: ("I",)}, facts=facts(data="7"))
+    assert moved(first, second) == ["toy: other images in 2 documents, such as 1"]
+    # An image that one run could not show, or has no record of, is not known to be another.
+    for others in ({0: ("h",), 1: ()}, {}):
+        assert moved(first, ran(images=others, facts=facts(data="7"))) == [data]
+        assert moved(ran(images=others, facts=facts(data="7")), ran(images=seen)) == []
+    assert moved(first, ran(images=seen, facts=facts(data="1"))) == []
+
+
+def test_data_is_compared_where_it_is_known() -> None:
+    assert other_data(None, "a") is other_data("a", None) is other_data("a", "a") is None
+    told = "other data, in columns that prompts do not show (a and b)"
+    assert other_data("a", "b") == told
+
+
+def test_a_scorer_of_the_same_source_and_settings_is_the_same() -> None:
+    """Its fingerprint covers settings and metrics; what a configuration shows may be left out."""
+    first = ran(config={"repeats": 1}, facts=facts("aa"))
+    other = ran(config={"repeats": 2}, totals=["f1,none"], facts=facts("aa"))
+    assert moved(first, other) == []
+    told = "toy: other scorer, repeats is 1 and 2"
+    metrics = "toy: other metrics, accuracy,none, f1,none in one only"
+    for one_only in (None, facts(None)):
+        unknown = ran(config={"repeats": 2}, totals=["f1,none"], facts=one_only)
+        assert moved(first, unknown) == [told, metrics]
+        assert moved(unknown, first) == ["toy: other scorer, repeats is 2 and 1", metrics]
+
+
+@pytest.mark.parametrize(
+    ("sources", "told"),
+    [
+        (("c1", "c2"), "toy: other scorer (source c1 and c2)"),
+        (("c1", "c1"), "toy: other scorer (source aa and bb)"),
+        (("c1", None), "toy: other scorer (source aa and bb)"),
+        ((None, "c2"), "toy: other scorer (source aa and bb)"),
+    ],
+)
+def test_another_scorer_without_another_setting(sources: tuple[Any, Any], told: str) -> None:
+    first, second = facts("aa", sources[0]), facts("bb", sources[1])
+    assert moved(ran(facts=first), ran(facts=second)) == [told]
+
+
+def filters(*functions: dict[str, Any]) -> dict[str, Any]:
+    return {"filter_list": [{"name": "n", "filter": list(functions)}]}
+
+
+LOWER, STRIP = {"function": "lowercase"}, {"function": "strip"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        (
+            filters(LOWER, STRIP),
+            filters(STRIP, LOWER),
+            ["the order of filter_list[n].filter is lowercase, strip and strip, lowercase"],
+        ),
+        (
+            filters(LOWER | {"x": 1}, STRIP),
+            filters(LOWER),
+            [
+                "filter_list[n].filter[lowercase].x is there and missing",
+                "filter_list[n].filter[strip] is there and missing",
+            ],
+        ),
+        (
+            filters(STRIP, STRIP | {"x": 1}),
+            filters(STRIP, STRIP | {"x": 2}),
+            ["filter_list[n].filter[1].x is 1 and 2"],
+        ),
+        (
+            {"metric_list": [{"metric": "f1", "name": "other", "x": [1]}]},
+            {"metric_list": [{"metric": "f1", "name": "other", "x": [2]}]},
+            ["metric_list[f1].x is [1] and [2]"],
+        ),
+        ({"metric_list": [{"x": 1}]}, {"metric_list": [{"x": 2}]}, ["metric_list[0].x is 1 and 2"]),
+        ({"doc_to_target": {"a": 1}}, {"doc_to_target": {"a": 2}}, ["doc_to_target.a is 1 and 2"]),
+        ({"doc_to_target": ["A"]}, {"doc_to_target": "A"}, ["doc_to_target is ['A'] and A"]),
+        (
+            {"doc_to_choice": [{}, "A"]},
+            {"doc_to_choice": []},
+            ["doc_to_choice is [{}, 'A'] and []"],
+        ),
+        (
+            {"process_results": "<function f at 0x7f>"},
+            {"process_results": "<function g at 0x7f>"},
+            ["process_results is <function f> and <function g>"],
+        ),
+        ({"repeats": "1" * 81}, {}, [f"repeats is {'1' * 77}... and None"]),
+        ({"repeats": 1}, {"repeats": "1"}, []),
+        ({"output_type": "a", "doc_to_text": "b"}, {"output_type": "a", "doc_to_text": "c"}, []),
+    ],
+)
+def test_where_settings_of_a_scorer_differ(
+    first: dict[str, Any], second: dict[str, Any], told: list[str]
+) -> None:
+    expected = [f"toy: other scorer, {clause}" for clause in told]
+    assert moved(ran(config=first), ran(config=second)) == expected
+
+
+def test_what_is_established_is_of_all_runs_and_tasks() -> None:
+    seen = {0: ("h",), 1: ("i",)}
+    known = ran(name="known", images=seen, facts=facts())
+    bare = ran(name="bare")
+    by_settings = "Same scorer: by its settings in the results file only."
+    assert established([known, bare], ["toy"]) == [
+        "Same documents, prompts and targets: 2 questions, checked one by one.",
+        "Same images: not known, bare left no record of them.",
+        by_settings,
+    ]
+    two = ran([one(0)], tasks=["toy", "other"], images=seen, facts=facts())
+    assert established([two, two], ["toy", "other"]) == [
+        "Same documents, prompts and targets: 2 questions, checked one by one.",
+        "Same images: by the content hash of each.",
+        by_settings,
+    ]
+    assert established([two], ["toy"]) == [
+        "Same documents, prompts and targets: 1 question, checked one by one.",
+        "Same images: by the content hash of each.",
+        "Same scorer: by its source and settings.",
+    ]
+
+
+def test_arguments_are_the_resolved_ones_where_they_are_known() -> None:
+    assert ran(given="padding=crop").arguments == {"padding": "crop"}
+    assert ran(given="padding=crop", facts=facts()).arguments == {"padding": "crop"}
+    assert ran(given="padding=crop", facts=facts(padding="pad")).arguments == {"padding": "pad"}
+
+
+def test_how_an_image_and_a_question_reach_the_model() -> None:
+    assert preprocessing(ran(model="llava_hf", given="padding=crop").run) == {"model": "llava_hf"}
+    plain = {"model": "llava_sdrpn", "padding": "pad", "system_prompt": None}
+    assert preprocessing(ran().run) == plain
+    assert preprocessing(ran(given="padding=,system_prompt=").run) == plain | {"padding": None}
+    crop = ran(given="padding=crop,proposer=none").run
+    assert preprocessing(crop) == plain | {"padding": "crop"}
+    brief = facts(padding="pad", system_prompt="Be brief.")
+    assert preprocessing(crop, brief) == plain | {"system_prompt": "Be brief."}
+
+
+def label_of(*runs: Evidence) -> list[list[str]]:
+    return [labels(run, runs) for run in runs]
+
+
+def test_labels_are_against_the_first_run_of_ours() -> None:
+    hf, ours, crop = ran(model="llava_hf"), ran(), ran(given="padding=crop")
+    other = ["other preprocessing"]
+    assert label_of(hf, ours, crop, ours) == [other, [], other, []]
+    assert label_of(hf, hf) == [[], []]
+    assert label_of(hf, ran(model="qwen2_vl")) == [[], other]
+    # By a file in one run and as text in the other: known where both left what they resolved.
+    text_ = facts(padding="pad", system_prompt="Be brief.")
+    by_file, by_text = (
+        ran(given=f"system_prompt={given}", facts=text_) for given in ("/x/y.txt", "brief")
+    )
+    assert label_of(by_file, by_text) == [[], []]
+    assert label_of(by_file, ran(given="system_prompt=brief")) == [[], other]
+    assert label_of(by_file, ran(given="system_prompt=/x/y.txt")) == [[], []]
+    partly = ran(given="system_prompt=brief", facts=facts(padding="pad"))
+    assert label_of(by_file, partly) == [[], other]
+
+
+def test_labels_name_answers_scored_anew_and_each_other_argument_once() -> None:
+    def asked(tasks: Sequence[str], **generation: Any) -> Evidence:
+        return ran(tasks=tasks, config={"generation_kwargs": generation})
+
+    first = asked(["x", "y"], max_new_tokens=16)
+    second = asked(["x", "y", "z"], max_new_tokens=32, until=["."])
+    assert labels(second, [first, second]) == [
+        "other generation arguments: max_new_tokens=32",
+        "other generation arguments: until=['.']",
+    ]
+    assert labels(first, [first, second]) == []
+    assert labels(asked(["z"], max_new_tokens=32), [first]) == []
+    anew = ran(rescored={"from": "/runs/a"})
+    assert labels(anew, [ran(), anew]) == ["scored anew, from /runs/a"]
+
+
+def test_changes_of_values_by_name() -> None:
+    found = changes({"a": 1, "b": 2, "c": 3}, {"d": 4, "a": 1, "b": 5})
+    assert list(found.items()) == [("b", (2, 5)), ("c", (3, None)), ("d", (None, 4))]

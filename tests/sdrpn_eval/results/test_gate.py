@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.comparisons import N, rows, run_gate
+from sdrpn_eval.results import gate
+from sdrpn_eval.results.baseline import TaskBaseline, read_baseline
+from sdrpn_eval.results.gate import Broken, check, check_rules, check_run, safely_check
+from sdrpn_eval.results.read import BadRun, read_run
+from sdrpn_eval.results.verdicts import BROKEN, PASSED, Rules
+from tests.helpers.comparisons import N, metric, rows, run_gate, task
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.local_benchmarks import tiny_vstar_rows, write
 from tests.helpers.run_folders import (
@@ -118,7 +127,22 @@ def test_each_setting_that_makes_a_score_is_held(
     )
     code, line = run_gate(run, baseline)
     assert code == 2
-    assert "another scorer" in line
+    assert f"another scorer than the baseline's: {setting} is " in line
+
+
+def test_another_scorer_is_named_by_what_changed(tmp_path: Path) -> None:
+    base = tmp_path / "b.json"
+    run_gate(write_run(tmp_path / "good", {"x": rows()}), base, "--update")
+    run = write_run(tmp_path / "run", {"x": rows()}, config={"repeats": 3, "score_key": "points"})
+    told = "gate: broken: x accuracy: another scorer than the baseline's: "
+    assert run_gate(run, base) == (
+        2,
+        f"{told}score_key is points, was score; repeats is 3, was None",
+    )
+    older = json.loads(base.read_text())
+    del older["tasks"]["x"]["scoring"]
+    base.write_text(json.dumps(older))
+    assert run_gate(run, base) == (2, f"{told}its settings changed")
 
 
 def test_more_documents_than_the_baseline_are_broken(tmp_path: Path) -> None:
@@ -279,3 +303,179 @@ def test_a_worse_rpn_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     code, line = run_gate(tmp_path / "worse", base)
     assert code == 1
     assert "gate: fell: tiny_vstar accuracy" in line
+
+
+# By hand
+
+
+@pytest.fixture
+def held() -> dict[str, TaskBaseline]:
+    """Two tasks, of shares and of points up to 20, which also have a score that should be low."""
+    points = metric([5.0] * 14, better=False)
+    return {"x": task([1.0] * 14), "y": task([20.0] * 14, points=points)}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        Rules({}),
+        Rules({}, 0.00021),
+        Rules({"x": 0.5}, 0.0002),  # one task waits for its p, which can be 0.0001
+        Rules({"": 0.5}, 1e-9),
+        Rules({"x": 0.0, "y": 19.9}),
+        Rules({"": 5.0, "x": 0.99}),
+        Rules({"y": 1e6}, metrics={"y": "points"}),  # it can rise without end
+    ],
+)
+def test_rules_that_can_have_an_effect(rules: Rules, held: dict[str, TaskBaseline]) -> None:
+    check_rules(rules, held)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (Rules({}, 0.0), "--alpha must be in (0, 1), got 0"),
+        (Rules({}, 1.0), "--alpha must be in (0, 1), got 1"),
+        (Rules({}, math.nan), "--alpha must be in (0, 1), got nan"),
+        (Rules({"z": 0.1}), "--tolerance z=0.1: the baseline has no task z, only x, y"),
+        (
+            Rules({}, metrics={"z": "accuracy"}),
+            "--metric z=accuracy: the baseline has no task z, only x, y",
+        ),
+        (
+            Rules({"": 1.0}),
+            "--tolerance 1 would pass every fall: scores of x can fall by 1 at most; give a value "
+            "in [0, 1)",
+        ),
+        (
+            Rules({"": 20.0, "x": 0.5}),
+            "--tolerance 20 would pass every fall: scores of y can fall by 20 at most; give a "
+            "value in [0, 20)",
+        ),
+        (
+            Rules({"y": 20.5}),
+            "--tolerance y=20.5 would pass every fall: scores of y can fall by 20 at most; give a "
+            "value in [0, 20)",
+        ),
+        (Rules({"x": -0.1}), "--tolerance x=-0.1 must be a finite number, 0 or more"),
+        (Rules({"": math.nan}), "--tolerance nan must be a finite number, 0 or more"),
+        (
+            Rules({"y": math.inf}, metrics={"y": "points"}),
+            "--tolerance y=inf must be a finite number, 0 or more",
+        ),
+        (
+            Rules({}, 0.0002),
+            "--alpha 0.0002 cannot be reached: the smallest p-value of 2 task(s) is 0.0002; give "
+            "a larger --alpha, or a --tolerance",
+        ),
+        (
+            Rules({"x": 0.1}, 0.0001),
+            "--alpha 0.0001 cannot be reached: the smallest p-value of 1 task(s) is 0.0001; give "
+            "a larger --alpha, or a --tolerance",
+        ),
+    ],
+)
+def test_rules_that_cannot_mean_anything(
+    rules: Rules, message: str, held: dict[str, TaskBaseline]
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check_rules(rules, held)
+
+
+def test_a_run_that_cannot_be_read_has_one_verdict(tmp_path: Path, baseline: Path) -> None:
+    stored = read_baseline(baseline)
+    (one,) = check(tmp_path / "gone", stored, Rules({}))
+    assert (one.task, one.metric, one.code) == ("run", "", BROKEN)
+    gone = f"{tmp_path / 'gone'} does not exist; give the --output_path of an lmms-eval run"
+    assert one.reason == gone
+    other = write_run(tmp_path / "other", {"z": rows(n=1)})
+    (one,) = check(other, stored, Rules({}))
+    first, second = one.reason.split("; ")
+    assert first.endswith("has no results for x")
+    assert second.endswith("has no results for y")
+    (one,) = check(other, replace(stored, tasks={}), Rules({}))
+    assert (one.code, one.reason) == (BROKEN, f"{other}: the baseline holds no task")
+
+
+def test_an_error_of_any_other_kind_is_no_fall(
+    tmp_path: Path, baseline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: Any) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(gate, "check", crash)
+    (one,) = safely_check(tmp_path, read_baseline(baseline), Rules({}))
+    assert (one.task, one.metric, one.code) == ("run", "", BROKEN)
+    assert one.reason == f"{tmp_path} cannot be read as a run: RuntimeError: boom"
+    with pytest.raises(ValueError, match="--alpha must be in"):
+        safely_check(tmp_path, read_baseline(baseline), Rules({}, 2.0))
+
+
+def test_a_broken_task_does_not_hide_another(tmp_path: Path, baseline: Path) -> None:
+    run = write_run(tmp_path / "run", {"x": rows(n=10), "y": rows()})
+    broken, passed = check(run, read_baseline(baseline), Rules({}))
+    assert (broken.task, broken.metric, broken.code) == ("x", "accuracy,none", BROKEN)
+    assert broken.reason == "30 of the baseline's 40 documents are missing, such as 10"
+    assert (passed.task, passed.code, passed.reason) == ("y", PASSED, "did not fall")
+    one = write_run(tmp_path / "one", {"x": [*rows()[:39]], "y": rows()})
+    assert check(one, read_baseline(baseline), Rules({}))[0].reason == (
+        "1 of the baseline's 40 documents is missing, such as 39"
+    )
+
+
+def test_the_age_of_results_is_counted_from_their_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun at noon, they took 10 seconds, and a second more as both are whole ones."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+            return datetime(2026, 3, 11, 12, 0, 11, tzinfo=tz)
+
+    monkeypatch.setattr(gate, "datetime", Clock)
+    run = read_run(write_run(tmp_path / "run", {"x": rows(n=1)}))
+    check_run(run)
+    check_run(run, timedelta(hours=240))
+    message = f"^{re.escape(str(run.file))}: the results are 240.0 hours old: this run left none$"
+    with pytest.raises(BadRun, match=message):
+        check_run(run, timedelta(hours=240, seconds=-1))
+
+
+def test_documents_that_may_be_skipped() -> None:
+    def evidence(skipped: dict[str, int] | None) -> Any:
+        return SimpleNamespace(
+            facts=skipped if skipped is None else SimpleNamespace(skipped=skipped)
+        )
+
+    gate.refuse_skipped(evidence(None), "toy", 0)
+    gate.refuse_skipped(evidence({"other": 5}), "toy", 0)
+    gate.refuse_skipped(evidence({"toy": 3}), "toy", 3)
+    message = (
+        "3 document(s) of toy were skipped or answered without a second look (on_error; see "
+        "`error` in the record); mend them, or allow as many: --allow-skipped 3"
+    )
+    with pytest.raises(Broken, match=f"^{re.escape(message)}$"):
+        gate.refuse_skipped(evidence({"toy": 3}), "toy", 2)
+
+
+def test_what_an_update_says(tmp_path: Path) -> None:
+    """Notes, then the file; the tolerance of the file before is kept unless another is given."""
+    base, folder = tmp_path / "b.json", tmp_path / "run"
+    run = write_run(folder, {"x": rows(n=3), "y": rows()})
+    note, last = gate.update_baseline(folder, base, Rules({}))
+    assert note.startswith("note: x: only 3 images can fall, too few to tell a fall from noise (")
+    assert note.endswith("are needed; until then every fall fails, unless a --tolerance is given")
+    file = next(run.rglob("*_results.json"))
+    assert last == f"{base}: x by accuracy,none, y by accuracy,none, from {file}"
+    assert gate.update_baseline(folder, base, Rules({"": 0.1})) == [last]
+    assert gate.update_baseline(folder, base, Rules({})) == [last]
+    assert read_baseline(base).tolerance == {"": 0.1}
+    assert gate.update_baseline(folder, base, Rules({"x": 0.2})) == [last]
+    assert read_baseline(base).tolerance == {"x": 0.2}
+    before = base.read_text()
+    with pytest.raises(ValueError, match="--tolerance y=2 would pass every fall"):
+        gate.update_baseline(folder, base, Rules({"y": 2.0}))
+    with pytest.raises(BadRun, match="hours old"):
+        gate.update_baseline(folder, base, Rules({}, max_age=timedelta(seconds=1)))
+    assert base.read_text() == before

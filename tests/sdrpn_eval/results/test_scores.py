@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sdrpn_eval.results.compare import compare
-from sdrpn_eval.results.read import Run, read_run
-from sdrpn_eval.results.scores import group_scores
+from sdrpn_eval.results.read import Run, Sample, TaskRun, read_run
+from sdrpn_eval.results.scores import (
+    Scores,
+    all_scores,
+    document_value,
+    group_scores,
+    task_scores,
+)
 from tests.helpers.comparisons import compared, pair, row_of
 from tests.helpers.run_folders import (
     sample,
@@ -211,3 +220,130 @@ def test_a_metric_with_nan_in_one_run_is_named_and_left_out(tmp_path: Path) -> N
     comparison = compared(*folders)
     assert not comparison.rows
     assert "NaN" in comparison.not_compared[0].reason
+
+
+# By hand, without files
+
+
+def answered(
+    name: str,
+    values: Sequence[Mapping[str, Any]],
+    totals: Mapping[str, float | None],
+    better: Mapping[str, bool | None] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> TaskRun:
+    """A task whose documents 10, 11, ... have these values, by "metric,filter"."""
+    none = (None, None)
+    samples = {10 + i: Sample(10 + i, "q", "t", "a", none, v) for i, v in enumerate(values)}
+    return TaskRun(name, samples, totals, better or {}, config or {}, len(values))
+
+
+def test_a_document_s_number() -> None:
+    assert document_value(0.5) == document_value({"score": 0.5, "points": 3}) == 0.5
+    assert document_value({"score": 0.5, "points": 3}, "points") == 3
+    assert document_value({"points": 3}) is None
+    assert document_value({"score": "yes"}) is document_value("yes") is document_value(None) is None
+
+
+def test_the_metrics_of_a_task_in_its_order() -> None:
+    """Of three documents f1 counts two; one has an entry for it without a number."""
+    values = [
+        {"f1,strict": {"points": 1.0, "score": 0.0}, "a,b,none": 1.0},
+        {"f1,strict": {"points": None}, "a,b,none": 0.0, "low,none": 1.0},
+        {"f1,strict": {"points": 0.0}, "a,b,none": 0.0},
+    ]
+    totals = {"f1,strict": 0.5, "a,b,none": 0.4, "low,none": 1.0, "file,none": None}
+    task = answered("toy", values, totals, {"low": False, "f1": None}, {"score_key": "points"})
+    first, second, third, last = task_scores(task)
+    kept = {("toy", 10): 1.0, ("toy", 12): 0.0}
+    assert first == Scores("toy", "f1", "strict", True, 0.5, kept, "")
+    assert first.key == ("toy", "f1", "strict")
+    why = "is no mean over documents: theirs is 0.3333, the score is 0.4"
+    assert second == Scores("toy", "a,b", "none", True, 0.4, None, why)
+    assert third == Scores("toy", "low", "none", False, 1.0, {("toy", 11): 1.0}, "")
+    why = "has no number, such as a file to hand in"
+    assert last == Scores("toy", "file", "none", True, None, None, why)
+
+
+@pytest.mark.parametrize(
+    ("values", "total", "reason"),
+    [
+        ([0.5, 1.0], 0.75, ""),
+        ([0.5, 1.0], 0.75 * (1 - 9e-7), ""),
+        ([0.5, 1.0], 0.75 * (1 + 3e-6), "is no mean over documents: theirs is 0.75, the score is "),
+        ([0.5, 1.0], 75.00005, ""),
+        ([0.0, 0.0], 9e-7, ""),
+        ([0.0, 0.0], 2e-6, "is no mean over documents: theirs is 0, the score is 2e-06"),
+        ([0.5, 1.0], 0.0015, "is no mean over documents: theirs is 0.75, the score is 0.0015"),
+        ([math.nan, 1.0], 0.5, "some of its documents have the score NaN"),
+        ([math.inf, 1.0], 0.5, "some of its documents have the score NaN"),
+        (["yes", None], 0.5, "its documents carry no number each"),
+        ([], 0.5, "its documents carry no number each"),
+    ],
+)
+def test_why_a_metric_has_no_number_for_each_document(
+    values: list[Any], total: float, reason: str
+) -> None:
+    (one,) = task_scores(answered("toy", [{"m,none": v} for v in values], {"m,none": total}))
+    assert one.reason.startswith(reason)
+    assert bool(one.reason) == bool(reason) == (one.values is None)
+    assert one.total == total
+
+
+def test_a_metric_that_is_divided_by_the_whole_data_set() -> None:
+    key = "ocrbench_accuracy,none"
+    toy = answered("toy", [{key: {"score": 1.0, "points": 5}}] * 2, {key: 0.002})
+    (one,) = task_scores(toy)
+    assert one.values == {("toy", 10): 1.0, ("toy", 11): 1.0}
+    results: Any = {"group_subtasks": {"g": ["toy"]}, "results": {"g": {key: 0.002}}}
+    (group,) = group_scores(Run("a", Path("a"), Path("a"), results, {"toy": toy}), "g")
+    assert group == Scores("g", "ocrbench_accuracy", "none", True, 0.002, one.values)
+
+
+def test_groups_of_tasks() -> None:
+    right, wrong = {"m,none": 1.0, "n,o,f": 0.0}, {"m,none": 0.0, "n,o,f": 0.0}
+    low = {"n,o": False}
+    tasks = {
+        "x": answered("x", [right, right, wrong], {"m,none": 2 / 3, "n,o,f": 0.0}),
+        "y": answered("y", [right], {"m,none": 1.0, "n,o,f": 0.0}, low),
+        "z": answered("z", [{"m,none": "no"}], {"m,none": 1.0}),
+    }
+    results: Any = {
+        "group_subtasks": {
+            "xy": ["x", "y"],
+            "xz": ["x", "z"],
+            "yw": ["y", "w"],
+            "yx": ["y", "x"],
+            "no score": ["x"],
+        },
+        "results": {
+            "xy": {"alias": "xy", "m,none": 0.75, "n,o,f": 0.0, "o,none": 1.0},
+            "xz": {"m,none": 0.5},
+            "yx": {"m,none": 0.8},
+        },
+    }
+    run = Run("a", Path("a"), Path("a"), results, tasks)
+    first, second, third = group_scores(run, "xy")
+    values = {("x", 10): 1.0, ("x", 11): 1.0, ("x", 12): 0.0, ("y", 10): 1.0}
+    assert first == Scores("xy", "m", "none", True, 0.75, values)
+    assert second == Scores("xy", "n,o", "f", False, 0.0, dict.fromkeys(values, 0.0))
+    missing = "not all of its tasks have a score a document"
+    assert third == Scores("xy", "o", "none", True, 1.0, None, missing)
+    (one,) = group_scores(run, "xz")
+    assert one == Scores("xz", "m", "none", True, 0.5, None, missing)
+    (one,) = group_scores(run, "yx")
+    why = "is no mean over documents: theirs is 0.75, the score is 0.8"
+    assert one == Scores("yx", "m", "none", True, 0.8, None, why)
+    assert group_scores(run, "yw") == []  # w was not read
+    assert group_scores(run, "no score") == []
+    found = all_scores(run, ["y", "x"])
+    assert list(found) == [
+        ("y", "m", "none"),
+        ("y", "n,o", "f"),
+        ("x", "m", "none"),
+        ("x", "n,o", "f"),
+        *(("xy", m, f) for m, f in (("m", "none"), ("n,o", "f"), ("o", "none"))),
+        ("yx", "m", "none"),
+    ]
+    assert found["xy", "m", "none"] == first
+    assert list(all_scores(run, ["z"])) == [("z", "m", "none")]

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from sdrpn_eval.cli import app
-from sdrpn_eval.results.verdicts import Rules
-from tests.helpers.comparisons import N, rows, run_gate
+from sdrpn_eval.results.baseline import TaskBaseline
+from sdrpn_eval.results.verdicts import (
+    BROKEN,
+    FELL,
+    PASSED,
+    Rules,
+    Verdict,
+    beyond_noise,
+    decided_by_noise,
+    images_that_can_fall,
+    judge,
+    largest_fall,
+    metric_key,
+    small,
+    too_few,
+)
+from tests.helpers.comparisons import N, metric, rows, run_gate, task
 from tests.helpers.run_folders import (
     record_line,
     sample,
@@ -313,3 +330,229 @@ def test_a_model_that_was_as_mute_before_is_held_by_its_score(tmp_path: Path) ->
     run = write_run(tmp_path / "run", {"x": mute})
     assert run_gate(run, tmp_path / "b.json", "--update")[0] == 0
     assert run_gate(run, tmp_path / "b.json")[0] == 0
+
+
+# By hand, without files
+
+
+def judged(before: TaskBaseline, after: TaskBaseline, allowed: float | None = None) -> Verdict:
+    return judge("toy", "accuracy,none", before, after, allowed)
+
+
+def test_a_verdict_that_waits_for_others() -> None:
+    """Of four questions one fell, on one image of three; the image without a point cannot."""
+    found = judged(task([1, 1, 0, 1], [0, 0, 1, 2]), task([1, 0, 0, 1], [0, 0, 1, 2]))
+    assert (found.task, found.metric, found.code, found.reason) == ("toy", "accuracy,none", 0, "")
+    assert (found.before, found.after, found.fall) == (0.75, 0.5, 0.25)
+    assert (found.p, found.images) == (1.0, 2)
+    one = judged(task([1, 1], [0, 0]), task([1, 0], [0, 0]))
+    assert (one.fall, one.noise) == (0.5, None)  # one image gives no interval
+    # Both of two fell, from 15.811 %; none gained, of 84.189 % at most: together 119.061 %.
+    both = judged(task([1, 1]), task([0, 0]))
+    assert both.noise == pytest.approx(1.19061, abs=1e-5)
+    assert both.p == 0.5
+
+
+def test_a_score_that_should_be_low_falls_by_rising() -> None:
+    before, after = task([0, 0, 1], better=False), task([1, 0, 1], better=False)
+    assert judged(before, after).fall == pytest.approx(1 / 3)
+    assert judged(before, after).images == 2
+
+
+def test_documents_that_a_metric_does_not_count_are_left_out() -> None:
+    found = judged(task([1, None, 0, 1]), task([0, None, 0, 1]))
+    assert (found.fall, found.images) == (pytest.approx(1 / 3), 2)
+    other = judged(task([1, None]), task([1, 0]))
+    assert (other.code, other.reason) == (
+        BROKEN,
+        "accuracy,none is scored on other documents than the baseline's",
+    )
+    assert (other.task, other.metric) == ("toy", "accuracy,none")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "code", "reason"),
+    [
+        (1, 3, BROKEN, "3 of 4 answers are empty"),
+        (2, 3, PASSED, ""),  # half of them were
+        (1, 2, PASSED, ""),  # no more than half are
+    ],
+)
+def test_more_than_half_of_the_answers_empty(
+    before: int, after: int, code: int, reason: str
+) -> None:
+    found = judged(task([1] * 4, empty=before), task([1] * 4, empty=after))
+    assert (found.task, found.metric, found.code, found.reason) == (
+        "toy",
+        "accuracy,none",
+        code,
+        reason,
+    )
+    alone = judged(task([1]), task([1], empty=1))
+    assert alone.reason == "1 of 1 answer is empty"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "code", "reason"),
+    [
+        (0.25, PASSED, "fell by 0.2500, tolerance 0.25"),
+        (0.2, FELL, "fell by 0.2500, more than the tolerance of 0.2"),
+        (0.0, FELL, "fell by 0.2500, more than the tolerance of 0"),
+    ],
+)
+def test_a_tolerance_is_the_most_that_passes(allowed: float, code: int, reason: str) -> None:
+    found = judged(task([1] * 4), task([1, 1, 0, 1]), allowed)
+    assert (found.code, found.reason) == (code, reason)
+
+
+@pytest.mark.parametrize("fall", [0.0, 5e-10, -0.5])
+def test_a_difference_by_rounding_is_no_fall(fall: float) -> None:
+    found = judged(task([0.5] * 2), task([0.5 - fall] * 2), 0.0)
+    assert (found.code, found.reason) == (PASSED, "did not fall, tolerance 0")
+
+
+def test_scores_of_one_scale_in_one_run_only() -> None:
+    """3 of [0, 5] is no share: the interval is a bootstrap's, over differences outside [-1, 1]."""
+    found = judged(task([1.0, 1.0]), task([5.0, 1.0]))
+    assert (found.fall, found.noise) == (-2.0, 2.0)
+
+
+def test_what_can_fall() -> None:
+    def images(scores: Sequence[float | None], better: bool = True) -> int:
+        return images_that_can_fall(task(scores, [0, 0, 1, 2], better=better), "accuracy,none")
+
+    assert images([0, 1, 0, 1]) == 2
+    assert images([0, 0, None, 0.5]) == 1
+    assert images([0, 1, 1, 1], better=False) == 1
+    assert images([0, 20, 0, 20]) == 2
+    assert images([0, 20, None, 20], better=False) == 2  # it can rise without end
+    assert images([-1, 0, 0, 0]) == 3
+
+
+def test_how_far_a_mean_can_fall() -> None:
+    assert largest_fall(metric([0, 1])) == 1.0
+    assert largest_fall(metric([0.25, None, 0.5])) == 1.0
+    assert largest_fall(metric([0, 1], better=False)) == 1.0
+    assert largest_fall(metric([0, None, 20])) == 20
+    assert largest_fall(metric([0, 1.5])) == 1.5
+    assert largest_fall(metric([0, 20], better=False)) is None
+    assert largest_fall(metric([-1, 2])) is None
+    assert largest_fall(metric([-0.5, 1])) is None
+
+
+def test_tasks_that_noise_can_decide_about() -> None:
+    """One task needs 12 images, each of two 14."""
+    assert decided_by_noise({}, 0.05) == set()
+    assert decided_by_noise({"a": 11}, 0.05) == set()
+    assert decided_by_noise({"a": 12}, 0.05) == {"a"}
+    assert decided_by_noise({"a": 13, "b": 14}, 0.05) == {"b"}
+    assert decided_by_noise({"b": 14, "a": 13}, 0.05) == {"b"}
+    assert decided_by_noise({"a": 14, "b": 14}, 0.05) == {"a", "b"}
+    # Of drawn patterns the smallest p is 0.0001: below it for one task, not for two.
+    assert decided_by_noise({"a": 100, "b": 101}, 0.00015) == {"b"}
+    assert decided_by_noise({"a": 100}, 0.0001) == set()
+
+
+def test_tasks_that_are_too_small() -> None:
+    tasks = {"x": task([1.0] * 12), "y": task([1.0] * 4, unparsed=metric([1.0, 1, 1, 0], False))}
+    why = "only 4 images can fall, too few to tell a fall from noise (the smallest p-value that "
+    why += "they can reach is 0.25, corrected for 2 tasks, not below alpha = 0.05); at least 14 are"
+    assert small(tasks, Rules({})) == {"y": f"{why} needed"}
+    assert small(tasks, Rules({"y": 0.1})) == {}
+    assert small(tasks, Rules({"": 0.1})) == {}
+    one = small(tasks, Rules({}, metrics={"y": "unparsed"}))
+    assert one["y"].startswith("only 1 image can fall")
+
+
+@pytest.mark.parametrize(
+    ("images", "alpha", "tests", "why", "needed"),
+    [
+        (11, 0.05, 1, "where half of them fall is 0.062", 12),
+        (12, 0.05, 2, "where half of them fall is 0.062, corrected for 2 tasks", 14),
+        (6, 0.03125, 1, "that they can reach is 0.031", 14),  # not below alpha
+        (2, 0.05, 3, "that they can reach is 1, corrected for 3 tasks", 14),
+    ],
+)
+def test_why_images_are_too_few(
+    images: int, alpha: float, tests: int, why: str, needed: int
+) -> None:
+    assert too_few(images, alpha, tests) == (
+        f"only {images} images can fall, too few to tell a fall from noise (the smallest p-value "
+        f"{why}, not below alpha = {alpha:g}); at least {needed} are needed"
+    )
+
+
+def waiting(name: str, fall: float, p: float, images: int = 20, noise: Any = 0.2) -> Verdict:
+    return Verdict(name, "accuracy,none", PASSED, "", 1.0, 1.0 - fall, fall, noise, p, images)
+
+
+def test_tasks_are_decided_together() -> None:
+    """p of 0.01, 0.04, 0.03 and 0.015 are 0.04, 0.06, 0.06 and 0.045 after Holm.
+
+    The tasks of four images do not count.
+    """
+    broken = Verdict("a", "", BROKEN, "its reason")
+    few = "only 4 images can fall, too few to tell a fall from noise (the smallest p-value that "
+    few += (
+        "they can reach is 0.62, corrected for 5 tasks, not below alpha = 0.05); at least 16 are "
+    )
+    given = [
+        broken,
+        waiting("b", 0.5, 0.01),
+        waiting("c", 0.1, 0.04),
+        waiting("d", 0.0, 0.9, images=4),
+        waiting("e", 0.3, 0.03),
+        waiting("f", 0.25, 0.9, images=4),
+        waiting("g", -0.1, 0.015),
+    ]
+    found = beyond_noise(given, 0.05)
+    assert found[0] == broken
+    assert [(v.task, v.code, v.reason, v.p) for v in found[1:]] == [
+        ("b", FELL, "fell by 0.5000, p = 0.04", pytest.approx(0.04)),
+        ("c", PASSED, "fell by 0.1000, within the noise of 0.2000 (p = 0.06)", pytest.approx(0.06)),
+        ("d", PASSED, f"did not fall; {few}needed", 0.9),
+        ("e", PASSED, "fell by 0.3000, not more than chance (p = 0.06)", pytest.approx(0.06)),
+        ("f", FELL, f"fell by 0.2500; {few}needed, or a --tolerance", 0.9),
+        ("g", PASSED, "did not fall", pytest.approx(0.045)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fall", "p", "noise", "code", "reason"),
+    [
+        (0.1, 0.05, 0.1, PASSED, "fell by 0.1000, within the noise of 0.1000 (p = 0.05)"),
+        (0.1, 0.05, None, PASSED, "fell by 0.1000, not more than chance (p = 0.05)"),
+        (0.1, 0.0499, 0.1, FELL, "fell by 0.1000, p = 0.05"),
+        (1e-9, 0.001, 0.1, PASSED, "did not fall"),
+        (-0.4, 0.001, 0.1, PASSED, "did not fall"),
+        (0.0, 1.0, 0.1, PASSED, "did not fall"),
+    ],
+)
+def test_one_task_is_decided_by_its_p(
+    fall: float, p: float, noise: float | None, code: int, reason: str
+) -> None:
+    (found,) = beyond_noise([waiting("x", fall, p, noise=noise)], 0.05)
+    assert (found.code, found.reason, found.p) == (code, reason, p)
+
+
+def test_without_enough_images_rounding_is_no_fall() -> None:
+    (found,) = beyond_noise([waiting("x", 1e-9, 1.0, images=3)], 0.05)
+    assert (found.code, found.reason[:14]) == (PASSED, "did not fall; ")
+
+
+def test_the_metric_that_decides() -> None:
+    low, high = metric([0.5], better=False), metric([0.5])
+    several = task([0.5], better=False, lower=low, higher=high, highest=high)
+    assert metric_key("toy", several) == "higher,none"
+    assert metric_key("toy", task([0.5], better=False, lower=low)) == "accuracy,none"
+    assert metric_key("toy", several, "highest") == "highest,none"
+    assert metric_key("toy", several, "lower,none") == "lower,none"
+    commas = task([0.5], **{"f1,macro": high})
+    assert metric_key("toy", commas, "f1,macro") == "f1,macro,none"
+    with pytest.raises(ValueError, match="toy has no metric no in the baseline: accuracy,none, lo"):
+        metric_key("toy", task([0.5], lower=low), "no")
+
+
+def test_a_tolerance_of_a_task_goes_before_that_of_all() -> None:
+    rules = Rules({"": 0.1, "x": 0.0})
+    assert (rules.allowed("x"), rules.allowed("y")) == (0.0, 0.1)
