@@ -42,13 +42,14 @@ BEGIN, END = "<!-- cost -->", "<!-- end of cost -->"
 
 def sizes_of(shape: QwenShape, tokens: int) -> QwenSizes:
     """Sizes of a shape with a square image of so many tokens and a square crop of 576."""
+    side, crop_side = SIDES[tokens], SIDES[FIRST_TOKENS]
     return QwenSizes.of_config(
         qwen_config(shape, build_tokenizer()),
         head_tokens=HEAD_TOKENS,
         branch_layer=branch_layer(shape.hidden, shape.layers),
         depth=DEPTH,
-        grid=(SIDES[tokens],) * 2,
-        crop_grid=(SIDES[FIRST_TOKENS],) * 2,
+        grid=(side, side),
+        crop_grid=(crop_side, crop_side),
     )
 
 
