@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import typer
 
@@ -27,6 +28,8 @@ app = typer.Typer(
 
 @app.callback()
 def _main(context: typer.Context) -> None:
+    if "--help" in sys.argv:  # of a command: nothing is needed to read it
+        return
     with report_errors():
         needs("lmms_eval", "matplotlib", "jinja2", extra="eval", what="sdrpn-eval")
     # Tasks' documents are looked up on this machine; only what evaluates or cuts may download.

@@ -19,7 +19,7 @@ from tests.helpers.local_benchmarks import manager, tiny_vstar_rows, write
 REFUSED = [
     (["--system_instruction", "Be brief."], "--system_instruction: .*system_prompt= in --model_"),
     (["--system_instruction=Be brief."], "--system_instruction: lmms-eval glues it"),
-    (["--apply_chat_template"], "--apply_chat_template: the prompt is LLaVA-1.5's own"),
+    (["--apply_chat_template"], "--apply_chat_template: the prompt is the model's own"),
     (["--apply_chat_template", "--fewshot_as_multiturn"], "; --fewshot_as_multiturn: a question"),
     (["--num_fewshot", "2"], "--num_fewshot: examples would come without their images"),
     (["--cache_requests", "true"], "--cache_requests: lmms-eval stores requests without"),
