@@ -3,7 +3,8 @@
     python -m benchmarks.mixed_grids --repeats 2
 
 sdrpn with a first look and a crop of about 576 tokens and one question per image, on random
-weights; both ways alternate. Prints JSON; `speed_up` is the seconds of one by one over those of the batch.
+weights; both ways alternate. Prints JSON; `speed_up` is the seconds of one by one over those of
+the batch.
 """
 
 from __future__ import annotations
