@@ -44,10 +44,11 @@ def counted(work: Callable[[], Any]) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Dimensions of a LLaVA and its RPN; widths in features, counts in tokens.
+    """Dimensions of a model and its RPN; widths in features, counts in tokens.
 
     kv_width: features of a key. head_tokens: tokens before the image. feature_layers: layers of the
-    vision tower that the image features need (transformers runs all of them).
+    vision tower that the image features need (transformers runs all of them). crop_marks: tokens
+    around a crop. The vision tower is LLaVA's; subclasses have others.
     """
 
     layers: int
@@ -64,6 +65,7 @@ class Sizes:
     vision_intermediate: int
     patch_inputs: int
     feature_layers: int
+    crop_marks: int = 0
 
     @classmethod
     def of(cls, llava: Llava15, rpn: RPNConfig) -> Self:
@@ -91,6 +93,18 @@ class Sizes:
     def prefix(self) -> int:
         return self.head_tokens + self.image_tokens
 
+    def image_tower(self, layers: int) -> float:
+        """Operations of `layers` vision layers and the projector, for the whole image."""
+        return tower(self, layers)
+
+    def crop_tower(self, layers: int) -> float:
+        """The same for the crop."""
+        return tower(self, layers)
+
+    def inserted(self, crop: int) -> int:
+        """Tokens that a crop of `crop` tokens adds to the sequence, with the marks around it."""
+        return crop + self.crop_marks if crop else 0
+
 
 @dataclass(frozen=True)
 class Load:
@@ -107,6 +121,10 @@ class Load:
     neutral: int = 0
     vicrop_layer: int = 0
     together: int = 1
+
+
+Work = tuple[Sizes, Load]
+"""What the formulas need."""
 
 
 # --- parts ----------------------------------------------------------------------------------
@@ -178,7 +196,7 @@ def stock(s: Sizes, w: Load) -> Stations:
     """The full prompt for every question."""
     length = s.prefix + w.question
     return {
-        "read": tower(s, s.vision_layers),
+        "read": s.image_tower(s.vision_layers),
         "prefill": span(s, s.layers, length, 0),
         "decode": decode(s, w.new - 1, length, w.new),
     }
@@ -186,18 +204,18 @@ def stock(s: Sizes, w: Load) -> Stations:
 
 def two_pass(s: Sizes, w: Load) -> Stations:
     """The full prompt to find the region, then the full prompt with the crop tokens."""
-    first, second = s.prefix + w.question, s.prefix + w.crop + w.question
+    first, second = s.prefix + w.question, s.prefix + s.inserted(w.crop) + w.question
     return {
-        "read": tower(s, s.vision_layers),
+        "read": s.image_tower(s.vision_layers),
         "look": span(s, s.branch_layer + s.depth - 1, first, 0) + _map_keys(s) + _map_query(s),
-        "crop": tower(s, s.vision_layers),
+        "crop": s.crop_tower(s.vision_layers),
         "prefill": span(s, s.layers, second, 0),
         "decode": decode(s, w.new - 1, second, w.new),
     }
 
 
 def _answer(s: Sizes, w: Load) -> Stations:
-    suffix = w.crop + w.question
+    suffix = s.inserted(w.crop) + w.question
     return {
         "prefill": span(s, s.layers, suffix, s.prefix),
         "decode": decode(s, w.new - 1, s.prefix + suffix, w.new),
@@ -206,19 +224,19 @@ def _answer(s: Sizes, w: Load) -> Stations:
 
 def none(s: Sizes, w: Load) -> Stations:
     """The image once, then each question."""
-    read = tower(s, s.vision_layers) + fill(s, s.layers, s.prefix, 0)
+    read = s.image_tower(s.vision_layers) + fill(s, s.layers, s.prefix, 0)
     return {"read": read / w.questions_per_image, **_answer(s, w)}
 
 
 def sdrpn(s: Sizes, w: Load) -> Stations:
     """The image once, then for each question the map, the crop tokens and the question."""
     own = span(s, s.depth - 1, s.prefix, 0) + _map_keys(s)
-    read = tower(s, s.vision_layers) + fill(s, s.layers, s.prefix, 0) + own
+    read = s.image_tower(s.vision_layers) + fill(s, s.layers, s.prefix, 0) + own
     look = span(s, s.branch_layer + s.depth - 1, w.question, s.prefix) + _map_query(s)
     return {
         "read": read / w.questions_per_image,
         "look": look,
-        "crop": tower(s, s.vision_layers),
+        "crop": s.crop_tower(s.vision_layers),
         **_answer(s, w),
     }
 
@@ -231,7 +249,7 @@ def vicrop(s: Sizes, w: Load) -> Stations:
         for n in (w.question, w.neutral)
     )
     look = own + plain / w.together
-    return none(s, w) | {"look": look, "crop": tower(s, s.vision_layers)}
+    return none(s, w) | {"look": look, "crop": s.crop_tower(s.vision_layers)}
 
 
 FORMULAS: Mapping[str, Callable[[Sizes, Load], Stations]] = {
@@ -251,8 +269,8 @@ def floor(system: str, s: Sizes, w: Load) -> Stations:
     last layer only tokens whose output is used. `two_pass` has the bound of `sdrpn`, since it finds
     the same region, and `none` that of `stock`.
     """
-    suffix = w.crop + w.question
-    read = tower(s, s.feature_layers) + least(s, s.layers, s.prefix, 0, 0)
+    suffix = s.inserted(w.crop) + w.question
+    read = s.image_tower(s.feature_layers) + least(s, s.layers, s.prefix, 0, 0)
     parts: Stations = {
         "prefill": least(s, s.layers, suffix, s.prefix, 1),
         "decode": decode(s, w.new - 1, s.prefix + suffix, w.new),
@@ -269,5 +287,5 @@ def floor(system: str, s: Sizes, w: Load) -> Stations:
         parts["look"] = least(s, layers, w.question, s.prefix, 0)
         read += least(s, layers, w.neutral, s.prefix, 0)
     if w.crop:
-        parts["crop"] = tower(s, s.feature_layers)
+        parts["crop"] = s.crop_tower(s.feature_layers)
     return {"read": read / w.questions_per_image} | parts

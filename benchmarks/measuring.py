@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from benchmarks.flops import FORMULAS, Load, Sizes, counted, floor
+from benchmarks.flops import FORMULAS, Work, counted, floor
 from benchmarks.systems import Said, System
 from benchmarks.workload import Cell, Clock
 from sdrpn.engine import Question
@@ -89,17 +89,22 @@ def _ratio(of: Measured, to: Measured) -> float:
 def rows_of(
     results: Sequence[Measured],
     cell: Cell,
-    sizes: Sizes,
-    load_of: Callable[[float], Load],
+    work_of: Callable[[System, float], Work],
     rate: float,
 ) -> list[dict[str, Any]]:
-    """Return the JSON rows of one cell. load_of: maps crop tokens per question to a Load."""
-    stock = {r.job.batch_size: r for r in results if r.job.system.name == "stock"}
+    """Return the JSON rows of one cell, relative to the stock without a preset.
+
+    work_of: maps a system and its crop tokens per question to sizes and token counts.
+    """
+    reference = ("stock", None)
+    systems = [(r.job.system, r) for r in results]
+    stock = {r.job.batch_size: r for s, r in systems if (s.name, s.preset) == reference}
     rows = []
     for result in results:
         equal, own = stock[result.job.batch_size], median(result.seconds)
         paired = [s / o for s, o in zip(equal.seconds, result.seconds, strict=True)]
-        name, work = result.job.system.name, load_of(result.crop_tokens)
+        name = result.job.system.name
+        sizes, work = work_of(result.job.system, result.crop_tokens)
         least = sum(floor(name, sizes, work).values())
         rows.append(
             {

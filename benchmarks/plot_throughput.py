@@ -25,8 +25,16 @@ LINES = {
     ("none", None): ("no second look, ours", "#009e73", "-"),
     ("two_pass", "paper"): ("two passes, as published", "#d55e00", "--"),
     ("vicrop", None): ("ViCrop, over our prefix", "#cc79a7", "--"),
+    ("stock", "1024"): ("stock, 1024 tokens an image", "#999999", ":"),
+    ("stock", "576"): ("stock, 576 tokens an image", "#555555", ":"),
 }
 """Name, colour and line style of each system, in table order; stock is the line at 1."""
+
+FAMILIES = {
+    "llava": ("LLaVA", "`llava_hf`, which does not support larger batches"),
+    "qwen2_5_vl": ("Qwen2.5-VL, 4096 tokens an image,", "`qwen2_5_vl` at batch size 1"),
+}
+"""Names in prose; files without a family are of LLaVA."""
 
 BEGIN, END = "<!-- throughput -->", "<!-- end of throughput -->"
 
@@ -119,7 +127,8 @@ def _draw_line(
 # --- tables ----------------------------------------------------------------------------------
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def format_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table."""
     rule = ["---"] * len(head)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
 
@@ -135,14 +144,14 @@ def _by_batch(rows: Sequence[Row], cell: Callable[[Row], str], *, stock: str) ->
                 cells = [cell(row) if row else "" for row in found]
                 lines.append([str(batch), name, *cells])
     head = ["batch size", "system", *(f"{column} per image" for column in columns)]
-    return _table(head, lines)
+    return format_table(head, lines)
 
 
 def ratio_table(result: dict[str, Any]) -> str:
     """Format throughput over stock at equal batch size, with the spread of the repeats."""
 
     def cell(row: Row) -> str:
-        if row["system"] == "stock":
+        if (row["system"], row["preset"]) == ("stock", None):
             return f"{row['ratio_to_stock_batch1']:.2f} ({row['seconds_per_question']:.3g} s)"
         low, high = row["ratio_spread"]
         value = f"{row['ratio_to_stock']:.2f}"
@@ -185,12 +194,17 @@ def facts(result: dict[str, Any]) -> str:
     )
 
 
+def _family(result: dict[str, Any]) -> tuple[str, str]:
+    """Return the family's name, and lmms-eval's model of it."""
+    return FAMILIES[result["shape"].get("family", "llava")]
+
+
 def short_page(result: dict[str, Any]) -> str:
     """Return the first table and its facts, for another page."""
     return "\n\n".join(
         [
-            "Questions per second relative to stock LLaVA **at equal batch size** (lowest to "
-            "highest repeat); 1 is stock.",
+            f"Questions per second relative to stock {_family(result)[0]} **at equal batch size** "
+            "(lowest to highest repeat); 1 is stock.",
             ratio_table(result),
             facts(result),
         ]
@@ -204,7 +218,7 @@ def page(result: dict[str, Any], picture: str) -> str:
         f"![Throughput over stock at equal batch size]({picture})",
         short_page(result),
         "### Relative to stock at batch size 1",
-        "For comparison with lmms-eval's `llava_hf`, which does not support larger batches.",
+        f"For comparison with lmms-eval's {_family(result)[1]}.",
         today_table(result),
         "### Work",
         "GFLOP per question as counted / lower bound (each image, map, crop and question once, one "
@@ -222,7 +236,7 @@ def page(result: dict[str, Any], picture: str) -> str:
     for preset, stations in result.get("profile", {}).items():
         lines = [[name, *_station_cells(row)] for name, row in stations.items()]
         head = ["stage", "ms", "lower bound, ms", "ratio"]
-        parts += [f"### One question by stage, preset {preset}", _table(head, lines)]
+        parts += [f"### One question by stage, preset {preset}", format_table(head, lines)]
     return "\n\n".join(parts)
 
 
@@ -231,19 +245,22 @@ def _station_cells(row: dict[str, float]) -> list[str]:
     return [f"{own:.1f}", f"{least:.1f}", f"{own / least:.1f}" if least else ""]
 
 
-def put(path: Path, text: str, *, title: str | None = None) -> None:
+def put(
+    path: Path, text: str, *, title: str | None = None, markers: tuple[str, str] = (BEGIN, END)
+) -> None:
     """Write text between the markers of a page; with a title, a missing page is created.
 
     Raises ValueError if the page has no markers.
     """
+    first, last = markers
     if title is not None and not path.exists():
-        path.write_text(f"# {title}\n\n{BEGIN}\n{END}\n")
+        path.write_text(f"# {title}\n\n{first}\n{last}\n")
     page_text = path.read_text()
-    before, begin, rest = page_text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = page_text.partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"{path} has no lines {BEGIN} and {END} to put the table between")
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        raise ValueError(f"{path} has no lines {first} and {last} to put the table between")
+    path.write_text(f"{before}{first}\n{text}\n{last}{after}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

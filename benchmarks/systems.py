@@ -12,16 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
+from sdrpn.backbones.base import Backbone, Segment
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.boxes import GridBox, ImageGrid
 from sdrpn.config import ZoomConfig
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.inference.decoder import run_layers
-from sdrpn.inference.generation import generate_plain, generation_arguments
-from sdrpn.inference.prefix import batch_rows
+from sdrpn.inference.generation import generate, generate_plain
+from sdrpn.inference.prefix import Prefix, batch_rows
 from sdrpn.roi.crops import crop_tokens
 from sdrpn.roi.postprocess import Region, blur, propose
 from sdrpn.roi.proposers import Proposal
@@ -52,12 +53,15 @@ class System:
     largest_batch: int | None = None
 
 
-def middle_box(grid: int, cells: int) -> GridBox:
-    """Return a box of cells x cells in the centre of the grid."""
-    if not 1 <= cells <= grid:
-        raise ValueError(f"cells must be from 1 to the grid's {grid}, got {cells}")
-    low = (grid - cells) // 2
-    return GridBox(low, low, low + cells, low + cells)
+def middle_box(grid: int, cells: int, columns: int | None = None) -> GridBox:
+    """Return a box of cells x cells in the centre of a grid, of `grid` rows and, if not square,
+    `columns`.
+    """
+    columns = columns or grid
+    if not 1 <= cells <= min(grid, columns):
+        raise ValueError(f"cells must be from 1 to the grid's {min(grid, columns)}, got {cells}")
+    top, left = (grid - cells) // 2, (columns - cells) // 2
+    return GridBox(left, top, left + cells, top + cells)
 
 
 def region_of(box: GridBox, view: ImageGrid) -> Region:
@@ -96,7 +100,7 @@ def generation_of(new_tokens: int) -> dict[str, Any]:
     return {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
 
 
-def _engine_system(
+def engine_system(
     engine: ZoomModel,
     name: str,
     preset: str | None,
@@ -116,54 +120,47 @@ def zooming_engine(llava: Llava15, rpn: RPN, box: GridBox, preset: str) -> ZoomM
     return force_region(ZoomModel(llava, rpn, zoom=preset_zoom(preset)), box)
 
 
-def stock(llava: Llava15, generation: Mapping[str, Any]) -> System:
+def stock(backbone: Backbone, generation: Mapping[str, Any], preset: str | None = None) -> System:
     """transformers: the full prompt and the pixels of each row, left-padded.
 
-    At batch size 1 the same as lmms-eval's llava_hf; `generate_plain` only builds the inputs (the
-    pixels and prompt of all systems here) and calls the model's generate().
+    At batch size 1 the same as lmms-eval's own models; `generate_plain` only builds the inputs (the
+    pixels and prompt of all systems here) and calls the model's generate(). preset: what sets it
+    apart from the stock that others are compared with.
     """
 
     def run(batch: Sequence[Question]) -> list[Said]:
-        prompts = [llava.plain_ids(q.text) for q in batch]
+        prompts = [backbone.plain_ids(q.text, 1) for q in batch]
         images = [q.images[0] for q in batch]
-        return _said(llava, generate_plain(llava, prompts, images, generation), [0] * len(batch))
+        ids = generate_plain(backbone, prompts, images, generation)
+        return _said(backbone, ids, [0] * len(batch))
 
-    return System("stock", None, run, lambda: None)
+    return System("stock", preset, run, lambda: None)
 
 
-def _two_pass(llava: Llava15, rpn: RPN, box: GridBox, generation: Mapping[str, Any]) -> System:
+def two_pass(
+    backbone: Backbone, rpn: RPN, box: GridBox, zoom: ZoomConfig, generation: Mapping[str, Any]
+) -> System:
     """The published implementation: the map from the full prompt, then a second pass with the crop.
 
     The vision tower runs once for both passes, which favours this system.
     """
-    zoom = preset_zoom("paper")
-    arguments = generation_arguments(llava, generation)
+    empty = Prefix((), (), None, (), slice(0, 0), 0)
 
     @torch.no_grad()
     def answer(question: Question) -> Said:
-        image, words = question.images[0], llava.prompt_ids(question.text).after
-        (ready,) = llava.preprocess([image])
-        before = llava.prefix_segment(ready, llava.encode([ready])[0])
-        after = llava.suffix_segment(before.next_position, words)
-        batch = batch_rows([before.followed_by(after)], [0])
-        inputs = batch.attention(llava)
-        branch = run_layers(llava.layers[: rpn.branch_layer], batch.embeds, inputs)
-        states = rpn(branch, inputs)
-        keys = rpn.image_keys(states[:, before.image], inputs.rotary)
-        logits = rpn.roi_logits(states[:, -1], inputs.rotary, keys)[0]
-        grid = ready.grid
-        roi_map = torch.sigmoid(logits).cpu().numpy().reshape(grid.rows, grid.columns)
-        propose(blur(roi_map), grid, zoom)
-        region, room = region_of(box, grid), llava.context_length
-        (crops,) = crop_tokens(llava, [image], [region], [zoom], [room])
+        image, words = question.images[0], backbone.prompt_ids(question.text).after
+        (ready,) = backbone.preprocess([image])
+        before = backbone.prefix_segment(ready, backbone.encode([ready])[0])
+        after = backbone.suffix_segment(before.next_position, words)
+        roi_map = _map_of_prompt(backbone, rpn, before, after, ready.grid)
+        propose(blur(roi_map), ready.grid, zoom, backbone.map_rules)
+        region, room = region_of(box, ready.grid), backbone.context_length
+        (crops,) = crop_tokens(backbone, [image], [region], [zoom], [room])
         inserted = sum(len(crop.tokens) for crop in crops)
         assert inserted
-        zoomed = llava.suffix_segment(before.next_position, words, crops)
-        whole = before.followed_by(zoomed).embeds[None]
-        ids = llava.model.generate(
-            inputs_embeds=whole, attention_mask=_ones(whole), **arguments
-        ).tolist()
-        return _said(llava, ids, [inserted])[0]
+        zoomed = backbone.suffix_segment(before.next_position, words, crops)
+        ids = generate(backbone, [empty], [before.followed_by(zoomed)], generation)
+        return _said(backbone, ids, [inserted])[0]
 
     def run(batch: Sequence[Question]) -> list[Said]:
         return [answer(question) for question in batch]
@@ -171,12 +168,21 @@ def _two_pass(llava: Llava15, rpn: RPN, box: GridBox, generation: Mapping[str, A
     return System("two_pass", "paper", run, lambda: None, largest_batch=1)
 
 
-def _ones(embeds: Tensor) -> Tensor:
-    return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+def _map_of_prompt(
+    backbone: Backbone, rpn: RPN, before: Segment, after: Segment, grid: ImageGrid
+) -> np.ndarray:
+    """Compute the RPN's map, [rows, columns], in one pass over the full prompt."""
+    batch = batch_rows([before.followed_by(after)], [0])
+    inputs = batch.attention(backbone)
+    branch = run_layers(backbone.layers[: rpn.branch_layer], batch.embeds, inputs)
+    states, (cos, sin) = rpn(branch, inputs), inputs.rotary
+    keys = rpn.image_keys(states[:, before.image], (cos[:, before.image], sin[:, before.image]))
+    logits = rpn.roi_logits(states[:, -1], (cos[:, -1:], sin[:, -1:]), keys)[0]
+    return torch.sigmoid(logits).cpu().numpy().reshape(grid.rows, grid.columns)
 
 
-def _said(llava: Llava15, ids: Sequence[Sequence[int]], crops: Sequence[int]) -> list[Said]:
-    texts = [llava.tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
+def _said(backbone: Backbone, ids: Sequence[Sequence[int]], crops: Sequence[int]) -> list[Said]:
+    texts = [backbone.tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
     return [Said(text, crop) for text, crop in zip(texts, crops, strict=True)]
 
 
@@ -193,13 +199,13 @@ def all_systems(
     rpn = rpn.attach(llava).eval().requires_grad_(False)
     return [
         stock(llava, said),
-        _engine_system(ZoomModel(llava, proposer="none"), "none", None, said),
-        _two_pass(llava, rpn, box, said),
+        engine_system(ZoomModel(llava, proposer="none"), "none", None, said),
+        two_pass(llava, rpn, box, preset_zoom("paper"), said),
         *[
-            _engine_system(zooming_engine(llava, rpn, box, preset), "sdrpn", preset, said)
+            engine_system(zooming_engine(llava, rpn, box, preset), "sdrpn", preset, said)
             for preset in ("paper", "fast")
         ],
-        _engine_system(
+        engine_system(
             ZoomModel(llava, proposer="vicrop", zoom=preset_zoom("paper")),
             "vicrop",
             None,

@@ -1,4 +1,4 @@
-"""Measure questions per second of sdrpn and stock LLaVA-1.5 at equal batch size.
+"""Measure questions per second of sdrpn and the stock model at equal batch size.
 
 All systems share weights, images, questions and the number of new tokens, and are interleaved
 within every repeat, so that a change in the machine's speed affects all of them.
@@ -10,6 +10,9 @@ within every repeat, so that a change in the machine's speed affects all of them
     sdrpn      sdrpn. Preset paper: 576 crop tokens; preset fast: as many as the region needs.
     vicrop     the ViCrop baseline over our prefix (batch 1, unless --vicrop-batched).
 
+With --family qwen2_5_vl, stock has 4096 tokens per image, and 1024 and 576 as presets; two_pass and
+sdrpn have a first look and a crop of 576 tokens.
+
 A table cell is a number of questions per image. Each repeat of a system starts with empty caches;
 within the repeat, questions share their image. Region proposal runs for every question, but the box
 is then given (--cells), so that every crop has the same size.
@@ -19,34 +22,35 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.flops import FORMULAS, Load, Sizes
+from benchmarks.flops import FORMULAS, Sizes
 from benchmarks.measuring import Measured, jobs_of, measure, rows_of
+from benchmarks.setups import Setup, llava_setup, qwen_setup
 from benchmarks.shapes import SHAPES
+from benchmarks.shapes_qwen import QWEN_SHAPES, load_qwen
 from benchmarks.stations import profile_question
-from benchmarks.systems import all_systems, generation_of, middle_box, zooming_engine
+from benchmarks.systems import generation_of, middle_box, zooming_engine
 from benchmarks.workload import (
     MIXES,
     Cell,
     Clock,
     achievable,
     describe_machine,
-    describe_shape,
     load,
     questions,
     settings_of,
 )
 from sdrpn.backbones.llava15 import Llava15
-from sdrpn.config import published_labels
+from sdrpn.backbones.loading import pick_dtype
 from sdrpn.io.atomic import atomic_write
-from sdrpn.roi.vicrop import NEUTRAL_QUESTION
 from sdrpn.rpn.checkpoint import RPN
 
 EXAMPLES = """examples:
@@ -54,11 +58,18 @@ EXAMPLES = """examples:
   python -m benchmarks.throughput --out docs/throughput.json    the table, 2 cores, about an hour
   python -m benchmarks.throughput --shape 7b --device cuda --out docs/throughput_7b.json
   python -m benchmarks.throughput --mix textvqa docvqa pope --out docs/throughput_mix.json
+  python -m benchmarks.throughput --family qwen2_5_vl --quick   Qwen2.5-VL's proportions
   python -m benchmarks.throughput --profile --quick             where one question's time goes
 
 --out is rewritten after every cell, so an interrupted run keeps its finished cells.
 ratio_to_stock is stock's seconds over the system's own: above 1 is faster than stock.
 """
+
+SHAPES_OF = {"llava": SHAPES, "qwen2_5_vl": QWEN_SHAPES}
+IMAGE_SIZES = {"llava": (640, 480), "qwen2_5_vl": (1792, 1792)}
+"""Default pixels of an image; Qwen2.5-VL's are 64 x 64 cells of 28."""
+
+MODEL_OPTIONS = ("layers", "pretrained", "rpn", "device", "attention")
 
 
 @dataclass(frozen=True)
@@ -81,18 +92,14 @@ class Settings:
         return fixed + [Cell(MIXES[name], name) for name in self.mixes]
 
 
-def run(llava: Llava15, rpn: RPN, settings: Settings, out: Path | None = None) -> dict[str, Any]:
+def run(setup: Setup, settings: Settings, out: Path | None = None) -> dict[str, Any]:
     """Measure every cell; returns the content of `out`."""
-    box = middle_box(llava.grid, settings.cells)
-    systems = all_systems(
-        llava, rpn, box, settings.new_tokens, vicrop_batched=settings.vicrop_batched
-    )
-    jobs = jobs_of(systems, settings.systems, settings.batch_sizes)
-    clock, sizes = Clock(llava.device), Sizes.of(llava, rpn.config)
-    columns = settings.columns()
+    backbone = setup.backbone
+    jobs = jobs_of(setup.systems, settings.systems, settings.batch_sizes)
+    clock, columns = Clock(backbone.device), settings.columns()
     result: dict[str, Any] = {
-        "machine": describe_machine(llava.device),
-        "shape": describe_shape(llava, rpn),
+        "machine": describe_machine(backbone.device),
+        "shape": setup.shape,
         "settings": settings_of(settings),
         "achievable_flops_per_second": 0.0,
         "rows": [],
@@ -102,24 +109,17 @@ def run(llava: Llava15, rpn: RPN, settings: Settings, out: Path | None = None) -
         for cell in columns:
             progress.set_description(f"{cell.mix or cell.mean} questions an image")
             counts = cell.enough(max(settings.batch_sizes))
-            asked = questions(llava, counts, settings.question_tokens, settings.image_size)
-            rate = max(result["achievable_flops_per_second"], achievable(llava))
+            asked = questions(backbone, counts, settings.question_tokens, settings.image_size)
+            rate = max(result["achievable_flops_per_second"], achievable(backbone))
             result["achievable_flops_per_second"] = rate
             finished.append((cell, measure(jobs, asked, clock, settings.repeats, progress)))
             result["rows"] = []
             for done, measured in finished:
-                loads = _loads(llava, settings, done, len(llava.prompt_ids(asked[0].text).after))
-                result["rows"] += rows_of(measured, done, sizes, loads, rate)
+                words = len(backbone.prompt_ids(asked[0].text).after)
+                work = partial(setup.work, done.mean, words)
+                result["rows"] += rows_of(measured, done, work, rate)
             _write(result, out)
     return result
-
-
-def _loads(llava: Llava15, settings: Settings, cell: Cell, words: int) -> Callable[[float], Load]:
-    """Return the Load for a number of crop tokens."""
-    neutral = len(llava.prompt_ids(NEUTRAL_QUESTION).after)
-    labels = published_labels(llava.num_layers, llava.text_config.hidden_size)
-    layer = labels.vicrop_layer if labels else round(llava.num_layers * 14 / 32)
-    return lambda crop: Load(cell.mean, words, round(crop), settings.new_tokens, neutral, layer)
 
 
 def profile(llava: Llava15, rpn: RPN, settings: Settings, rate: float) -> dict[str, Any]:
@@ -150,7 +150,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="batch 1, 1 and 4 questions, 3 repeats")
     p.add_argument("--profile", action="store_true", help="also profile one question")
     model = p.add_argument_group("model")
-    model.add_argument("--shape", choices=sorted(SHAPES), default="small", help="random weights")
+    model.add_argument("--family", choices=sorted(SHAPES_OF), default="llava")
+    model.add_argument("--shape", default="small", help="random weights: small, 7b, ...")
     model.add_argument("--layers", type=int, help="cut the shape to so many decoder layers")
     model.add_argument("--pretrained", help="folder or Hub id of real weights, instead of a shape")
     model.add_argument("--rpn", help="folder or Hub id of its RPN; default: an untrained one")
@@ -168,7 +169,9 @@ def parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--question-tokens", type=int, default=60, help="question tokens after the image"
     )
-    work.add_argument("--image-size", type=int, nargs=2, default=[640, 480], help="pixels")
+    work.add_argument(
+        "--image-size", type=int, nargs=2, help="pixels [640 480; Qwen2.5-VL: 1792 1792]"
+    )
     work.add_argument("--cells", type=int, default=8, help="side of the region, cells of 24")
     return p
 
@@ -178,6 +181,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
     columns = args.per_image
     if columns is None:
         columns = [] if args.mix else [1, 4] if args.quick else [1, 2, 4, 16]
+    width, height = args.image_size or IMAGE_SIZES[args.family]
     return Settings(
         batch_sizes=(1,) if args.quick else tuple(sorted(set(args.batch_sizes))),
         per_image=tuple(columns),
@@ -185,7 +189,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         repeats=args.repeats or (3 if args.quick else 5),
         new_tokens=args.new_tokens,
         question_tokens=args.question_tokens,
-        image_size=tuple(args.image_size),
+        image_size=(width, height),
         cells=args.cells,
         systems=tuple(args.systems),
         vicrop_batched=args.vicrop_batched,
@@ -195,17 +199,33 @@ def settings_from(args: argparse.Namespace) -> Settings:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark from the command line."""
     args = parser().parse_args(arguments)
+    if args.shape not in SHAPES_OF[args.family]:
+        known = ", ".join(sorted(SHAPES_OF[args.family]))
+        raise SystemExit(f"--shape of {args.family} must be one of {known}, got {args.shape}")
+    if args.profile and args.family != "llava":
+        raise SystemExit("--profile is for --family llava only; leave it out")
     settings = settings_from(args)
-    llava, rpn = load(
-        args.shape,
-        layers=args.layers,
-        pretrained=args.pretrained,
-        rpn=args.rpn,
-        device=args.device,
-        dtype=args.dtype,
-        attention=args.attention,
-    )
-    result = run(llava, rpn, settings, args.out)
+    model = {name: getattr(args, name) for name in MODEL_OPTIONS}
+    if args.family == "llava":
+        llava, rpn = load(args.shape, dtype=args.dtype, **model)
+        setup = llava_setup(
+            llava,
+            rpn,
+            cells=settings.cells,
+            new_tokens=settings.new_tokens,
+            vicrop_batched=settings.vicrop_batched,
+        )
+    else:
+        dtype = pick_dtype(args.dtype, torch.device(args.device), torch.bfloat16)
+        qwen, rpn = load_qwen(args.shape, dtype=dtype, **model)
+        setup = qwen_setup(
+            qwen,
+            rpn,
+            cells=settings.cells,
+            new_tokens=settings.new_tokens,
+            image_size=settings.image_size,
+        )
+    result = run(setup, settings, args.out)
     for row in result["rows"]:
         name = " ".join(filter(None, (row["system"], row["preset"])))
         print(
@@ -214,8 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"({row['ratio_spread'][0]:.2f} to {row['ratio_spread'][1]:.2f})"
         )
     if args.profile:
+        assert isinstance(setup.backbone, Llava15)
         rate = result["achievable_flops_per_second"]
-        result["profile"] = profile(llava, rpn, settings, rate)
+        result["profile"] = profile(setup.backbone, rpn, settings, rate)
         _write(result, args.out)
 
 

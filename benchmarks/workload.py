@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from benchmarks.shapes import SHAPES, images, question, random_llava, random_rpn
+from sdrpn.backbones.base import Backbone
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.backbones.loading import pick_dtype
 from sdrpn.engine import Question
@@ -76,19 +77,19 @@ def load(
     return llava, random_rpn(llava, branch)
 
 
-def describe_shape(llava: Llava15, rpn: RPN) -> dict[str, Any]:
+def describe_shape(backbone: Backbone, rpn: RPN, image_tokens: int) -> dict[str, Any]:
     """Return the sizes that are needed to interpret the results."""
-    text: Any = llava.text_config
+    text: Any = backbone.text_config
     return {
-        "name": llava.name,
+        "family": backbone.model_type,
+        "name": backbone.name,
         "layers": text.num_hidden_layers,
         "hidden": text.hidden_size,
         "branch_layer": rpn.config.branch_layer,
         "rpn_depth": rpn.config.depth,
-        "side_pixels": llava.side,
-        "text_before_image_tokens": len(llava.head_ids),
-        "image_tokens": llava.image_tokens,
-        "dtype": str(llava.dtype).removeprefix("torch."),
+        "text_before_image_tokens": backbone.prefix_length(0),
+        "image_tokens": image_tokens,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
         "attention": text._attn_implementation,
     }
 
@@ -116,17 +117,17 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _fitting(llava: Llava15, tokens: int, seed: int) -> str:
+def _fitting(backbone: Backbone, tokens: int, seed: int) -> str:
     """Build a question of a number of tokens after the image, including the end of the turn."""
     for words in range(tokens, 0, -1):
         text = question(words, seed)
-        if len(llava.prompt_ids(text).after) <= tokens:
+        if len(backbone.prompt_ids(text).after) <= tokens:
             return text
     raise ValueError(f"a question of {tokens} tokens is too short for the prompt's own words")
 
 
 def questions(
-    llava: Llava15, counts: Sequence[int], tokens: int, size: tuple[int, int]
+    backbone: Backbone, counts: Sequence[int], tokens: int, size: tuple[int, int]
 ) -> list[Question]:
     """Build questions of equal length, grouped by image as the plugin batches them.
 
@@ -135,7 +136,7 @@ def questions(
     pictures = images(len(counts), *size)
     owners = [i for i, count in enumerate(counts) for _ in range(count)]
     return [
-        Question(_fitting(llava, tokens, seed), (pictures[i],)) for seed, i in enumerate(owners)
+        Question(_fitting(backbone, tokens, seed), (pictures[i],)) for seed, i in enumerate(owners)
     ]
 
 
@@ -159,11 +160,13 @@ class Clock:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
-def achievable(llava: Llava15, tries: int = 5) -> float:
+def achievable(backbone: Backbone, tries: int = 5) -> float:
     """Best operations per second of a few large matrix products in the model's dtype."""
-    side = 8192 if llava.device.type == "cuda" else 1536
-    left, right = (torch.randn(side, side, dtype=llava.dtype, device=llava.device) for _ in "ab")
-    clock = Clock(llava.device)
+    side = 8192 if backbone.device.type == "cuda" else 1536
+    left, right = (
+        torch.randn(side, side, dtype=backbone.dtype, device=backbone.device) for _ in "ab"
+    )
+    clock = Clock(backbone.device)
     best = 0.0
     for _ in range(tries + 1):
         started = clock.now()

@@ -83,13 +83,13 @@ CORPUS = (
 )
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
+def build_tokenizer(merges: int = 40) -> Qwen2Tokenizer:
     """A byte-level BPE with Qwen's special tokens and a few merges."""
     blank = Tokenizer(models.BPE())
     blank.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[misc]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=256 + 40, initial_alphabet=alphabet, show_progress=False
+        vocab_size=256 + merges, initial_alphabet=alphabet, show_progress=False
     )
     blank.train_from_iterator(CORPUS, trainer)
     learned = json.loads(blank.to_str())["model"]
@@ -104,11 +104,11 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def build_processor() -> Qwen2_5_VLProcessor:
+def build_processor(merges: int = 40) -> Qwen2_5_VLProcessor:
     """The processor with the Hub's own limits, which runs override."""
     return Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor(min_pixels=3136, max_pixels=12845056),
-        build_tokenizer(),
+        build_tokenizer(merges),
         Qwen2VLVideoProcessor(min_pixels=3136, max_pixels=12845056),
         chat_template=CHAT_TEMPLATE,
     )
