@@ -9,6 +9,7 @@ import typer
 
 from sdrpn.cli.shared import console, report_errors, say
 from sdrpn.config import PROPOSERS as PROPOSERS_OF_MODEL
+from sdrpn_eval.args import ARGUMENTS
 from sdrpn_eval.cli.options import SeedOption, at_least, split_names
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ def ladder(
             help="As lmms-eval takes them, without the proposer.",
         ),
     ] = "pretrained=tiny",
+    model: Annotated[
+        str, typer.Option(help=f"Model in lmms-eval: {' or '.join(ARGUMENTS)}.")
+    ] = "llava_sdrpn",
     proposers: Annotated[
         str,
         typer.Option(
@@ -65,13 +69,15 @@ def ladder(
         at_least(1, limit=limit)
         names = _proposers(proposers)
         _check_options(tasks, batch_size)
+        if model not in ARGUMENTS:
+            raise ValueError(f"--model must be {' or '.join(ARGUMENTS)}, got {model!r}")
         # Imported here, so that --help answers at once.
         from sdrpn_eval.report.figures import draw_ladder
         from sdrpn_eval.report.write import show, write_comparison
         from sdrpn_eval.results.documents import load_data
         from sdrpn_eval.results.ladder import Ladder
 
-        plan = Ladder(out, tasks, model_args, limit, batch_size, include_path)
+        plan = Ladder(out, tasks, model_args, limit, batch_size, include_path, model)
         runs = [_run(plan, names[0])]
         data, notes = load_data(runs[0].tasks, include_path)
         for name in names[1:]:
@@ -123,7 +129,7 @@ def caption(comparison: Comparison, plan: Ladder) -> str:
     made = [f"{name} {versions[name]}" for name in PACKAGES if name in versions]
     where = device.get("name") or device.get("type")
     parts = [
-        f"Measured by lmms-eval --model llava_sdrpn --model_args {plan.model_args or 'none'} "
+        f"Measured by lmms-eval --model {plan.model} --model_args {plan.model_args or 'none'} "
         f"--tasks {plan.tasks}{f' --limit {plan.limit}' if plan.limit else ''}, one run for each "
         "proposer.",
         "Whiskers: 95 % intervals, clustered by image.",

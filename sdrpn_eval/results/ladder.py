@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.args import ARGUMENTS
 from sdrpn_eval.command_line import parse_arguments
 from sdrpn_eval.loading import revisions, sources
 from sdrpn_eval.provenance.collect import hash_sources, weights_only
@@ -39,6 +39,7 @@ class Ladder:
     limit: int | None
     batch_size: str
     include_path: str | None = None
+    model: str = "llava_sdrpn"
 
     def __post_init__(self) -> None:
         if "proposer" in parse_arguments(self.model_args):
@@ -57,7 +58,7 @@ class Ladder:
 
     def command(self, proposer: str) -> list[str]:
         """The command line of a proposer's run."""
-        words = [sys.executable, "-m", "lmms_eval", "--model", "llava_sdrpn", "--tasks", self.tasks]
+        words = [sys.executable, "-m", "lmms_eval", "--model", self.model, "--tasks", self.tasks]
         words += ["--model_args", self.arguments(proposer), "--batch_size", self.batch_size]
         words += ["--output_path", str(self.folder(proposer)), "--log_samples"]
         words += ["--limit", str(self.limit)] if self.limit else []
@@ -77,12 +78,13 @@ def finished_run(ladder: Ladder, proposer: str) -> Run | None:
     except BadRun:
         return None
     cli = run.results["config"].get("resolved_cli_args") or {}
-    then = {"--tasks": cli.get("tasks"), "--limit": run.limit, **run.arguments}
-    now = {"--tasks": ladder.tasks, "--limit": ladder.limit}
-    moved = changes(then, now | parse_arguments(ladder.arguments(proposer)))
+    then = {"--model": run.model, "--tasks": cli.get("tasks"), "--limit": run.limit}
+    now = {"--model": ladder.model, "--tasks": ladder.tasks, "--limit": ladder.limit}
+    given = parse_arguments(ladder.arguments(proposer))
+    moved = changes({**then, **run.arguments}, now | given)
     facts = read_facts(run, record_folders(run))
-    if facts is not None:
-        weights = changes(facts.weights, _weights(facts))
+    if facts is not None and run.model == ladder.model:
+        weights = changes(facts.weights, _weights(facts, ladder.model))
         moved |= {f"the weights {name}": pair for name, pair in weights.items()}
     if moved:
         said = "; ".join(f"{name} {a} then, {b} now" for name, (a, b) in moved.items())
@@ -90,9 +92,9 @@ def finished_run(ladder: Ladder, proposer: str) -> Run | None:
     return run
 
 
-def _weights(facts: Provenance) -> dict[str, str]:
+def _weights(facts: Provenance, model: str) -> dict[str, str]:
     given = arguments_of(facts)
-    values = LlavaArguments.of(given)
+    values = ARGUMENTS[model].of(given)
     return weights_only(hash_sources(sources(values), revisions(values)))
 
 

@@ -129,6 +129,7 @@ def test_what_is_there_is_not_made_again(
         ({"limit": 3}, "--limit None then, 3 now"),
         ({"model_args": "pretrained=tiny,threshold=0.1"}, "threshold None then, 0.1 now"),
         ({"tasks": "toy,else"}, "--tasks toy then, toy,else now"),
+        ({"model": "qwen2_5_vl_sdrpn"}, "--model llava_sdrpn then, qwen2_5_vl_sdrpn now"),
     ],
 )
 def test_another_run_in_the_folder_is_refused(
@@ -201,6 +202,7 @@ def test_the_oracle_is_left_out_where_documents_have_no_boxes(
         (["--proposers", "rpn"], "--proposers needs two different ones or more, got 'rpn'"),
         (["--proposers", "rpn,rpn"], "needs two different ones or more"),
         (["--model_args", "proposer=rpn"], "--model_args must not name a proposer"),
+        (["--model", "llava_hf"], "--model must be llava_sdrpn or qwen2_5_vl_sdrpn, got"),
     ],
 )
 def test_wrong_use_ends_with_one_sentence(
@@ -218,6 +220,8 @@ def test_the_command_line_of_a_run(tmp_path: Path) -> None:
     assert "--model_args pretrained=tiny,proposer=attention --batch_size 4" in words
     assert f"--output_path {tmp_path / 'attention'} --log_samples --limit 5" in words
     assert words.endswith("--include_path mine")
+    other = plan(tmp_path, model="qwen2_5_vl_sdrpn").command("rpn")
+    assert other[1:5] == ["-m", "lmms_eval", "--model", "qwen2_5_vl_sdrpn"]
     bare = Ladder(tmp_path, "toy", "", None, "1")
     assert bare.arguments("rpn") == "proposer=rpn"
 
