@@ -8,7 +8,7 @@ depend on the family. Shapes: B rows, N new tokens, P cached tokens, C hidden si
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -420,6 +420,31 @@ class Backbone(ABC):
             Keyword arguments of the model's forward and generate().
         """
 
+    def left_padded(
+        self, rows: Sequence[Sequence[int]], image_tokens: Iterable[int]
+    ) -> dict[str, Tensor]:
+        """Token ids with one image token per cell, left-padded, and their mask.
+
+        Args:
+            rows: Prompts from `plain_ids`.
+            image_tokens: Number of tokens of each image, over all rows in order.
+
+        Returns:
+            `input_ids` and `attention_mask`, both [B, longest].
+        """
+        counts = iter(image_tokens)
+        expanded = [
+            [t for i in ids for t in [i] * (next(counts) if i == self.image_token_id else 1)]
+            for ids in rows
+        ]
+        longest = max(map(len, expanded))
+        ids = torch.full((len(rows), longest), self.pad_token_id, device=self.device)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(expanded):
+            ids[row, longest - len(tokens) :] = torch.tensor(tokens)
+            mask[row, longest - len(tokens) :] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
     # --- the region proposal network ---------------------------------------------------------
 
     @property
@@ -427,9 +452,17 @@ class Backbone(ABC):
     def projector(self) -> nn.Module:
         """Projector from image features to image tokens; part of a base model's fingerprint."""
 
-    @abstractmethod
     def rpn_shape(self) -> dict[str, Any]:
         """Return the `RPNConfig` fields that the model determines."""
+        names = (
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "rms_norm_eps",
+        )
+        sizes = {name: getattr(self.text_config, name) for name in names}
+        return {"backbone": self.model_type, **sizes}
 
     @classmethod
     @abstractmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -377,17 +378,7 @@ class Llava15(Backbone):
     def plain_inputs(
         self, rows: Sequence[Sequence[int]], images: Sequence[Image.Image]
     ) -> dict[str, Tensor]:
-        expanded = [
-            [t for i in ids for t in [i] * (self.image_tokens if i == self.image_token_id else 1)]
-            for ids in rows
-        ]
-        longest = max(map(len, expanded))
-        ids = torch.full((len(rows), longest), self.pad_token_id, device=self.device)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(expanded):
-            ids[row, longest - len(tokens) :] = torch.tensor(tokens)
-            mask[row, longest - len(tokens) :] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        inputs = self.left_padded(rows, repeat(self.image_tokens))
         if images:
             inputs["pixel_values"] = self.pixels(images).to(self.device, self.dtype)
         return inputs
@@ -395,19 +386,7 @@ class Llava15(Backbone):
     # --- the region proposal network ---------------------------------------------------------
 
     def rpn_shape(self) -> dict[str, Any]:
-        text = self.text_config
-        names = (
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "rms_norm_eps",
-        )
-        return {
-            "backbone": self.model_type,
-            **{name: getattr(text, name) for name in names},
-            "image_tokens": self.image_tokens,
-        }
+        return super().rpn_shape() | {"image_tokens": self.image_tokens}
 
     @classmethod
     def new_decoder_layer(cls, config: RPNConfig, index: int, attention: str) -> nn.Module:

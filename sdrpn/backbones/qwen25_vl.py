@@ -279,44 +279,20 @@ class Qwen25VL(Backbone):
         self, rows: Sequence[Sequence[int]], images: Sequence[Image.Image]
     ) -> dict[str, Tensor]:
         seen = self.preprocess(images)
-        sizes = iter([one.grid.cells for one in seen])
-        spread = [
-            [t for i in ids for t in [i] * (next(sizes) if i == self.image_token_id else 1)]
-            for ids in rows
-        ]
-        longest = max(map(len, spread))
-        ids = torch.full((len(rows), longest), self.pad_token_id, device=self.device)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(spread):
-            ids[row, longest - len(tokens) :] = torch.tensor(tokens)
-            mask[row, longest - len(tokens) :] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        inputs = self.left_padded(rows, [one.grid.cells for one in seen])
         if seen:
             grids = [self._patches(one.grid.rows, one.grid.columns) for one in seen]
             inputs |= {
                 "pixel_values": torch.cat([one.pixels for one in seen]).to(self.device, self.dtype),
                 "image_grid_thw": torch.tensor(grids, device=self.device),
-                "mm_token_type_ids": (ids == self.image_token_id).int(),
+                "mm_token_type_ids": (inputs["input_ids"] == self.image_token_id).int(),
             }
         return inputs
 
     # --- the region proposal network ---------------------------------------------------------
 
     def rpn_shape(self) -> dict[str, Any]:
-        text = self.text_config
-        names = (
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "rms_norm_eps",
-        )
-        return {
-            "backbone": self.model_type,
-            **{name: getattr(text, name) for name in names},
-            "image_tokens": None,
-            **HEAD,
-        }
+        return super().rpn_shape() | {"image_tokens": None, **HEAD}
 
     @classmethod
     def new_decoder_layer(cls, config: RPNConfig, index: int, attention: str) -> nn.Module:
