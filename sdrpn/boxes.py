@@ -10,10 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 
 
 class GridBox(NamedTuple):
@@ -79,6 +81,19 @@ class ImageGrid:
         (width, height), (ox, oy) = self.frame, self.offset
         sx, sy = map(float, self.scale)
         return -ox / sx, -oy / sy, (width - ox) / sx, (height - oy) / sy
+
+    @cached_property
+    def inside(self) -> Bool[np.ndarray, "rows columns"]:
+        """[rows, columns] bool, True for cells that overlap the image, not only its padding."""
+        down, across = (
+            self._overlaps(axis, cells) for axis, cells in ((1, self.rows), (0, self.columns))
+        )
+        return np.logical_and.outer(down, across)
+
+    def _overlaps(self, axis: int, cells: int) -> list[bool]:
+        cell, start = Fraction(self.cell), Fraction(self.offset[axis])
+        end = start + self.size[axis] * Fraction(self.scale[axis])
+        return [start < (c + 1) * cell and c * cell < end for c in range(cells)]
 
     def to_pixels(self, box: GridBox) -> PixelBox:
         """Map a box in cells to source pixels, truncated and clamped to the image.

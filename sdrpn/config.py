@@ -69,21 +69,41 @@ def _is_one_of(value: Any, kinds: set[type]) -> bool:
     return type(value) is int and float in kinds
 
 
-_READ: Mapping[str, Any] = {
-    "min_cells": int,
-    "max_crop_tokens": int,
-    "thin_above": int,
-    "relative": {"true": True, "false": False}.__getitem__,
-}
+PEAK = "peak"
+"""Value of `ZoomConfig.threshold`: a threshold relative to the map's peak, see `peak_threshold`."""
+
+TILES = (1, 2, 4)
+"""Values of `ZoomConfig.tiles`."""
+
+
+def _threshold(text: str) -> float | str:
+    return text if text == PEAK else float(text)
+
+
+_COUNTS = ("crop_tokens", "keep_tokens", "min_cells", "thin_above", "tiles")
+_READ: Mapping[str, Any] = {**dict.fromkeys(_COUNTS, int), "threshold": _threshold}
 """Parsers of settings that are not floats."""
+
+
+def _from_older(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Translate zoom settings that earlier versions saved."""
+    if not isinstance(values, Mapping):
+        return values
+    older = dict(values)
+    if older.pop("relative", False) is True:
+        older["threshold"] = PEAK  # the rule that replaced it
+    if "max_crop_tokens" in older:
+        older.setdefault("crop_tokens", older.pop("max_crop_tokens"))
+    return older
 
 
 @dataclass(frozen=True)
 class ZoomConfig:
-    """How a RoI map becomes crops (SD-RPN, section 3.3; docs/method.md).
+    """When to zoom, and how a RoI map becomes crops (SD-RPN, section 3.3; docs/method.md).
 
     Args:
-        threshold: Threshold on the blurred map, in (0, 1).
+        threshold: Threshold on the blurred map, in (0, 1), or `peak`: 0.3 of the map's peak, and no
+            region if the map has no clear peak (Vision-RL2; one rule for all benchmarks).
         policy: `mask` (published results), `bbox` (published alternative) or `strongest` (ours).
         token_budget: Crop tokens per cell of the box, along each side, up to the model's grid; None
             inserts the full grid (576 tokens for LLaVA-1.5), as published.
@@ -91,46 +111,68 @@ class ZoomConfig:
         max_cells_fraction: Components larger than this share of the grid are dropped.
         skip_above: No zoom if the boxes cover this share of the image or more; None always zooms,
             as published.
-        relative: Divide the RPN's map by its maximum before the blur, as for the attention
-            proposer, so that an uncertain RPN also proposes a region. Ours; published: False.
-        max_crop_tokens: Maximum number of crop tokens of a question; larger grids shrink to it.
-            None: limited only by the model's context.
+        crop_tokens: Maximum number of crop tokens of a question. Larger crops keep the tokens of
+            foreground cells only, and shrink if these are still too many; for Qwen2.5-VL, it also
+            limits the crop's resolution. None: limited only by the model's context.
+        tiles: 2 or 4 encode large regions as up to so many crops at the model's input size, and
+            keep only tokens of foreground cells; 1 (published) encodes one crop.
+        gate: The answer without a zoom stands if the probability of each of its tokens is at least
+            this; None (published) never answers without a look.
+        learned_gate: No zoom if the RPN's learned gate gives a lower probability that it helps;
+            None (published) ignores the gate.
+        keep_tokens: Number of image tokens, those with the highest RoI logits, that a zoomed answer
+            attends to from layer B on; lower layers attend to all. None (published): all.
         thin_above: In images with more cells than this, drop those that no token of the question
             attends to before a zoomed answer (published for Qwen2.5-VL: 1024). The image is then
             prefilled again for that question. None: never, so that prefixes are always shared.
     """
 
-    threshold: float = 0.15
+    threshold: float | str = 0.15
     policy: str = "mask"
     token_budget: float | None = None
     min_cells: int = 2
     max_cells_fraction: float = 225 / 576
     skip_above: float | None = None
-    relative: bool = False
-    max_crop_tokens: int | None = None
+    crop_tokens: int | None = None
+    tiles: int = 1
+    gate: float | None = None
+    learned_gate: float | None = None
+    keep_tokens: int | None = None
     thin_above: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold must be in (0, 1), got {self.threshold}")
+        if self.threshold != PEAK and not _is_share(self.threshold):
+            choice = f" or {PEAK}" if isinstance(self.threshold, str) else ""
+            raise ValueError(f"threshold must be in (0, 1){choice}, got {self.threshold}")
         if self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         if self.token_budget is not None and self.token_budget <= 0:
             raise ValueError(f"token_budget must be above 0 or None, got {self.token_budget}")
         if self.skip_above is not None and not 0 < self.skip_above <= 1:
             raise ValueError(f"skip_above must be in (0, 1] or None, got {self.skip_above}")
-        if self.max_crop_tokens is not None and self.max_crop_tokens < 1:
-            raise ValueError(f"max_crop_tokens must be 1 or more, got {self.max_crop_tokens}")
-        if self.thin_above is not None and self.thin_above < 1:
-            raise ValueError(f"thin_above must be 1 or more, got {self.thin_above}")
-        if self.min_cells < 1:
-            raise ValueError(f"min_cells must be 1 or more, got {self.min_cells}")
+        for name in ("gate", "learned_gate"):
+            value = getattr(self, name)
+            if value is not None and not _is_share(value):
+                raise ValueError(f"{name} must be in (0, 1) or None, got {value}")
+        for name in ("crop_tokens", "keep_tokens", "thin_above", "min_cells"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        if self.tiles not in TILES:
+            raise ValueError(f"tiles must be one of {', '.join(map(str, TILES))}, got {self.tiles}")
         if not 0 < self.max_cells_fraction <= 1:
             raise ValueError(f"max_cells_fraction must be in (0, 1], got {self.max_cells_fraction}")
+        if self.keep_tokens is not None and self.thin_above is not None:
+            raise ValueError("keep_tokens and thin_above both drop image tokens: give one of them")
+
+    @property
+    def threshold_text(self) -> str:
+        """The threshold as users write it."""
+        return self.threshold if isinstance(self.threshold, str) else f"{self.threshold:g}"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        return cls(**_from_json(cls, values))
+        return cls(**_from_json(cls, _from_older(values)))
 
     @classmethod
     def from_text(cls, text: str) -> Self:
@@ -149,6 +191,10 @@ class ZoomConfig:
             return cls.from_dict(checked)
         except (KeyError, ValueError) as error:
             raise ValueError(f"zoom settings {text!r}: {error}") from None
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < 1
 
 
 @dataclass(frozen=True)
@@ -335,6 +381,7 @@ class RPNConfig:
         labels: Settings of its training labels.
         sdrpn_version: Version that saved it.
         padding: Image padding in training, `pad` or `crop`; empty if unknown.
+        gate: Whether there is a learned gate, see `ZoomConfig.learned_gate`.
     """
 
     hidden_size: int
@@ -356,6 +403,7 @@ class RPNConfig:
     labels: LabelConfig | None = None
     sdrpn_version: str = ""
     padding: str = ""
+    gate: bool = False
 
     def __post_init__(self) -> None:
         if self.padding not in ("", *PADDINGS):

@@ -14,123 +14,32 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, Self
 
-import numpy as np
 from PIL import Image
 
-from sdrpn.backbones.base import Backbone, CropTokens, ImageInput, Segment
+from sdrpn.backbones.base import Backbone, ImageInput
 from sdrpn.backbones.registry import check_reachable, load_backbone
 from sdrpn.boxes import PixelBox
 from sdrpn.config import PROPOSERS, LabelConfig, ZoomConfig
-from sdrpn.inference.generation import generate, generate_plain, losses, losses_plain
+from sdrpn.inference.generation import generate_plain, losses_plain
 from sdrpn.inference.generation_arguments import check_generation
-from sdrpn.inference.prefix import Prefix, PrefixCache, free_memory, prefill, prefill_segments
+from sdrpn.inference.prefix import Prefix, PrefixCache, free_memory, prefill
 from sdrpn.io.checkpoint_files import CONFIG_FILE, Source
-from sdrpn.io.images import as_shown, image_key
+from sdrpn.io.images import image_key
 from sdrpn.io.plurals import counted
-from sdrpn.roi.crops import crop_tokens
-from sdrpn.roi.postprocess import Region, region_from_box
-from sdrpn.roi.proposers import BY_NAME, Look, Models, Proposal, relevant_cells
+from sdrpn.roi.proposers import Models, Proposal
 from sdrpn.rpn.checkpoint import RPN
+from sdrpn.second_look import Answer, Question, Row, SecondLook
+
+__all__ = ["Answer", "Question", "ZoomModel"]
 
 logger = logging.getLogger(__name__)
 
 PREFIX_CACHE_SHARE = 0.25
 """Default size of the prefix cache, as a share of the free memory after the model is loaded. A
 prefix of LLaVA-1.5-7B in half precision takes 0.3 GiB."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question and its images.
-
-    Questions with one image can zoom; those with none or several are answered by the stock model.
-
-    Args:
-        text: Text of the question, without `<image>`.
-        images: Images of any mode, converted to RGB and rotated according to their EXIF data.
-            Boxes and regions refer to the pixels of the converted images.
-        box: Box to crop, in source pixels, instead of the proposer's.
-        zoom: Zoom settings; default: the engine's.
-
-    Raises:
-        ValueError: If there is a box, but not exactly one image.
-    """
-
-    text: str
-    images: tuple[Image.Image, ...] = ()
-    box: PixelBox | None = None
-    zoom: ZoomConfig | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "images", tuple(as_shown(image) for image in self.images))
-        if self.box is not None and len(self.images) != 1:
-            raise ValueError(f"a box needs one image to crop, got {len(self.images)}")
-
-    @cached_property
-    def image_keys(self) -> tuple[str, ...]:
-        """Content hash of each image, see `image_key`."""
-        return tuple(image_key(image) for image in self.images)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer and how it was obtained.
-
-    Args:
-        text: The answer.
-        regions: Crops, in source pixels; empty without a zoom.
-        roi_map: [rows, columns] float32 in [0, 1], blurred; None if the proposer has no map.
-        reason: Why there was no zoom; None if there was one.
-        image_tokens: Number of image tokens.
-        crop_tokens: Number of crop tokens.
-        question_tokens: Number of text tokens after the image.
-        new_tokens: Number of generated tokens.
-        seconds: The batch's time divided by its number of questions.
-    """
-
-    text: str
-    regions: tuple[PixelBox, ...]
-    roi_map: np.ndarray | None
-    reason: str | None
-    image_tokens: int
-    crop_tokens: int
-    question_tokens: int
-    new_tokens: int
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON object, without the map.
-
-        Returns:
-            A dict with regions as [x0, y0, x1, y1] in source pixels.
-        """
-        return {
-            "answer": self.text,
-            "regions": [[int(edge) for edge in box] for box in self.regions],
-            "no_zoom": self.reason,
-            "tokens": {
-                "image": self.image_tokens,
-                "crop": self.crop_tokens,
-                "question": self.question_tokens,
-                "new": self.new_tokens,
-            },
-            "seconds": round(self.seconds, 4),
-        }
-
-
-@dataclass(frozen=True)
-class _Row:
-    """Intermediate results of one question in a batch."""
-
-    prefix: Prefix
-    question: tuple[int, ...]
-    proposal: Proposal
-    crops: Sequence[CropTokens]
-    suffix: Segment
 
 
 def _frozen(rpn: RPN, backbone: Backbone) -> RPN:
@@ -180,6 +89,7 @@ class ZoomModel:
         self.zoom = zoom or (rpn.config.zoom if rpn else backbone.default_zoom)
         labels = labels or (rpn.config.labels if rpn else None) or backbone.published_labels()
         self.models = Models(backbone, self.rpn, labels)
+        self.second_look = SecondLook(self.models, proposer, self._keep_completed)
         if prefix_cache is None:
             prefix_cache = int(PREFIX_CACHE_SHARE * free_memory(backbone.device))
         self.prefixes = PrefixCache(prefix_cache)
@@ -272,9 +182,8 @@ class ZoomModel:
             generation = check_generation(generation or {}, len(questions))
         stop = generation.get("stop", [])
 
-        def answer(rows: Sequence[_Row]) -> list[list[int]]:
-            prefixes, suffixes = [r.prefix for r in rows], [r.suffix for r in rows]
-            return generate(self.backbone, prefixes, suffixes, generation)
+        def answer(rows: Sequence[Row]) -> list[list[int]]:
+            return self.second_look.answer(rows, generation)
 
         def answer_plain(plain: Sequence[Question]) -> list[list[int]]:
             prompts = [self._plain_ids(q) for q in plain]
@@ -283,7 +192,7 @@ class ZoomModel:
 
         start = time.perf_counter()
         with self._discard_on_error(questions):
-            results = self._dispatch(questions, answer, answer_plain)
+            results = self._dispatch(questions, generation, answer, answer_plain)
         share = (time.perf_counter() - start) / max(len(questions), 1)
         return [
             replace(result, text=self._decode(ids, stop), new_tokens=len(ids), seconds=share)
@@ -331,16 +240,15 @@ class ZoomModel:
         single = [ids for question, ids in pairs if len(question.images) == 1]
         others = [ids for question, ids in pairs if len(question.images) != 1]
 
-        def score(rows: Sequence[_Row]) -> list[tuple[float, bool]]:
-            prefixes, suffixes = [r.prefix for r in rows], [r.suffix for r in rows]
-            return losses(self.backbone, prefixes, suffixes, single)
+        def score(rows: Sequence[Row]) -> list[tuple[float, bool]]:
+            return self.second_look.losses(rows, single)
 
         def score_plain(plain: Sequence[Question]) -> list[tuple[float, bool]]:
             prompts = [self._plain_ids(q) for q in plain]
             images = [image for q in plain for image in q.images]
             return losses_plain(self.backbone, prompts, images, others)
 
-        results = self._dispatch(questions, score, score_plain)
+        results = self._dispatch(questions, {}, score, score_plain)
         return [(loss, greedy, answer) for answer, (loss, greedy) in results]
 
     # --- stages ------------------------------------------------------------------------------
@@ -356,18 +264,34 @@ class ZoomModel:
         """
         return self._prefill(images, [image_key(image) for image in images])
 
-    def _prefill(self, images: Sequence[Image.Image], keys: Sequence[str]) -> list[Prefix]:
+    def _prefill(
+        self, images: Sequence[Image.Image], keys: Sequence[str], lower_only: Sequence[bool] = ()
+    ) -> list[Prefix]:
+        """Prefill images that are not cached; `lower_only` is one flag per image, see `prefill`."""
         keys = [self._key(key) for key in keys]
+        lower = {key for key, flag in zip(keys, lower_only, strict=False) if flag}
         known = {key: self.prefixes.get(key) for key in keys}
         ready = self._take_ready(known)
-        fresh = [key for key, prefix in known.items() if prefix is None]
-        if fresh:
-            inputs = [self._prepared(ready[key], images[keys.index(key)]) for key in fresh]
-            new = prefill(self.backbone, self.rpn, inputs)
-            for key, prefix in zip(fresh, new, strict=True):
+        fresh = [
+            key
+            for key, prefix in known.items()
+            if prefix is None or (key in lower and prefix.hidden is None)
+        ]
+        for chosen in ([k for k in fresh if k in lower], [k for k in fresh if k not in lower]):
+            if not chosen:
+                continue
+            inputs = [self._prepared(ready[key], images[keys.index(key)]) for key in chosen]
+            new = prefill(self.backbone, self.rpn, inputs, lower_only=chosen[0] in lower)
+            for key, prefix in zip(chosen, new, strict=True):
                 known[key] = prefix
-                self.prefixes.put(key, prefix)
+                self.prefixes.put(key, prefix, replace=True)
         return [prefix for key in keys if (prefix := known[key]) is not None]
+
+    def _keep_completed(self, row: Row) -> None:
+        """Replace a cached prefix by one with more layers."""
+        key = self._key(row.question.image_keys[0])
+        if key in self.prefixes:
+            self.prefixes.put(key, row.prefix, replace=True)
 
     def _key(self, content: str) -> str:
         """Build the cache key of an image's prefix from its content and preprocessing."""
@@ -432,21 +356,15 @@ class ZoomModel:
         Raises:
             ValueError: If a box exceeds its image.
         """
-        proposals: list[Proposal | None] = []
-        looks = []
-        for question, prefix, ids in zip(questions, prefixes, token_ids, strict=True):
-            grid = self.backbone.image_grid(question.images[0])
-            if question.box is not None:
-                rules = self.backbone.map_rules
-                proposals.append(Proposal(region_from_box(question.box, grid, rules)))
-                continue
-            looks.append(Look(prefix, grid, ids, question.zoom or self.zoom))
-            proposals.append(None)
-        found = iter(BY_NAME[self.proposer](self.models, looks) if looks else [])
-        return [next(found) if p is None else p for p in proposals]
+        rows = [
+            Row(question, question.zoom or self.zoom, prefix, ids, 0)
+            for question, prefix, ids in zip(questions, prefixes, token_ids, strict=True)
+        ]
+        self.second_look.look(rows)
+        return [row.proposal for row in rows]
 
-    def _rows(self, questions: Sequence[Question]) -> list[_Row]:
-        """Prefill, look and crop, up to generation."""
+    def _rows(self, questions: Sequence[Question], generation: Mapping[str, Any]) -> list[Row]:
+        """Prefill, gate, look and crop, up to the answer."""
         images = [q.images[0] for q in questions]
         token_ids = [self.backbone.prompt_ids(q.text).after for q in questions]
         zooms = [q.zoom or self.zoom for q in questions]
@@ -454,47 +372,29 @@ class ZoomModel:
             self._max_crop_tokens(image, ids, zoom)
             for image, ids, zoom in zip(images, token_ids, zooms, strict=True)
         ]
-        prefixes = self._prefill(images, [q.image_keys[0] for q in questions])
-        proposals = self.look(questions, prefixes, token_ids)
-        regions = [p.region for p in proposals]
-        crops = crop_tokens(self.backbone, images, regions, zooms, limits)
-        parts = zip(questions, prefixes, token_ids, proposals, crops, strict=True)
-        return [self._row(*part) for part in parts]
+        lower_only = [
+            self.rpn is not None and q.box is None and zoom.keep_tokens is not None
+            for q, zoom in zip(questions, zooms, strict=True)
+        ]
+        prefixes = self._prefill(images, [q.image_keys[0] for q in questions], lower_only)
+        parts = zip(questions, zooms, prefixes, token_ids, limits, strict=True)
+        rows = [Row(*part) for part in parts]
+        self.second_look.run(rows, generation)
+        return rows
 
     def _max_crop_tokens(self, image: Image.Image, ids: Sequence[int], zoom: ZoomConfig) -> int:
         prefix_length = self.backbone.prefix_length(self.backbone.image_grid(image).cells)
         delimiters = 2 * self.backbone.crop_marks  # policies take two crops at most
         remaining = self._remaining_tokens(prefix_length + len(ids)) - delimiters
-        return min(remaining, zoom.max_crop_tokens or self.backbone.context_length)
+        return min(remaining, zoom.crop_tokens or self.backbone.context_length)
 
-    def _row(
+    def _dispatch(
         self,
-        question: Question,
-        prefix: Prefix,
-        ids: tuple[int, ...],
-        proposal: Proposal,
-        crops: Sequence[CropTokens],
-    ) -> _Row:
-        if not crops and proposal.region.boxes:
-            reason = "no crop tokens left: the mask keeps none, or the context is full"
-            proposal = replace(proposal, region=Region(reason=reason))
-        zoom, image = question.zoom or self.zoom, question.images[0]
-        prune = zoom.thin_above is not None and prefix.image_tokens > zoom.thin_above
-        if crops and self.rpn and prune:
-            look = Look(prefix, self.backbone.image_grid(image), ids, zoom)
-            prefix = self._prune(look, image)
-        suffix = self.backbone.suffix_segment(prefix.next_position, ids, crops)
-        return _Row(prefix, ids, proposal, crops, suffix)
-
-    def _prune(self, look: Look, image: Image.Image) -> Prefix:
-        """Prefill an image again, without the cells that are irrelevant to the question."""
-        keep = relevant_cells(self.models, look)
-        (ready,) = self.backbone.preprocess([image])
-        (features,) = self.backbone.encode([ready])
-        segment = self.backbone.prefix_segment(ready, features).select_image_tokens(keep)
-        return prefill_segments(self.backbone, None, [segment])[0]
-
-    def _dispatch(self, questions: Sequence[Question], zoomed: Any, plain: Any) -> list[Any]:
+        questions: Sequence[Question],
+        generation: Mapping[str, Any],
+        zoomed: Any,
+        plain: Any,
+    ) -> list[Any]:
         """Run `zoomed` for questions with one image and `plain` for the others.
 
         Returns (`Answer` without text, result) for each question.
@@ -503,8 +403,9 @@ class ZoomModel:
         others = [i for i, q in enumerate(questions) if len(q.images) != 1]
         results: dict[int, Any] = {}
         if single:
-            rows = self._rows([questions[i] for i in single])
-            pairs = zip(map(self._answer, rows), zoomed(rows), strict=True)
+            rows = self._rows([questions[i] for i in single], generation)
+            found = zoomed(rows)
+            pairs = zip(map(self._answer, rows), found, strict=True)
             results |= zip(single, pairs, strict=True)
         if others:
             self._warn_plain_once()
@@ -513,7 +414,7 @@ class ZoomModel:
             results |= zip(others, zip(answers, plain(without), strict=True), strict=True)
         return [results[i] for i in range(len(questions))]
 
-    def _answer(self, row: _Row) -> Answer:
+    def _answer(self, row: Row) -> Answer:
         region = row.proposal.region
         return Answer(
             text="",
@@ -522,8 +423,10 @@ class ZoomModel:
             reason=region.reason,
             image_tokens=row.prefix.image_tokens,
             crop_tokens=sum(len(crop.tokens) for crop in row.crops),
-            question_tokens=len(row.question),
+            question_tokens=len(row.ids),
             new_tokens=0,
+            confidence=row.confidence,
+            gate=row.proposal.gate,
         )
 
     def _plain_answer(self, question: Question) -> Answer:

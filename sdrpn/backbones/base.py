@@ -224,6 +224,25 @@ class Backbone(ABC):
             box: Crop, in source pixels.
         """
 
+    def crop_inputs(
+        self, image: Image.Image, box: PixelBox, *, tiles: int = 1, max_tokens: int | None = None
+    ) -> list[list[ImageInput]]:
+        """Crop an image for a number of tokens and preprocess the crop for the encoder.
+
+        Args:
+            image: Original image.
+            box: Crop, in source pixels.
+            tiles: Factor by which the crop may have more tokens than a single crop, for sparse
+                crops. Families with one input size cut the crop into up to so many tiles.
+            max_tokens: Number of tokens to keep of the crop; None: no limit.
+
+        Returns:
+            Rows of tiles; neighbouring tiles in a row have the same number of token rows, and tiles
+            in a column the same number of token columns.
+        """
+        del tiles, max_tokens  # families with one input size cannot encode smaller crops
+        return [[self.crop_input(image, box)]]
+
     @abstractmethod
     def encode(self, inputs: Sequence[ImageInput]) -> list[Float[Tensor, "_ width"]]:
         """Run the image encoder and its projector.
@@ -345,6 +364,24 @@ class Backbone(ABC):
             positions: [A, B, N] position ids.
             cache: KV cache of the P previous tokens, or None if P is 0.
         """
+        causal = self.attention_mask(embeds, mask, cache)
+        axes = positions if self.position_axes > 1 else positions[0]
+        rotary = self.decoder.rotary_emb(embeds, position_ids=axes)
+        return AttentionInputs(causal, rotary)
+
+    def attention_mask(
+        self,
+        embeds: Float[Tensor, "batch new width"],
+        mask: Int[Tensor, "batch all"],
+        cache: Cache | None = None,
+    ) -> Any:
+        """Compute the attention mask of new tokens, see `AttentionInputs.mask`.
+
+        Args:
+            embeds: [B, N, C], for its shape, device and data type.
+            mask: [B, P + N], 1 for tokens, 0 for padding.
+            cache: KV cache of the P previous tokens, or None if P is 0.
+        """
         # No positions: transformers would read gaps in them as boundaries of packed sequences.
         causal = create_causal_mask(
             config=self.text_config,
@@ -356,9 +393,7 @@ class Backbone(ABC):
             # Convert once here; torch's fused attention would convert it in every layer.
             lowest = torch.finfo(embeds.dtype).min
             causal = torch.zeros_like(causal, dtype=embeds.dtype).masked_fill_(~causal, lowest)
-        axes = positions if self.position_axes > 1 else positions[0]
-        rotary = self.decoder.rotary_emb(embeds, position_ids=axes)
-        return AttentionInputs(causal, rotary)
+        return causal
 
     @staticmethod
     def rotate(
@@ -391,7 +426,7 @@ class Backbone(ABC):
         positions: Int[Tensor, "axes batch new"],
         cache: Cache,
         arguments: Mapping[str, Any],
-    ) -> Int[Tensor, "batch longer"]:
+    ) -> Any:
         """Run transformers' generate() over a filled KV cache.
 
         Args:
@@ -403,7 +438,7 @@ class Backbone(ABC):
             arguments: Further arguments of generate().
 
         Returns:
-            [B, P + N + new] token ids.
+            [B, P + N + new] token ids, or a ModelOutput with `return_dict_in_generate`.
         """
 
     @abstractmethod

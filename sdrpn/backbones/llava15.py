@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import Any
 
 import torch
@@ -318,6 +319,17 @@ class Llava15(Backbone):
         grid = ImageGrid(self.grid, self.grid, size, self.side / self.grid, scale)
         return ImageInput(inputs["pixel_values"][0], grid)
 
+    def crop_inputs(
+        self, image: Image.Image, box: PixelBox, *, tiles: int = 1, max_tokens: int | None = None
+    ) -> list[list[ImageInput]]:
+        rows, columns = tiling(box, tiles, self.side)
+        xs = [box.x0 + (box.x1 - box.x0) * i // columns for i in range(columns + 1)]
+        ys = [box.y0 + (box.y1 - box.y0) * i // rows for i in range(rows + 1)]
+        return [
+            [self.crop_input(image, PixelBox(x0, y0, x1, y1)) for x0, x1 in pairwise(xs)]
+            for y0, y1 in pairwise(ys)
+        ]
+
     def encode(self, inputs: Sequence[ImageInput]) -> list[Float[Tensor, "cells width"]]:
         tower = execution_device(self.model.model.vision_tower)
         pixels = torch.stack([one.pixels for one in inputs])
@@ -365,7 +377,7 @@ class Llava15(Backbone):
         positions: Int[Tensor, "axes batch new"],
         cache: Cache,
         arguments: Mapping[str, Any],
-    ) -> Int[Tensor, "batch longer"]:
+    ) -> Any:
         # generate() derives the same positions from the mask.
         return self.model.generate(
             input_ids=ids,
@@ -407,6 +419,29 @@ class Llava15(Backbone):
 
     def published_labels(self) -> LabelConfig | None:
         return published_labels(self.text_config.num_hidden_layers, self.text_config.hidden_size)
+
+
+def tiling(box: PixelBox, tiles: int, side: int) -> tuple[int, int]:
+    """Choose how many tiles a crop is cut into.
+
+    No tile has a side under half the encoder's input on a cut axis, so that small crops stay whole.
+
+    Args:
+        box: Crop, in source pixels.
+        tiles: Maximum number of tiles.
+        side: Side of the encoder's square input, in pixels.
+
+    Returns:
+        (rows, columns): as many tiles as possible, as square as possible.
+    """
+    width, height = box.x1 - box.x0, box.y1 - box.y0
+    best = max(
+        (rows * columns, -abs(math.log((height / rows) / (width / columns))), rows, columns)
+        for rows in range(1, tiles + 1)
+        for columns in range(1, tiles // rows + 1)
+        if rows <= math.ceil(height / side) and columns <= math.ceil(width / side)
+    )
+    return best[2], best[3]
 
 
 def crop_to_square(image: Image.Image, box: PixelBox, side: int) -> Image.Image:

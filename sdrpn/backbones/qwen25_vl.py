@@ -190,6 +190,12 @@ class Qwen25VL(Backbone):
     def crop_input(self, image: Image.Image, box: PixelBox) -> ImageInput:
         return self.pictures.crop(as_shown(image), box)
 
+    def crop_inputs(
+        self, image: Image.Image, box: PixelBox, *, tiles: int = 1, max_tokens: int | None = None
+    ) -> list[list[ImageInput]]:
+        cells = None if max_tokens is None else max_tokens * tiles
+        return [[self.pictures.limited(cells).crop(as_shown(image), box)]]
+
     def encode(self, inputs: Sequence[ImageInput]) -> list[Float[Tensor, "_ width"]]:
         tower = execution_device(self.model.model.visual)
         pixels = torch.cat([one.pixels for one in inputs]).to(tower)
@@ -263,7 +269,7 @@ class Qwen25VL(Backbone):
         positions: Int[Tensor, "axes batch new"],
         cache: Cache,
         arguments: Mapping[str, Any],
-    ) -> Int[Tensor, "batch longer"]:
+    ) -> Any:
         # Without them the model would count on from the offset that an earlier call left behind.
         behind = ids.shape[1] - positions.shape[-1]
         return self.model.generate(

@@ -5,7 +5,7 @@ A cell is one image token: merge x merge patches, 28 x 28 pixels of the resized 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -70,6 +70,13 @@ class PictureRules:
     def cell(self) -> int:
         """Pixels per side of a cell."""
         return int(self.processor.patch_size) * self.merge
+
+    def limited(self, cells: int | None) -> PictureRules:
+        """Return the rules with at most `cells` tokens per image; None: the same rules."""
+        if cells is None or cells * self.cell**2 >= self.max_pixels:
+            return self
+        most = cells * self.cell**2
+        return replace(self, min_pixels=min(self.min_pixels, most), max_pixels=most)
 
     def whole(self, image: Image.Image) -> ImageInput:
         """A whole picture: resized by PIL, then by the image processor; a square only by that."""

@@ -95,6 +95,6 @@ def _look(zoom: ZoomModel, picture: Image.Image, question: str) -> tuple[str, Ca
     lines += [f"region (x0, y0, x1, y1 in pixels): {boxes}"]
     if answer.roi_map is not None:
         peak = answer.roi_map.max()
-        lines.append(f"map maximum: {peak:.3f}, threshold {zoom.zoom.threshold:g}")
+        lines.append(f"map maximum: {peak:.3f}, threshold {zoom.zoom.threshold_text}")
     lines.append(f"tokens: {answer.image_tokens} image, {answer.crop_tokens} crop")
     return "\n".join(lines), card

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import StoppingCriteria
+from transformers.cache_utils import Cache
 
 from sdrpn.backbones.base import Backbone, Segment
+from sdrpn.backbones.cache import cache_of
 from sdrpn.inference.decoder import run_layers
 from sdrpn.inference.generation_arguments import (
     SAMPLING,
@@ -20,7 +24,7 @@ from sdrpn.inference.generation_arguments import (
     neutral_arguments,
     warn_once,
 )
-from sdrpn.inference.prefix import Prefix, batch_rows, stack
+from sdrpn.inference.prefix import Context, Pieces, Prefix, batch_rows, stack, stack_pieces
 
 
 class StopAtStrings(StoppingCriteria):
@@ -73,19 +77,19 @@ def generation_arguments(backbone: Backbone, generation: Mapping[str, Any]) -> d
 @torch.no_grad()
 def generate(
     backbone: Backbone,
-    prefixes: Sequence[Prefix],
+    contexts: Sequence[Prefix | Context],
     suffixes: Sequence[Segment],
     generation: Mapping[str, Any],
 ) -> list[list[int]]:
-    """Generate answers over prefixes.
+    """Generate answers over prefixes or contexts.
 
-    generate() starts after the prefix: its first forward pass covers only the suffix and yields the
-    first new token.
+    generate() starts after the context: its first forward pass covers only the suffix and yields
+    the first new token.
 
     Args:
         backbone: The base model.
-        prefixes: Prefix of each row.
-        suffixes: Segment after each prefix.
+        contexts: KV of each row's tokens before the suffix.
+        suffixes: Segment after each context.
         generation: Settings of the request; see `check_generation`.
 
     Returns:
@@ -95,23 +99,115 @@ def generate(
         ValueError: If a setting is unknown, refused or invalid.
     """
     arguments = generation_arguments(backbone, generation)
-    batch = batch_rows(suffixes, [p.length for p in prefixes])
+    output, width = _generate(backbone, contexts, suffixes, arguments)
+    return [_until_end(backbone, row, arguments) for row in output[:, width:].tolist()]
+
+
+@torch.no_grad()
+def generate_with_confidence(
+    backbone: Backbone,
+    contexts: Sequence[Prefix | Context],
+    suffixes: Sequence[Segment],
+    generation: Mapping[str, Any],
+) -> list[tuple[list[int], float]]:
+    """Generate answers as `generate`, with the model's confidence in them.
+
+    Returns:
+        New token ids of each row, and the smallest of their probabilities; 0 for an empty answer.
+        Probabilities are the model's own, before sampling settings and penalties.
+    """
+    arguments = generation_arguments(backbone, generation)
+    scored = {"return_dict_in_generate": True, "output_logits": True}
+    output, width = _generate(backbone, contexts, suffixes, arguments | scored)
+    log_probabilities = backbone.model.compute_transition_scores(
+        output.sequences, output.logits, output.get("beam_indices"), normalize_logits=True
+    )
+    found = []
+    for row, scores in zip(output.sequences[:, width:].tolist(), log_probabilities, strict=True):
+        ids = _until_end(backbone, row, arguments)
+        found.append((ids, float(scores[: len(ids)].min().exp()) if ids else 0.0))
+    return found
+
+
+def _generate(
+    backbone: Backbone,
+    contexts: Sequence[Prefix | Context],
+    suffixes: Sequence[Segment],
+    arguments: Mapping[str, Any],
+) -> tuple[Any, int]:
+    """Run generate(): its output, and the number of tokens before the first new one."""
+    batch = batch_rows(suffixes, [c.length for c in contexts])
     length = batch.prefix_length
-    cache = stack([p.kv for p in prefixes])
-    if arguments["num_beams"] > 1:
+    cache = stack_pieces([c.pieces for c in contexts])
+    beams = arguments["num_beams"]
+    if beams > 1:
         # generate() expands tensors for beams, but not a cache.
-        cache.batch_repeat_interleave(arguments["num_beams"])
+        cache.batch_repeat_interleave(beams)
     # generate() expects embeddings of the full prompt, and drops those in the cache unread.
     unread = batch.embeds.new_zeros(1, 1, 1).expand(len(suffixes), length, batch.embeds.shape[-1])
     # Ids only count for repetition penalties. Padding repeats the image token, which every row
     # contains, so it does not change any penalty.
     ids = torch.full_like(batch.mask, backbone.image_token_id)
-    for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
-        ids[row, length - prefix.length : length] = torch.tensor(prefix.ids)
+    for row, (context, suffix) in enumerate(zip(contexts, suffixes, strict=True)):
+        ids[row, length - context.length : length] = torch.tensor(context.ids)
         ids[row, -suffix.length :] = torch.tensor(suffix.ids)
     embeds = torch.cat([unread, batch.embeds], dim=1)
-    output = backbone.generate(ids, embeds, batch.mask, batch.positions, cache, arguments)
-    return [_until_end(backbone, row, arguments) for row in output[:, ids.shape[1] :].tolist()]
+    with upper_masks(backbone, [c.pieces for c in contexts], cache, length, beams):
+        output = backbone.generate(ids, embeds, batch.mask, batch.positions, cache, arguments)
+    return output, ids.shape[1]
+
+
+@contextmanager
+def upper_masks(
+    backbone: Backbone, rows: Sequence[Pieces], cache: Cache, length: int, beams: int
+) -> Iterator[None]:
+    """Mask the upper layers on their own, while they hold fewer tokens than the lower ones.
+
+    transformers computes one mask for all layers, from the number of tokens in the first.
+
+    Args:
+        backbone: The base model.
+        rows: KV of each row.
+        cache: The rows' cache, `beams` times.
+        length: Columns of the lower layers.
+        beams: Rows of the cache per row.
+    """
+    tokens = [[sum(k.shape[2] for k, _ in pieces) for pieces in layers] for layers in rows]
+    depth = min(sum(n == own[0] for n in own) for own in tokens)
+    if depth == len(tokens[0]):
+        yield
+        return
+    kept = [own[-1] for own in tokens]
+    first = torch.zeros(len(rows), max(kept), dtype=torch.long, device=backbone.device)
+    for row, count in enumerate(kept):
+        first[row, max(kept) - count :] = 1
+    first = first.repeat_interleave(beams, dim=0)
+    upper: Any = cache_of([])
+    upper.layers = cache.layers[depth:]
+    mask: list[Any] = [None]
+
+    def compute(_: Any, args: Any, given: dict[str, Any]) -> None:
+        embeds, all_columns = given.get("inputs_embeds"), given.get("attention_mask")
+        embeds = backbone.embed(given["input_ids"]) if embeds is None else embeds
+        if all_columns is None:  # without any padding
+            width = cache.get_seq_length() + embeds.shape[1]
+            all_columns = first.new_ones(len(first), width)
+        columns = torch.cat([first, all_columns[:, length:]], dim=1)
+        mask[0] = backbone.attention_mask(embeds, columns, upper)
+
+    def replace_mask(_: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, given | {"attention_mask": mask[0]}
+
+    hooks = [backbone.decoder.register_forward_pre_hook(compute, with_kwargs=True)]
+    hooks += [
+        layer.register_forward_pre_hook(replace_mask, with_kwargs=True)
+        for _, layer in backbone.layers[depth:]
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -141,10 +237,23 @@ def losses(
     cache = stack([p.kv for p in prefixes])
     inputs = batch.attention(backbone, cache)
     hidden = run_layers(backbone.layers, batch.embeds, inputs, cache)
-    return [
-        _loss(backbone.logits(_before(state, ids)), ids)
-        for state, ids in zip(hidden, continuations, strict=True)
-    ]
+    return [loss(backbone, states, ids) for states, ids in zip(hidden, continuations, strict=True)]
+
+
+def loss(
+    backbone: Backbone, states: Float[Tensor, "tokens width"], continuation: Sequence[int]
+) -> tuple[float, bool]:
+    """Compute the loss of a continuation from the hidden states of a sequence that ends with it.
+
+    Args:
+        backbone: The base model.
+        states: [N, C], before the final norm.
+        continuation: Token ids of the continuation.
+
+    Returns:
+        As `losses`.
+    """
+    return _loss(backbone.logits(_before(states, continuation)), continuation)
 
 
 def _before(hidden: Tensor, continuation: Sequence[int]) -> Tensor:

@@ -15,12 +15,11 @@ import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache
 
 from sdrpn.backbones.base import AttentionInputs, Backbone, ImageInput, Segment
 from sdrpn.backbones.cache import KV, cache_of
-from sdrpn.inference.decoder import fill_cache
+from sdrpn.inference.decoder import fill_cache, run_layers
 
 
 @runtime_checkable
@@ -41,17 +40,44 @@ class BranchNetwork(Protocol):
         ...
 
 
+Pieces = tuple[tuple[KV, ...], ...]
+"""For each layer, the keys and values of consecutive parts of a sequence."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """KV of a row's tokens before those that are still to be run.
+
+    Args:
+        ids: Token ids.
+        pieces: Keys and values, each [1, heads, tokens, d]. Upper layers may have fewer tokens.
+    """
+
+    ids: tuple[int, ...]
+    pieces: Pieces
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.ids)
+
+
 @dataclass(frozen=True)
 class Prefix:
     """KV of [text before the image][image tokens], P tokens.
 
+    A prefix of the lower layers only (`prefill` with `lower_only`) keeps the hidden states after
+    them, from which `upper.complete` continues.
+
     Args:
-        kv: Keys and values of all backbone layers, each [1, heads, P, d].
+        kv: Keys and values of all backbone layers, or of layers 0 to B-1, each [1, heads, P, d].
         rpn_kv: Keys and values of the RPN's R-1 layers; empty without an RPN.
         rpn_keys: Image keys of the RPN's map head, [1, T, kv heads * d]; None without an RPN.
         ids: [P] token ids.
         image: Columns of the T image tokens.
         next_position: Position of a text token that follows the prefix.
+        hidden: [P, C] output of layer B-1; None if it was not kept.
+        positions: [A, P] position ids; None without `hidden`.
     """
 
     kv: tuple[KV, ...]
@@ -60,6 +86,13 @@ class Prefix:
     ids: tuple[int, ...]
     image: slice
     next_position: int
+    hidden: Float[Tensor, "prefix width"] | None = None
+    positions: Int[Tensor, "axes prefix"] | None = None
+
+    @property
+    def pieces(self) -> Pieces:
+        """The KV as a `Context` has it."""
+        return tuple((pair,) for pair in self.kv)
 
     @property
     def length(self) -> int:
@@ -75,8 +108,8 @@ class Prefix:
     def nbytes(self) -> int:
         """Size of all tensors, in bytes."""
         tensors = [t for pair in (*self.kv, *self.rpn_kv) for t in pair]
-        if self.rpn_keys is not None:
-            tensors.append(self.rpn_keys)
+        optional = (self.rpn_keys, self.hidden, self.positions)
+        tensors += [tensor for tensor in optional if tensor is not None]
         return sum(t.nbytes for t in tensors)
 
 
@@ -133,23 +166,50 @@ def stack(prefixes: Sequence[tuple[KV, ...]]) -> DynamicCache:
     Args:
         prefixes: Keys and values of each row's prefix, by layer.
     """
-    layers = zip(*prefixes, strict=True)
+    return stack_pieces([tuple((pair,) for pair in prefix) for prefix in prefixes])
+
+
+def stack_pieces(rows: Sequence[Pieces]) -> DynamicCache:
+    """Batch the KV of sequences in several parts into one left-padded cache, as `stack`.
+
+    Args:
+        rows: Pieces of each row.
+    """
+    layers = zip(*rows, strict=True)
     return cache_of(
-        (_pad_and_concat([k for k, _ in rows]), _pad_and_concat([v for _, v in rows]))
-        for rows in layers
+        (
+            _pad_and_concat([[keys for keys, _ in pieces] for pieces in layer]),
+            _pad_and_concat([[values for _, values in pieces] for pieces in layer]),
+        )
+        for layer in layers
     )
 
 
-def _pad_and_concat(rows: Sequence[Tensor]) -> Tensor:
-    if all(row is rows[0] for row in rows):
-        return rows[0].expand(len(rows), -1, -1, -1)
-    longest = max(row.shape[2] for row in rows)
-    return torch.cat([pad(row, (0, 0, longest - row.shape[2], 0)) for row in rows])
+def _pad_and_concat(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    first = rows[0]
+    if len(first) == 1 and all(len(row) == 1 and row[0] is first[0] for row in rows):
+        return first[0].expand(len(rows), -1, -1, -1)
+    lengths = [sum(part.shape[2] for part in row) for row in rows]
+    longest = max(lengths)
+    shape = (len(rows), first[0].shape[1], longest, first[0].shape[3])
+    stacked = first[0].new_empty(shape)
+    for row, (parts, length) in enumerate(zip(rows, lengths, strict=True)):
+        start = longest - length
+        stacked[row, :, :start] = 0
+        for part in parts:
+            end = start + part.shape[2]
+            stacked[row, :, start:end] = part[0]
+            start = end
+    return stacked
 
 
 @torch.no_grad()
 def prefill(
-    backbone: Backbone, rpn: BranchNetwork | None, inputs: Sequence[ImageInput]
+    backbone: Backbone,
+    rpn: BranchNetwork | None,
+    inputs: Sequence[ImageInput],
+    *,
+    lower_only: bool = False,
 ) -> list[Prefix]:
     """Prefill images in one batch.
 
@@ -157,6 +217,7 @@ def prefill(
         backbone: The base model.
         rpn: The RPN, whose KV is added to the prefixes.
         inputs: Preprocessed images.
+        lower_only: Stop at the RPN's branch, and keep the hidden states there.
 
     Returns:
         A prefix for each image.
@@ -166,12 +227,16 @@ def prefill(
         backbone.prefix_segment(image, tokens)
         for image, tokens in zip(inputs, features, strict=True)
     ]
-    return prefill_segments(backbone, rpn, segments)
+    return prefill_segments(backbone, rpn, segments, lower_only=lower_only)
 
 
 @torch.no_grad()
 def prefill_segments(
-    backbone: Backbone, rpn: BranchNetwork | None, segments: Sequence[Segment]
+    backbone: Backbone,
+    rpn: BranchNetwork | None,
+    segments: Sequence[Segment],
+    *,
+    lower_only: bool = False,
 ) -> list[Prefix]:
     """Prefill segments from `Backbone.prefix_segment` in one batch.
 
@@ -179,6 +244,7 @@ def prefill_segments(
         backbone: The base model.
         rpn: The RPN, whose KV is added to the prefixes.
         segments: Segments that start a sequence and end with an image.
+        lower_only: As `prefill`; needs an RPN.
 
     Returns:
         A prefix for each segment.
@@ -186,16 +252,14 @@ def prefill_segments(
     batch = batch_rows(segments, [0] * len(segments))
     cache = cache_of([])
     attention = batch.attention(backbone, cache)
-    branch: dict[int, Tensor] = {}
-
-    def save_branch_input(layer: int, layer_input: Tensor, _: KV) -> None:
-        if rpn is not None and layer == rpn.branch_layer:
-            branch[layer] = layer_input
-
-    fill_cache(backbone, backbone.layers, batch.embeds, attention, cache, save_branch_input)
+    hidden = batch.embeds
+    depth = 0 if rpn is None else rpn.branch_layer
+    hidden = run_layers(backbone.layers[:depth], hidden, attention, cache)
+    if not lower_only:
+        fill_cache(backbone, backbone.layers[depth:], hidden, attention, cache)
     rpn_cache, keys = cache_of([]), None
     if rpn is not None:
-        states = rpn(branch[rpn.branch_layer], attention, rpn_cache)
+        states = rpn(hidden, attention, rpn_cache)
         keys = rpn.image_keys(states, attention.rotary)
     copy = len(segments) > 1
     prefixes = []
@@ -210,6 +274,8 @@ def prefill_segments(
                 ids=segment.ids,
                 image=segment.image,
                 next_position=segment.next_position,
+                hidden=hidden[row, padding:].clone() if lower_only else None,
+                positions=segment.positions if lower_only else None,
             )
         )
     return prefixes
@@ -266,8 +332,16 @@ class PrefixCache:
             self._prefixes.move_to_end(key)
         return self._prefixes.get(key)
 
-    def put(self, key: str, prefix: Prefix) -> None:
-        """Add a prefix, evicting the least recently used; skipped if larger than the cache."""
+    def put(self, key: str, prefix: Prefix, *, replace: bool = False) -> None:
+        """Add a prefix, evicting the least recently used; skipped if larger than the cache.
+
+        Args:
+            key: Key of the prefix.
+            prefix: The prefix.
+            replace: Replace a prefix with this key, instead of keeping it.
+        """
+        if replace and key in self._prefixes:
+            self.nbytes -= self._prefixes.pop(key).nbytes
         if key in self._prefixes or prefix.nbytes > self.max_bytes:
             return
         self._prefixes[key] = prefix

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, max_pool2d
 
-from sdrpn.backbones.base import Backbone, CropTokens
+from sdrpn.backbones.base import Backbone, CropTokens, ImageInput
 from sdrpn.boxes import GridBox
 from sdrpn.config import ZoomConfig
 from sdrpn.roi.postprocess import Region, crop_grid_size
@@ -37,50 +37,97 @@ def crop_tokens(
     Returns:
         Crop tokens of each row; empty for rows without a box or without any token left.
     """
-    pairs = [(i, b) for i, region in enumerate(regions) for b in range(len(region.boxes))]
-    if not pairs:
-        return [[] for _ in regions]
-    inputs = [backbone.crop_input(images[i], regions[i].boxes[b]) for i, b in pairs]
     encoded: list[list[Tensor]] = [[] for _ in regions]
-    for (i, _), crop, tokens in zip(pairs, inputs, backbone.encode(inputs), strict=True):
-        encoded[i].append(tokens.unflatten(0, (crop.grid.rows, crop.grid.columns)))
+    for row, features in _encode(backbone, images, regions, zooms):
+        encoded[row].append(features)
     return [
         _fit(features, region, zoom, limit, backbone.crop_marks)
         for features, region, zoom, limit in zip(encoded, regions, zooms, max_tokens, strict=True)
     ]
 
 
+def _encode(
+    backbone: Backbone,
+    images: Sequence[Image.Image],
+    regions: Sequence[Region],
+    zooms: Sequence[ZoomConfig],
+) -> list[tuple[int, Float[Tensor, "height length width"]]]:
+    """Encode all crops of a batch in one call: (row, [rows, columns, C]) of each crop."""
+    parts = [
+        (row, backbone.crop_inputs(image, box, tiles=zoom.tiles, max_tokens=zoom.crop_tokens))
+        for row, (image, region, zoom) in enumerate(zip(images, regions, zooms, strict=True))
+        for box in region.boxes
+    ]
+    if not parts:
+        return []
+    features = iter(backbone.encode([one for _, tiles in parts for line in tiles for one in line]))
+
+    def stitched(tiles: list[list[ImageInput]]) -> Tensor:
+        lines = [
+            torch.cat([next(features).unflatten(0, (t.grid.rows, t.grid.columns)) for t in line], 1)
+            for line in tiles
+        ]
+        return torch.cat(lines)
+
+    return [(row, stitched(tiles)) for row, tiles in parts]
+
+
 def _fit(
     features: Sequence[Tensor], region: Region, zoom: ZoomConfig, max_tokens: int, marks: int
 ) -> list[CropTokens]:
-    """Resize the crops of one row, [rows, columns, C] each, until they have at most `max_tokens`.
+    """Drop tokens of one row's crops, [rows, columns, C] each, until at most `max_tokens` are left.
 
-    Crops without tokens are dropped if the backbone has no delimiters around crops.
+    With a crop budget, tokens of background cells are dropped first; then the crops shrink. Crops
+    without tokens are dropped if the backbone has no delimiters around crops.
     """
     grids = [
         crop_grid_size(box, feature.shape[0], feature.shape[1], zoom)
         for feature, box in zip(features, region.grid_boxes, strict=True)
     ]
+    can_be_sparse = region.keep is None and region.foreground is not None
+    budget = zoom.crop_tokens is not None and max_tokens <= zoom.crop_tokens
+    sparse = can_be_sparse and zoom.tiles > 1
     while True:
         crops = [
-            _crop(feature, region, box, *grid)
+            _crop(feature, region, box, *grid, sparse=sparse)
             for feature, box, grid in zip(features, region.grid_boxes, grids, strict=True)
         ]
         total = sum(len(crop.tokens) for crop in crops)
         if total <= max_tokens:
             return crops if total or marks else []
+        if budget and can_be_sparse and not sparse:
+            sparse = True
+            continue
         if all(rows == columns == 1 for rows, columns in grids):
             return []
         shrink = min(math.sqrt(max(max_tokens, 0) / total), 0.95)
         grids = [(max(int(r * shrink), 1), max(int(c * shrink), 1)) for r, c in grids]
 
 
-def _crop(feature: Tensor, region: Region, box: GridBox, rows: int, columns: int) -> CropTokens:
+def _crop(
+    feature: Tensor, region: Region, box: GridBox, rows: int, columns: int, *, sparse: bool
+) -> CropTokens:
     tokens = resize(feature, rows, columns).flatten(0, 1)
-    if region.keep is None:
+    if sparse:
+        keep = widen(keep_mask(region.foreground, box, rows, columns), rows, columns)
+    elif region.keep is not None:
+        keep = keep_mask(region.keep, box, rows, columns)
+    else:
         return CropTokens(tokens, rows, columns)
-    keep = keep_mask(region.keep, box, rows, columns).to(tokens.device)
+    keep = keep.to(tokens.device)
     return CropTokens(tokens[keep], rows, columns, keep)
+
+
+def widen(keep: Bool[Tensor, " tokens"], rows: int, columns: int) -> Bool[Tensor, " tokens"]:
+    """Add the neighbours of kept tokens, diagonal ones too (Vision-RL2, arXiv 2609.19745).
+
+    Args:
+        keep: [rows * columns] bool, row-major.
+        rows: Rows of the token grid.
+        columns: Columns of the token grid.
+    """
+    grid = keep.unflatten(0, (rows, columns))[None].float()
+    return max_pool2d(grid, 3, stride=1, padding=1)[0].bool().flatten()
 
 
 def resize(

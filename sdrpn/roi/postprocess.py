@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Float32
 from scipy import ndimage
 
 from sdrpn.boxes import GridBox, ImageGrid, PixelBox
-from sdrpn.config import SMALL_SQUARE, MapRules, ZoomConfig
+from sdrpn.config import PEAK, SMALL_SQUARE, MapRules, ZoomConfig
 
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 MIN_BOX_SIDE = 3
@@ -30,12 +30,14 @@ class Region:
         reason: Why there is no zoom; None if there are boxes.
         keep: [rows, columns] of {0, 1}, cells whose crop tokens the `mask` policy keeps if there
             are several components; None keeps all crop tokens.
+        foreground: [rows, columns] bool, cells over the threshold; None if there is no map.
     """
 
     boxes: tuple[PixelBox, ...] = ()
     grid_boxes: tuple[GridBox, ...] = ()
     reason: str | None = None
     keep: Bool[np.ndarray, "rows columns"] | None = None
+    foreground: Bool[np.ndarray, "rows columns"] | None = None
 
 
 def blur(
@@ -139,12 +141,17 @@ def propose(
     """
     if not np.isfinite(blurred).all():
         raise ValueError("the RoI map holds values that are not finite; check the RPN's weights")
-    over = blurred > zoom.threshold
+    threshold = zoom.threshold
+    if isinstance(threshold, str):
+        threshold = peak_threshold(blurred, grid)
+        if isinstance(threshold, str):
+            return Region(reason=threshold)
+    over = blurred > threshold
     if not over.any():
-        return Region(reason=f"no cell over the threshold {zoom.threshold:g}")
+        return Region(reason=f"no cell over the threshold {threshold:g}")
     found = components(over, zoom)
     if zoom.policy == "mask" and (rules.one_box or len(found) >= 2):
-        return _to_source([_bounding_box(over)], grid, zoom, rules, keep=over)
+        return _to_source([_bounding_box(over)], grid, zoom, rules, over, keep=over)
     if not found:
         return Region(reason="no component within the size limits")
     if zoom.policy == "strongest":
@@ -153,7 +160,37 @@ def propose(
         found = [max(visible, key=lambda one: float(blurred[one[1]].max()))]
     if len(found) > 2:
         return Region(reason=f"{len(found)} components, more than two")
-    return _to_source([box for box, _ in found], grid, zoom, rules)
+    return _to_source([box for box, _ in found], grid, zoom, rules, over)
+
+
+LOWEST_PEAK = 0.03
+LOWEST_CONTRAST = 3.0
+SHARE_OF_PEAK = 0.3
+
+
+def peak_threshold(blurred: Float[np.ndarray, "rows columns"], grid: ImageGrid) -> float | str:
+    """Compute the threshold relative to a map's peak (Vision-RL2, arXiv 2609.19745).
+
+    Cells in the padding are left out, since they would lower the mean of wide and tall images.
+
+    Args:
+        blurred: [rows, columns] in [0, 1], from `blur`.
+        grid: Mapping from grid cells to source pixels.
+
+    Returns:
+        0.3 of the peak; why there is no region if the peak is below 0.03 or below 3 times the mean.
+    """
+    cells = blurred[grid.inside]
+    peak, mean = float(cells.max()), float(cells.mean())
+    if peak < LOWEST_PEAK:
+        return f"the map's peak is {peak:.3f}, below {LOWEST_PEAK:g} (threshold={PEAK})"
+    contrast = peak / (mean + 1e-8)
+    if contrast < LOWEST_CONTRAST:
+        return (
+            f"the map's peak is {contrast:.1f} times its mean, below {LOWEST_CONTRAST:g} "
+            f"(threshold={PEAK})"
+        )
+    return SHARE_OF_PEAK * peak
 
 
 def region_from_box(box: PixelBox, grid: ImageGrid, rules: MapRules = SMALL_SQUARE) -> Region:
@@ -224,6 +261,7 @@ def _to_source(
     grid: ImageGrid,
     zoom: ZoomConfig,
     rules: MapRules,
+    foreground: np.ndarray,
     keep: np.ndarray | None = None,
 ) -> Region:
     """Map boxes to source pixels; boxes in the padding and unsupported crops are dropped."""
@@ -240,4 +278,5 @@ def _to_source(
         return Region(
             reason=f"the region is {share:.0%} of the image (skip_above={zoom.skip_above:g})"
         )
-    return Region(tuple(p for _, p in pairs), tuple(b for b, _ in pairs), keep=keep)
+    pixels, cells = tuple(p for _, p in pairs), tuple(b for b, _ in pairs)
+    return Region(pixels, cells, keep=keep, foreground=foreground)

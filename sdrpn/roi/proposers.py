@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from sdrpn.backbones.cache import KV
 from sdrpn.boxes import ImageGrid
 from sdrpn.config import LabelConfig, ZoomConfig
 from sdrpn.inference.attention_rows import read_rows
-from sdrpn.inference.decoder import run_layers
 from sdrpn.inference.generation import generate
 from sdrpn.inference.prefix import Prefix, batch_rows, stack
+from sdrpn.inference.upper import Lowered, run_lower
 from sdrpn.roi.postprocess import Region, blur, darken, propose, unsupported_crop
 from sdrpn.roi.sinks import remove_sinks
 from sdrpn.roi.vicrop import NEUTRAL_QUESTION, propose_window, relative_attention
@@ -60,10 +60,14 @@ class Proposal:
     Args:
         region: Boxes to crop, or the reason for no zoom.
         roi_map: [rows, columns] float32 in [0, 1], blurred; None if the proposer has no map.
+        logits: [rows, columns] float32 RoI logits; None for proposers other than the RPN.
+        gate: Probability of the RPN's learned gate that a zoom helps; None without a gate.
     """
 
     region: Region
     roi_map: Float32[np.ndarray, "rows columns"] | None = None
+    logits: Float32[np.ndarray, "rows columns"] | None = None
+    gate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,47 @@ def roi_logits(models: Models, looks: Sequence[Look]) -> list[Float32[np.ndarray
     Raises:
         ValueError: If there is no RPN.
     """
-    states, (cos, sin), keys, rpn = _question_states(models, looks)
+    return [logits for logits, _ in _read_rpn(models, looks, lower_states(models, looks))]
+
+
+@torch.no_grad()
+def lower_states(models: Models, looks: Sequence[Look]) -> list[Lowered]:
+    """Run questions through backbone layers 0 to B-1, over the prefixes' KV.
+
+    Args:
+        models: The backbone and an RPN.
+        looks: Questions about prefilled images.
+
+    Returns:
+        The questions' states for `by_rpn`, and for an answer without a zoom.
+
+    Raises:
+        ValueError: If there is no RPN.
+    """
+    depth = _rpn(models).branch_layer
+    prefixes = [look.prefix for look in looks]
+    segments = [models.backbone.suffix_segment(k.prefix.next_position, k.question) for k in looks]
+    return run_lower(models.backbone, prefixes, segments, depth)
+
+
+def _rpn(models: Models) -> RPN:
+    if models.rpn is None:
+        raise ValueError("proposer 'rpn' needs an RPN: pass rpn=, or another proposer")
+    return models.rpn
+
+
+def _read_rpn(
+    models: Models, looks: Sequence[Look], lowered: Sequence[Lowered]
+) -> list[tuple[Float32[np.ndarray, "_ _"], float | None]]:
+    """Compute the RoI logits, [rows, columns] each, and the learned gate's probabilities."""
+    rpn = _rpn(models)
+    states, (cos, sin), keys = _question_states(models, lowered)
     last = cos[:, -1:], sin[:, -1:]
     logits = rpn.roi_logits(states[:, -1], last, pad_sequence(keys, batch_first=True))
-    pairs = zip(logits.cpu().numpy(), looks, strict=True)
-    return [look.shaped(row[: look.grid.cells]) for row, look in pairs]
+    gates = rpn.gate_probability(states[:, -1])
+    probabilities = [None] * len(looks) if gates is None else gates.tolist()
+    rows = zip(logits.cpu().numpy(), probabilities, looks, strict=True)
+    return [(look.shaped(row[: look.grid.cells]), gate) for row, gate, look in rows]
 
 
 @torch.no_grad()
@@ -119,7 +159,8 @@ def relevant_cells(models: Models, look: Look) -> Bool[Tensor, " cells"]:
     Raises:
         ValueError: If there is no RPN.
     """
-    states, (cos, sin), (keys,), rpn = _question_states(models, [look])
+    rpn = _rpn(models)
+    states, (cos, sin), (keys,) = _question_states(models, lower_states(models, [look]))
     tokens = states[0]  # a single row has no padding
     rotary = cos[0][:, None], sin[0][:, None]
     logits = rpn.roi_logits(tokens, rotary, keys.expand(len(tokens), -1, -1))
@@ -127,37 +168,59 @@ def relevant_cells(models: Models, look: Look) -> Bool[Tensor, " cells"]:
 
 
 def _question_states(
-    models: Models, looks: Sequence[Look]
-) -> tuple[Float[Tensor, "batch new width"], KV, list[Tensor], RPN]:
-    """Run questions through backbone layers 0..B-1 and the RPN, over the prefixes' KV.
+    models: Models, lowered: Sequence[Lowered]
+) -> tuple[Float[Tensor, "batch new width"], KV, list[Tensor]]:
+    """Run the RPN over questions behind layer B-1.
 
-    Returns the RPN's states [B, N, C], their rotary embeddings, the image keys of each row and the
-    RPN.
+    Returns its states [B, N, C], their rotary embeddings, and the image keys of each row.
     """
-    backbone, rpn = models.backbone, models.rpn
-    if rpn is None:
-        raise ValueError("proposer 'rpn' needs an RPN: pass rpn=, or another proposer")
-    depth = rpn.branch_layer
-    prefixes = [look.prefix for look in looks]
-    segments = [backbone.suffix_segment(k.prefix.next_position, k.question) for k in looks]
-    batch = batch_rows(segments, [p.length for p in prefixes])
-    cache = stack([p.kv[:depth] for p in prefixes])
-    inputs = batch.attention(backbone, cache)
-    branch = run_layers(backbone.layers[:depth], batch.embeds, inputs, cache)
-    states = rpn(branch, inputs, stack([p.rpn_kv for p in prefixes]))
-    keys = [p.rpn_keys[0] for p in prefixes if p.rpn_keys is not None]
-    return states, inputs.rotary, keys, rpn
+    prefixes = [one.prefix for one in lowered]
+    batch = batch_rows([one.segment for one in lowered], [p.length for p in prefixes])
+    cache = stack([p.rpn_kv for p in prefixes])
+    # An RPN of depth 1 has no layers, and the mask of no use.
+    inputs = batch.attention(
+        models.backbone, cache if cache.layers else stack([p.kv[:1] for p in prefixes])
+    )
+    states = _rpn(models)(batch.embeds, inputs, cache)
+    return states, inputs.rotary, [p.rpn_keys[0] for p in prefixes if p.rpn_keys is not None]
 
 
-def by_rpn(models: Models, looks: Sequence[Look]) -> list[Proposal]:
-    """Propose regions with the RPN: sigmoid, blur, threshold, boxes (SD-RPN, section 3.3)."""
-    logits, rules = roi_logits(models, looks), models.backbone.map_rules
-    maps = [darken(torch.sigmoid(torch.from_numpy(one)).numpy(), rules) for one in logits]
-    blurred = [
-        blur(_normalize(values) if look.zoom.relative else values)
-        for values, look in zip(maps, looks, strict=True)
+def by_rpn(
+    models: Models, looks: Sequence[Look], lowered: Sequence[Lowered] | None = None
+) -> list[Proposal]:
+    """Propose regions with the RPN: sigmoid, blur, threshold, boxes (SD-RPN, section 3.3).
+
+    Args:
+        models: The backbone and an RPN.
+        looks: Questions about prefilled images.
+        lowered: Their states from `lower_states`, if known.
+    """
+    rules = models.backbone.map_rules
+    found = _read_rpn(models, looks, lowered or lower_states(models, looks))
+    maps = [
+        blur(darken(torch.sigmoid(torch.from_numpy(logits)).numpy(), rules)) for logits, _ in found
     ]
-    return _from_maps(models, blurred, looks)
+    return [
+        replace(_gated(proposal, gate, look.zoom), logits=logits)
+        for proposal, (logits, gate), look in zip(
+            _from_maps(models, maps, looks), found, looks, strict=True
+        )
+    ]
+
+
+def _gated(proposal: Proposal, gate: float | None, zoom: ZoomConfig) -> Proposal:
+    """Note the learned gate's probability, and drop the region if the gate says so."""
+    if zoom.learned_gate is None:
+        return replace(proposal, gate=gate)
+    if gate is None:
+        raise ValueError(
+            "learned_gate needs an RPN with a gate: train one with `sdrpn train-gate`, or leave "
+            "learned_gate out"
+        )
+    if proposal.region.boxes and gate < zoom.learned_gate:
+        reason = f"the learned gate gives {gate:.2f} (learned_gate={zoom.learned_gate:g})"
+        proposal = replace(proposal, region=Region(reason=reason))
+    return replace(proposal, gate=gate)
 
 
 def _normalize(values: np.ndarray) -> np.ndarray:

@@ -36,6 +36,7 @@ class RegionProposalNetwork(nn.Module):
         width, bias = config.hidden_size, config.head_bias
         self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.gate = nn.Linear(width, 1) if config.gate else None
         self.rotate = backbone.rotate
 
     @property
@@ -107,6 +108,21 @@ class RegionProposalNetwork(nn.Module):
         if not self.config.multi_head:
             return products.sum(-1)
         return products.mean(-1) / query.shape[-1] ** 0.5
+
+    def gate_probability(
+        self, last: Float[Tensor, "batch width"]
+    ) -> Float[Tensor, " batch"] | None:
+        """Compute the learned gate's probability that a zoom helps (docs/method.md).
+
+        Args:
+            last: [B, C] state of the last prompt token, from `forward`.
+
+        Returns:
+            [B] in float32; None without a learned gate.
+        """
+        if self.gate is None:
+            return None
+        return self.gate(last).float().sigmoid()[:, 0]
 
     def _rotated(self, states: Tensor, rotary: KV) -> Tensor:
         if not self.config.rotary_head:

@@ -1,0 +1,245 @@
+"""The decoder in two parts: the layers below the RPN's branch, and those above it.
+
+The RPN reads the output of layer B-1, so a question has passed the lower layers when it is known
+whether and where to zoom. An answer without a zoom continues from there (`resume`). With
+`ZoomConfig.keep_tokens`, the upper layers of a zoomed answer run over the image tokens that the
+question needs (`thinned`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from sdrpn.backbones.base import Backbone, Segment
+from sdrpn.backbones.cache import KV, cache_of
+from sdrpn.inference.decoder import fill_cache, run_layers
+from sdrpn.inference.prefix import Context, Prefix, batch_rows, stack
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A segment after its prefix, run through layers 0 to B-1.
+
+    Args:
+        prefix: The prefix.
+        segment: The segment, with the hidden states [n, C] after layer B-1 as its embeddings.
+        kv: Its keys and values in layers 0 to B-1, each [1, heads, n, d].
+    """
+
+    prefix: Prefix
+    segment: Segment
+    kv: tuple[KV, ...]
+
+
+def last_token(segment: Segment) -> Segment:
+    """Return the last token of a segment, which generate() runs."""
+    return replace(
+        segment,
+        ids=segment.ids[-1:],
+        embeds=segment.embeds[-1:],
+        positions=segment.positions[:, -1:],
+    )
+
+
+def _without_last_token(part: Segment) -> Segment:
+    return replace(
+        part, ids=part.ids[:-1], embeds=part.embeds[:-1], positions=part.positions[:, :-1]
+    )
+
+
+@torch.no_grad()
+def run_lower(
+    backbone: Backbone, prefixes: Sequence[Prefix], segments: Sequence[Segment], depth: int
+) -> list[Lowered]:
+    """Run segments through the lower layers, after their prefixes, in one batch.
+
+    Args:
+        backbone: The base model.
+        prefixes: Prefix of each row.
+        segments: Segment of each row.
+        depth: B, the number of lower layers.
+
+    Returns:
+        The rows' states.
+    """
+    batch = batch_rows(segments, [p.length for p in prefixes])
+    cache = stack([p.kv[:depth] for p in prefixes])
+    inputs = batch.attention(backbone, cache)
+    hidden = run_layers(backbone.layers[:depth], batch.embeds, inputs, cache)
+    return [
+        Lowered(
+            prefix,
+            replace(segment, embeds=hidden[row, -segment.length :]),
+            _last(cache, row, segment.length),
+        )
+        for row, (prefix, segment) in enumerate(zip(prefixes, segments, strict=True))
+    ]
+
+
+def _last(cache: DynamicCache, row: int, tokens: int, first_layer: int = 0) -> tuple[KV, ...]:
+    """Return the keys and values of a row's last tokens, from a layer on."""
+    layers: Any = cache.layers[first_layer:]
+    return tuple(
+        (layer.keys[row : row + 1, :, -tokens:], layer.values[row : row + 1, :, -tokens:])
+        for layer in layers
+    )
+
+
+@torch.no_grad()
+def resume(backbone: Backbone, rows: Sequence[Lowered]) -> list[Context]:
+    """Run the upper layers over segments, up to the last token, which generate() runs.
+
+    The result is that of running the segments from layer 0.
+
+    Args:
+        backbone: The base model.
+        rows: Rows after complete prefixes, with at least two tokens each.
+
+    Returns:
+        The rows' contexts.
+    """
+    depth = len(rows[0].kv)
+    segments = [_without_last_token(row.segment) for row in rows]
+    batch = batch_rows(segments, [row.prefix.length for row in rows])
+    upper = stack([row.prefix.kv[depth:] for row in rows])
+    inputs = batch.attention(backbone, upper)
+    cache = _from_layer(depth, upper)
+    fill_cache(backbone, backbone.layers[depth:], batch.embeds, inputs, cache)
+    contexts = []
+    for number, (row, segment) in enumerate(zip(rows, segments, strict=True)):
+        tails = (*_without_last(row.kv), *_last(cache, number, segment.length, depth))
+        pieces = tuple(zip(row.prefix.kv, tails, strict=True))
+        contexts.append(Context((*row.prefix.ids, *segment.ids), pieces))
+    return contexts
+
+
+def _without_last(kv: Sequence[KV]) -> list[KV]:
+    return [(keys[:, :, :-1], values[:, :, :-1]) for keys, values in kv]
+
+
+def _from_layer(depth: int, upper: DynamicCache) -> DynamicCache:
+    """Make a cache whose layers from `depth` on are those of `upper`; those below stay empty."""
+    cache = cache_of([])
+    cache.layers = [*(DynamicLayer() for _ in range(depth)), *upper.layers]
+    return cache
+
+
+@torch.no_grad()
+def filled(
+    backbone: Backbone, prefixes: Sequence[Prefix], segments: Sequence[Segment]
+) -> list[Context]:
+    """Run all layers over segments, up to the last token, which generate() runs.
+
+    Args:
+        backbone: The base model.
+        prefixes: Complete prefix of each row.
+        segments: Segment of each row, with at least two tokens.
+
+    Returns:
+        The rows' contexts.
+    """
+    parts = [_without_last_token(segment) for segment in segments]
+    batch = batch_rows(parts, [p.length for p in prefixes])
+    cache = stack([p.kv for p in prefixes])
+    inputs = batch.attention(backbone, cache)
+    fill_cache(backbone, backbone.layers, batch.embeds, inputs, cache)
+    return [
+        Context(
+            (*prefix.ids, *part.ids),
+            tuple(zip(prefix.kv, _last(cache, row, part.length), strict=True)),
+        )
+        for row, (prefix, part) in enumerate(zip(prefixes, parts, strict=True))
+    ]
+
+
+@torch.no_grad()
+def thinned(
+    backbone: Backbone, rows: Sequence[Lowered], keep: Sequence[Bool[Tensor, " _"]]
+) -> list[Context]:
+    """Run the upper layers over some of the image tokens and the segments, up to the last token.
+
+    Args:
+        backbone: The base model.
+        rows: Rows whose prefixes hold hidden states.
+        keep: Image tokens that the upper layers see, for each row; they see all text.
+
+    Returns:
+        The rows' contexts, with fewer tokens in the upper layers.
+    """
+    depth = len(rows[0].kv)
+    kept = [_kept(row.prefix, cells) for row, cells in zip(rows, keep, strict=True)]
+    parts = [
+        k.followed_by(_without_last_token(row.segment)) for k, row in zip(kept, rows, strict=True)
+    ]
+    batch = batch_rows(parts, [0] * len(parts))
+    inputs = batch.attention(backbone)
+    cache = _from_layer(depth, cache_of([]))
+    fill_cache(backbone, backbone.layers[depth:], batch.embeds, inputs, cache)
+    contexts = []
+    for number, (row, part) in enumerate(zip(rows, parts, strict=True)):
+        lower = zip(row.prefix.kv[:depth], _without_last(row.kv), strict=True)
+        upper = ((pair,) for pair in _last(cache, number, part.length, depth))
+        ids = (*row.prefix.ids, *row.segment.ids[:-1])
+        contexts.append(Context(ids, (*lower, *upper)))
+    return contexts
+
+
+@torch.no_grad()
+def thinned_states(
+    backbone: Backbone, rows: Sequence[Lowered], keep: Sequence[Bool[Tensor, " _"]]
+) -> list[Float[Tensor, "_ width"]]:
+    """Run the upper layers as `thinned`, over all tokens.
+
+    Returns:
+        [n, C] hidden states of each row's segment, before the final norm.
+    """
+    depth = len(rows[0].kv)
+    kept = [_kept(row.prefix, cells) for row, cells in zip(rows, keep, strict=True)]
+    parts = [k.followed_by(row.segment) for k, row in zip(kept, rows, strict=True)]
+    batch = batch_rows(parts, [0] * len(parts))
+    hidden = run_layers(backbone.layers[depth:], batch.embeds, batch.attention(backbone))
+    return [states[-row.segment.length :] for states, row in zip(hidden, rows, strict=True)]
+
+
+def _kept(prefix: Prefix, cells: Bool[Tensor, " cells"]) -> Segment:
+    return _hidden_segment(prefix).select_image_tokens(cells)
+
+
+def _hidden_segment(prefix: Prefix) -> Segment:
+    """Make a segment of a prefix's hidden states after layer B-1."""
+    if prefix.hidden is None or prefix.positions is None:
+        raise ValueError("the prefix was prefilled without its hidden states")
+    return Segment(prefix.ids, prefix.hidden, prefix.positions, prefix.next_position, prefix.image)
+
+
+@torch.no_grad()
+def complete(backbone: Backbone, prefixes: Sequence[Prefix]) -> list[Prefix]:
+    """Run the upper layers over prefixes of the lower layers, in one batch.
+
+    Args:
+        backbone: The base model.
+        prefixes: Prefixes from `prefill` with `lower_only`.
+
+    Returns:
+        Prefixes with the KV of all layers.
+    """
+    depth = len(prefixes[0].kv)
+    segments = [_hidden_segment(prefix) for prefix in prefixes]
+    batch = batch_rows(segments, [0] * len(segments))
+    cache = _from_layer(depth, cache_of([]))
+    inputs = batch.attention(backbone)
+    fill_cache(backbone, backbone.layers[depth:], batch.embeds, inputs, cache)
+    done = []
+    for row, prefix in enumerate(prefixes):
+        upper = _last(cache, row, prefix.length, depth)
+        if len(prefixes) > 1:  # slices would keep the batch in memory as long as the prefix
+            upper = tuple((keys.clone(), values.clone()) for keys, values in upper)
+        done.append(replace(prefix, kv=(*prefix.kv, *upper)))
+    return done
