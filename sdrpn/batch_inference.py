@@ -32,18 +32,19 @@ class AnswerFile:
 
     Args:
         path: The file; its folder is made.
+        command: The command that writes it, for errors.
 
     Raises:
-        ValueError: If the file exists and was not begun by `sdrpn answer`.
+        ValueError: If the file exists and was not begun by the command.
         OSError: If it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, command: str = "sdrpn answer") -> None:
         self.path = path
         self.settings_path = path.with_name(f"{path.name}.settings.json")
         if path.exists() and path.stat().st_size and not self.settings_path.exists():
             raise ValueError(
-                f"{path} is there and was not begun by `sdrpn answer` (there is no "
+                f"{path} is there and was not begun by `{command}` (there is no "
                 f"{self.settings_path.name} beside it); use another --out"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,20 +125,23 @@ class AnswerJob:
         self.generation = {"max_new_tokens": max_new_tokens}
         # Questions on one image stand together: it is decoded once for all of them.
         self._load = lru_cache(maxsize=1)(self._load_image)
-        out.guard(
-            {
-                "model": zoom.backbone.name,
-                "model_hash": base_hash(zoom.backbone, zoom.backbone.num_layers),
-                "rpn_hash": weights_hash([zoom.rpn]) if zoom.rpn else None,
-                "dtype": str(zoom.backbone.dtype).removeprefix("torch."),
-                "proposer": zoom.proposer,
-                "zoom": asdict(zoom.zoom),
-                "images": str(images.resolve()),
-                "sdrpn": __version__,
-                **{k: v for k, v in zoom.backbone.preprocessing.items() if k != "side"},
-                **self.generation,
-            }
-        )
+        out.guard(self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the lines: the settings that a file belongs to."""
+        zoom = self.zoom
+        return {
+            "model": zoom.backbone.name,
+            "model_hash": base_hash(zoom.backbone, zoom.backbone.num_layers),
+            "rpn_hash": weights_hash([zoom.rpn]) if zoom.rpn else None,
+            "dtype": str(zoom.backbone.dtype).removeprefix("torch."),
+            "proposer": zoom.proposer,
+            "zoom": asdict(zoom.zoom),
+            "images": str(self.images.resolve()),
+            "sdrpn": __version__,
+            **{k: v for k, v in zoom.backbone.preprocessing.items() if k != "side"},
+            **self.generation,
+        }
 
     def run(self) -> dict[str, Line]:
         """Ask what has no answer yet; returns the lines of all questions by id, in their order."""
@@ -195,7 +199,7 @@ class AnswerJob:
 
     def _ask(self, batch: Sequence[ImageQuestion], questions: Sequence[Question]) -> list[Line]:
         answers = self.zoom.ask_batch(questions, self.generation)
-        return [_line(a, **answer.to_dict()) for a, answer in zip(batch, answers, strict=True)]
+        return [as_line(a, **answer.to_dict()) for a, answer in zip(batch, answers, strict=True)]
 
     def _recover(self, asked: ImageQuestion, _: Question | None, error: Exception) -> Line:
         """The line of a question that failed, by `on_error`."""
@@ -203,10 +207,11 @@ class AnswerJob:
             raise error
         if self.on_error == "raise":
             raise ValueError(f"{asked}: {error}") from error
-        return _line(asked, answer="", error=str(error))
+        return as_line(asked, answer="", error=str(error))
 
 
-def _line(asked: ImageQuestion, **said: Any) -> Line:
+def as_line(asked: ImageQuestion, **said: Any) -> Line:
+    """The line of a question, with its other fields last."""
     entry = {"id": asked.id, "image": asked.image, "question": asked.question}
     return entry | said | {"given": dict(asked.given)}
 

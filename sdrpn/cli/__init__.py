@@ -10,6 +10,7 @@ from sdrpn.cli.heads import heads
 from sdrpn.cli.label import label, relabel
 from sdrpn.cli.look import look
 from sdrpn.cli.train import train
+from sdrpn.cli.train_gate import train_gate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,4 +25,5 @@ app.command()(label)
 app.command()(relabel)
 # `train` also accepts the fields of TrainingArguments.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+app.command()(train_gate)
 app.add_typer(convert, name="convert")

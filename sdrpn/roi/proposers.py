@@ -146,6 +146,24 @@ def _read_rpn(
 
 
 @torch.no_grad()
+def last_states(models: Models, looks: Sequence[Look]) -> Float32[Tensor, "looks width"]:
+    """Compute the RPN's states of the last prompt tokens, the input of its learned gate.
+
+    Args:
+        models: The backbone and an RPN.
+        looks: Questions about prefilled images.
+
+    Returns:
+        [n, C].
+
+    Raises:
+        ValueError: If there is no RPN.
+    """
+    states, _, _ = _question_states(models, lower_states(models, looks))
+    return states[:, -1].float()
+
+
+@torch.no_grad()
 def relevant_cells(models: Models, look: Look) -> Bool[Tensor, " cells"]:
     """Select the cells with a RoI probability above `RELEVANCE_THRESHOLD` for any question token.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
+from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -114,6 +116,23 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
         copy_weights(rpn.q_proj, head.self_attn.q_proj)
         copy_weights(rpn.k_proj, head.self_attn.k_proj)
         return rpn.to(device=execution_device(head), dtype=backbone.dtype)
+
+    def with_gate(self, weight: Float[Tensor, " width"], bias: float) -> RPN:
+        """Return this RPN with a learned gate (`ZoomConfig.learned_gate`).
+
+        Args:
+            weight: [C] weights of the gate.
+            bias: Its bias.
+
+        Returns:
+            A frozen RPN that shares all other weights.
+        """
+        with torch.device("meta"):
+            rpn = RPN(dataclasses.replace(self.config, gate=True))
+        gate = {"gate.weight": weight[None].float(), "gate.bias": torch.tensor([float(bias)])}
+        rpn.load_state_dict(self.state_dict() | gate, assign=True)
+        rpn.facts = dict(self.facts)
+        return rpn.eval().requires_grad_(False)
 
     def check_fits(self, backbone: Backbone) -> None:
         """Check that the RPN's sizes are the base model's.
