@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
+from pydantic import TypeAdapter
 
 from sdrpn.batch_inference import AnswerFile, AnswerJob, Line, as_line
 from sdrpn.config import ZoomConfig
@@ -19,6 +20,7 @@ from sdrpn.distill.gate_labels import (
     NO_CONTROL,
     NO_REGION,
     GateConfig,
+    Losses,
     Views,
     control_boxes,
     label,
@@ -26,6 +28,7 @@ from sdrpn.distill.gate_labels import (
     shrunk,
 )
 from sdrpn.engine import Answer, Question, ZoomModel
+from sdrpn.io.atomic import as_json, parsed
 from sdrpn.io.questions import ImageQuestion
 from sdrpn.roi.proposers import Look, last_states
 
@@ -35,6 +38,9 @@ FAILED = "the question could not be asked"
 
 STATE = "state"
 """Key of the RPN's state in a line: float32, base64."""
+
+VIEWS = TypeAdapter(Views)
+VIEW_NAMES = tuple(field.name for field in fields(Views))
 
 ALWAYS_STANDS = 1e-9
 """`ZoomConfig.gate` that any answer with a token passes."""
@@ -232,8 +238,8 @@ class _Batch:
 
     def _losses(
         self, some: Sequence[int], controls: dict[int, list[Question]], found: Sequence[Views]
-    ) -> dict[int, dict[str, Any]]:
-        """Mean losses of the zoomed answers under all views, see `Views.losses`."""
+    ) -> dict[int, Losses]:
+        """Losses of the zoomed answers under all views."""
         asked = [
             (i, replace(self.questions[i], zoom=settings))
             for i in some
@@ -248,10 +254,7 @@ class _Batch:
             scored = self.zoom.loss_batch([one for _, one in part], answers)
             for (i, _), (loss, _, _) in zip(part, scored, strict=True):
                 losses[i].append(round(loss, 6))
-        return {
-            i: {"stock": stock, "zoom": zoom, "controls": rest}
-            for i, (stock, zoom, *rest) in losses.items()
-        }
+        return {i: Losses(own[0], own[1], tuple(own[2:])) for i, own in losses.items()}
 
 
 def as_text(state: Float32[np.ndarray, " width"]) -> str:
@@ -259,8 +262,10 @@ def as_text(state: Float32[np.ndarray, " width"]) -> str:
     return b64encode(np.ascontiguousarray(state, dtype="<f4").tobytes()).decode()
 
 
-def as_state(text: str) -> Float32[np.ndarray, " width"]:
-    """Decode a state of a JSON line."""
+def as_state(text: Any) -> Float32[np.ndarray, " width"]:
+    """Decode a state of a JSON line; raises ValueError if it is none."""
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{STATE} is missing")
     return np.frombuffer(b64decode(text), dtype="<f4").astype(np.float32)
 
 
@@ -278,21 +283,23 @@ def labelled(lines: Iterable[Line], config: GateConfig) -> tuple[list[GateSample
         ValueError: If a line is not one of `GateJob`.
     """
     samples, ignored = [], Counter[str]()
-    names = [field.name for field in fields(Views)]
     for line in lines:
         if "error" in line:
             ignored[FAILED] += 1
             continue
         try:
-            found, reason = label(Views(**{name: line[name] for name in names}), config)
+            views = parsed(VIEWS, as_json({name: line.get(name) for name in VIEW_NAMES}))
+            found, reason = label(views, config)
             if found is None:
                 ignored[str(reason)] += 1
+            elif views.confidence is None:
+                raise ValueError("confidence is missing")
             else:
-                state = as_state(line[STATE])
-                samples.append(GateSample(line["image"], state, found, line["confidence"]))
-        except (KeyError, TypeError, ValueError) as error:
+                state = as_state(line.get(STATE))
+                samples.append(GateSample(line["image"], state, found, views.confidence))
+        except ValueError as error:
             raise ValueError(
-                f"the line of question {line.get('id')!r} in {LABELS_FILE} is broken "
-                f"({type(error).__name__}: {error}); delete it and start the same command again"
+                f"the line of question {line['id']!r} in {LABELS_FILE} is broken ({error}); delete "
+                "it and start the same command again"
             ) from None
     return samples, ignored

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -95,6 +95,21 @@ class GateConfig:
 
 
 @dataclass(frozen=True)
+class Losses:
+    """Mean losses of the zoomed answer under several views, in nats per token.
+
+    Args:
+        stock: Without a crop.
+        zoom: With the region's crop.
+        controls: With each of the control crops.
+    """
+
+    stock: float
+    zoom: float
+    controls: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Views:
     """What the model answered about one question.
 
@@ -104,8 +119,7 @@ class Views:
         second_zoom: The answer with a zoom at the second threshold.
         shrunk: The answer without a zoom about the image at half of the model's resolution.
         confidence: Smallest probability of a token of `stock`.
-        losses: Mean loss of `zoom`, in nats per token: `stock`, `zoom`, and `controls`, a list of
-            one for each control crop.
+        losses: Losses of `zoom`.
         reason: Why the question has no label, if the views cannot tell.
     """
 
@@ -114,7 +128,7 @@ class Views:
     second_zoom: str | None = None
     shrunk: str | None = None
     confidence: float | None = None
-    losses: Mapping[str, Any] | None = None
+    losses: Losses | None = None
     reason: str | None = None
 
 
@@ -198,16 +212,15 @@ def gain(loss: float, stock: float) -> float:
     return min(max(log_odds(loss) - log_odds(stock), -MAX_GAIN), MAX_GAIN)
 
 
-def beats_controls(losses: Mapping[str, Any], kappa: float) -> bool:
+def beats_controls(losses: Losses, kappa: float) -> bool:
     """Whether the zoom raises the log-odds of its answer by more than any control crop does.
 
     Args:
-        losses: See `Views.losses`.
+        losses: Losses of the zoomed answer.
         kappa: See `GateConfig`.
     """
-    stock = losses["stock"]
-    controls = [gain(loss, stock) for loss in losses["controls"]]
-    return gain(losses["zoom"], stock) > kappa * max(0.0, *controls)
+    controls = [gain(loss, losses.stock) for loss in losses.controls]
+    return gain(losses.zoom, losses.stock) > kappa * max(0.0, *controls)
 
 
 def shrunk(image: Image.Image, grid: ImageGrid) -> Image.Image:

@@ -15,6 +15,7 @@ from sdrpn.boxes import GridBox, ImageGrid, PixelBox
 from sdrpn.config import ZoomConfig
 from sdrpn.distill.gate_labels import (
     GateConfig,
+    Losses,
     Views,
     beats_controls,
     control_boxes,
@@ -70,7 +71,7 @@ def test_answers_match_by_whole_words(one: str, other: str, same: bool) -> None:
 
 # Rules
 
-LOSSES = {"stock": 3.0, "zoom": 0.1, "controls": [2.5, 2.9]}
+LOSSES = Losses(stock=3.0, zoom=0.1, controls=(2.5, 2.9))
 MENDED = Views("a dog", "a cat", "dog", "a cow", confidence=0.5, losses=LOSSES)
 """Both zooms agree; neither the image nor the shrunk one gives their answer."""
 
@@ -92,7 +93,7 @@ MENDED = Views("a dog", "a cat", "dog", "a cow", confidence=0.5, losses=LOSSES)
             (None, "right on the shrunk image, wrong on the image"),
             (1, None),
         ),
-        ({"losses": LOSSES | {"controls": [0.2, 0.1]}}, (0, None), (1, None)),
+        ({"losses": replace(LOSSES, controls=(0.2, 0.1))}, (0, None), (1, None)),
         ({"stock": ""}, (1, None), (1, None)),
         ({"reason": "no region"}, (None, "no region"), (None, "no region")),
     ],
@@ -144,12 +145,12 @@ def test_gains_are_clipped_log_odds() -> None:
     ],
 )
 def test_a_zoom_has_to_beat_its_controls(controls: list[float], kappa: float, beats: bool) -> None:
-    losses = {"stock": math.log(2), "zoom": -math.log(0.8), "controls": controls}
+    losses = Losses(math.log(2), -math.log(0.8), tuple(controls))
     assert beats_controls(losses, kappa) is beats
 
 
 def test_a_zoom_that_lowers_its_answer_beats_no_control() -> None:
-    assert not beats_controls({"stock": 0.1, "zoom": 0.2, "controls": [5.0]}, 1.0)
+    assert not beats_controls(Losses(0.1, 0.2, (5.0,)), 1.0)
 
 
 # Views
