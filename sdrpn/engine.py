@@ -458,6 +458,9 @@ class ZoomModel:
             new_tokens=0,
             confidence=row.confidence,
             gate=row.proposal.gate,
+            first_tokens=len(row.first_answer or []),
+            encoded_tokens=sum(crop.encoded for crop in row.crops),
+            kept_tokens=int(row.kept.sum()) if row.thins else None,
         )
 
     def _plain_answer(self, question: Question) -> Answer:

@@ -92,6 +92,9 @@ class Answer:
         confidence: Smallest probability of a token of the answer without a zoom; None without
             `ZoomConfig.gate`.
         gate: The learned gate's probability that a zoom helps; None if the RPN has no gate.
+        first_tokens: Number of tokens of the answer without a zoom, if the gate asked for one.
+        encoded_tokens: Number of tokens that the image encoder computed for crops.
+        kept_tokens: Number of image tokens that the upper layers saw; None for all.
     """
 
     text: str
@@ -105,6 +108,9 @@ class Answer:
     seconds: float = 0.0
     confidence: float | None = None
     gate: float | None = None
+    first_tokens: int = 0
+    encoded_tokens: int = 0
+    kept_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON object, without the map.

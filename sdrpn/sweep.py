@@ -53,6 +53,8 @@ def ask_settings(
     for row in every:
         if row.answer is None and not row.crops:
             row.answer = row.first_answer
+        if row.zoom.gate is None:
+            row.first_answer = row.confidence = None  # no part of this setting
         if row.answer is None:
             first.setdefault(_key(row), row)
     look.answer([*first.values()], generation)
@@ -85,8 +87,6 @@ def _rows(
     for row, proposal in zip(rows, from_logits(engine.models, looks, found), strict=True):
         row.proposal = proposal
         row.stand_if_sure()
-        if setting.gate is None:
-            row.confidence = None
     return rows
 
 

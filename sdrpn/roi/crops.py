@@ -113,15 +113,16 @@ def _fit(
 def _crop(
     feature: Tensor, region: Region, box: GridBox, rows: int, columns: int, *, sparse: bool
 ) -> CropTokens:
+    encoded = feature.shape[0] * feature.shape[1]
     tokens = resize(feature, rows, columns).flatten(0, 1)
     if sparse:
         keep = foreground_tokens(region.foreground, box, rows, columns)
     elif region.keep is not None:
         keep = keep_mask(region.keep, box, rows, columns)
     else:
-        return CropTokens(tokens, rows, columns)
+        return CropTokens(tokens, rows, columns, encoded=encoded)
     keep = keep.to(tokens.device)
-    return CropTokens(tokens[keep], rows, columns, keep)
+    return CropTokens(tokens[keep], rows, columns, keep, encoded)
 
 
 def foreground_tokens(
