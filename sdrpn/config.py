@@ -142,8 +142,12 @@ class ZoomConfig:
 
     def __post_init__(self) -> None:
         if self.threshold != PEAK and not _is_share(self.threshold):
-            choice = f" or {PEAK}" if isinstance(self.threshold, str) else ""
-            raise ValueError(f"threshold must be in (0, 1){choice}, got {self.threshold}")
+            if isinstance(self.threshold, str):
+                raise ValueError(
+                    f"threshold must be float, got {self.threshold!r}; the only other value is "
+                    f"{PEAK!r}"
+                )
+            raise ValueError(f"threshold must be in (0, 1), got {self.threshold}")
         if self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         if self.token_budget is not None and self.token_budget <= 0:

@@ -199,6 +199,10 @@ class ZoomModel:
             for result, ids in results
         ]
 
+    def as_answer(self, row: Row, ids: Sequence[int], stop: Sequence[str] = ()) -> Answer:
+        """Make an answer of a row after all stages and its token ids."""
+        return replace(self._answer(row), text=self._decode(ids, stop), new_tokens=len(ids))
+
     def _decode(self, ids: Sequence[int], stop: Sequence[str]) -> str:
         text = self.backbone.tokenizer.decode(ids, skip_special_tokens=True)
         for string in stop:
@@ -365,24 +369,51 @@ class ZoomModel:
 
     def _rows(self, questions: Sequence[Question], generation: Mapping[str, Any]) -> list[Row]:
         """Prefill, gate, look and crop, up to the answer."""
+        rows = self.prepared_rows(questions)
+        self.second_look.run(rows, generation)
+        return rows
+
+    def prepared_rows(
+        self, questions: Sequence[Question], keep_hidden: bool | None = None
+    ) -> list[Row]:
+        """Tokenize questions with one image each and prefill the images.
+
+        Args:
+            questions: The questions.
+            keep_hidden: Whether prefixes hold the hidden states that thinned answers need; default:
+                as their zoom settings say.
+
+        Raises:
+            ValueError: If a prompt exceeds the model's context.
+        """
         images = [q.images[0] for q in questions]
         token_ids = [self.backbone.prompt_ids(q.text).after for q in questions]
         zooms = [q.zoom or self.zoom for q in questions]
         limits = [
-            self._max_crop_tokens(image, ids, zoom)
+            self.crop_room(image, ids, zoom)
             for image, ids, zoom in zip(images, token_ids, zooms, strict=True)
         ]
         lower_only = [
-            self.rpn is not None and q.box is None and zoom.keep_tokens is not None
+            self.rpn is not None
+            and q.box is None
+            and (zoom.keep_tokens is not None if keep_hidden is None else keep_hidden)
             for q, zoom in zip(questions, zooms, strict=True)
         ]
         prefixes = self._prefill(images, [q.image_keys[0] for q in questions], lower_only)
         parts = zip(questions, zooms, prefixes, token_ids, limits, strict=True)
-        rows = [Row(*part) for part in parts]
-        self.second_look.run(rows, generation)
-        return rows
+        return [Row(*part) for part in parts]
 
-    def _max_crop_tokens(self, image: Image.Image, ids: Sequence[int], zoom: ZoomConfig) -> int:
+    def crop_room(self, image: Image.Image, ids: Sequence[int], zoom: ZoomConfig) -> int:
+        """Return the maximum number of crop tokens of a question.
+
+        Args:
+            image: Its image.
+            ids: Token ids after the image.
+            zoom: Its zoom settings.
+
+        Raises:
+            ValueError: If the prompt exceeds the model's context.
+        """
         prefix_length = self.backbone.prefix_length(self.backbone.image_grid(image).cells)
         delimiters = 2 * self.backbone.crop_marks  # policies take two crops at most
         remaining = self._remaining_tokens(prefix_length + len(ids)) - delimiters
@@ -427,6 +458,9 @@ class ZoomModel:
             new_tokens=0,
             confidence=row.confidence,
             gate=row.proposal.gate,
+            first_tokens=len(row.first_answer or []),
+            encoded_tokens=sum(crop.encoded for crop in row.crops),
+            kept_tokens=int(row.kept.sum()) if row.thins else None,
         )
 
     def _plain_answer(self, question: Question) -> Answer:

@@ -92,6 +92,9 @@ class Answer:
         confidence: Smallest probability of a token of the answer without a zoom; None without
             `ZoomConfig.gate`.
         gate: The learned gate's probability that a zoom helps; None if the RPN has no gate.
+        first_tokens: Number of tokens of the answer without a zoom, if the gate asked for one.
+        encoded_tokens: Number of tokens that the image encoder computed for crops.
+        kept_tokens: Number of image tokens that the upper layers saw; None for all.
     """
 
     text: str
@@ -105,6 +108,9 @@ class Answer:
     seconds: float = 0.0
     confidence: float | None = None
     gate: float | None = None
+    first_tokens: int = 0
+    encoded_tokens: int = 0
+    kept_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON object, without the map.
@@ -169,6 +175,14 @@ class Row:
         known = self.proposal.logits is not None and self.prefix.hidden is not None
         return bool(self.crops) and known and self.zoom.keep_tokens is not None
 
+    def stand_if_sure(self) -> None:
+        """Make the first answer the answer if the gate says so."""
+        gate, sure = self.zoom.gate, self.confidence
+        if gate is not None and sure is not None and sure >= gate:
+            self.answer = self.first_answer
+            reason = f"the first answer is {sure:.2f} sure (gate={gate:g})"
+            self.proposal = Proposal(Region(reason=reason))
+
     @property
     def kept(self) -> Bool[Tensor, " cells"]:
         """[T] bool, the `keep_tokens` image tokens with the highest RoI logits."""
@@ -225,15 +239,16 @@ class SecondLook:
             raise ValueError("streamer needs gate=None: the first answer may not stand")
         if self.models.rpn is not None:
             self._lower(rows)
+        self.answer_first(rows, generation)
+        for row in rows:
+            row.stand_if_sure()
+
+    def answer_first(self, rows: Sequence[Row], generation: Mapping[str, Any]) -> None:
+        """Generate the answers without a zoom, and how sure the model is of them."""
         contexts, suffixes = self._without_zoom(rows)
         first = generate_with_confidence(self.backbone, contexts, suffixes, generation)
         for row, (ids, confidence) in zip(rows, first, strict=True):
             row.first_answer, row.confidence = ids, confidence
-            gate = row.zoom.gate
-            if gate is not None and confidence >= gate:
-                row.answer = ids
-                reason = f"the first answer is {confidence:.2f} sure (gate={gate:g})"
-                row.proposal = Proposal(Region(reason=reason))
 
     def look(self, rows: Sequence[Row]) -> None:
         """Propose regions; a question's own box takes precedence over the proposer."""
@@ -247,7 +262,7 @@ class SecondLook:
             row.proposal = Proposal(region)
         if not looking:
             return
-        looks = [self._look(row) for row in looking]
+        looks = [self.look_of(row) for row in looking]
         if self.models.rpn is not None:
             self._lower([row for row in looking if row.lowered is None])
             lowered = [row.lowered for row in looking if row.lowered is not None]
@@ -258,13 +273,14 @@ class SecondLook:
         for row, proposal in zip(looking, proposals, strict=True):
             row.proposal = proposal
 
-    def _look(self, row: Row) -> Look:
+    def look_of(self, row: Row) -> Look:
+        """Make a proposer's input of a row."""
         return Look(row.prefix, self.backbone.image_grid(row.image), row.ids, row.zoom)
 
     def _lower(self, rows: Sequence[Row]) -> None:
         if not rows:
             return
-        states = lower_states(self.models, [self._look(row) for row in rows])
+        states = lower_states(self.models, [self.look_of(row) for row in rows])
         for row, lowered in zip(rows, states, strict=True):
             row.lowered = lowered
 
@@ -399,7 +415,7 @@ class SecondLook:
             large = limit is not None and row.prefix.image_tokens > limit
             if not (row.crops and large and self.models.rpn):
                 continue
-            keep = relevant_cells(self.models, self._look(row))
+            keep = relevant_cells(self.models, self.look_of(row))
             (ready,) = self.backbone.preprocess([row.image])
             (features,) = self.backbone.encode([ready])
             segment = self.backbone.prefix_segment(ready, features).select_image_tokens(keep)

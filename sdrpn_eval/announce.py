@@ -42,7 +42,7 @@ class Announcer:
             check_data(scored, TaskIndex.latest)
 
     def announce(
-        self, tasks: Mapping[str, Any], thresholds: Mapping[str, tuple[float, str]]
+        self, tasks: Mapping[str, Any], thresholds: Mapping[str, tuple[float | str, str]]
     ) -> None:
         """Say what will be scored, and with which thresholds.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -21,21 +22,34 @@ from pydantic import (
 )
 
 from sdrpn.backbones.qwen25_vl_published import PIXELS
-from sdrpn.config import Padding, Policy, Proposer
+from sdrpn.config import PEAK, Padding, Policy, Proposer
 from sdrpn.model_registry import LLAVA_7B, QWEN_7B
 from sdrpn_eval.command_line import unquoted
 
 WITHOUT_THRESHOLD = ("none", "box", "vicrop")
 """Proposers whose map, if they draw one, is not cut at a threshold."""
 
-ZOOM_ARGUMENTS = ("policy", "token_budget", "max_crop_tokens", "skip_above", "relative")
-ZOOM_ARGUMENTS += ("thin_above",)
+GATES = ("gate", "learned_gate")
+ZOOM_ARGUMENTS = ("policy", "token_budget", "crop_tokens", "tiles", "skip_above", *GATES)
+ZOOM_ARGUMENTS += ("keep_tokens", "thin_above")
 """Arguments that are settings of the zoom, beside the threshold."""
 
-OFF = ("token_budget", "skip_above", "max_crop_tokens", "thin_above")
+NEEDS_RPN = ("learned_gate", "keep_tokens")
+"""Zoom settings that only the RPN can serve."""
+
+OFF = ("token_budget", "crop_tokens", "skip_above", *GATES, "keep_tokens", "thin_above")
 NONE_IS_A_VALUE = ("proposer", "prefix_cache", "record", *OFF)
 """Arguments of which `none` switches something off; of every other it is the default."""
 
+
+PUBLISHED: Mapping[str, Any] = {
+    "crop_tokens": None,
+    "tiles": 1,
+    "gate": None,
+    "learned_gate": None,
+    "keep_tokens": None,
+}
+"""What `paper` switches off: settings that are no part of the published method."""
 
 CELL = 28 * 28
 """Pixels of an image token of Qwen2.5-VL."""
@@ -79,9 +93,14 @@ Path = Annotated[str, BeforeValidator(_as_path), TEXT]
 Flag = Annotated[bool, Field(strict=True), Needs("True or False")]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(gt=0, lt=1), Needs("a number between 0 and 1")]
+Threshold = Annotated[
+    Annotated[Number, Field(gt=0, lt=1)] | Literal["peak"],
+    Needs(f"a number between 0 and 1, or {PEAK}"),
+]
 Positive = Annotated[Number, Field(gt=0), Needs("a number above 0, or none")]
 StrictCount = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[StrictCount, Needs("a whole number of 1 or more, or none")]
+Tiles = Annotated[Literal[1, 2, 4], Needs("1, 2 or 4")]
 Pixels = Annotated[
     int, Field(strict=True, ge=CELL), Needs(f"a whole number of {CELL} (one token) or more")
 ]
@@ -128,18 +147,26 @@ class ModelArguments(BaseModel):
     """the base's language model, with bitsandbytes"""
     proposer: Proposer | Literal["box"] = "rpn"
     """who says where to look: rpn, attention, vicrop, none (stock), box (the document's own)"""
-    threshold: Fraction | None = None
-    """for all tasks; default: the published one of each"""
+    threshold: Threshold | None = None
+    """for all tasks: a number, or peak (relative to the map's); default: the published of each"""
     policy: Policy | None = None
     """map to crops: mask, bbox, strongest"""
     token_budget: Positive | None = None
     """crop tokens a side per cell of the box, or none"""
     skip_above: Positive | None = None
     """no zoom where the region is this share of the image or more, or none"""
-    relative: Flag | None = None
-    """threshold in shares of the map's maximum: true or false (published)"""
-    max_crop_tokens: Count | None = None
-    """crop tokens of one question at most, or none"""
+    crop_tokens: Count | None = None
+    """crop tokens of one question at most, those of the map's foreground first, or none"""
+    tiles: Tiles = 1
+    """encode large regions as up to 1, 2 or 4 crops, and keep the map's foreground"""
+    gate: Fraction | None = None
+    """no zoom where the first answer's least sure token is this sure, or none"""
+    learned_gate: Fraction | None = None
+    """no zoom where the RPN's learned gate is below this, or none"""
+    keep_tokens: Count | None = None
+    """image tokens that the upper layers of a zoomed answer see, or none (all)"""
+    zoom: Path | None = None
+    """file of zoom settings, as `sdrpn-eval sweep` writes it; arguments beside it win"""
     dtype: Dtype = "auto"
     """auto (float32 on the CPU, float16 on a GPU), float32, bfloat16, float16"""
     attn_implementation: Text | None = None
@@ -171,11 +198,16 @@ class ModelArguments(BaseModel):
 
         Raises:
             ValueError: For all that is unknown or ill-typed; its last line says what is wrong,
-                below the list of what there is where a name is unknown.
+                below the list of what there is where a name is unknown. Or if the file of `zoom`
+                cannot be read.
         """
         given = stated(given, cls)
         preset = given.get("preset")
-        chosen = cls.presets.get(preset, {}) if isinstance(preset, str) else {}
+        chosen = dict(cls.presets.get(preset, {})) if isinstance(preset, str) else {}
+        if isinstance(given.get("zoom"), str | os.PathLike):
+            chosen |= zoom_file(os.path.expanduser(given["zoom"]))
+        if given.get("proposer", "rpn") != "rpn":
+            chosen = {name: value for name, value in chosen.items() if name not in NEEDS_RPN}
         try:
             made = cls.model_validate({**chosen, **{k: unquoted(v) for k, v in given.items()}})
         except ValidationError as error:
@@ -192,6 +224,14 @@ class ModelArguments(BaseModel):
     @classmethod
     def _switched_off(cls, value: Any) -> Any:
         return None if isinstance(value, str) and value.lower() == "none" else value
+
+    @field_validator(*NEEDS_RPN, mode="after")
+    @classmethod
+    def _served(cls, value: Any, info: ValidationInfo) -> Any:
+        proposer = info.data.get("proposer", "rpn")
+        if value is not None and proposer != "rpn":
+            raise ValueError(f"left out with proposer={proposer}: only the RPN can rank tokens")
+        return value
 
     @field_validator("*", mode="after")
     @classmethod
@@ -257,6 +297,35 @@ class ModelArguments(BaseModel):
         return {name: field.default for name, field in cls.model_fields.items()}
 
 
+def zoom_file(path: str) -> dict[str, Any]:
+    """Read zoom settings from a file of `sdrpn-eval sweep`: a JSON object with a key `zoom`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Values of the arguments `threshold` and `ZOOM_ARGUMENTS`.
+
+    Raises:
+        ValueError: If the file cannot be read, or holds something else; names it.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = json.load(file)["zoom"]
+    except OSError as error:
+        raise ValueError(f"zoom={path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"zoom={path} holds no zoom settings; give a file that `sdrpn-eval sweep` wrote"
+        )
+    known = ("threshold", *ZOOM_ARGUMENTS)
+    if unknown := sorted(settings.keys() - set(known)):
+        raise ValueError(f"zoom={path}: unknown setting {unknown[0]}; known: {', '.join(known)}")
+    return settings
+
+
 def _metadata(annotation: Any) -> Iterator[Any]:
     """What stands in the Annotated parts of a type, and the choices of its Literals."""
     if get_origin(annotation) is Literal:
@@ -280,8 +349,7 @@ class LlavaArguments(ModelArguments):
             "padding": "pad",
             "token_budget": None,
             "skip_above": None,
-            "relative": False,
-            "max_crop_tokens": None,
+            **PUBLISHED,
         },
         # The budget and the skip cost the embedded model no answers (docs/fast.md), whose 64 tokens
         # the limit never touches: a ninth of the 576, at which one question on an image costs 1.2
@@ -290,8 +358,18 @@ class LlavaArguments(ModelArguments):
             "proposer": "rpn",
             "padding": "pad",
             "token_budget": 2.5,
-            "max_crop_tokens": 64,
+            "crop_tokens": 64,
             "skip_above": 0.7,
+        },
+        # One rule for all benchmarks, and every saving that needs no training.
+        "fastest": {
+            "proposer": "rpn",
+            "padding": "pad",
+            "threshold": PEAK,
+            "token_budget": 2.5,
+            "crop_tokens": 64,
+            "skip_above": 0.7,
+            "keep_tokens": 128,
         },
     }
     hints: ClassVar = {
@@ -308,8 +386,8 @@ class LlavaArguments(ModelArguments):
     """pad to a square, or crop the centre; default: as config.json notes, else"""
     system_prompt: Path | None = None
     """sentence, or file with it; empty: no sentence"""
-    preset: Literal["paper", "fast"] | None = None
-    """a named set of the above: paper, fast"""
+    preset: Literal["paper", "fast", "fastest"] | None = None
+    """a named set of the above: paper, fast, fastest"""
 
 
 class QwenArguments(ModelArguments):
@@ -325,8 +403,7 @@ class QwenArguments(ModelArguments):
             "short_answer": True,
             "token_budget": None,
             "skip_above": None,
-            "relative": False,
-            "max_crop_tokens": None,
+            **PUBLISHED,
         },
     }
     hints: ClassVar = {

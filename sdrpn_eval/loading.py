@@ -34,7 +34,10 @@ def load_engine(args: ModelArguments, device: torch.device) -> ZoomModel:
 
 
 def zoom_settings(engine: ZoomModel, args: ModelArguments) -> ZoomConfig:
-    """The engine's own ZoomConfig with what the user or the preset changed, but the threshold."""
+    """The engine's own ZoomConfig with what `zoom=FILE`, the preset and the user changed.
+
+    The threshold is that of each task; see `SdrpnModel._zoom`.
+    """
     chosen = args.model_fields_set & set(ZOOM_ARGUMENTS)
     return replace(engine.zoom, **{name: getattr(args, name) for name in chosen})
 

@@ -190,7 +190,7 @@ class SdrpnModel(lmms):
             recover=recover,
             describe=lambda r: f"{documents.name(r)}, with a prompt of {len(r.prompt)} characters,",
             batch_size=self.batch_size,
-            remedy="give a smaller prefix_cache or max_crop_tokens",
+            remedy="give a smaller prefix_cache or crop_tokens",
             strict=self.arguments.on_error == "raise",
             succeeded=resumed,
             warn=logger.warning,
@@ -238,7 +238,7 @@ class SdrpnModel(lmms):
             self._zooms[task] = replace(self._zoom_settings, threshold=threshold)
         return self._zooms[task]
 
-    def published_threshold(self, task: str) -> tuple[float, str]:
+    def published_threshold(self, task: str) -> tuple[float | str, str]:
         """The threshold that is published for a task's family, and where it is from, in words."""
         origin = tasks_info.threshold_origin(task, self.arguments.proposer)
         return tasks_info.threshold_of(task), origin
@@ -316,7 +316,7 @@ class Qwen2_5_VLSdrpn(SdrpnModel):
         add = self.arguments.short_answer and ONE_WORD not in text
         return f"{text}\n{ONE_WORD}" if add else text
 
-    def published_threshold(self, task: str) -> tuple[float, str]:
+    def published_threshold(self, task: str) -> tuple[float | str, str]:
         """The threshold published for the model's size, the task's benchmark and the image size."""
         shape = self.engine.backbone.text_config
         limits = self.arguments.min_pixels, self.arguments.max_pixels

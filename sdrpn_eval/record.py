@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 from loguru import logger
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the reports read records, and must not wait for torch
     from sdrpn.engine import Answer
 
 Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class RecordedImage(BaseModel):
@@ -53,6 +54,8 @@ class RecordLine(BaseModel):
         tokens: By kind: image, crop, question, new.
         seconds: The question's share of its batch's time.
         continuation, loss, greedy: Of a question whose answer was given, to be scored.
+        confidence: Smallest probability of a token of the answer without a zoom; with `gate=`.
+        gate: The learned gate's probability that a zoom helps; with an RPN that has one.
         error: Why it was not answered as asked.
         key: What a later run finds the line by; None where its answer is left to chance, say.
     """
@@ -67,7 +70,7 @@ class RecordLine(BaseModel):
     prompt: str
     proposer: str | None = None
     policy: str | None = None
-    threshold: float | None = None
+    threshold: float | Literal["peak"] | None = None
     answer: str
     regions: tuple[PixelBox, ...]
     reason: str | None = Field(alias="no_zoom")
@@ -79,6 +82,8 @@ class RecordLine(BaseModel):
     continuation: str | None = None
     loss: float | None = None
     greedy: bool | None = None
+    confidence: Share | None = None
+    gate: Share | None = None
     error: str | None = None
     key: str | None = None
     resumed: bool = False

@@ -55,12 +55,14 @@ class CropTokens:
         rows: Rows of the crop's token grid, before tokens are dropped.
         columns: Columns of the crop's token grid, before tokens are dropped.
         keep: [rows * columns] bool, True for the tokens in `tokens`; None if none is dropped.
+        encoded: Number of tokens that the image encoder computed for the crop.
     """
 
     tokens: Float[Tensor, "kept width"]
     rows: int
     columns: int
     keep: Bool[Tensor, " all"] | None = None
+    encoded: int = 0
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,9 @@ class Backbone(ABC):
 
     default_zoom: ClassVar[ZoomConfig] = ZoomConfig()
     """Zoom settings if neither the caller nor the RPN has any."""
+
+    patches_per_token: int = 1
+    """Tokens of the image encoder per image token."""
 
     crop_marks: ClassVar[int] = 0
     """Number of delimiter tokens around each crop."""

@@ -115,6 +115,7 @@ class Qwen25VL(Backbone):
         self.pictures = PictureRules(
             image_processor(processor.image_processor), min_pixels, max_pixels, training
         )
+        self.patches_per_token = self.pictures.merge**2
         self.chat = ChatPrompt(
             processor,
             self.image_token_id,

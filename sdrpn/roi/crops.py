@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
 from sdrpn.backbones.base import Backbone, CropTokens, ImageInput
-from sdrpn.boxes import GridBox
+from sdrpn.boxes import GridBox, PixelBox
 from sdrpn.config import ZoomConfig
 from sdrpn.roi.postprocess import Region, crop_grid_size
 
@@ -53,8 +53,14 @@ def _encode(
     zooms: Sequence[ZoomConfig],
 ) -> list[tuple[int, Float[Tensor, "height length width"]]]:
     """Encode all crops of a batch in one call: (row, [rows, columns, C]) of each crop."""
+
+    def prepared(image: Image.Image, box: PixelBox, zoom: ZoomConfig) -> list[list[ImageInput]]:
+        if zoom.tiles == 1 and zoom.crop_tokens is None:
+            return [[backbone.crop_input(image, box)]]
+        return backbone.crop_inputs(image, box, tiles=zoom.tiles, max_tokens=zoom.crop_tokens)
+
     parts = [
-        (row, backbone.crop_inputs(image, box, tiles=zoom.tiles, max_tokens=zoom.crop_tokens))
+        (row, prepared(image, box, zoom))
         for row, (image, region, zoom) in enumerate(zip(images, regions, zooms, strict=True))
         for box in region.boxes
     ]
@@ -107,19 +113,38 @@ def _fit(
 def _crop(
     feature: Tensor, region: Region, box: GridBox, rows: int, columns: int, *, sparse: bool
 ) -> CropTokens:
+    encoded = feature.shape[0] * feature.shape[1]
     tokens = resize(feature, rows, columns).flatten(0, 1)
     if sparse:
-        keep = widen(keep_mask(region.foreground, box, rows, columns), rows, columns)
+        keep = foreground_tokens(region.foreground, box, rows, columns)
     elif region.keep is not None:
         keep = keep_mask(region.keep, box, rows, columns)
     else:
-        return CropTokens(tokens, rows, columns)
+        return CropTokens(tokens, rows, columns, encoded=encoded)
     keep = keep.to(tokens.device)
-    return CropTokens(tokens[keep], rows, columns, keep)
+    return CropTokens(tokens[keep], rows, columns, keep, encoded)
+
+
+def foreground_tokens(
+    foreground: object, box: GridBox, rows: int, columns: int
+) -> Bool[Tensor, " tokens"]:
+    """Select the crop tokens of foreground cells and their neighbours (arXiv 2609.19745).
+
+    Args:
+        foreground: [map rows, map columns] bool, cells over the threshold.
+        box: Crop, in grid cells of the map.
+        rows: Rows of the crop's token grid.
+        columns: Columns of the crop's token grid.
+
+    Returns:
+        [rows * columns] bool, row-major, with at least one token.
+    """
+    shares = _shares(foreground, box, rows, columns)
+    return widen((shares > min(0.5, float(shares.max()) - 1e-6)).flatten(), rows, columns)
 
 
 def widen(keep: Bool[Tensor, " tokens"], rows: int, columns: int) -> Bool[Tensor, " tokens"]:
-    """Add the neighbours of kept tokens, diagonal ones too (Vision-RL2, arXiv 2609.19745).
+    """Add the neighbours of kept tokens, diagonal ones too.
 
     Args:
         keep: [rows * columns] bool, row-major.
@@ -156,6 +181,11 @@ def keep_mask(keep: object, box: GridBox, rows: int, columns: int) -> Bool[Tenso
     Returns:
         [rows * columns] bool, row-major.
     """
-    cells = torch.as_tensor(keep, dtype=torch.float32)[box.y0 : box.y1, box.x0 : box.x1]
+    return (_shares(keep, box, rows, columns) > 0.5).flatten()
+
+
+def _shares(mask: object, box: GridBox, rows: int, columns: int) -> Float[Tensor, "_ _"]:
+    """Crop a map to a box and resize it to a token grid, bilinear: [rows, columns]."""
+    cells = torch.as_tensor(mask, dtype=torch.float32)[box.y0 : box.y1, box.x0 : box.x1]
     resized = interpolate(cells[None, None], (rows, columns), mode="bilinear", align_corners=False)
-    return (resized[0, 0] > 0.5).flatten()
+    return resized[0, 0]

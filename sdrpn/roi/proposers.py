@@ -213,8 +213,23 @@ def by_rpn(
         looks: Questions about prefilled images.
         lowered: Their states from `lower_states`, if known.
     """
-    rules = models.backbone.map_rules
     found = _read_rpn(models, looks, lowered or lower_states(models, looks))
+    return from_logits(models, looks, found)
+
+
+def from_logits(
+    models: Models,
+    looks: Sequence[Look],
+    found: Sequence[tuple[Float32[np.ndarray, "_ _"], float | None]],
+) -> list[Proposal]:
+    """Propose regions from the RPN's output.
+
+    Args:
+        models: The backbone, for its rules.
+        looks: Questions about prefilled images.
+        found: RoI logits, [rows, columns], and the learned gate's probability, for each look.
+    """
+    rules = models.backbone.map_rules
     maps = [
         blur(darken(torch.sigmoid(torch.from_numpy(logits)).numpy(), rules)) for logits, _ in found
     ]

@@ -61,10 +61,14 @@ def lines(curves: Sequence[Curve], width: int) -> list[str]:
 def _threshold(point: Point) -> str:
     if point.published:
         return "published, by task"
-    return "none" if point.threshold is None else f"{point.threshold:g} for all"
+    return "none" if point.threshold is None else f"{_value(point)} for all"
+
+
+def _value(point: Point) -> str:
+    return f"{point.threshold:g}" if isinstance(point.threshold, float) else str(point.threshold)
 
 
 def _cell(curve: Curve, point: Point, with_threshold: bool) -> str:
     scale, digits = (100, ".1f") if curve.percent else (1, ".4g")
-    at = f" (t = {point.threshold:g})" if with_threshold else ""
+    at = f" (t = {_value(point)})" if with_threshold else ""
     return with_interval((point.mean, point.low, point.high), scale, digits) + at

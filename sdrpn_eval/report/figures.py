@@ -130,19 +130,22 @@ def _draw_one(plot: Any, curve: Curve) -> None:
     scale = 100 if curve.percent else 1
     for i, series in enumerate(dict.fromkeys(p.series for p in curve.points)):
         own = [p for p in curve.points if p.series == series]
-        level = [p for p in own if p.threshold is None]
-        given = [p for p in own if p.threshold is not None and not p.published]
-        colour = STOCK if level else LINES[i % len(LINES)]
+        level = [p for p in own if not isinstance(p.threshold, float)]
+        given = [p for p in own if isinstance(p.threshold, float) and not p.published]
+        colour = STOCK if len(level) == len(own) else LINES[i % len(LINES)]
         for p in level:
-            plot.axhline(scale * p.mean, color=colour, linestyle="--", label=series or "no zoom")
+            named = f"{series}, {p.threshold}" if series else str(p.threshold)
+            label = named if p.threshold else series or "no zoom"
+            plot.axhline(scale * p.mean, color=colour, linestyle="--", label=label)
             if p.low is not None and p.high is not None:
                 plot.axhspan(scale * p.low, scale * p.high, color=colour, alpha=0.15, linewidth=0)
-        swept = sorted(given, key=lambda p: p.threshold or 0)
+        swept = sorted(given, key=lambda p: float(p.threshold or 0))
         _draw_points(plot, swept, scale, colour, series or "one threshold for all", "o-")
         published = [p for p in own if p.published]
         label = f"{series}, {PUBLISHED}" if series else PUBLISHED
         _draw_points(plot, published, scale, colour, label, "D")
-    plot.axvline(curve.published_threshold, color="black", linestyle=":", linewidth=1)
+    if isinstance(curve.published_threshold, float):
+        plot.axvline(curve.published_threshold, color="black", linestyle=":", linewidth=1)
     plot.set_title(f"{curve.task}, {curve.metric}", fontsize=10)
     plot.set_xlabel("threshold")
 

@@ -30,14 +30,14 @@ class Point:
 
     Attributes:
         series: The arguments that it shares with the runs that it is joined to.
-        threshold: None for a run that needs none.
+        threshold: None for a run that needs none; `peak` follows each map's peak.
         published: Whether the run was given none and used the published one of each task.
         zoomed: Share of questions with a region; None without a record.
     """
 
     run: str
     series: str
-    threshold: float | None
+    threshold: float | str | None
     published: bool
     mean: float
     low: float | None
@@ -54,7 +54,7 @@ class Curve:
     percent: bool
     questions: int
     images: int
-    published_threshold: float
+    published_threshold: float | str
     points: list[Point]
 
 
@@ -130,7 +130,7 @@ def _curve(
             Point(
                 one.run.name,
                 name,
-                float(own or threshold_of(task)) if has_one else None,
+                (own or threshold_of(task)) if has_one else None,
                 has_one and own is None,
                 *clustered(column, keys, seed),
                 zoomed=averages(one.record, documents)["zoomed"],
@@ -142,7 +142,7 @@ def _curve(
 
 
 def _refuse_twins(curve: Curve) -> None:
-    seen: dict[tuple[str, float | None, bool], str] = {}
+    seen: dict[tuple[str, float | str | None, bool], str] = {}
     for point in curve.points:
         place = (point.series, point.threshold, point.published)
         if place in seen:

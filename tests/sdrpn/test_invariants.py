@@ -370,11 +370,11 @@ def test_a_limit_of_crop_tokens_shrinks_their_grid(
 ) -> None:
     box = PixelBox(10, 10, 150, 90)
     for limit, tokens in ((None, 64), (64, 64), (36, 36), (40, 36), (1, 1)):
-        zoom = ZoomConfig(max_crop_tokens=limit)
+        zoom = ZoomConfig(crop_tokens=limit)
         engine = ZoomModel(llava, perturbed_rpn, zoom=zoom)
         assert engine.ask(images[1], QUESTIONS[0], box=box).crop_tokens == tokens
-    with pytest.raises(ValueError, match="max_crop_tokens must be 1 or more, got 0"):
-        ZoomConfig(max_crop_tokens=0)
+    with pytest.raises(ValueError, match="crop_tokens must be 1 or more, got 0"):
+        ZoomConfig(crop_tokens=0)
 
 
 def test_suffixes_are_padded_between_prefix_and_suffix() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def test_none_beside_a_preset() -> None:
     """It switches off what can be off, and of all else says nothing."""
     values = LlavaArguments.of({"preset": "fast", "token_budget": "None", "policy": "None"})
     assert values.token_budget is None
-    assert (values.max_crop_tokens, values.proposer) == (64, "rpn")
+    assert (values.crop_tokens, values.proposer) == (64, "rpn")
 
 
 def test_llava_hf_arguments_are_refused_with_a_reason() -> None:
@@ -64,11 +65,16 @@ def test_llava_hf_arguments_are_refused_with_a_reason() -> None:
         ("system_prompt", '"Look, then answer."', "Look, then answer."),
         ("system_prompt", "", ""),
         ("threshold", 0.3, 0.3),
+        ("threshold", "peak", "peak"),
+        ("gate", 0.9, 0.9),
+        ("gate", "none", None),
+        ("learned_gate", "none", None),
+        ("tiles", 4, 4),
         ("threshold", None, None),
         ("threshold", "None", None),
         ("threshold", "none", None),
         ("policy", "None", None),
-        ("relative", "none", None),
+        ("keep_tokens", "none", None),
         ("peft", "None", None),
         ("device", "none", None),
         ("resume", "None", True),
@@ -76,7 +82,7 @@ def test_llava_hf_arguments_are_refused_with_a_reason() -> None:
         ("rpn", "None", None),
         ("token_budget", "None", None),
         ("skip_above", "None", None),
-        ("max_crop_tokens", "none", None),
+        ("crop_tokens", "none", None),
         ("proposer", "none", "none"),
         ("dtype", "torch.float16", "float16"),
         ("dtype", torch.bfloat16, "bfloat16"),
@@ -90,7 +96,19 @@ def test_values_as_the_command_line_brings_them(name: str, given: Any, value: An
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("threshold", 1.5), ("threshold", True), ("batch_size", 0), ("token_budget", 0)],
+    [
+        ("threshold", 1.5),
+        ("threshold", True),
+        ("threshold", "top"),
+        ("batch_size", 0),
+        ("token_budget", 0),
+        ("gate", 0),
+        ("gate", 1),
+        ("learned_gate", 2),
+        ("crop_tokens", 0),
+        ("keep_tokens", 0.5),
+        ("tiles", 3),
+    ],
 )
 def test_values_out_of_range(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
@@ -106,6 +124,47 @@ def test_defaults_are_the_paper_s_system() -> None:
 def test_a_preset_yields_to_what_is_given() -> None:
     assert LlavaArguments.of({"preset": "paper"}).policy == "mask"
     assert LlavaArguments.of({"preset": "paper", "policy": "bbox"}).policy == "bbox"
+
+
+def test_fastest_asks_one_rule_of_all_benchmarks() -> None:
+    values = LlavaArguments.of({"preset": "fastest"})
+    assert (values.threshold, values.keep_tokens, values.crop_tokens) == ("peak", 128, 64)
+    stock = LlavaArguments.of({"preset": "fastest", "proposer": "attention"})
+    assert (stock.threshold, stock.keep_tokens) == ("peak", None)
+
+
+@pytest.mark.parametrize("name", ["keep_tokens", "learned_gate"])
+def test_what_only_the_rpn_can_serve(name: str) -> None:
+    value = 8 if name == "keep_tokens" else 0.5
+    with pytest.raises(ValueError, match=f"{name} must be left out with proposer=vicrop"):
+        LlavaArguments.of({name: value, "proposer": "vicrop"})
+
+
+def test_a_file_of_zoom_settings(tmp_path: Path) -> None:
+    file = tmp_path / "zoom.json"
+    file.write_text('{"zoom": {"threshold": "peak", "gate": 0.9, "crop_tokens": 64}}')
+    values = LlavaArguments.of({"zoom": str(file), "crop_tokens": 100, "preset": "fast"})
+    assert (values.threshold, values.gate, values.crop_tokens) == ("peak", 0.9, 100)
+    assert values.skip_above == 0.7
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "zoom=.*zoom.json cannot be read: No such file or directory"),
+        ("{", "zoom=.*zoom.json holds no zoom settings; give a file that"),
+        ('{"gate": 0.9}', "holds no zoom settings"),
+        ("[1]", "holds no zoom settings"),
+        ('{"zoom": {"zooms": 1}}', "unknown setting zooms; known: threshold, policy, "),
+        ('{"zoom": {"gate": 7}}', "gate must be"),
+    ],
+)
+def test_broken_files_of_zoom_settings(tmp_path: Path, text: str | None, words: str) -> None:
+    file = tmp_path / "zoom.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        LlavaArguments.of({"zoom": str(file)})
 
 
 class Other(ModelArguments):

@@ -31,8 +31,8 @@ from tests.helpers.run_folders import (
         ),
         ("system_prompt='a=b, c',threshold=0.1", {"system_prompt": "a=b, c", "threshold": 0.1}),
         (
-            'system_prompt="don\'t, please",relative=true',
-            {"system_prompt": "don't, please", "relative": True},
+            'system_prompt="don\'t, please",resume=true',
+            {"system_prompt": "don't, please", "resume": True},
         ),
         ('x={"a": 1, "b": [2, 3]},y=5', {"x": '{"a": 1, "b": [2, 3]}', "y": 5}),
         ('record="~/x, y"', {"record": "~/x, y"}),

@@ -253,7 +253,12 @@ def _other_image(row: dict[str, Any]) -> dict[str, Any]:
         _given(threshold=0.3),
         _given(policy="mask"),
         _given(token_budget=2),
-        _given(relative=True),
+        _given(threshold="peak"),
+        _given(gate=0.9),
+        _given(learned_gate=0.4),
+        _given(crop_tokens=64),
+        _given(tiles=2),
+        _given(keep_tokens=9),
         _given(questions=requests(extra={"max_new_tokens": 5})),
         _given(questions=requests(extra={"max_new_tokens": 4, "until": ["."]})),
         _given(questions=[ask("mytask", i, f"Q{i}") for i in range(N)]),
@@ -300,18 +305,22 @@ ZOOM = {
     "policy": "bbox",
     "min_cells": 3,
     "max_cells_fraction": 0.5,
-    "relative": True,
     "token_budget": 2.5,
-    "max_crop_tokens": 64,
+    "crop_tokens": 64,
+    "tiles": 2,
+    "gate": 0.9,
+    "learned_gate": 0.4,
+    "keep_tokens": 128,
     "skip_above": 0.7,
     "thin_above": 512,
 }
 IN_FILES = {"pretrained", "revision", "rpn", "rpn_revision", "peft"}
-IN_ZOOM = {"threshold", "policy", "token_budget", "skip_above", "relative", "max_crop_tokens"}
+IN_ZOOM = {"threshold", "policy", "token_budget", "skip_above", "crop_tokens", "tiles"}
+IN_ZOOM |= {"gate", "learned_gate", "keep_tokens"}
 CHANGES_NONE = {"device", "device_map", "prefix_cache", "record", "resume", "on_error"}
 CHANGES_NONE |= {"batch_size"}
-RESOLVED = {"preset", "dtype"}
-"""A preset into the others; the model's own dtype is in the key."""
+RESOLVED = {"preset", "zoom", "dtype"}
+"""A preset and a file of zoom settings into the others; the model's own dtype is in the key."""
 
 
 def key(

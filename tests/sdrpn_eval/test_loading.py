@@ -70,7 +70,7 @@ def test_the_fast_preset_keeps_the_rpn_s_own_policy(engine: FakeEngine) -> None:
     given = {"preset": "fast"}
     settings = loading.zoom_settings(engine, LlavaArguments.of(given))  # type: ignore[arg-type]
     assert settings == ZoomConfig(
-        policy="strongest", token_budget=2.5, skip_above=0.7, max_crop_tokens=64
+        policy="strongest", token_budget=2.5, skip_above=0.7, crop_tokens=64
     )
     paper = {"preset": "paper"}
     settings = loading.zoom_settings(engine, LlavaArguments.of(paper))  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from sdrpn import RPN, Answer, Question, ZoomModel
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.boxes import PixelBox
+from sdrpn.config import PEAK
 from sdrpn.io.atomic import write_json
 from sdrpn_eval.demo import BENCHMARK, tiny_path
 from sdrpn_eval.results.stats import (
@@ -75,7 +76,7 @@ class Scorer:
         self,
         name: str,
         proposer: str = "none",
-        threshold: float | None = None,
+        threshold: float | str | None = None,
         policy: str | None = None,
         boxes: Sequence[PixelBox] | None = None,
     ) -> None:
@@ -135,7 +136,7 @@ def score(model: Path, benchmark: Path) -> dict[str, Any]:
     scorer.run("oracle box, 168 px", boxes=[PixelBox(*oracle_box(middle)) for middle in middles])
     scorer.run("vicrop", "vicrop")
     for proposer in ("rpn", "attention"):
-        for threshold in THRESHOLDS:
+        for threshold in (*THRESHOLDS, PEAK):
             scorer.run(f"{proposer}, t = {threshold}", proposer, threshold)
     default = scorer.zoom.threshold
     for policy in POLICIES[1:]:

@@ -23,7 +23,7 @@ from tools.tiny_vstar.make_questions import SCENES, label_quality, write_questio
 BRANCH_LAYER = 1
 """B: just past the layer whose heads point, as `sdrpn heads` finds."""
 STEPS = 900
-ZOOM = "threshold=0.2,policy=strongest,min_cells=1,relative=true,token_budget=2.5"
+ZOOM = "threshold=peak,policy=strongest,min_cells=1,token_budget=2.5"
 """For the tiny model's 8 x 8 grid, where one cell is as wide as a small disc. Chosen by tune.py on
 scenes of their own: with an absolute threshold the RPN passes by discs that it ranks first but is
 unsure of. No budget measured there is both cheaper and better than 2.5 (docs/fast.md)."""

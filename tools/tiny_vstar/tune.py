@@ -1,9 +1,9 @@
 """Accuracy over cost: `python -m tools.tiny_vstar.tune --docs docs`.
 
-Thresholds, absolute and relative, and token budgets for the tiny model's RPN, on scenes drawn for
-this alone (none of the benchmark's, none that trained anything). The RPN's zoom settings and the
-preset `fast` are chosen there; the budgets are then measured on tiny_vstar too. Writes fast.json,
-fast.png and fast.md.
+Thresholds, absolute and relative to the map's peak, and token budgets for the tiny model's RPN, on
+scenes drawn for this alone (none of the benchmark's, none that trained anything). The RPN's zoom
+settings and the preset `fast` are chosen there; the budgets are then measured on tiny_vstar too.
+Writes fast.json, fast.png and fast.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image
 
 from sdrpn import RPN, Question, ZoomModel
 from sdrpn.backbones.llava15 import Llava15
-from sdrpn.config import ZoomConfig
+from sdrpn.config import PEAK, ZoomConfig
 from sdrpn.io.atomic import as_json
 from sdrpn_eval.args import ZOOM_ARGUMENTS, LlavaArguments
 from sdrpn_eval.demo import BENCHMARK, tiny_path
@@ -54,11 +54,9 @@ def _decoded(row: Row) -> Image.Image:
 
 
 def thresholds(base: ZoomConfig) -> Iterator[tuple[str, ZoomConfig]]:
-    """Every threshold, absolute and relative, on the crop's whole grid."""
-    for relative in (False, True):
-        for threshold in THRESHOLDS:
-            name = f"t = {threshold}{', relative' if relative else ''}"
-            yield name, replace(base, threshold=threshold, relative=relative, token_budget=None)
+    """Every threshold, absolute and relative to the map's peak, on the crop's whole grid."""
+    for threshold in (*THRESHOLDS, PEAK):
+        yield f"t = {threshold}", replace(base, threshold=threshold, token_budget=None)
 
 
 def budgets(base: ZoomConfig) -> Iterator[tuple[str, ZoomConfig]]:

@@ -405,7 +405,7 @@ def test_rows_of_a_data_set_without_text_are_named(tmp_path: Path, row: dict[str
         ({"image_tokens": 0}, "sizes must be 1 or more"),
         ({"zoom": []}, "ZoomConfig must be an object, got a list"),
         ({"zoom": {"threshold": "high"}}, "threshold must be float, got 'high'"),
-        ({"zoom": {"max_crop_tokens": 2.5}}, "max_crop_tokens must be int or null"),
+        ({"zoom": {"crop_tokens": 2.5}}, "crop_tokens must be int or null"),
         ({"labels": {"grounding": 3}}, "'sink' is missing"),
         ({"labels": 3}, "LabelConfig must be an object"),
         ({"facts": [1]}, "facts must be an object"),

@@ -14,7 +14,7 @@ from PIL import Image
 from sdrpn.backbones.base import Backbone, CropTokens, ImageInput
 from sdrpn.boxes import GridBox, ImageGrid, PixelBox
 from sdrpn.config import ZoomConfig
-from sdrpn.roi.crops import crop_tokens, keep_mask
+from sdrpn.roi.crops import crop_tokens, keep_mask, widen
 from sdrpn.roi.postprocess import Region
 
 WHOLE = ZoomConfig()
@@ -155,3 +155,101 @@ def test_no_box_at_all_asks_the_backbone_nothing() -> None:
     nothing = [Region((), (), "nothing")] * 2
     assert crop_tokens(backbone, images, nothing, [WHOLE] * 2, [9] * 2) == [[], []]
     assert backbone.encode.call_count == 0
+
+
+# --- sparse crops and tiles --------------------------------------------------------------------
+
+
+def drawn(*rows: str) -> np.ndarray:
+    return np.array([[cell == "#" for cell in row] for row in rows])
+
+
+def tiled(rows: int, columns: int, tiles: tuple[int, int]) -> Any:
+    """`encoder`, whose crops are cut into tiles (down, across) if they are asked for."""
+    made = encoder(rows, columns)
+    grid = ImageGrid(rows, columns, (8, 8), 1, (1.0, 1.0))
+    part = ImageInput(torch.zeros(0), grid)
+
+    def crop_inputs(image: Any, box: Any, *, tiles: int, max_tokens: int | None) -> Any:
+        down, across = size if tiles > 1 else (1, 1)
+        return [[part] * across for _ in range(down)]
+
+    size = tiles
+    made.crop_inputs.side_effect = crop_inputs
+    return made
+
+
+def kept_of(
+    over: np.ndarray, budget: int | None, *, tiles: int = 1, backbone: Any = None
+) -> list[CropTokens]:
+    cells = GridBox(0, 0, over.shape[1], over.shape[0])
+    found = Region((BOX,), (cells,), None, None, over)
+    zoom = ZoomConfig(crop_tokens=budget, tiles=tiles)
+    backbone = backbone or tiled(4, 4, (1, 1))
+    (row,) = crop_tokens(backbone, [Image.new("RGB", (8, 8))], [found], [zoom], [budget or 999])
+    return row
+
+
+def test_a_budget_drops_background_tokens_before_it_shrinks() -> None:
+    over = drawn("#...", "....", "....", "....")
+    (whole,) = kept_of(over, 16)
+    assert (len(whole.tokens), whole.keep) == (16, None)  # fits as it is
+    (sparse,) = kept_of(over, 15)
+    # The cell's own token and its neighbours, in reading order.
+    assert (sparse.rows, sparse.columns) == (4, 4)
+    assert sparse.tokens[:, 0].tolist() == [0, 1, 4, 5]
+    # Of two by two tokens the first has a quarter of foreground, the most; all are its neighbours.
+    (small,) = kept_of(over, 3)
+    assert (small.rows, small.columns, len(small.tokens)) == (1, 1, 1)
+
+
+def test_a_budget_shrinks_crops_whose_foreground_is_too_large() -> None:
+    (crop,) = kept_of(np.ones((4, 4), dtype=bool), 9)
+    assert (crop.rows, crop.columns, len(crop.tokens)) == (3, 3, 9)
+
+
+def test_a_box_without_a_map_shrinks_only() -> None:
+    zoom = ZoomConfig(crop_tokens=9)
+    backbone = tiled(4, 4, (1, 1))
+    (row,) = crop_tokens(
+        backbone, [Image.new("RGB", (8, 8))], [region(GridBox(0, 0, 4, 4))], [zoom], [9]
+    )
+    assert [(crop.rows, crop.columns, crop.keep) for crop in row] == [(3, 3, None)]
+
+
+def test_a_full_context_shrinks_as_without_a_budget() -> None:
+    """Only the budget makes crops sparse: the published settings have none."""
+    over = drawn("#...", "....", "....", "....")
+    found = Region((BOX,), (GridBox(0, 0, 4, 4),), None, None, over)
+    (row,) = crop_tokens(encoder(4, 4), [Image.new("RGB", (8, 8))], [found], [WHOLE], [9])
+    assert [(crop.rows, crop.columns, crop.keep) for crop in row] == [(3, 3, None)]
+
+
+def test_tiles_are_joined_into_one_grid() -> None:
+    over = drawn("##", "..")
+    backbone = tiled(2, 2, (2, 2))
+    (crop,) = kept_of(over, None, tiles=4, backbone=backbone)
+    assert (crop.rows, crop.columns) == (4, 4)
+    # The upper half is foreground, and one more row of neighbours: tiles 0 and 1, top rows of 2, 3.
+    expected = [0, 1, 1000, 1001, 2, 3, 1002, 1003, 2000, 2001, 3000, 3001]
+    assert crop.tokens[:, 0].tolist() == expected
+    assert backbone.encode.call_count == 1
+
+
+def test_tiles_share_one_budget() -> None:
+    backbone = tiled(4, 4, (2, 2))
+    (crop,) = kept_of(np.ones((4, 4), dtype=bool), 16, tiles=4, backbone=backbone)
+    assert (crop.rows, crop.columns, len(crop.tokens)) == (4, 4, 16)
+    backbone.crop_inputs.assert_called_with(
+        backbone.crop_inputs.call_args.args[0], BOX, tiles=4, max_tokens=16
+    )
+
+
+def test_widened_masks_reach_diagonal_neighbours_and_stop_at_the_edge() -> None:
+    keep = torch.tensor([True, *[False] * 11])
+    assert widen(keep, 3, 4).reshape(3, 4).int().tolist() == [
+        [1, 1, 0, 0],
+        [1, 1, 0, 0],
+        [0, 0, 0, 0],
+    ]
+    assert not widen(torch.zeros(6, dtype=torch.bool), 2, 3).any()

@@ -21,7 +21,15 @@ from sdrpn.boxes import GridBox, ImageGrid, PixelBox
 from sdrpn.config import ZoomConfig
 from sdrpn.roi import postprocess as region
 from sdrpn.roi.crops import crop_tokens, keep_mask, resize
-from sdrpn.roi.postprocess import Region, blur, components, crop_grid_size, grow, propose
+from sdrpn.roi.postprocess import (
+    Region,
+    blur,
+    components,
+    crop_grid_size,
+    grow,
+    peak_threshold,
+    propose,
+)
 from sdrpn.roi.vicrop import propose_window
 
 HIGH, LOW = 0.9, 0.01
@@ -819,9 +827,17 @@ def test_a_region_as_large_as_the_image_is_not_zoomed_where_told() -> None:
 def test_settings_from_text() -> None:
     assert ZoomConfig.from_text("") == ZoomConfig()
     text = "threshold=0.2, policy=strongest,min_cells=1,token_budget=none,skip_above=0.7"
-    text += ",relative=true,max_crop_tokens=144"
+    text += ",crop_tokens=144,tiles=2,gate=0.9,keep_tokens=128"
     assert ZoomConfig.from_text(text) == ZoomConfig(
-        0.2, "strongest", None, 1, skip_above=0.7, relative=True, max_crop_tokens=144
+        0.2,
+        "strongest",
+        None,
+        1,
+        skip_above=0.7,
+        crop_tokens=144,
+        tiles=2,
+        gate=0.9,
+        keep_tokens=128,
     )
     for wrong, message in (
         ("treshold=0.2", r"unknown key\(s\) treshold"),
@@ -830,3 +846,113 @@ def test_settings_from_text() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ZoomConfig.from_text(wrong)
+
+
+# --- a threshold relative to the peak ----------------------------------------------------------
+
+
+PEAKED = replace(ANY_SIZE, threshold="peak", policy="strongest", min_cells=1)
+SQUARE = square_grid((448, 448), 8, 112)
+
+
+def test_a_lone_cell_passes_with_its_neighbours() -> None:
+    """Blurred, it has 0.204, 0.124 and 0.075 of its height: all over 0.3 of 0.204."""
+    values = np.zeros((8, 8), dtype=np.float32)
+    values[3, 4] = 1
+    blurred = blur(values)
+    found = propose(blurred, SQUARE, PEAKED)
+    assert boxes(found) == [(3, 2, 6, 5)]
+    assert found.foreground is not None
+    assert int(found.foreground.sum()) == 9
+    # However sure the RPN is: a tenth of the height gives the same region, a fiftieth none.
+    assert boxes(propose(blurred / 6, SQUARE, PEAKED)) == [(3, 2, 6, 5)]
+    low = propose(blurred / 50, SQUARE, PEAKED)
+    assert low.reason == "the map's peak is 0.004, below 0.03 (threshold=peak)"
+
+
+@pytest.mark.parametrize(
+    ("peak", "rest", "reason"),
+    [
+        (0.0299, 0.0, "the map's peak is 0.030, below 0.03 (threshold=peak)"),
+        (0.0301, 0.0, None),
+        # 64 cells: with one at p and the others at r, the mean is (p + 63 r) / 64.
+        (0.9, 0.295, "the map's peak is 3.0 times its mean, below 3 (threshold=peak)"),
+        (0.9, 0.26, None),
+        (0.9, 0.5, "the map's peak is 1.8 times its mean, below 3 (threshold=peak)"),
+    ],
+)
+def test_maps_without_a_clear_peak_have_no_region(
+    peak: float, rest: float, reason: str | None
+) -> None:
+    values = np.full((8, 8), rest, dtype=np.float32)
+    values[2, 2] = peak
+    found = propose(values, SQUARE, PEAKED)
+    assert found.reason == reason
+    assert boxes(found) == ([] if reason else [(1, 1, 4, 4)])
+
+
+def test_the_threshold_is_three_tenths_of_the_peak() -> None:
+    values = np.zeros((8, 8), dtype=np.float32)
+    values[4, 4], values[4, 5], values[4, 3] = 0.5, 0.151, 0.149
+    assert peak_threshold(values, SQUARE) == pytest.approx(0.15)
+    found = propose(values, SQUARE, PEAKED)
+    assert found.foreground is not None
+    assert np.argwhere(found.foreground).tolist() == [[4, 4], [4, 5]]
+
+
+def test_padding_counts_for_neither_peak_nor_mean() -> None:
+    """A wide image fills rows 3 and 4 of 8; what lies above and below is no part of it."""
+    wide = square_grid((448, 112), 8, 112)
+    values = np.zeros((8, 8), dtype=np.float32)
+    values[3:5] = 0.3
+    values[3, 2] = 0.6
+    # Over all 64 cells the mean is 0.08 and the peak 7.6 times that; over 16 it is 1.9 times.
+    assert propose(values, wide, PEAKED).reason == (
+        "the map's peak is 1.9 times its mean, below 3 (threshold=peak)"
+    )
+    values[3:5] = 0.01
+    values[3, 2], values[0, 0] = 0.2, 0.9
+    assert peak_threshold(values, wide) == pytest.approx(0.06)
+    assert boxes(propose(values, wide, PEAKED)) == [(1, 2, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "columns"),
+    [
+        ((448, 448), (0, 8), (0, 8)),
+        ((448, 112), (3, 5), (0, 8)),
+        ((112, 448), (0, 8), (3, 5)),
+        # 30 of 112 pixels high: rows 41 to 71 of the frame, cells of 14.
+        ((448, 120), (2, 6), (0, 8)),
+    ],
+)
+def test_cells_inside_the_image(
+    size: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int]
+) -> None:
+    expected = np.zeros((8, 8), dtype=bool)
+    expected[slice(*rows), slice(*columns)] = True
+    assert np.array_equal(square_grid(size, 8, 112).inside, expected)
+
+
+def test_settings_of_earlier_versions() -> None:
+    old = {"threshold": 0.2, "relative": True, "max_crop_tokens": 64}
+    assert ZoomConfig.from_dict(old) == ZoomConfig(threshold="peak", crop_tokens=64)
+    old = {"threshold": 0.2, "relative": False, "max_crop_tokens": None}
+    assert ZoomConfig.from_dict(old) == ZoomConfig(threshold=0.2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"threshold": "top"}, "threshold must be float, got 'top'; the only other value is"),
+        ({"gate": 0}, r"gate must be in \(0, 1\) or None, got 0"),
+        ({"learned_gate": 1}, r"learned_gate must be in \(0, 1\) or None, got 1"),
+        ({"crop_tokens": 0}, "crop_tokens must be 1 or more, got 0"),
+        ({"keep_tokens": 0}, "keep_tokens must be 1 or more, got 0"),
+        ({"tiles": 3}, "tiles must be one of 1, 2, 4, got 3"),
+        ({"keep_tokens": 8, "thin_above": 9}, "both drop image tokens: give one"),
+    ],
+)
+def test_new_settings_that_make_no_sense(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ZoomConfig(**settings)
