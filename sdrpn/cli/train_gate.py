@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,7 @@ from sdrpn.io.plurals import counted
 
 if TYPE_CHECKING:
     from sdrpn.distill.gate import Report
+    from sdrpn.rpn.checkpoint import RPN
 
 
 def train_gate(
@@ -137,9 +138,7 @@ def train_gate(
         report = fit(samples, ignored, held_out=held_out, seed=seed)
         # Loaded again: the engine's has the base model's number type.
         bare = RPN.from_pretrained(rpn_folder, revision=rpn_revision)
-        gated = bare.with_gate(_tensor(report.probe.weight), report.probe.bias)
-        settings = replace(gated.config.zoom, learned_gate=learned_gate)
-        gated.config = replace(gated.config, zoom=settings)
+        gated = with_report(bare, report, learned_gate)
         gated.facts |= {
             "gate questions": str(questions),
             "gate rule": rule,
@@ -147,7 +146,6 @@ def train_gate(
             **({"gate kappa": kappa} if rule == "consensus" else {}),
             "gate seed": seed,
             "gate ignored": dict(ignored),
-            **report.facts(),
         }
         gated.save_pretrained(out)
     say("\n".join(summary(report)))
@@ -184,6 +182,17 @@ def check_out(out: Path) -> None:
         )
 
 
+def with_report(rpn: RPN, report: Report, learned_gate: float | None) -> RPN:
+    """Return an RPN with the trained gate, its facts and threshold; earlier ones are dropped."""
+    import torch
+
+    gated = rpn.with_gate(torch.from_numpy(report.probe.weight), report.probe.bias)
+    gated.config = replace(gated.config, zoom=replace(gated.config.zoom, learned_gate=learned_gate))
+    earlier = {name: v for name, v in rpn.facts.items() if not name.startswith("gate ")}
+    gated.facts = earlier | report.facts()
+    return gated
+
+
 def summary(report: Report) -> list[str]:
     """Return lines with the held-out measures and the curve."""
     zeros, ones = report.held_out
@@ -199,9 +208,3 @@ def summary(report: Report) -> list[str]:
         f"  {point['skipped']:7.0%}   {point['threshold']:9.4f}   {point['agreement']:.1%}"
         for point in report.curve
     ]
-
-
-def _tensor(weight: Any) -> Any:
-    import torch
-
-    return torch.from_numpy(weight)

@@ -130,7 +130,8 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
         with torch.device("meta"):
             rpn = RPN(dataclasses.replace(self.config, gate=True))
         gate = {"gate.weight": weight[None].float(), "gate.bias": torch.tensor([float(bias)])}
-        rpn.load_state_dict(self.state_dict() | gate, assign=True)
+        own = {name: tensor.to(self.device) for name, tensor in gate.items()}
+        rpn.load_state_dict(self.state_dict() | own, assign=True)
         rpn.facts = dict(self.facts)
         return rpn.eval().requires_grad_(False)
 

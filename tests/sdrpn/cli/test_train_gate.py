@@ -6,10 +6,12 @@ import importlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from sdrpn.backbones.llava15 import Llava15
@@ -194,3 +196,19 @@ def test_help_teaches() -> None:
     shown = " ".join(shown.split())
     assert "sdrpn train-gate questions.jsonl --images photos/ --out rpn-gated/" in shown
     assert "--learned-gate" in shown
+
+
+def test_an_rpn_with_a_gate_gets_a_new_one(train: Any, perturbed_rpn: RPN, tmp_path: Path) -> None:
+    older = perturbed_rpn.with_gate(torch.ones(perturbed_rpn.config.hidden_size), 0.5)
+    older.config = replace(older.config, zoom=replace(ZOOM, learned_gate=0.7))
+    older.facts = {"seed": 0, "gate kappa": 1.0, "gate rule": "consensus"}
+    older.save_pretrained(tmp_path / "older")
+    out = tmp_path / "out"
+    code, said = train("--rule", "agreement", "--rpn", str(tmp_path / "older"), out=out)
+    assert code == 0, said
+    gated = RPN.from_pretrained(out)
+    assert gated.gate is not None
+    assert not gated.gate.weight.equal(torch.ones_like(gated.gate.weight))
+    assert gated.config.zoom.learned_gate is None
+    assert (gated.facts["seed"], gated.facts["gate rule"]) == (0, "agreement")
+    assert "gate kappa" not in gated.facts

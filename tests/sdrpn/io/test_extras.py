@@ -119,6 +119,7 @@ def test_answer_works(tmp_path: Path) -> None:
         ),
         ("sdrpn.cli relabel x --out y", "datasets", "train"),
         ("sdrpn.cli train --labels x --out y", "datasets", "train"),
+        ("sdrpn.cli train-gate x --images . --out y", "datasets", "train"),
         ("sdrpn.cli convert labels {scene} --out x", "datasets", "train"),
         ("sdrpn_eval compare a b", "lmms-eval", "eval"),
         ("sdrpn_eval gate a --baseline b", "lmms-eval", "eval"),
