@@ -12,7 +12,7 @@ from datasets import load_dataset
 
 from sdrpn import Question, ZoomModel
 from sdrpn_eval.demo import BENCHMARK, HERE, embedded_model, tiny_path
-from tools.tiny_vstar import score
+from tools.tiny_vstar import report, score
 
 README = Path(__file__).parents[2] / "README.md"
 SUBSET = 100
@@ -109,3 +109,17 @@ def test_rpn_knows_its_model_and_facts() -> None:
 def test_readme_shows_the_measured_table(published: dict) -> None:
     assert score.brief_table(published) in README.read_text()
     assert score.markdown(published) in (README.parent / "docs" / "tiny_vstar.md").read_text()
+
+
+def test_pages_say_what_held_on_fresh_scenes() -> None:
+    """On five seeds: ahead of stock by far; level with attention at its best threshold."""
+    docs = README.parent / "docs"
+    fresh = json.loads((docs / "tiny_vstar_fresh.json").read_text())
+    assert len(fresh["by_seed"]) == 5
+    assert fresh["rpn_minus_stock"]["all"][1] >= 0.40
+    low, high = fresh["rpn_minus_attention_best"]["all"][1:]
+    assert low < 0 < high
+    page = (docs / "tiny_vstar.md").read_text()
+    assert report.fresh_section(fresh) in page
+    assert "level within the interval" in page
+    assert "level" in README.read_text()
