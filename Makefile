@@ -1,5 +1,6 @@
 # make demo: install and show the second look. make test: the suite; make test-fast: its fast part.
 # make check: all that CI runs.
+# make fresh SEED=7: all proposers on scenes drawn from that seed.
 # make check-oldest: the suite on the oldest supported libraries. make dist: wheel and sdist.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ INSTALLED := $(VENV)/.sdrpn-installed
 OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.sdrpn-installed
 
-.PHONY: demo test test-fast check check-oldest contracts lint mutate types dist tiny
+.PHONY: demo test test-fast check check-oldest contracts lint mutate types dist tiny fresh
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sdrpn_eval.demo --out out/demo
@@ -48,6 +49,11 @@ mutate: $(INSTALLED)
 dist: $(INSTALLED)
 	rm -rf build dist
 	$(BIN)/python -m build
+
+# Draws scenes that nobody has seen and scores every proposer on them: make fresh SEED=7.
+SEED ?= 1
+fresh: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tools.tiny_vstar.score --scenes-seed $(SEED)
 
 # Trains the embedded model, its RPN and the benchmark anew, into out/tiny.
 tiny: $(INSTALLED)

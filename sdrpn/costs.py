@@ -69,6 +69,10 @@ class Costs:
         """Tokens through all layers, then new tokens one by one."""
         return (tokens + new) * self.layer * self.layers + new * self.head
 
+    def without_zoom(self, answer: Answer) -> int:
+        """Multiplications of a question that is answered without a look, over its prefix."""
+        return self._run(answer.question_tokens, answer.new_tokens)
+
     def question(self, answer: Answer) -> int:
         """Multiplications of a question after its image is prefilled."""
         asked, crop, new = answer.question_tokens, answer.crop_tokens, answer.new_tokens

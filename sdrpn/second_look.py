@@ -391,7 +391,8 @@ class SecondLook:
         return self.backbone.suffix_segment(row.prefix.next_position, row.ids, row.crops)
 
     def _lowered(self, rows: Sequence[Row], segments: Sequence[Segment]) -> list[Lowered]:
-        depth = len(rows[0].lowered.kv) if rows[0].lowered is not None else 0
+        assert self.models.rpn is not None  # rows are thinned by its map
+        depth = self.models.rpn.branch_layer
         return run_lower(self.backbone, [row.prefix for row in rows], segments, depth)
 
     def _complete(self, rows: Sequence[Row]) -> None:

@@ -87,9 +87,14 @@ def _last(cache: DynamicCache, row: int, tokens: int, first_layer: int = 0) -> t
     """Return the keys and values of a row's last tokens, from a layer on."""
     layers: Any = cache.layers[first_layer:]
     return tuple(
-        (layer.keys[row : row + 1, :, -tokens:], layer.values[row : row + 1, :, -tokens:])
-        for layer in layers
+        (_part(layer.keys, row, tokens), _part(layer.values, row, tokens)) for layer in layers
     )
+
+
+def _part(states: Tensor, row: int, tokens: int) -> Tensor:
+    # A slice of a batch would keep the batch in memory.
+    part = states[row : row + 1, :, -tokens:]
+    return part if part.shape == states.shape else part.clone()
 
 
 @torch.no_grad()
@@ -239,7 +244,5 @@ def complete(backbone: Backbone, prefixes: Sequence[Prefix]) -> list[Prefix]:
     done = []
     for row, prefix in enumerate(prefixes):
         upper = _last(cache, row, prefix.length, depth)
-        if len(prefixes) > 1:  # slices would keep the batch in memory as long as the prefix
-            upper = tuple((keys.clone(), values.clone()) for keys, values in upper)
         done.append(replace(prefix, kv=(*prefix.kv, *upper)))
     return done

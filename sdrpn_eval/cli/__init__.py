@@ -16,6 +16,7 @@ from sdrpn_eval.cli.ladder import ladder
 from sdrpn_eval.cli.replay import replay
 from sdrpn_eval.cli.score import score
 from sdrpn_eval.cli.subsets import app as subsets
+from sdrpn_eval.cli.sweep import sweep
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,10 +34,10 @@ def _main(context: typer.Context) -> None:
     with report_errors():
         needs("lmms_eval", "matplotlib", "jinja2", extra="eval", what="sdrpn-eval")
     # Tasks' documents are looked up on this machine; only what evaluates or cuts may download.
-    if context.invoked_subcommand not in ("ladder", "subsets"):
+    if context.invoked_subcommand not in ("ladder", "subsets", "sweep"):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-for command in (compare, gate, score, replay, ladder, curve):
+for command in (compare, gate, score, replay, ladder, curve, sweep):
     app.command()(command)
 app.add_typer(subsets, name="subsets")

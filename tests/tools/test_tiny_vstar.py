@@ -12,7 +12,7 @@ from datasets import load_dataset
 
 from sdrpn import Question, ZoomModel
 from sdrpn_eval.demo import BENCHMARK, HERE, embedded_model, tiny_path
-from tools.tiny_vstar import score
+from tools.tiny_vstar import report, score
 
 README = Path(__file__).parents[2] / "README.md"
 SUBSET = 100
@@ -70,6 +70,36 @@ def test_headline_number_is_recomputed_on_a_subset(rows: list, published: dict) 
         assert sum(a != b for a, b in zip(right, said, strict=True)) <= 2
 
 
+def test_fresh_scenes_depend_on_the_seed_alone(rows: list) -> None:
+    one, again, other = (score.fresh_rows([seed], 2) for seed in (3, 3, 4))
+    assert [row["question"] for row in one] == [row["question"] for row in again]
+    assert all(
+        a["image"].tobytes() == b["image"].tobytes() for a, b in zip(one, again, strict=True)
+    )
+    pictures = {row["image"].convert("RGB").tobytes() for row in (*one, *other)}
+    assert len(pictures) == 4
+    assert not pictures & {row["image"].convert("RGB").tobytes() for row in rows}
+    assert {row["image_id"] for row in one} == {"3/scene_000", "3/scene_001"}
+
+
+def test_fresh_scenes_are_scored_pooled_and_by_seed() -> None:
+    asked = score.fresh_rows([3, 4], 2)
+    found = score.score(tiny_path(), asked, thresholds=(0.2,), policies=())
+    assert {row["name"] for row in found["rows"]} >= {
+        "stock",
+        "oracle box, 168 px",
+        "vicrop",
+        "rpn, t = 0.2",
+        "attention, t = 0.2",
+    }
+    assert [part["seed"] for part in found["by_seed"]] == [3, 4]
+    assert sum(part["questions"] for part in found["by_seed"]) == len(asked) == found["questions"]
+    for name in ("rpn_minus_stock", "rpn_minus_attention_best"):
+        pooled = sum(part[name][0] * part["questions"] for part in found["by_seed"]) / len(asked)
+        assert pooled == pytest.approx(found[name]["all"][0], abs=1e-3)
+    assert found["rpn_minus_stock"]["all"][0] > 0.2
+
+
 def test_rpn_knows_its_model_and_facts() -> None:
     card = (tiny_path() / "rpn" / "README.md").read_text()
     for fact in ("samples", "steps", "final loss", "held-out IoU"):
@@ -79,3 +109,17 @@ def test_rpn_knows_its_model_and_facts() -> None:
 def test_readme_shows_the_measured_table(published: dict) -> None:
     assert score.brief_table(published) in README.read_text()
     assert score.markdown(published) in (README.parent / "docs" / "tiny_vstar.md").read_text()
+
+
+def test_pages_say_what_held_on_fresh_scenes() -> None:
+    """On five seeds: ahead of stock by far; level with attention at its best threshold."""
+    docs = README.parent / "docs"
+    fresh = json.loads((docs / "tiny_vstar_fresh.json").read_text())
+    assert len(fresh["by_seed"]) == 5
+    assert fresh["rpn_minus_stock"]["all"][1] >= 0.40
+    low, high = fresh["rpn_minus_attention_best"]["all"][1:]
+    assert low < 0 < high
+    page = (docs / "tiny_vstar.md").read_text()
+    assert report.fresh_section(fresh) in page
+    assert "level within the interval" in page
+    assert "level" in README.read_text()

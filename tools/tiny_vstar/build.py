@@ -31,7 +31,7 @@ def build(out: Path, seed: int) -> None:
 def measure(model: Path, benchmark: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Score every proposer; with the facts of the distillation and the minutes of every stage."""
     started = time.monotonic()
-    result = score.score(model, benchmark)
+    result = score.score(model, score.benchmark_questions(benchmark))
     trained = json.loads((model / "training.json").read_text())["seconds"]
     stages = {"tiny model": sum(trained.values()), **facts.pop("seconds")}
     stages["score"] = time.monotonic() - started

@@ -29,7 +29,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from sdrpn.backbones.llava15 import Llava15, check_is_llava15
+from sdrpn.backbones.llava15 import Llava15, check_is_llava15, tiling
 from sdrpn.backbones.loading import WeightsUnavailable
 from sdrpn.boxes import PixelBox
 from sdrpn.config import VICUNA_SYSTEM_PROMPT, LabelConfig, LayerHeads, ZoomConfig
@@ -641,3 +641,43 @@ def test_a_half_precision_checkpoint_runs_in_the_models_precision(
     assert loaded.q_proj.weight.dtype == torch.bfloat16
     ZoomModel(llava, loaded)
     assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+
+
+# --- tiles -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "tiles", "expected"),
+    [
+        ((100, 100), 4, (1, 1)),  # fits into one input of 336 pixels
+        ((336, 336), 4, (1, 1)),
+        ((337, 100), 4, (1, 2)),
+        ((100, 337), 2, (2, 1)),
+        ((700, 700), 1, (1, 1)),
+        ((700, 700), 2, (2, 1)),  # either way is as square
+        ((700, 700), 4, (2, 2)),
+        ((1500, 200), 4, (1, 4)),
+        ((1500, 400), 4, (1, 4)),
+        ((1000, 500), 4, (2, 2)),
+        ((900, 330), 4, (1, 3)),  # no more tiles than there are pixels for
+        ((330, 900), 4, (3, 1)),
+    ],
+)
+def test_large_regions_are_cut_into_tiles(
+    size: tuple[int, int], tiles: int, expected: tuple[int, int]
+) -> None:
+    assert tiling(PixelBox(10, 20, 10 + size[0], 20 + size[1]), tiles, 336) == expected
+
+
+def test_tiles_cover_the_region_without_gaps(llava: Llava15) -> None:
+    image = make_image(500, 300, seed=3)
+    box = PixelBox(7, 11, 7 + 401, 11 + 201)  # the tiny encoder's input has 112 pixels a side
+    tiles = llava.crop_inputs(image, box, tiles=4, max_tokens=9)
+    xs, ys = (7, 207, 408), (11, 111, 212)
+    assert [len(line) for line in tiles] == [2, 2]
+    for row, line in enumerate(tiles):
+        for column, one in enumerate(line):
+            part = PixelBox(xs[column], ys[row], xs[column + 1], ys[row + 1])
+            assert torch.equal(one.pixels, llava.crop_input(image, part).pixels)
+    ((whole,),) = llava.crop_inputs(image, box)
+    assert torch.equal(whole.pixels, llava.crop_input(image, box).pixels)

@@ -486,3 +486,18 @@ def test_published_settings() -> None:
     assert labels.of("text").sink == ()
     labels.check_fits(28, 28, "7B")
     small.labels.check_fits(36, 16, "3B")
+
+
+def test_a_budget_of_crop_tokens_limits_the_crop_s_pixels() -> None:
+    qwen = qwen_tiny.make_qwen()
+    image, box = make_image(400, 300, seed=1), PixelBox(10, 20, 330, 220)
+    ((whole,),) = qwen.crop_inputs(image, box)
+    assert torch.equal(whole.pixels, qwen.crop_input(image, box).pixels)
+    most = whole.grid.cells
+    for budget, tiles in ((most // 2, 1), (6, 1), (6, 2), (1, 1)):
+        ((small,),) = qwen.crop_inputs(image, box, tiles=tiles, max_tokens=budget)
+        assert small.grid.cells <= budget * tiles
+        assert small.grid.size == (320, 200)
+        assert len(small.pixels) == small.grid.cells * 4
+    ((same,),) = qwen.crop_inputs(image, box, max_tokens=10 * most)
+    assert torch.equal(same.pixels, whole.pixels)

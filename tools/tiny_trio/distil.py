@@ -1,0 +1,132 @@
+"""Stages 2 and 3: labels from the model's own attention and an RPN trained on them.
+
+`python -m tools.tiny_trio.distil --model DIR` runs the commands that a user of LLaVA-1.5 types. No
+box is used but those of the probe pictures that `sdrpn heads` draws for itself; boxes measure,
+afterwards, how good the labels were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from sdrpn.distill.probes import box_cover
+from sdrpn.io.atomic import as_json
+from tools.tiny_trio import scenes as sc
+from tools.tiny_vstar.make_questions import label_quality
+from tools.tiny_vstar.train_rpn import run
+
+LABEL_POOL = 3
+SCENES, STEPS, BRANCH_LAYER = 3000, 500, 3
+RELABEL = ""
+
+
+def write_questions(out: Path, scenes: int, seed: int) -> int:
+    """Draw scenes of all kinds in turn and ask all about them; returns the number of questions.
+
+    The pictures are 224 px views, all that the first look and the RPN ever see.
+    """
+    rng = np.random.default_rng((seed, LABEL_POOL))
+    entries, covers = [], {}
+    for number in tqdm(range(scenes), "pictures", leave=False):
+        kind = sc.KINDS[number % len(sc.KINDS)]
+        scene = sc.MAKERS[kind](rng, 0.5)
+        name = f"{kind}/{number:05d}.png"
+        (out / "images" / kind).mkdir(parents=True, exist_ok=True)
+        view = Image.fromarray(sc.view_of(scene.image, sc.WHOLE))
+        view.save(out / "images" / name, compress_level=1)
+        for index, item in enumerate(scene.items):
+            identity = f"{number:05d}-{index}"
+            turns = [
+                {"from": "human", "value": f"<image>\n{item.question}"},
+                {"from": "gpt", "value": item.response},
+            ]
+            entries.append({"id": identity, "image": name, "conversations": turns})
+            cover = box_cover(item.box, sc.WHOLE, sc.GRID, sc.GRID)
+            covers[identity] = np.flatnonzero(cover > 0.25).tolist()
+    (out / "questions.json").write_text(as_json(entries))
+    (out / "boxes.json").write_text(as_json(covers))
+    return len(entries)
+
+
+def commands(
+    model: Path, work: Path, out: Path, *, branch_layer: int, steps: int, seed: int, relabel: str
+) -> dict[str, list[str]]:
+    """The commands by what they are for, in their order; zoom settings stay as published."""
+    questions, heads = work / "questions", work / "heads"
+    lines = {
+        "heads": f"sdrpn heads --model {model} --out {heads} --max-new-tokens 5 --batch-size 32"
+        f" --seed {seed}",
+        "label": f"sdrpn label --model {model} --data {questions}/questions.json"
+        f" --images {questions}/images --heads {heads}/heads.json --out {work}/attention"
+        " --batch-size 32 --preview 16",
+        "relabel": f"sdrpn relabel {work}/attention --out {work}/labels {relabel}",
+        "train": f"sdrpn train --model {model} --labels {work}/labels --out {out}"
+        f" --branch-layer {branch_layer} --global-batch 32 --per_device_train_batch_size 32"
+        f" --max_steps {steps} --learning_rate 1e-3 --seed {seed} --save-dtype float16",
+    }
+    return {name: shlex.split(line) for name, line in lines.items()}
+
+
+def distil(
+    model: Path,
+    work: Path,
+    out: Path,
+    *,
+    scenes: int = SCENES,
+    steps: int = STEPS,
+    branch_layer: int = BRANCH_LAYER,
+    relabel: str = "",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Draw questions, run the commands; returns the facts: labels, training, seconds of each."""
+    questions = work / "questions"
+    if not (questions / "boxes.json").exists():
+        questions.mkdir(parents=True, exist_ok=True)
+        write_questions(questions, scenes, seed)
+    lines = commands(
+        model, work, out, branch_layer=branch_layer, steps=steps, seed=seed, relabel=relabel
+    )
+    seconds = {name: round(run(command), 1) for name, command in lines.items()}
+    return {
+        "labels": label_quality(work / "labels", questions),
+        "labels_published_thresholds": label_quality(work / "attention", questions),
+        "training": json.loads((out / "training.json").read_text()),
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    """Read the command line and distil."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="labels and such")
+    parser.add_argument("--out", type=Path, help="where to save the RPN; default: MODEL/rpn")
+    parser.add_argument("--scenes", type=int, default=SCENES)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--branch-layer", type=int, default=BRANCH_LAYER)
+    parser.add_argument("--relabel", default="", help="options of sdrpn relabel")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    facts = distil(
+        args.model,
+        args.work,
+        args.out or args.model / "rpn",
+        scenes=args.scenes,
+        steps=args.steps,
+        branch_layer=args.branch_layer,
+        relabel=args.relabel,
+        seed=args.seed,
+    )
+    print(as_json(facts, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Views with patch labels for stage 0: which word of each group a patch of a view shows."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from sdrpn.boxes import PixelBox
+from tools.tiny_trio.drawing import (
+    COLOURS,
+    FIELDS,
+    FONTS,
+    GLYPHS,
+    GROUPS,
+    MAP_SCALE,
+    NONE,
+    PATTERNS,
+    SHAPES,
+    Canvas,
+    smooth_ground,
+)
+from tools.tiny_trio.scenes import GRID, KINDS, MAKERS, SIDE, VIEW, WHOLE, view_of, zoom_box
+
+IGNORE = -100
+VISION_POOL = 0
+"""Second number of the seed of these views."""
+READABLE = {"pattern": ("period", 3.4, 20.0), "glyph": ("height", 10.5, 44.0)}
+"""Smallest and largest size, in pixels of a view, at which training asks the tower to name it."""
+SAMPLES = 5
+"""Points along each side of a patch at which the maps are read."""
+
+
+def patch_labels(canvas: Canvas, box: PixelBox) -> np.ndarray:
+    """Labels of the view of `box`: int16 (groups, 256).
+
+    The index of a word, the number of words for none of them, or -100 where a patch is mixed or
+    shows something too small for the view.
+    """
+    points = GRID * SAMPLES
+
+    def at(low: int, high: int) -> np.ndarray:
+        along = low + (np.arange(points) + 0.5) / points * (high - low)
+        return np.clip((along / MAP_SCALE).astype(int), 0, SIDE // MAP_SCALE - 1)
+
+    rows, columns = at(box.y0, box.y1), at(box.x0, box.x1)
+    scale = VIEW / max(box.x1 - box.x0, box.y1 - box.y0)
+
+    def by_patch(values: np.ndarray) -> np.ndarray:
+        seen = values[np.ix_(rows, columns)].reshape(GRID, SAMPLES, GRID, SAMPLES)
+        return seen.transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
+
+    return np.stack([_group_labels(canvas, group, by_patch, scale) for group in GROUPS])
+
+
+def _group_labels(canvas: Canvas, group: str, by_patch, scale: float) -> np.ndarray:
+    seen, count = by_patch(canvas.maps[group]), len(GROUPS[group])
+    counts = np.stack([(seen == k).sum(1) for k in range(count)])
+    best, cover = counts.argmax(0), counts.max(0) / SAMPLES**2
+    anything = (seen != NONE).mean(1)
+    labels = np.where(cover >= 0.3, best, np.where(anything > 0, IGNORE, count))
+    if group in READABLE:
+        name, smallest, largest = READABLE[group]
+        size = by_patch(canvas.sizes[name]).max(1).astype(float) * scale
+        labels = np.where((size > 0) & ((size < smallest) | (size > largest)), IGNORE, labels)
+    if group == "pattern":  # nothing is asked of patches without a pattern
+        labels = np.where(labels == count, IGNORE, labels)
+    return labels.astype(np.int16)
+
+
+def dense_canvas(rng: np.random.Generator, signs: float) -> Canvas:
+    """A canvas crowded with all that a view can show, at the size at which it shows it."""
+    canvas = Canvas(smooth_ground(rng, SIDE))
+    step = 56
+    for row in range(SIDE // step):
+        for column in range(SIDE // step):
+            x = (column + 0.5) * step + rng.uniform(-8, 8)
+            y = (row + 0.5) * step + rng.uniform(-8, 8)
+            what = rng.random()
+            colour = str(rng.choice(list(COLOURS)))
+            if what < 0.9 - signs:
+                shape, pattern = str(rng.choice(SHAPES[:-1])), str(rng.choice(PATTERNS))
+                period = math.exp(rng.uniform(math.log(3.6), math.log(10)))
+                canvas.shape(rng, shape, colour, pattern, (x, y), rng.uniform(11, 27), period)
+            elif what < 0.9:
+                wide, high = rng.uniform(14, 26, 2)
+                box = PixelBox(*(round(v) for v in (x - wide, y - high, x + wide, y + high)))
+                box = PixelBox(max(box.x0, 0), max(box.y0, 0), min(box.x1, SIDE), min(box.y1, SIDE))
+                canvas.plate(colour, box, rng)
+                ink = (
+                    (10, 10, 10)
+                    if colour in ("yellow", "cyan", "pink", "orange", "green")
+                    else (250,) * 3
+                )
+                height = rng.uniform(11, min(26, 2 * high - 6, 2.2 * wide - 6))
+                canvas.glyph(str(rng.choice(GLYPHS)), (x, y), height, str(rng.choice(FONTS)), ink)
+    return canvas
+
+
+def dense_page(rng: np.random.Generator) -> Canvas:
+    """A page crowded with fields in print that a view can show."""
+    canvas = Canvas(np.full((SIDE, SIDE, 3), rng.uniform(228, 252), np.uint8))
+    for row in range(9):
+        for column in range(6):
+            x, y = 6 + 112 * column + rng.uniform(0, 30), 12 + 74 * row + rng.uniform(0, 14)
+            ink, field = (int(rng.integers(0, 70)),) * 3, str(rng.choice(FIELDS))
+            tall = rng.uniform(9, 20)
+            label = canvas.text(field, (x + 2.1 * tall, y), tall, str(rng.choice(FONTS[:2])), ink)
+            height = rng.uniform(11, 26)
+            spot = (label.x0 + 6 + height / 2 + rng.uniform(0, 8), label.y1 + 5 + height / 2)
+            value = canvas.glyph(str(rng.choice(GLYPHS)), spot, height, str(rng.choice(FONTS)), ink)
+            x1 = max(label.x1, value.x1)
+            canvas.mark(PixelBox(label.x0, label.y0, x1, value.y1), "field", field)
+    return canvas
+
+
+def vision_views(seed: tuple[int, ...], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` views, uint8 (n, 224, 224, 3), and their labels, int16 (n, groups, 256)."""
+    rng = np.random.default_rng(seed)
+    views: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+
+    def add(canvas: Canvas, box: PixelBox) -> None:
+        views.append(view_of(canvas.image, box))
+        labels.append(patch_labels(canvas, box))
+
+    while len(views) < count:
+        chance = rng.random()
+        if chance < 0.65:
+            signs = 0.8 if chance < 0.2 else 0.4
+            canvas = dense_canvas(rng, signs) if chance < 0.35 else dense_page(rng)
+            for _ in range(6):
+                side = int(rng.uniform(170, 260))
+                x, y = (int(v) for v in rng.integers(0, SIDE - side, 2))
+                add(canvas, PixelBox(x, y, x + side, y + side))
+        else:
+            scene = MAKERS[str(rng.choice(KINDS))](rng, 0.5)
+            add(scene.canvas, WHOLE)
+            for index in rng.integers(0, len(scene.items), 3):
+                add(scene.canvas, zoom_box(rng, scene.items[index]))
+    return np.stack(views[:count]), np.stack(labels[:count])
+
+
+def _chunk(job: tuple[tuple[int, ...], int]) -> tuple[np.ndarray, np.ndarray]:
+    return vision_views(*job)
+
+
+def vision_pool(seed: int, count: int, workers: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """`vision_views` in `workers` processes; the same seed always gives the same views."""
+    jobs = [((seed, VISION_POOL, i), min(100, count - i)) for i in range(0, count, 100)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as executor:
+        found = list(tqdm(executor.map(_chunk, jobs), "views", len(jobs)))
+    return np.concatenate([v for v, _ in found]), np.concatenate([b for _, b in found])
