@@ -36,7 +36,8 @@ def test_the_claims_of_the_page_hold(result: dict[str, Any]) -> None:
         accuracy = next(g["accuracy"] for g in result["gates"] if g["name"] == name)
         assert accuracy["0.3"][0] < accuracy["0"][0] - 0.05
     assert auc["learned, annotated labels, last layer"][2] < others[0]
-    assert auc["learned, annotated labels, last layer, a token later"][0] > sure
+    later = auc["learned, annotated labels, last layer, a token later"][0]
+    assert later == pytest.approx(sure, abs=0.05)
     for found in result["labels"].values():
         assert found["right"] > 0.95
 
