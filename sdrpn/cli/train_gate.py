@@ -106,11 +106,13 @@ def train_gate(
         # Imported here, so that --help and a wrong path answer at once.
         from sdrpn.batch_inference import check_options
         from sdrpn.config import ZoomConfig
+        from sdrpn.distill.gate import check_held_out
         from sdrpn.distill.gate_labels import GateConfig
         from sdrpn.io.questions import read_questions
 
         config = GateConfig.from_text(rule, thresholds, kappa)
         check_options(batch_size, max_new_tokens, "empty")
+        check_held_out(held_out)
         ZoomConfig(learned_gate=learned_gate)
         asked = read_questions(questions, images)
         rpn_folder = find_rpn(model, rpn, out)

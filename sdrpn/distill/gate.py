@@ -102,8 +102,7 @@ def train_gate(
     Raises:
         ValueError: If `held_out` is no share, or one class has too few labels.
     """
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out must be a share in (0, 1), got {held_out}")
+    check_held_out(held_out)
     _check_counts(_counts(samples), MIN_LABELS, "", ignored)
     back = held_out_images(samples, held_out, seed)
     train = [s for s in samples if s.image not in back]
@@ -122,6 +121,12 @@ def train_gate(
         confidence_auc=float(roc_auc_score(labels, [-s.confidence for s in test])),
         curve=tuple(curve(probability, labels)),
     )
+
+
+def check_held_out(share: float) -> None:
+    """Raise ValueError unless a share is in (0, 1)."""
+    if not 0 < share < 1:
+        raise ValueError(f"held_out must be a share in (0, 1), got {share}")
 
 
 def held_out_images(samples: Sequence[GateSample], share: float, seed: int) -> set[str]:

@@ -151,6 +151,7 @@ def test_too_few_labels_say_what_is_missing(
         (["--rule", "votes"], "rule must be one of consensus, agreement, got 'votes'"),
         (["--thresholds", "0.1"], "thresholds must be two, such as 0.15,0.075, got '0.1'"),
         (["--batch-size", "0"], "batch_size and max_new_tokens must be 1 or more"),
+        (["--held-out", "1"], "held_out must be a share in (0, 1), got 1.0"),
         (["--learned-gate", "1.5"], "learned_gate must be in (0, 1) or None, got 1.5"),
         (["--images", "nowhere"], "there is no folder nowhere"),
     ],
