@@ -9,7 +9,7 @@ Shapes: P prefix tokens (text before the image and image), T image tokens, C hid
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -111,7 +111,9 @@ class Load:
     """Token counts of a question, and the number of questions on its image.
 
     neutral: tokens of ViCrop's neutral prompt. vicrop_layer: the layer whose attention it reads.
-    together: questions on an image in one batch, which share the pass of the neutral prompt.
+    together: questions on an image in one batch, which share the pass of the neutral prompt. kept:
+    image tokens that the upper layers of a zoomed answer see; None for all. sure: share of the
+    questions whose first answer stands; `crop` counts the tokens of the others.
     """
 
     questions_per_image: float
@@ -121,6 +123,8 @@ class Load:
     neutral: int = 0
     vicrop_layer: int = 0
     together: int = 1
+    kept: int | None = None
+    sure: float = 0.0
 
 
 Work = tuple[Sizes, Load]
@@ -168,16 +172,28 @@ def least(s: Sizes, layers: int, new: int, cached: int, outputs: int) -> float:
 
     The other tokens of the last layer need only keys and values.
     """
-    pairs = new * cached + new * (new + 1) / 2
-    full = _keys(s, new) + _rest(s, new) + 4 * pairs * s.hidden
     last = _keys(s, new) + _rest(s, outputs) + 4 * outputs * (cached + new) * s.hidden
-    return (layers - 1) * full + last
+    return unmasked(s, layers - 1, new, cached) + last
 
 
-def decode(s: Sizes, steps: int, length: int, heads: int) -> float:
-    """Decoding steps of one token, the first after `length` tokens, and rows of logits."""
+def unmasked(s: Sizes, layers: int, new: int, cached: int) -> float:
+    """Decoder layers over new tokens after cached ones, without masked keys."""
+    pairs = new * cached + new * (new + 1) / 2
+    return layers * (_keys(s, new) + _rest(s, new) + 4 * pairs * s.hidden)
+
+
+def decode(s: Sizes, steps: int, length: int, heads: int, upper: int | None = None) -> float:
+    """Decoding steps of one token, the first after `length` tokens, and rows of logits.
+
+    upper: tokens before the first step in the layers from the RPN's branch on, if they have fewer.
+    """
     words = heads * 2 * s.hidden * s.vocabulary
-    return words + sum(span(s, s.layers, 1, length + i) for i in range(steps))
+    return words + sum(_step(s, length + i, (upper or length) + i) for i in range(steps))
+
+
+def _step(s: Sizes, length: int, upper: int) -> float:
+    above = s.layers - s.branch_layer
+    return span(s, s.branch_layer, 1, length) + span(s, above, 1, upper)
 
 
 def _map_query(s: Sizes) -> float:
@@ -228,16 +244,63 @@ def none(s: Sizes, w: Load) -> Stations:
     return {"read": read / w.questions_per_image, **_answer(s, w)}
 
 
+def _own(s: Sizes) -> float:
+    """The RPN's part of an image."""
+    return span(s, s.depth - 1, s.prefix, 0) + _map_keys(s)
+
+
+def _seen_above(s: Sizes, kept: int) -> int:
+    """Tokens of a prefix that the upper layers of a thinned answer see."""
+    return s.head_tokens + min(kept, s.image_tokens)
+
+
 def sdrpn(s: Sizes, w: Load) -> Stations:
     """The image once, then for each question the map, the crop tokens and the question."""
-    own = span(s, s.depth - 1, s.prefix, 0) + _map_keys(s)
-    read = s.image_tower(s.vision_layers) + fill(s, s.layers, s.prefix, 0) + own
+    if w.kept is not None:
+        return _thinned(s, w, w.kept)
+    read = s.image_tower(s.vision_layers) + fill(s, s.layers, s.prefix, 0) + _own(s)
     look = span(s, s.branch_layer + s.depth - 1, w.question, s.prefix) + _map_query(s)
     return {
         "read": read / w.questions_per_image,
         "look": look,
         "crop": s.crop_tower(s.vision_layers),
         **_answer(s, w),
+    }
+
+
+def _thinned(s: Sizes, w: Load, kept: int) -> Stations:
+    """As `sdrpn`; only the question's image tokens pass the upper layers, once per question."""
+    above, suffix = s.layers - s.branch_layer, s.inserted(w.crop) + w.question
+    read = s.image_tower(s.vision_layers) + span(s, s.branch_layer, s.prefix, 0) + _own(s)
+    seen = _seen_above(s, kept) + suffix
+    lower, length = span(s, s.branch_layer, suffix, s.prefix), s.prefix + suffix
+    # generate() runs the last token again, in all layers.
+    last = _step(s, length - 1, seen - 1)
+    return {
+        "read": read / w.questions_per_image,
+        "look": span(s, s.branch_layer + s.depth - 1, w.question, s.prefix) + _map_query(s),
+        "crop": s.crop_tower(s.vision_layers),
+        "prefill": lower + fill(s, above, seen - 1, 0) + last,
+        "decode": decode(s, w.new - 1, length, w.new, seen),
+    }
+
+
+def gated(s: Sizes, w: Load) -> Stations:
+    """As `sdrpn`, but each question is answered without a zoom first, and some answers stand.
+
+    The first answer continues from the states that the RPN reads.
+    """
+    zoomed, plain = sdrpn(s, w), replace(w, crop=0)
+    lower, above = span(s, s.branch_layer, w.question, s.prefix), s.layers - s.branch_layer
+    last = s.prefix + w.question - 1
+    resumed = fill(s, above, w.question - 1, s.prefix) + span(s, s.layers, 1, last)
+    left = 1 - w.sure
+    return {
+        "read": zoomed["read"],
+        "look": lower + left * (zoomed["look"] - lower),
+        "crop": left * zoomed["crop"],
+        "prefill": resumed + left * zoomed["prefill"],
+        "decode": _answer(s, plain)["decode"] + left * zoomed["decode"],
     }
 
 
@@ -257,6 +320,7 @@ FORMULAS: Mapping[str, Callable[[Sizes, Load], Stations]] = {
     "two_pass": two_pass,
     "none": none,
     "sdrpn": sdrpn,
+    "gated": gated,
     "vicrop": vicrop,
 }
 
@@ -267,19 +331,29 @@ def floor(system: str, s: Sizes, w: Load) -> Stations:
     Each image once, with the vision layers that its features need; the map of each question; crop
     tokens and question once; one step per new token. Attention counts unmasked keys, and in the
     last layer only tokens whose output is used. `two_pass` has the bound of `sdrpn`, since it finds
-    the same region, and `none` that of `stock`.
+    the same region, and `none` that of `stock`. With `Load.kept`, the upper layers run only the
+    image tokens that they see.
     """
+    if system == "gated":
+        return _floor_of_gated(s, w)
     suffix = s.inserted(w.crop) + w.question
-    read = s.image_tower(s.feature_layers) + least(s, s.layers, s.prefix, 0, 0)
-    parts: Stations = {
-        "prefill": least(s, s.layers, suffix, s.prefix, 1),
-        "decode": decode(s, w.new - 1, s.prefix + suffix, w.new),
-    }
+    read = s.image_tower(s.feature_layers)
+    if w.kept is None:
+        read += least(s, s.layers, s.prefix, 0, 0)
+        parts: Stations = {
+            "prefill": least(s, s.layers, suffix, s.prefix, 1),
+            "decode": decode(s, w.new - 1, s.prefix + suffix, w.new),
+        }
+    else:
+        read += unmasked(s, s.branch_layer, s.prefix, 0)
+        seen = _seen_above(s, w.kept) + suffix
+        lower = unmasked(s, s.branch_layer, suffix, s.prefix)
+        parts = {
+            "prefill": lower + least(s, s.layers - s.branch_layer, seen, 0, 1),
+            "decode": decode(s, w.new - 1, s.prefix + suffix, w.new, seen),
+        }
     if system in ("sdrpn", "two_pass"):
-        # R of 1 has no layers of its own, only the map head.
-        if s.depth > 1:
-            read += least(s, s.depth - 1, s.prefix, 0, s.image_tokens)
-        read += _map_keys(s)
+        read += _own_least(s)
         layers = s.branch_layer + s.depth - 1
         parts["look"] = least(s, layers, w.question, s.prefix, 1) + _map_query(s)
     if system == "vicrop":
@@ -289,3 +363,23 @@ def floor(system: str, s: Sizes, w: Load) -> Stations:
     if w.crop:
         parts["crop"] = s.crop_tower(s.feature_layers)
     return {"read": read / w.questions_per_image} | parts
+
+
+def _own_least(s: Sizes) -> float:
+    """Lower bound of the RPN's part of an image. R of 1 has no layers of its own, only the head."""
+    own = least(s, s.depth - 1, s.prefix, 0, s.image_tokens) if s.depth > 1 else 0
+    return own + _map_keys(s)
+
+
+def _floor_of_gated(s: Sizes, w: Load) -> Stations:
+    """The lower bound of `none` for every question, and of the map and the zoom for some."""
+    first, zoomed = floor("none", s, replace(w, crop=0)), floor("sdrpn", s, w)
+    own = least(s, s.depth - 1, w.question, s.prefix, 1) if s.depth > 1 else 0
+    left = 1 - w.sure
+    return {
+        "read": zoomed["read"],
+        "look": left * (own + _map_query(s)),
+        "crop": left * zoomed.get("crop", 0.0),
+        "prefill": first["prefill"] + left * zoomed["prefill"],
+        "decode": first["decode"] + left * zoomed["decode"],
+    }

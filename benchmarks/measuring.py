@@ -43,12 +43,15 @@ class Measured:
 
 
 def jobs_of(systems: Sequence[System], names: Sequence[str], sizes: Sequence[int]) -> list[Job]:
-    """Build jobs for systems at every batch size; stock at batch size 1 is always included."""
+    """Build jobs for systems at every batch size; stock at batch size 1 is always included.
+
+    names: systems, or one preset of them (`System.label`).
+    """
     return [
         Job(system, size)
         for size in sorted({1, *sizes})
         for system in systems
-        if system.name == "stock" or (system.name in names and size in sizes)
+        if system.name == "stock" or ({system.name, system.label} & {*names} and size in sizes)
         if size <= (system.largest_batch or size)
     ]
 

@@ -20,8 +20,13 @@ from matplotlib.figure import Figure
 Row = dict[str, Any]
 
 LINES = {
+    ("sdrpn", "fastest"): ("sdrpn, fastest", "#003f5c", "-"),
     ("sdrpn", "fast"): ("sdrpn, fast", "#0072b2", "-"),
     ("sdrpn", "paper"): ("sdrpn, paper", "#56b4e9", "-"),
+    ("gated", "0"): ("sdrpn, fast, gate, 0 % stand", "#d8b365", "-"),
+    ("gated", "25"): ("sdrpn, fast, gate, 25 % stand", "#c59b3b", "-"),
+    ("gated", "50"): ("sdrpn, fast, gate, 50 % stand", "#a6761d", "-"),
+    ("gated", "75"): ("sdrpn, fast, gate, 75 % stand", "#6b4a0f", "-"),
     ("none", None): ("no second look, ours", "#009e73", "-"),
     ("two_pass", "paper"): ("two passes, as published", "#d55e00", "--"),
     ("vicrop", None): ("ViCrop, over our prefix", "#cc79a7", "--"),

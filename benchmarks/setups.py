@@ -18,6 +18,7 @@ from benchmarks.systems import (
     force_region,
     generation_of,
     middle_box,
+    preset_zoom,
     stock,
     two_pass,
 )
@@ -62,8 +63,12 @@ def llava_setup(
     labels = published_labels(llava.num_layers, llava.text_config.hidden_size)
     layer = labels.vicrop_layer if labels else round(llava.num_layers * 14 / 32)
 
-    def work(per_image: float, words: int, _: System, crop: float) -> Work:
-        return sizes, Load(per_image, words, round(crop), new_tokens, neutral, layer)
+    def work(per_image: float, words: int, system: System, crop: float) -> Work:
+        sure = int(system.preset or 0) / 100 if system.name == "gated" else 0.0
+        zoom = preset_zoom(system.preset or "")
+        kept = zoom.keep_tokens if system.name == "sdrpn" else None
+        each = round(crop / (1 - sure))
+        return sizes, Load(per_image, words, each, new_tokens, neutral, layer, 1, kept, sure)
 
     return Setup(
         llava,

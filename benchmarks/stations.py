@@ -14,6 +14,7 @@ from unittest.mock import patch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import sdrpn.engine
+import sdrpn.second_look
 from benchmarks.flops import STATIONS, Load, Sizes, floor
 from benchmarks.systems import forget_images
 from benchmarks.workload import Clock
@@ -31,12 +32,12 @@ def labelled(engine: ZoomModel) -> Iterator[dict[str, float]]:
     times are attributed correctly.
     """
     seconds: dict[str, float] = defaultdict(float)
-    clock = Clock(engine.backbone.device)
+    clock, forward = Clock(engine.backbone.device), engine.backbone.model.forward
 
     def timed(station: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)  # generate() reads the signature of forward()
         def call(*args: Any, **kwargs: Any) -> Any:
-            one_token = station == "prefill" and kwargs.get("inputs_embeds") is None
+            one_token = function == forward and kwargs.get("inputs_embeds") is None
             place = "decode" if one_token else station
             started = clock.now()
             with record_function(f"station {place}"):
@@ -49,8 +50,11 @@ def labelled(engine: ZoomModel) -> Iterator[dict[str, float]]:
     places = (
         (engine.backbone, "pixels", "pixels"),
         (sdrpn.engine, "prefill", "read"),
-        (engine, "look", "look"),
-        (sdrpn.engine, "crop_tokens", "crop"),
+        (engine.second_look, "look", "look"),
+        (sdrpn.second_look, "crop_tokens", "crop"),
+        # Of thinned answers: the lower layers, then the upper ones.
+        (sdrpn.second_look, "run_lower", "prefill"),
+        (sdrpn.second_look, "thinned", "prefill"),
         (engine.backbone.model, "forward", "prefill"),
     )
     with ExitStack() as stack:

@@ -3,7 +3,9 @@
 The region is given, since random weights produce random maps and a fair comparison needs a crop of
 the same size for every question. No work is skipped: the RPN (or ViCrop's attention) runs for every
 question, and its map is blurred, thresholded and boxed as usual; only then is the box replaced. All
-following steps (crop, encode, shrink to the budget, prefill, decode) run unchanged.
+following steps (crop, encode, shrink to the budget, prefill, decode) run unchanged. Likewise for
+the gate: every first answer is generated and its confidence computed, and only then replaced, so
+that a given share of the answers stands.
 """
 
 from __future__ import annotations
@@ -25,9 +27,15 @@ from sdrpn.inference.generation import generate, generate_plain
 from sdrpn.inference.prefix import Prefix, batch_rows
 from sdrpn.roi.crops import crop_tokens
 from sdrpn.roi.postprocess import Region, blur, propose
-from sdrpn.roi.proposers import Proposal
 from sdrpn.rpn.checkpoint import RPN
+from sdrpn.second_look import Row
 from sdrpn_eval.args import LlavaArguments
+
+PRESETS = ("paper", "fast", "fastest")
+GATED_PERCENT = (0, 25, 50, 75)
+"""Shares of the first answers that stand."""
+
+GATE = 0.9
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,11 @@ class System:
     cool: Callable[[], None]
     largest_batch: int | None = None
 
+    @property
+    def label(self) -> str:
+        """Name and preset, as the command line takes them."""
+        return self.name if self.preset is None else f"{self.name}-{self.preset}"
+
 
 def middle_box(grid: int, cells: int, columns: int | None = None) -> GridBox:
     """Return a box of cells x cells in the centre of a grid, of `grid` rows and, if not square,
@@ -71,16 +84,41 @@ def region_of(box: GridBox, view: ImageGrid) -> Region:
 
 def force_region(engine: ZoomModel, box: GridBox) -> ZoomModel:
     """Run an engine's proposer as usual, but replace its boxes by this one."""
-    ask = engine.look
+    stages = engine.second_look
+    look = stages.look
 
-    def look(questions: Sequence[Question], *rest: Any) -> list[Proposal]:
-        found = ask(questions, *rest)
-        views = [engine.backbone.image_grid(q.images[0]) for q in questions]
-        pairs = zip(found, views, strict=True)
-        return [replace(one, region=region_of(box, view)) for one, view in pairs]
+    def given(rows: Sequence[Row]) -> None:
+        look(rows)
+        for row in rows:
+            region = region_of(box, engine.backbone.image_grid(row.image))
+            row.proposal = replace(row.proposal, region=region)
 
-    engine.look = look  # type: ignore[method-assign]
+    stages.look = given  # type: ignore[method-assign]
     return engine
+
+
+class ForcedGate:
+    """Run an engine's gate as usual, but replace the confidence in its first answers.
+
+    Args:
+        engine: With `ZoomConfig.gate`.
+        share: Share of the first answers that stand, evenly spread over the questions.
+    """
+
+    def __init__(self, engine: ZoomModel, share: float) -> None:
+        self.share, self.seen = share, 0
+        self._answer_first = engine.second_look.answer_first
+        engine.second_look.answer_first = self._given  # type: ignore[method-assign]
+
+    def _given(self, rows: Sequence[Row], generation: Mapping[str, Any]) -> None:
+        self._answer_first(rows, generation)
+        for row in rows:
+            before, self.seen = self.seen, self.seen + 1
+            row.confidence = float(int(self.seen * self.share) - int(before * self.share))
+
+    def restart(self) -> None:
+        """Start the count of questions anew."""
+        self.seen = 0
 
 
 def forget_images(engine: ZoomModel) -> None:
@@ -118,6 +156,22 @@ def engine_system(
 def zooming_engine(llava: Llava15, rpn: RPN, box: GridBox, preset: str) -> ZoomModel:
     """sdrpn with the settings of a preset and a given region."""
     return force_region(ZoomModel(llava, rpn, zoom=preset_zoom(preset)), box)
+
+
+def gated_system(
+    llava: Llava15, rpn: RPN, box: GridBox, percent: int, generation: Mapping[str, Any]
+) -> System:
+    """sdrpn with preset fast and the gate, whose first answers stand for a share of questions."""
+    zoom = replace(preset_zoom("fast"), gate=GATE)
+    engine = force_region(ZoomModel(llava, rpn, zoom=zoom), box)
+    gate = ForcedGate(engine, percent / 100)
+    system = engine_system(engine, "gated", str(percent), generation)
+
+    def cool() -> None:
+        system.cool()
+        gate.restart()
+
+    return replace(system, cool=cool)
 
 
 def stock(backbone: Backbone, generation: Mapping[str, Any], preset: str | None = None) -> System:
@@ -203,8 +257,9 @@ def all_systems(
         two_pass(llava, rpn, box, preset_zoom("paper"), said),
         *[
             engine_system(zooming_engine(llava, rpn, box, preset), "sdrpn", preset, said)
-            for preset in ("paper", "fast")
+            for preset in PRESETS
         ],
+        *[gated_system(llava, rpn, box, percent, said) for percent in GATED_PERCENT],
         engine_system(
             ZoomModel(llava, proposer="vicrop", zoom=preset_zoom("paper")),
             "vicrop",

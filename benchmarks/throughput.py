@@ -7,7 +7,10 @@ within every repeat, so that a change in the machine's speed affects all of them
                At batch size 1 the same as lmms-eval's llava_hf.
     none       sdrpn without zoom: the image is prefilled once for all its questions.
     two_pass   the published implementation: two passes over the full prompt (batch 1).
-    sdrpn      sdrpn. Preset paper: 576 crop tokens; preset fast: as many as the region needs.
+    sdrpn      sdrpn. Preset paper: 576 crop tokens; preset fast: at most 64; preset fastest: the
+               same, and the upper layers see 128 image tokens.
+    gated      sdrpn, preset fast, which answers without a zoom first; that answer stands for a
+               given share of the questions (0, 25, 50, 75 %).
     vicrop     the ViCrop baseline over our prefix (batch 1, unless --vicrop-batched).
 
 With --family qwen2_5_vl, stock has 4096 tokens per image, and 1024 and 576 as presets; two_pass and
@@ -37,7 +40,13 @@ from benchmarks.setups import Setup, llava_setup, qwen_setup
 from benchmarks.shapes import SHAPES
 from benchmarks.shapes_qwen import QWEN_SHAPES, load_qwen
 from benchmarks.stations import profile_question
-from benchmarks.systems import generation_of, middle_box, zooming_engine
+from benchmarks.systems import (
+    GATED_PERCENT,
+    PRESETS,
+    generation_of,
+    middle_box,
+    zooming_engine,
+)
 from benchmarks.workload import (
     MIXES,
     Cell,
@@ -54,7 +63,7 @@ from sdrpn.io.atomic import atomic_write
 from sdrpn.rpn.checkpoint import RPN
 
 EXAMPLES = """examples:
-  python -m benchmarks.throughput --quick --out quick.json      a first look, 2 cores, minutes
+  python -m benchmarks.throughput --quick --out quick.json      a first look, 2 cores, 2 minutes
   python -m benchmarks.throughput --out docs/throughput.json    the table, 2 cores, about an hour
   python -m benchmarks.throughput --shape 7b --device cuda --out docs/throughput_7b.json
   python -m benchmarks.throughput --mix textvqa docvqa pope --out docs/throughput_mix.json
@@ -68,6 +77,16 @@ ratio_to_stock is stock's seconds over the system's own: above 1 is faster than 
 SHAPES_OF = {"llava": SHAPES, "qwen2_5_vl": QWEN_SHAPES}
 IMAGE_SIZES = {"llava": (640, 480), "qwen2_5_vl": (1792, 1792)}
 """Default pixels of an image; Qwen2.5-VL's are 64 x 64 cells of 28."""
+
+QUICK = ("sdrpn-fast", "sdrpn-fastest", "gated-50")
+SYSTEMS = [
+    *sorted(FORMULAS),
+    *(f"sdrpn-{preset}" for preset in PRESETS),
+    *(f"gated-{percent}" for percent in GATED_PERCENT),
+]
+
+LEAST_QUESTIONS = 4
+"""So that every share of gated questions is a number of questions."""
 
 MODEL_OPTIONS = ("layers", "pretrained", "rpn", "device", "attention")
 
@@ -108,7 +127,7 @@ def run(setup: Setup, settings: Settings, out: Path | None = None) -> dict[str, 
     with tqdm(total=len(columns) * len(jobs) * (settings.repeats + 1), unit="run") as progress:
         for cell in columns:
             progress.set_description(f"{cell.mix or cell.mean} questions an image")
-            counts = cell.enough(max(settings.batch_sizes))
+            counts = cell.enough(max(LEAST_QUESTIONS, *settings.batch_sizes))
             asked = questions(backbone, counts, settings.question_tokens, settings.image_size)
             rate = max(result["achievable_flops_per_second"], achievable(backbone))
             result["achievable_flops_per_second"] = rate
@@ -127,7 +146,7 @@ def profile(llava: Llava15, rpn: RPN, settings: Settings, rate: float) -> dict[s
     asked = questions(llava, [1], settings.question_tokens, settings.image_size)
     box, said = middle_box(llava.grid, settings.cells), generation_of(settings.new_tokens)
     sizes, found = Sizes.of(llava, rpn.config), {}
-    for preset in ("paper", "fast"):
+    for preset in PRESETS:
         print(f"\n## one question, preset {preset}\n")
         engine = zooming_engine(llava, rpn, box, preset)
         found[preset] = profile_question(engine, asked[0], said, sizes, rate, settings.repeats)
@@ -147,7 +166,11 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=form)
     gpu = torch.cuda.is_available()
     p.add_argument("--out", type=Path, help="JSON file to write")
-    p.add_argument("--quick", action="store_true", help="batch 1, 1 and 4 questions, 3 repeats")
+    p.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"batch 1, 1 and 4 questions, 5 repeats, stock and {', '.join(QUICK)}",
+    )
     p.add_argument("--profile", action="store_true", help="also profile one question")
     model = p.add_argument_group("model")
     model.add_argument("--family", choices=sorted(SHAPES_OF), default="llava")
@@ -162,9 +185,9 @@ def parser() -> argparse.ArgumentParser:
     work.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 8, 16])
     work.add_argument("--per-image", type=int, nargs="*", help="questions per image [1 2 4 16]")
     work.add_argument("--mix", nargs="+", choices=sorted(MIXES), default=[], help="by benchmark")
-    work.add_argument("--systems", nargs="+", choices=sorted(FORMULAS), default=sorted(FORMULAS))
+    work.add_argument("--systems", nargs="+", choices=SYSTEMS, help="or one preset of them [all]")
     work.add_argument("--vicrop-batched", action="store_true", help="vicrop at every batch size")
-    work.add_argument("--repeats", type=int, help="timed rounds [5, with --quick 3]")
+    work.add_argument("--repeats", type=int, default=5, help="timed rounds")
     work.add_argument("--new-tokens", type=int, default=4, help="new tokens per answer")
     work.add_argument(
         "--question-tokens", type=int, default=60, help="question tokens after the image"
@@ -182,16 +205,18 @@ def settings_from(args: argparse.Namespace) -> Settings:
     if columns is None:
         columns = [] if args.mix else [1, 4] if args.quick else [1, 2, 4, 16]
     width, height = args.image_size or IMAGE_SIZES[args.family]
+    quick = args.quick and args.family == "llava"
+    systems = args.systems or (QUICK if quick else sorted(FORMULAS))
     return Settings(
         batch_sizes=(1,) if args.quick else tuple(sorted(set(args.batch_sizes))),
         per_image=tuple(columns),
         mixes=tuple(args.mix),
-        repeats=args.repeats or (3 if args.quick else 5),
+        repeats=args.repeats,
         new_tokens=args.new_tokens,
         question_tokens=args.question_tokens,
         image_size=(width, height),
         cells=args.cells,
-        systems=tuple(args.systems),
+        systems=tuple(systems),
         vicrop_batched=args.vicrop_batched,
     )
 

@@ -5,14 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.flops import FORMULAS, STATIONS, Load, Sizes, counted, floor, least, span, tower
+from benchmarks.flops import (
+    FORMULAS,
+    STATIONS,
+    Load,
+    Sizes,
+    counted,
+    floor,
+    least,
+    sdrpn,
+    span,
+    stock,
+    tower,
+)
 from benchmarks.measuring import Job
-from benchmarks.systems import System, all_systems, middle_box
+from benchmarks.setups import Setup, llava_setup
+from benchmarks.systems import Said, System, all_systems, middle_box
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import RPNConfig
 from sdrpn.engine import Question
 from sdrpn.roi.vicrop import NEUTRAL_QUESTION
 from sdrpn.rpn.checkpoint import RPN
+from sdrpn_eval.args import LlavaArguments
 from tests.conftest import make_image, make_rpn
 
 NEW = 3
@@ -99,6 +113,100 @@ def test_counter_agrees_with_grouped_keys(gqa_llava: Llava15) -> None:
     rpn = make_rpn(gqa_llava, perturbed=False)
     for name, preset in CASES:
         compare(gqa_llava, rpn, name, preset, questions(2))
+
+
+@pytest.fixture(scope="module")
+def setup(llava: Llava15, perturbed_rpn: RPN) -> Setup:
+    return llava_setup(llava, perturbed_rpn, cells=CELLS, new_tokens=NEW, vicrop_batched=False)
+
+
+def check_setup(setup: Setup, label: str, batch: int) -> list[Said]:
+    """Compare a system of a setup on four questions about one image with the setup's formula."""
+    system = next(s for s in setup.systems if s.label == label)
+    asked = [*questions(3), *questions(1)]
+    job = Job(system, batch)
+    said = job.run(asked)
+    crops = sum(one.crop_tokens for one in said) / 4
+    words = len(setup.backbone.prompt_ids(asked[0].text).after)
+    sizes, load = setup.work(4, words, system, crops)
+    own = counted(lambda: job.run(asked)) / 4
+    formula = FORMULAS[system.name](sizes, load)
+    assert own == pytest.approx(sum(formula.values()), rel=0.01)
+    least, formula = _answered(floor(system.name, sizes, load)), _answered(formula)
+    assert all(needed <= formula[station] for station, needed in least.items())
+    return said
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(("percent", "zoomed"), [(0, 4), (25, 3), (50, 2), (75, 1)])
+def test_gated_shares(setup: Setup, percent: int, zoomed: int, batch: int) -> None:
+    said = check_setup(setup, f"gated-{percent}", batch)
+    assert sum(one.crop_tokens > 0 for one in said) == zoomed
+
+
+def test_thinned_upper_layers(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The preset keeps 128, twice what this image has.
+    presets = dict(LlavaArguments.presets)
+    monkeypatch.setattr(LlavaArguments, "presets", presets)
+    presets["fastest"] = presets["fastest"] | {"keep_tokens": 20}
+    assert isinstance(setup.backbone, Llava15)
+    thin = llava_setup(
+        setup.backbone,
+        make_rpn(setup.backbone, perturbed=False),
+        cells=CELLS,
+        new_tokens=NEW,
+        vicrop_batched=False,
+    )
+    for batch in (1, 4):
+        said = check_setup(thin, "sdrpn-fastest", batch)
+        assert all(one.crop_tokens > 0 for one in said)
+
+
+def test_thinned_operations_by_hand() -> None:
+    s = sizes(layers=3)
+    load = Load(1, question=6, crop=4, new=1, kept=2)
+    found = sdrpn(s, load)
+    # The image passes the one layer below the branch.
+    whole = 2 * (4 * 100 + 3 * 200)
+    assert found["read"] - s.image_tower(2) - 2 * 4 * 10 * 10 == 7 * whole + 4 * 7 * 7 * 10
+    # The suffix of 10 passes it too; above, 3 + 2 + 9 tokens fill one layer and the keys of the
+    # last. generate() runs the last token: with 17 columns below and 15 in two layers above.
+    lower = 10 * whole + 4 * 10 * 17 * 10
+    upper = 14 * whole + 4 * 14 * 14 * 10 + 14 * 2 * 200
+    assert found["prefill"] == lower + upper + 3 * whole + 4 * (17 + 2 * 15) * 10
+
+
+def test_seven_billion_by_formula() -> None:
+    """The ratios to stock's operations at 7B's proportions, 60 tokens of the question, 4 new."""
+    seven = sizes(
+        layers=32,
+        hidden=4096,
+        intermediate=11008,
+        kv_width=4096,
+        vocabulary=32064,
+        head_tokens=35,
+        image_tokens=576,
+        branch_layer=15,
+        depth=3,
+        vision_layers=24,
+        vision_hidden=1024,
+        vision_intermediate=4096,
+        patch_inputs=588,
+        feature_layers=23,
+    )
+
+    def ratio(name: str, load: Load) -> float:
+        whole = sum(stock(seven, Load(load.questions_per_image, 60, 0, 4)).values())
+        return round(sum(FORMULAS[name](seven, load).values()) / whole, 2)
+
+    # By token-layers: 611 of the prefix, 60 of the question, 64 of the crop, two layers of the RPN.
+    # (671 * 32 + 671 * 2 + 60 * 15 + 64 * 32) / (671 * 32) = 1.20; the rest is image encoding.
+    assert [ratio("sdrpn", Load(n, 60, 64, 4)) for n in (1, 4)] == [1.21, 0.5]
+    # 611 in 15 + 2 layers, 60 in 15 + 2, 124 in 15, and 35 + 128 + 124 in 17: 0.85.
+    assert [ratio("sdrpn", Load(n, 60, 64, 4, kept=128)) for n in (1, 4)] == [0.88, 0.51]
+    # A first answer costs 60 in 17 layers more; one that stands needs neither map nor crop.
+    gated = [Load(1, 60, 64, 4, sure=share) for share in (0, 0.25, 0.5, 0.75)]
+    assert [ratio("gated", load) for load in gated] == [1.26, 1.2, 1.14, 1.09]
 
 
 def test_a_repeat_starts_with_no_image_read(llava: Llava15, perturbed_rpn: RPN) -> None:

@@ -112,7 +112,9 @@ def test_every_question_has_its_crop(
     # 64 cells; a box of 3 x 3.
     assert crops[("sdrpn", "paper")] == crops[("two_pass", "paper")] == {64}
     assert crops[("vicrop", None)] == {64}
-    assert crops[("sdrpn", "fast")] == {fast_tokens()}
+    assert crops[("sdrpn", "fast")] == crops[("sdrpn", "fastest")] == {fast_tokens()}
+    assert crops[("gated", "0")] == {fast_tokens()}
+    assert crops[("gated", "50")] == {0, fast_tokens()}
     assert crops[("stock", None)] == crops[("none", None)] == {0}
 
 
@@ -148,8 +150,28 @@ def test_jobs_are_every_batch_size_and_stock_at_one(
     jobs = jobs_of(list(systems.values()), ["sdrpn", "two_pass"], [2, 4])
     found = {(j.system.name, j.system.preset, j.batch_size) for j in jobs}
     stock = {("stock", None, size) for size in (1, 2, 4)}
-    ours = {("sdrpn", preset, size) for preset in ("paper", "fast") for size in (2, 4)}
+    ours = {("sdrpn", p, size) for p in ("paper", "fast", "fastest") for size in (2, 4)}
     assert found == stock | ours
+    one = jobs_of(list(systems.values()), ["gated-25"], [1])
+    assert [(job.system.name, job.system.preset) for job in one] == [
+        ("stock", None),
+        ("gated", "25"),
+    ]
+
+
+def test_first_answers_stand_for_a_share(
+    llava: Llava15, systems: dict[tuple[str, str | None], System]
+) -> None:
+    image = make_image(120, 90, 1)
+    asked = [Question(text, (image,)) for text in [*QUESTIONS, *QUESTIONS]][:8]
+    plain = [one.text for one in Job(systems["none", None], 1).run(asked)]
+    zoomed = [one.text for one in Job(systems["sdrpn", "fast"], 1).run(asked)]
+    for batch in (1, 4):
+        said = Job(systems["gated", "25"], batch).run(asked)
+        stands = [one.crop_tokens == 0 for one in said]
+        assert stands == [False, False, False, True] * 2
+        pairs = zip(plain, zoomed, stands, strict=True)
+        assert [one.text for one in said] == [p if sure else z for p, z, sure in pairs]
 
 
 def test_rows_are_as_promised(result: dict[str, Any]) -> None:
@@ -164,7 +186,9 @@ def test_rows_are_as_promised(result: dict[str, Any]) -> None:
     columns = {(r["questions_per_image"], r["mix"]) for r in result["rows"]}
     assert columns == {(2, None), (1.6, "textvqa")}
     systems = {(r["system"], r["preset"]) for r in result["rows"] if r["batch_size"] == 2}
-    assert systems == {("stock", None), ("none", None), ("sdrpn", "paper"), ("sdrpn", "fast")}
+    gated = {("gated", percent) for percent in ("0", "25", "50", "75")}
+    ours = {("sdrpn", preset) for preset in ("paper", "fast", "fastest")}
+    assert systems == {("stock", None), ("none", None)} | gated | ours
     json.dumps(result, allow_nan=False)
 
 
