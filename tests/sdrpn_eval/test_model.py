@@ -149,7 +149,7 @@ def test_thresholds_follow_the_task_and_are_said_once(engine: FakeEngine, log: l
 @pytest.mark.parametrize(
     ("task", "proposer", "threshold", "origin"),
     [
-        ("tiny_vstar", "rpn", 0.2, "chosen on the embedded model"),
+        ("tiny_vstar", "rpn", "peak", "chosen on the embedded model"),
         ("ocrbench_v2", "rpn", 0.15, "as none is published for it"),
         ("ocrbench_public", "rpn", 0.05, "as published for ocrbench"),
         ("docvqa_val", "attention", 0.1, "as published for docvqa, of the RPN"),

@@ -15,6 +15,7 @@ from datasets import Image as ImageColumn
 from typer.testing import CliRunner
 
 from sdrpn import engine as zoom
+from sdrpn import second_look
 from sdrpn.io.resumable import DoesNotFit
 from sdrpn.roi import proposers
 from sdrpn_eval.cli import app
@@ -294,15 +295,15 @@ def test_stock_answers_where_the_second_look_fails(
     asked = [ask("mytask", i, f"what pattern is on the {c} disc ?") for i, c in enumerate("abcd")]
     stock = texts(model("tiny", docs, proposer="none", device="cpu").generate_until(asked))
     zoomed = texts(model("tiny", docs, device="cpu").generate_until(asked))
-    by_rpn = proposers.BY_NAME["rpn"]
+    by_rpn = proposers.by_rpn
 
-    def fails_on_the_third(models: Any, looks: Any) -> Any:
+    def fails_on_the_third(models: Any, looks: Any, lowered: Any) -> Any:
         third = models.backbone.prompt_ids("what pattern is on the c disc ?").after
         if any(look.question == third for look in looks):
             raise ValueError("no region")
-        return by_rpn(models, looks)
+        return by_rpn(models, looks, lowered)
 
-    monkeypatch.setattr(zoom, "BY_NAME", {**proposers.BY_NAME, "rpn": fails_on_the_third})
+    monkeypatch.setattr(second_look, "by_rpn", fails_on_the_third)
     record = tmp_path / "r"
     lm = model("tiny", docs, device="cpu", on_error="stock", batch_size=4, record=record)
     answers = texts(lm.generate_until(asked))

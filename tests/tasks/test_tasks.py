@@ -829,7 +829,7 @@ def test_a_task_without_a_folder_stays_on_the_hub(data: Path) -> None:
         ("vstar_likelihood", 0.1),
         ("hrbench4k_offline", 0.1),
         ("hrbench8k_ci", 0.1),
-        ("tiny_vstar", 0.2),
+        ("tiny_vstar", "peak"),
         ("multidocvqa_val", 0.15),
         ("something_new", 0.15),
     ],

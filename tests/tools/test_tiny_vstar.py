@@ -84,7 +84,7 @@ def test_fresh_scenes_depend_on_the_seed_alone(rows: list) -> None:
 
 def test_fresh_scenes_are_scored_pooled_and_by_seed() -> None:
     asked = score.fresh_rows([3, 4], 2)
-    found = score.score(tiny_path(), asked, thresholds=(0.2,), policies=())
+    found = score.score(tiny_path(), asked, thresholds=(0.2, "peak"), policies=())
     assert {row["name"] for row in found["rows"]} >= {
         "stock",
         "oracle box, 168 px",
