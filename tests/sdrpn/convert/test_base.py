@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPVisionModel,
     PreTrainedTokenizerFast,
 )
 from typer.testing import CliRunner
@@ -28,7 +30,7 @@ from typer.testing import CliRunner
 from sdrpn.backbones.llava15 import Llava15, square_grid
 from sdrpn.cli import app
 from sdrpn.config import VICUNA_SYSTEM_PROMPT
-from sdrpn.convert.base import _main_dtype, convert_base, grow_vocabulary, read_base
+from sdrpn.convert.base import _main_dtype, _tower_tensors, convert_base, grow_vocabulary, read_base
 from sdrpn.convert.original_layout import read_config
 from sdrpn.convert.tokenizer import read_tokenizer
 from sdrpn.engine import ZoomModel
@@ -266,6 +268,46 @@ def test_another_tower_s_folder_is_taken_from_the_command_line(
     name = "model.vision_tower.pre_layrnorm.weight"
     found = Llava15.load(str(out), dtype="float32", device="cpu").model.state_dict()[name]
     assert torch.equal(found, random.model.state_dict()[name])
+
+
+def test_tensors_of_a_clip_have_the_names_of_either_transformers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Older versions of transformers keep "vision_model." before the names."""
+    held = {"vision_model.embeddings.a": torch.ones(1), "encoder.vision_model.b": torch.ones(1)}
+    model = SimpleNamespace(state_dict=lambda: held)
+    monkeypatch.setattr(CLIPVisionModel, "from_pretrained", lambda _: model)
+    stem = "model.vision_tower.vision_tower.vision_model"
+    assert set(_tower_tensors("clip")) == {
+        f"{stem}.embeddings.a",
+        f"{stem}.encoder.vision_model.b",
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (OSError("cannot be read\nand more"), "cannot be read"),
+        (
+            PermissionError(13, "Permission denied", "/cache/blob"),
+            "cannot fetch org/clip: /cache/blob cannot be written (Permission denied); "
+            "set HF_HOME to another one",
+        ),
+    ],
+)
+def test_a_vision_tower_that_cannot_be_loaded_is_told(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, cause: str
+) -> None:
+    def refused(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr(CLIPVisionModel, "from_pretrained", refused)
+    with pytest.raises(FileNotFoundError) as told:
+        _tower_tensors("org/clip")
+    assert str(told.value) == (
+        f"cannot load the vision tower org/clip ({cause}); give its folder or Hub id with "
+        "--vision-tower"
+    )
 
 
 def test_an_rpn_inside_is_left_out(
