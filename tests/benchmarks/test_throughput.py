@@ -152,6 +152,7 @@ def test_jobs_are_every_batch_size_and_stock_at_one(
     assert found == stock | ours
 
 
+@pytest.mark.slow
 def test_rows_are_as_promised(result: dict[str, Any]) -> None:
     assert {"machine", "shape", "rows"} <= set(result)
     assert {"cpu", "threads", "torch"} <= set(result["machine"])
@@ -168,6 +169,7 @@ def test_rows_are_as_promised(result: dict[str, Any]) -> None:
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_ratios_are_stocks_seconds_over_own(result: dict[str, Any]) -> None:
     own, equal = row_of(result, "sdrpn", "fast", 2, 2), row_of(result, "stock", None, 2, 2)
     alone = row_of(result, "stock", None, 1, 2)
@@ -179,12 +181,14 @@ def test_ratios_are_stocks_seconds_over_own(result: dict[str, Any]) -> None:
     assert own["crop_tokens"] == fast_tokens()
 
 
+@pytest.mark.slow
 def test_profile_names_every_station(result: dict[str, Any]) -> None:
     for stations in result["profile"].values():
         for name in ("pixels", "read", "look", "crop", "prefill", "decode", "whole"):
             assert stations[name]["seconds"] > 0, name
 
 
+@pytest.mark.slow
 def test_page_and_figure(
     result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

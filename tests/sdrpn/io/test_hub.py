@@ -249,6 +249,7 @@ def test_a_full_disk_and_a_cache_of_another_are_told() -> None:
 # Revisions
 
 
+@pytest.mark.slow
 def test_rpn_revision_reaches_the_rpn(hub: Hub, tmp_path: Path) -> None:
     hub.add("org/base", BASE)
     hub.add("org/rpn", {"config.json": b"{}"})
@@ -372,6 +373,7 @@ def test_the_readme_s_second_command_needs_no_login(hub: Hub, tmp_path: Path) ->
     assert not any(token for _, _, token in hub.seen)
 
 
+@pytest.mark.slow
 def test_a_missing_login_is_told_before_any_weights(hub: Hub, tmp_path: Path) -> None:
     add_data(hub, tmp_path)
     hub.add(LLAVA_7B, BASE)
@@ -389,6 +391,7 @@ def test_a_missing_login_is_told_before_any_weights(hub: Hub, tmp_path: Path) ->
     assert "RetryError" not in output
 
 
+@pytest.mark.slow
 def test_data_out_of_reach_is_told_before_any_weights(hub: Hub, tmp_path: Path) -> None:
     hub.add(LLAVA_7B, BASE)
     hub.add(PUBLISHED_RPN[LLAVA_7B], RPN)
