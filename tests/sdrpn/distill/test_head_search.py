@@ -571,9 +571,22 @@ def plant(
     return read_attention
 
 
+def answers(*images: int) -> Callable[..., list[ProbeQuestion]]:
+    """An `answer` that says the same of some pictures, by default of all."""
+
+    def answer(
+        self: AttentionProbe, asked: list[ProbeQuestion], max_new_tokens: int
+    ) -> list[ProbeQuestion]:
+        some = [one for one in asked if not images or one.target.image in images]
+        return [replace(one, response=(5,)) for one in some]
+
+    return answer
+
+
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AttentionProbe, "read_attention", plant())
+    monkeypatch.setattr(AttentionProbe, "answer", answers())
 
 
 @pytest.mark.usefixtures("planted")
@@ -608,9 +621,11 @@ def inside_shares(targets: list[Targets], first: int, peak: float) -> float:
     return float(np.mean(shares))
 
 
-@pytest.mark.usefixtures("planted")
-def test_even_pictures_choose_and_odd_ones_judge(tiny: ZoomModel) -> None:
+def test_even_pictures_choose_and_odd_ones_judge(
+    tiny: ZoomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pictures of 6, 3, 6, 3, 4, 3, 3 and 6 discs, of the first of which five answers are kept."""
+    monkeypatch.setattr(AttentionProbe, "read_attention", plant())
     found = find_heads(tiny, scenes=8)
     assert {name: found.facts[name] for name in ("probes", "questions", "answers")} == {
         "probes": {"seed": 0, "scenes": 8, "side": 448},
@@ -652,6 +667,7 @@ def test_the_settings_of_the_search_are_followed(tiny: ZoomModel) -> None:
 def test_heads_of_one_layer_are_listed_together_and_sinks_by_their_layer(
     tiny: ZoomModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(AttentionProbe, "answer", answers())
     monkeypatch.setattr(AttentionProbe, "read_attention", plant([(4, 3), (4, 1)], sinks=[3]))
     found = find_heads(tiny, scenes=8)
     assert [head for head, _ in found.joined] == [(4, 1), (4, 3)]
@@ -677,6 +693,7 @@ def test_published_heads_are_measured_beside_those_found(
 def test_a_model_without_a_head_that_points_is_told(
     tiny: ZoomModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(AttentionProbe, "answer", answers())
     monkeypatch.setattr(AttentionProbe, "read_attention", plant([]))
     told = "tiny points at what is asked: on 19 probe questions no head's pseudo-labels overlap the"
     with pytest.raises(ValueError, match=told):
@@ -687,19 +704,11 @@ def test_a_model_without_a_head_that_points_is_told(
 def test_answers_are_needed_to_choose_and_to_judge(
     tiny: ZoomModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answered = {0}
-    monkeypatch.setattr(
-        AttentionProbe,
-        "answer",
-        lambda self, asked, length: [
-            replace(one, response=(5,)) for one in asked if one.target.image in answered
-        ],
-    )
-    for images in ({0}, {1}):
-        answered = images
+    for image in (0, 1):
+        monkeypatch.setattr(AttentionProbe, "answer", answers(image))
         with pytest.raises(ValueError, match="gave no answer to any probe question"):
             find_heads(tiny, scenes=8)
-    answered = {0, 1}
+    monkeypatch.setattr(AttentionProbe, "answer", answers(0, 1))
     questions = find_heads(tiny, scenes=8).facts["questions"]
     assert questions == {"choosing": 6, "held_out": 3, "unanswered": 25}
 
