@@ -22,7 +22,7 @@ from sdrpn.backbones.llava15 import Llava15
 from sdrpn.boxes import PixelBox
 from sdrpn.cli import app
 from sdrpn.config import LABELS_13B, LayerHeads
-from sdrpn.distill import probes
+from sdrpn.distill import head_search, probes
 from sdrpn.distill.attention_probe import AttentionProbe, ProbeQuestion
 from sdrpn.distill.head_search import (
     CHOSEN,
@@ -662,6 +662,14 @@ def test_the_settings_of_the_search_are_followed(tiny: ZoomModel) -> None:
     )
     with pytest.raises(ValueError, match="scenes must be 4, max_heads 1 or more, got 4, 0"):
         find_heads(tiny, scenes=4, max_heads=0)
+
+
+@pytest.mark.usefixtures("planted")
+def test_only_the_best_heads_may_join(tiny: ZoomModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second planted head would help, but is not among the candidates; docs/heads.md: 16."""
+    assert head_search.CANDIDATES == 16
+    monkeypatch.setattr(head_search, "CANDIDATES", 1)
+    assert [head for head, _ in find_heads(tiny, scenes=4).joined] == [(4, 0)]
 
 
 def test_heads_of_one_layer_are_listed_together_and_sinks_by_their_layer(
