@@ -15,17 +15,17 @@ demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sdrpn_eval.demo --out out/demo
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Without the tests marked slow: under 2 minutes on 2 cores.
 test-fast: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 check: lint types contracts test
 
 # Not part of check: its environment is one of its own, with another torch of several GB.
 check-oldest: $(OLDEST_INSTALLED)
-	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n auto --dist loadfile
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n auto --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -55,7 +55,7 @@ def _in_batches(ask: Ask, questions: Sequence[Question], size: int, title: str) 
 
 def measure(size: int, dtypes: Sequence[str], limit: int | None = None) -> list[dict[str, Any]]:
     """Return a row per system and dtype: changed answers, and those that changed the score."""
-    rows = benchmark_rows()[:limit]
+    rows = benchmark_rows(limit)
     questions = [Question(row["question"], (row["picture"],)) for row in rows]
     found = []
     for dtype in dtypes:

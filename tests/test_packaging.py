@@ -55,6 +55,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("wheel", unpacked, work)
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file(wheel: Path) -> None:
     """Data files too: the embedded model, its benchmark, tasks, launch files, the page's assets."""
     with zipfile.ZipFile(wheel) as archive:
@@ -67,6 +68,7 @@ def test_the_wheel_holds_every_file(wheel: Path) -> None:
     assert wheel.stat().st_size < 12e6
 
 
+@pytest.mark.slow
 def test_the_wheel_announces_its_entry_points(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
@@ -80,6 +82,7 @@ def test_the_wheel_announces_its_entry_points(wheel: Path) -> None:
         assert line in points
 
 
+@pytest.mark.slow
 def test_the_wheel_carries_its_licence(wheel: Path) -> None:
     """Without one nobody may use it: an SPDX expression for tools, the text for people."""
     with zipfile.ZipFile(wheel) as archive:

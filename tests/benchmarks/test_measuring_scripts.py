@@ -19,6 +19,7 @@ class Bar:
         self.count += by
 
 
+@pytest.mark.slow
 def test_changed_answers_are_counted(tmp_path: Path) -> None:
     """In float32 none change; every system is there."""
     out = tmp_path / "changes.json"
@@ -44,6 +45,7 @@ def test_a_change_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0]["answers_changed"] == 4
 
 
+@pytest.mark.slow
 def test_label_speed_compares_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "small", Shape(16, 32, 64, 8, 128, 2, 32, 64, 2))
     out = tmp_path / "speed.json"

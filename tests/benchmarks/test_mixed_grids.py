@@ -10,9 +10,12 @@ from benchmarks import mixed_grids
 from benchmarks.shapes_qwen import QWEN_SHAPES, QwenShape
 
 
+@pytest.mark.slow
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     toy = QwenShape(5, 64, 96, 4, 2, 700, 3, 32, 48, 2, (1,))
     monkeypatch.setitem(QWEN_SHAPES, "toy", toy)
+    halves = [(width // 2, height // 2) for width, height in mixed_grids.SIZES]
+    monkeypatch.setattr(mixed_grids, "SIZES", halves)
     work = ["--question-tokens", "20", "--new-tokens", "2", "--repeats", "2"]
     mixed_grids.main(["--shape", "toy", "--device", "cpu", *work])
     found = json.loads(capsys.readouterr().out)

@@ -174,6 +174,7 @@ def test_first_answers_stand_for_a_share(
         assert [one.text for one in said] == [p if sure else z for p, z, sure in pairs]
 
 
+@pytest.mark.slow
 def test_rows_are_as_promised(result: dict[str, Any]) -> None:
     assert {"machine", "shape", "rows"} <= set(result)
     assert {"cpu", "threads", "torch"} <= set(result["machine"])
@@ -192,6 +193,7 @@ def test_rows_are_as_promised(result: dict[str, Any]) -> None:
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_ratios_are_stocks_seconds_over_own(result: dict[str, Any]) -> None:
     own, equal = row_of(result, "sdrpn", "fast", 2, 2), row_of(result, "stock", None, 2, 2)
     alone = row_of(result, "stock", None, 1, 2)
@@ -203,12 +205,14 @@ def test_ratios_are_stocks_seconds_over_own(result: dict[str, Any]) -> None:
     assert own["crop_tokens"] == fast_tokens()
 
 
+@pytest.mark.slow
 def test_profile_names_every_station(result: dict[str, Any]) -> None:
     for stations in result["profile"].values():
         for name in ("pixels", "read", "look", "crop", "prefill", "decode", "whole"):
             assert stations[name]["seconds"] > 0, name
 
 
+@pytest.mark.slow
 def test_page_and_figure(
     result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

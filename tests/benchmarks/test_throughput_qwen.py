@@ -41,6 +41,7 @@ def test_systems_that_compute_the_same_say_the_same(setup: Setup, one: str, othe
     assert [a.text for a in Job(by_name[other], 4).run(asked)] == said[0]
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(QWEN_SHAPES, "toy", TOY)
     out = tmp_path / "qwen.json"

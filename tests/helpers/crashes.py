@@ -119,12 +119,12 @@ class Writes:
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def _start_server() -> None:
-    """A clean process with all imports done, whose copies start at once.
+def _start_server(module: str) -> None:
+    """A clean process with all imports of the jobs' module done, whose copies start at once.
 
     One that has trained cannot be forked: torch's threads do not come along.
     """
-    CONTEXT.set_forkserver_preload(["fault_jobs"])
+    CONTEXT.set_forkserver_preload([module])  # a name that it cannot import, it passes over
     before = os.environ.get("PYTHONPATH")
     # Up to Python 3.12 the server is not told where its imports are.
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -143,7 +143,7 @@ def run(job: Callable[..., Any], *arguments: Any, writes: Writes | None = None) 
     The exit code is -9 of one that was killed, 1 of one that raised. writes: gets `said`, what
     was written, of a child that was not killed.
     """
-    _start_server()
+    _start_server(job.__module__)
     reading, writing = CONTEXT.Pipe(duplex=False)
     child = CONTEXT.Process(target=_child, args=(writing, writes, job, arguments))
     child.start()

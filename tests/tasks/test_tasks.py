@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import sys
 import time
 from pathlib import Path
@@ -417,6 +418,30 @@ def test_letter_is_always_an_offered_one(response: str) -> None:
 def test_lower_case_words_name_no_letter(response: str) -> None:
     if all(len(word) > 1 for word in response.split()):
         assert scoring.answer_letter(response.capitalize(), {"B", "C", "D"}) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"), [("-B", "B"), (".b", "B"), ("i.e.B", "B"), ("It is B", "B")]
+)
+def test_a_letter_of_the_only_option(said: str, letter: str) -> None:
+    assert scoring.answer_letter(said, {"B"}) == letter
+
+
+def test_the_options_of_a_question() -> None:
+    assert scoring.offered("What? (A) red (b) blue (C) green\n(E) B") == {"A", "C", "E"}
+    assert scoring.offered("What is it? A: red") == {"A", "B", "C", "D"}
+
+
+def test_letters_are_counted_by_option() -> None:
+    names = ["answered_a", "answered_b", "answered_c", "answered_d"]
+    for letter, counts in (("B", [0, 1, 0, 0]), ("E", [0] * 4), (None, [0] * 4)):
+        assert scoring.letter_counts(letter) == dict(zip(names, counts, strict=True))
+
+
+def test_the_mean_of_no_score_is_no_number() -> None:
+    assert math.isnan(scoring.mean_score([]))
+    assert math.isnan(scoring.mean_score([{"other": 1.0}]))
+    assert scoring.mean_score([{"score": 1.0}, {"score": 0.0}, {"score": 0.5}, {}]) == 0.5
 
 
 def test_unparsed_answers_are_wrong_and_counted() -> None:

@@ -28,6 +28,7 @@ def rows() -> list[dict[str, Any]]:
     return list(load_dataset("parquet", data_files=str(BENCHMARK), split="train"))
 
 
+@pytest.mark.slow
 def test_benchmark_is_what_it_is_said_to_be(rows: list, published: dict) -> None:
     assert len(rows) == published["questions"] >= 500
     assert len({row["image_id"] for row in rows}) == published["images"] >= 100
@@ -52,6 +53,7 @@ def test_the_published_claims_hold(published: dict) -> None:
     assert spread["rpn"] < spread["attention"]
 
 
+@pytest.mark.slow
 def test_headline_number_is_recomputed_on_a_subset(rows: list, published: dict) -> None:
     folder, rpn = embedded_model()
     loaded = ZoomModel.from_pretrained(folder, rpn, dtype="float32")

@@ -12,6 +12,7 @@ import argparse
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,10 @@ def tuning_rows(scenes: int) -> list[Row]:
     return [row | {"picture": _decoded(row)} for row in rows]
 
 
-def benchmark_rows() -> list[Row]:
-    """The questions of tiny_vstar; every row with its decoded image."""
+def benchmark_rows(limit: int | None = None) -> list[Row]:
+    """The questions of tiny_vstar, or the first ones; every row with its decoded image."""
     rows: Any = load_dataset("parquet", data_files=str(BENCHMARK), split="train")
-    return [row | {"picture": row["image"].convert("RGB")} for row in rows]
+    return [row | {"picture": row["image"].convert("RGB")} for row in islice(rows, limit)]
 
 
 def _decoded(row: Row) -> Image.Image:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPVisionModel,
     PreTrainedTokenizerFast,
 )
 from typer.testing import CliRunner
@@ -27,7 +30,8 @@ from typer.testing import CliRunner
 from sdrpn.backbones.llava15 import Llava15, square_grid
 from sdrpn.cli import app
 from sdrpn.config import VICUNA_SYSTEM_PROMPT
-from sdrpn.convert.base import convert_base, read_base
+from sdrpn.convert.base import _main_dtype, _tower_tensors, convert_base, grow_vocabulary, read_base
+from sdrpn.convert.original_layout import read_config
 from sdrpn.convert.tokenizer import read_tokenizer
 from sdrpn.engine import ZoomModel
 from sdrpn.io.checkpoint_files import Source
@@ -266,6 +270,46 @@ def test_another_tower_s_folder_is_taken_from_the_command_line(
     assert torch.equal(found, random.model.state_dict()[name])
 
 
+def test_tensors_of_a_clip_have_the_names_of_either_transformers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Older versions of transformers keep "vision_model." before the names."""
+    held = {"vision_model.embeddings.a": torch.ones(1), "encoder.vision_model.b": torch.ones(1)}
+    model = SimpleNamespace(state_dict=lambda: held)
+    monkeypatch.setattr(CLIPVisionModel, "from_pretrained", lambda _: model)
+    stem = "model.vision_tower.vision_tower.vision_model"
+    assert set(_tower_tensors("clip")) == {
+        f"{stem}.embeddings.a",
+        f"{stem}.encoder.vision_model.b",
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (OSError("cannot be read\nand more"), "cannot be read"),
+        (
+            PermissionError(13, "Permission denied", "/cache/blob"),
+            "cannot fetch org/clip: /cache/blob cannot be written (Permission denied); "
+            "set HF_HOME to another one",
+        ),
+    ],
+)
+def test_a_vision_tower_that_cannot_be_loaded_is_told(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, cause: str
+) -> None:
+    def refused(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr(CLIPVisionModel, "from_pretrained", refused)
+    with pytest.raises(FileNotFoundError) as told:
+        _tower_tensors("org/clip")
+    assert str(told.value) == (
+        f"cannot load the vision tower org/clip ({cause}); give its folder or Hub id with "
+        "--vision-tower"
+    )
+
+
 def test_an_rpn_inside_is_left_out(
     folder: Path, tensors: original.Tensors, perturbed_rpn: RPN, random: Llava15
 ) -> None:
@@ -304,6 +348,81 @@ def test_the_language_model_s_settings_are_the_checkpoint_s(folder: Path) -> Non
     assert model.config.vision_feature_layer == -1
     assert model.config.vision_feature_select_strategy == "default"
     assert model.config.image_seq_length == 64
+
+
+def test_settings_that_a_checkpoint_leaves_out_are_llava_1_5_s(folder: Path) -> None:
+    edit(
+        folder,
+        mm_projector_type=None,
+        mm_vision_select_feature=None,
+        mm_use_im_start_end=None,
+        tie_word_embeddings=None,
+        mm_vision_select_layer=None,
+        twig_T=None,
+    )
+    config = read_base(str(folder)).config
+    assert config.vision_feature_layer == -2
+    assert config.image_token_index == config.text_config.vocab_size
+    assert (config.image_seq_length, type(config.image_seq_length)) == (64, int)
+
+
+class Words:
+    """A tokenizer as far as a vocabulary is grown for it: so many words, the last two added."""
+
+    bos_token_id, eos_token_id = 3, 4
+
+    def __init__(self, count: int) -> None:
+        self.count, self.pad_token_id = count, count - 1
+
+    def __len__(self) -> int:
+        return self.count
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return {"<image>": self.count - 2}[token]
+
+
+@pytest.mark.parametrize(
+    ("before", "words", "after"), [(64, 66, 128), (64, 64, 64), (100, 66, 128), (129, 131, 192)]
+)
+def test_a_vocabulary_grows_to_a_multiple_of_64_for_new_words(
+    before: int, words: int, after: int
+) -> None:
+    """The new rows are the mean of the others; LLaVA-1.5's 32000 words are a multiple already."""
+    model = make_llava().model
+    model.resize_token_embeddings(before, mean_resizing=False)
+    tables = model.get_input_embeddings, model.get_output_embeddings
+    rows = [table().weight.data.clone() for table in tables]
+    grow_vocabulary(model, Words(words))
+    assert model.config.text_config.vocab_size == after
+    for table, old in zip(tables, rows, strict=True):
+        new = table().weight.data
+        assert new.shape[0] == after
+        assert torch.equal(new[:before], old)
+        assert torch.allclose(new[before:], old.mean(0).expand(after - before, -1), atol=1e-6)
+    assert model.config.image_token_index == words - 2
+    noted = [model.config, model.config.text_config, model.generation_config]
+    assert [one.pad_token_id for one in noted] == [words - 1] * 3
+    assert (noted[2].bos_token_id, noted[2].eos_token_id) == (3, 4)
+
+
+def test_a_model_has_the_dtype_of_most_of_its_numbers() -> None:
+    """Not of most tensors, nor of the largest."""
+    full, half = torch.float32, torch.float16
+    many = {name: torch.zeros(3, dtype=half) for name in "abc"}
+    assert _main_dtype(many | {"d": torch.zeros(10, dtype=full)}) == full
+    assert _main_dtype({"d": torch.zeros(8, dtype=full)} | many) == half
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "twig_T"])
+def test_counts_of_layers_are_bounded(folder: Path, key: str) -> None:
+    for count in (0, 1000):
+        edit(folder, **{key: count})
+        assert read_config(Source(str(folder)))[key] == count
+    for count in (-1, 1001, 2.0, True, "6"):
+        edit(folder, **{key: count})
+        told = re.escape(f"{folder}: {key} must be up to 1000, got {count!r}")
+        with pytest.raises(ValueError, match=f"^{told}$"):
+            read_config(Source(str(folder)))
 
 
 def test_query_heads_may_share_keys(tmp_path: Path) -> None:
@@ -756,6 +875,7 @@ def said(*words: str) -> str:
             "not a LLaVA in the original layout: its config.json has model_type 'mistral';",
         ),
         ({"vision_config": {}, "mm_vision_tower": None}, "is already in the Hugging Face layout"),
+        ({"text_config": {}, "mm_vision_tower": None}, "is already in the Hugging Face layout"),
         (
             {"mm_projector_type": "linear"},
             "not a LLaVA-1.5: mm_projector_type is 'linear', not 'ml",
@@ -763,16 +883,24 @@ def said(*words: str) -> str:
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True, not False"),
         ({"mm_use_im_start_end": True}, "not a LLaVA-1.5: mm_use_im_start_end is True, not False"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
-        ({"mm_vision_tower": "no/clip"}, "cannot load the vision tower no/clip ("),
+        (
+            {"mm_vision_tower": "no/clip"},
+            "cannot load the vision tower no/clip (",
+        ),
+        (
+            {"mm_vision_tower": "no/clip"},
+            "); give its folder or Hub id with --vision-tower",
+        ),
         ({"vocab_size": None}, "config.json has no vocab_size"),
         (
             {"num_hidden_layers": 7},
-            "lacks model.layers.6.self_attn.q_proj.weight and 8 more tensors",
+            "original lacks model.layers.6.self_attn.q_proj.weight and 8 more tensors",
         ),
         ({"num_hidden_layers": 5}, "holds a tensor model.layers.5.input_layernorm.weight (and 8"),
         (
             {"intermediate_size": 300},
-            "down_proj.weight has the shape [128, 345], but config.json asks for [128, 300]",
+            "original: model.layers.0.mlp.down_proj.weight has the shape [128, 345], but "
+            "config.json asks for [128, 300]",
         ),
     ],
 )
@@ -849,12 +977,16 @@ def test_loading_it_as_it_is_names_the_command(folder: Path) -> None:
 def test_tensors_that_do_not_fit(folder: Path, tensors: original.Tensors, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     original.one_safetensors(folder, tensors | {"model.image_newline": torch.zeros(3)})
-    assert "holds a tensor model.image_newline, which is not" in said(str(folder), "--out", out)
+    told = said(str(folder), "--out", out)
+    assert f"{folder} holds a tensor model.image_newline, which is not" in told
     lacking = dict(tensors)
     del lacking["model.mm_projector.2.bias"]
     original.one_safetensors(folder, lacking)
     told = said(str(folder), "--out", out)
-    assert "lacks model.mm_projector.2.bias; a pruned model cannot be a base" in told
+    assert (
+        f"{folder} lacks model.mm_projector.2.bias; a pruned model cannot be a base: convert the "
+        "full one" in told
+    )
 
 
 def test_values_that_are_not_finite_are_named(
@@ -881,3 +1013,6 @@ def test_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
         read_tokenizer(Source(str(folder)), str(folder / TOWER))
     (folder / "tokenizer.model").write_text("not a model")
     assert "cannot be read as a sentencepiece model" in said(str(folder), "--out", out)
+    (folder / "config.json").unlink()
+    told = said(str(folder), "--out", out)
+    assert f"{folder} holds no config.json: it is not a LLaVA in the original layout" in told

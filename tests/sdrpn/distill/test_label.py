@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import LabelConfig, LayerHeads
-from sdrpn.distill.label import label, label_batch
+from sdrpn.distill.label import _read, label, label_batch, padding_of, respond
 from sdrpn.distill.pseudo_labels import IGNORED
 from sdrpn.engine import Question, ZoomModel
 from tests.conftest import QUESTIONS, make_image
@@ -109,3 +110,64 @@ def test_questions_are_labelled_in_batches_in_their_order(
     sizes.clear()
     assert len(list(label(zoom, asked[:1] * 17))) == 17
     assert sizes == [16, 1]
+
+
+@pytest.mark.parametrize(
+    ("size", "extent", "shape", "shown"),
+    [
+        ((100, 50), (0, -25, 100, 75), (4, 4), (slice(1, 3), slice(None))),
+        ((50, 100), (-25, 0, 75, 100), (4, 4), (slice(None), slice(1, 3))),
+        ((100, 50), (0, 0, 100, 50), (4, 4), None),  # a grid of the picture alone
+        ((100, 50), (0, 0.5, 100, 75), (4, 4), None),
+        ((100, 50), (0, -25, 100, 75), (4, 5), None),
+        ((), (0, -25, 100, 75), (4, 4), None),
+        ((100, 50, 3), (0, -25, 100, 75), (4, 4), None),
+        ((), (), (4, 4), None),
+    ],
+)
+def test_padding_is_told_apart_where_a_square_grid_goes_beyond_the_picture(
+    size: Any, extent: Any, shape: tuple[int, int], shown: Any
+) -> None:
+    found = padding_of(size, extent, shape, replace(LABELS, padding_background=True))
+    if shown is None:
+        assert found is None
+    else:
+        assert found is not None
+        expected = np.ones(shape, bool)
+        expected[shown] = False
+        assert np.array_equal(found, expected)
+    assert padding_of(size, extent, shape, LABELS) is None
+
+
+@pytest.mark.parametrize(
+    ("response", "length", "read"),
+    [([5, 6, 7], 3, [5, 6]), ([5, 6], 3, [5, 6]), ([5, 6, 7], 2, [5, 6]), ([5], 1, [5])],
+)
+def test_the_last_token_of_an_answer_that_was_cut_is_not_read(
+    response: list[int], length: int, read: list[int]
+) -> None:
+    config = replace(LABELS, max_new_tokens=length)
+    assert _read(response, config) == response
+    assert _read(response, replace(config, read_cut_end=False)) == read
+
+
+def test_answers_have_what_is_left_of_the_context_and_a_token_to_see_their_end(
+    zoom: ZoomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the context 9, 4, 3, 1, 0 and -1 tokens are left, and 4 are asked for."""
+    limits: list[tuple[int, int]] = []
+
+    def generate(
+        backbone: Any, prefixes: Sequence[Any], suffixes: Sequence[Any], settings: dict[str, int]
+    ) -> list[list[int]]:
+        limits.append((settings["max_new_tokens"], len(suffixes)))
+        return [[7] * settings["max_new_tokens"] for _ in prefixes]
+
+    monkeypatch.setattr("sdrpn.distill.label.generate", generate)
+    (prefix,) = zoom.prefill([make_image(90, 60, 0)])
+    monkeypatch.setattr(zoom.backbone, "context_length", prefix.length + 14)
+    token_ids = [tuple(range(3, 3 + 14 - left)) for left in (9, 4, 3, 1, 0, -1)]
+    found = respond(zoom.backbone, [prefix] * 6, token_ids, 4)
+    assert limits == [(2, 1), (4, 3)]
+    # What goes on beyond the context is no answer.
+    assert found == [[7] * 4, [7] * 4, None, None, None, None]

@@ -534,6 +534,34 @@ def test_what_training_leaves_is_said_by_its_facts(
     }
 
 
+def test_facts_count_all_processes_and_leave_out_what_is_not_known() -> None:
+    """4 samples a device, 3 steps accumulated, 2 processes; nothing was logged or finished."""
+    arguments = SimpleNamespace(
+        train_batch_size=4,
+        gradient_accumulation_steps=3,
+        world_size=2,
+        learning_rate=0.1,
+        seed=9,
+    )
+    trainer: Any = SimpleNamespace(args=arguments, state=TrainerState(global_step=5))
+    known = {"samples": 11, "steps": 5, "learning rate": 0.1, "batch size": 24, "seed": 9}
+    assert module._facts(trainer, 11, None) == known | {"epochs": 0}
+    trainer.state.epoch = 1.23456
+    trainer.state.log_history = [{"loss": 0.5}, {"loss": 0.123456}, {"eval_loss": 9.0}]
+    more = {"epochs": 1.235, "final loss": 0.1235, "seconds": 7.5}
+    assert module._facts(trainer, 11, 7.5) == known | more
+
+
+def test_seconds_are_told_to_a_tenth(
+    llava: Llava15, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = SimpleNamespace(metrics={"train_runtime": 12.3456})
+    monkeypatch.setattr(Trainer, "train", lambda *_, **__: result)
+    facts = train(llava, RPN.from_backbone(llava, 2, 3), samples(4), arguments(tmp_path))
+    assert facts["seconds"] == 12.3
+    assert "final loss" not in facts
+
+
 def test_a_training_that_diverged_is_not_saved(llava: Llava15, tmp_path: Path) -> None:
     rpn = RPN.from_backbone(llava, 2, 3)
     with torch.no_grad():

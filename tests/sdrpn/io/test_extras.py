@@ -112,13 +112,18 @@ def test_answer_works(tmp_path: Path) -> None:
     ("words", "missing", "extra"),
     [
         ("sdrpn.cli look {scene} question --model tiny --out x.png", "matplotlib", "plot"),
-        ("sdrpn.cli heads --out heads --model tiny", "datasets", "train"),
+        pytest.param(
+            *("sdrpn.cli heads --out heads --model tiny", "datasets", "train"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *("sdrpn.cli label --data x.json --out x --model tiny", "datasets", "train"),
             marks=pytest.mark.slow,
         ),
         ("sdrpn.cli relabel x --out y", "datasets", "train"),
-        ("sdrpn.cli train --labels x --out y", "datasets", "train"),
+        pytest.param(
+            *("sdrpn.cli train --labels x --out y", "datasets", "train"), marks=pytest.mark.slow
+        ),
         ("sdrpn.cli train-gate x --images . --out y", "datasets", "train"),
         ("sdrpn.cli convert labels {scene} --out x", "datasets", "train"),
         ("sdrpn_eval compare a b", "lmms-eval", "eval"),

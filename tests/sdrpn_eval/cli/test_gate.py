@@ -145,7 +145,8 @@ def test_a_tolerance_has_the_scale_of_the_score(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_commands_of_the_guide_and_the_workflow_run(tmp_path: Path) -> None:
-    """docs/ci.md's commands, then the workflow's, as written, in an empty folder."""
+    """docs/ci.md's commands, then the workflow's, in an empty folder: as written, but for how many
+    questions they ask, which decides what a gate can see and not whether a command runs."""
     docs = Path(__file__).parents[3] / "docs"
     guide = re.findall(r"```bash\n(.*?)```", (docs / "ci.md").read_text(), re.DOTALL)
     (job,) = yaml.safe_load((docs / "github-actions.yml").read_text())["jobs"].values()
@@ -169,9 +170,10 @@ def test_commands_of_the_guide_and_the_workflow_run(tmp_path: Path) -> None:
     environment.pop("SDRPN_DATA", None)
     # The workflow evaluates and gates with the guide's own commands: once is enough here.
     assert len(set(commands)) == len(commands) - 2
+    assert sum("--limit 400 " in command for command in commands) == 4
     for command in dict.fromkeys(commands):
         done = subprocess.run(
-            ["bash", "-e", "-c", command],
+            ["bash", "-e", "-c", command.replace("--limit 400 ", "--limit 80 ")],
             cwd=tmp_path,
             env=environment,
             capture_output=True,

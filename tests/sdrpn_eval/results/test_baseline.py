@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from sdrpn_eval.results.baseline import read_baseline
-from tests.helpers.comparisons import N, rows, run_gate
+from sdrpn_eval.results.baseline import Baseline, MetricBaseline, TaskBaseline, read_baseline
+from tests.helpers.comparisons import N, metric, rows, run_gate, task
 from tests.helpers.run_folders import (
     record_line,
     sample,
@@ -109,6 +110,167 @@ def test_a_baseline_with_a_slip_of_the_pen_is_refused(
         read_baseline(own)
 
 
+def test_a_baseline_names_its_run(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "run",
+        {"toy": rows(), "mute": [sample(0, note="x")]},
+        {"mute": {"note,none": None}},
+        model_args="",
+    )
+    words = ["--update", "--tolerance", "toy=0.05"]
+    assert run_gate(run, tmp_path / "deep" / "er" / "b.json", *words)[0] == 0
+    found = read_baseline(tmp_path / "deep" / "er" / "b.json")
+    assert found.run == str(run / "tiny" / "20260301_120000_results.json")
+    assert (found.date, found.model, found.model_args) == ("20260301_120000", "llava_sdrpn", "")
+    assert found.made_of is None
+    assert set(found.written_on) > {"versions", "cpus"}
+    assert (list(found.tasks), found.tolerance, found.format) == (["toy"], {"toy": 0.05}, 1)
+
+
+def test_a_run_without_a_score_makes_no_baseline(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "run", {"mute": [sample(0, note="x")]}, {"mute": {"note,none": None}}
+    )
+    code, line = run_gate(run, tmp_path / "b.json", "--update")
+    assert code == 2
+    told = f"{run}: no task has a score a document to hold later runs against"
+    assert line == f"error: {told}"
+
+
+def test_a_baseline_is_written_a_line_a_field(tmp_path: Path) -> None:
+    made = Baseline(
+        run="r",
+        date="d",
+        model="m",
+        model_args="naïve=1",
+        made_of=None,
+        written_on={"versions": {"torch": "2"}, "seeds": [0, 1], "empty": {}},
+        tasks={"toy": task([1.0, None, 0.5])},
+    )
+    path = tmp_path / "a" / "b" / "b.json"
+    made.save(path)
+    made.save(path)  # over it
+    assert (
+        path.read_bytes().decode()
+        == """{
+  "run": "r",
+  "date": "d",
+  "model": "m",
+  "model_args": "naïve=1",
+  "made_of": null,
+  "written_on": {
+    "versions": {
+      "torch": "2"
+    },
+    "seeds": [0, 1],
+    "empty": {}
+  },
+  "tasks": {
+    "toy": {
+      "documents": [0, 1, 2],
+      "questions": ["q", "q", "q"],
+      "images": [null, null, null],
+      "clusters": [0, 1, 2],
+      "clustered_by": "images",
+      "empty_answers": 0,
+      "scorer": null,
+      "settings": "s",
+      "metrics": {
+        "accuracy,none": {
+          "higher_is_better": true,
+          "mean": 0.75,
+          "scores": [1.0, null, 0.5]
+        }
+      },
+      "scoring": {}
+    }
+  },
+  "tolerance": {},
+  "format": 1
+}
+"""
+    )
+    assert read_baseline(path) == made
+
+
+@pytest.mark.parametrize("column", ["documents", "questions", "images", "clusters", "scores"])
+def test_a_column_that_is_too_short_is_named(tmp_path: Path, column: str) -> None:
+    whole = task([1.0, 0.0, 1.0], other=metric([1.0, 1.0, 0.0]))
+    made = Baseline("r", "d", "m", "", None, {}, {"right": task([1.0]), "toy": whole})
+    path = tmp_path / "b.json"
+    made.save(path)
+    assert read_baseline(path) == made
+    content = json.loads(path.read_text())
+    held = content["tasks"]["toy"]
+    (held["metrics"]["other,none"] if column == "scores" else held)[column].pop()
+    path.write_text(json.dumps(content))
+    told = r"b\.json is no baseline, make it anew with --update: toy has not one mark, cluster and "
+    with pytest.raises(ValueError, match=told + "score for each of its documents$"):
+        read_baseline(path)
+    held["metrics"] = {}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="toy has not one mark"):
+        read_baseline(path)
+
+
+def test_a_baseline_that_is_missing_is_told(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"/b\.json does not exist; make it from a good run with --"
+    ):
+        read_baseline(tmp_path / "b.json")
+
+
+def digest(*parts: str) -> str:
+    """As it stands in a baseline: the first 8 hex digits of BLAKE2b-128 over length and text."""
+    text = b"".join(len(part).to_bytes(8, "big") + part.encode() for part in parts)
+    return hashlib.blake2b(text, digest_size=16).hexdigest()[:8]
+
+
+def test_a_task_in_a_baseline_field_by_field(tmp_path: Path) -> None:
+    """Documents 2, 1 and 0, of which the first two share an image; 1 was not answered."""
+    lines = [sample(2), sample(1, " ", accuracy=0.0, points=3.0), sample(0, accuracy=0.5)]
+    lines[0]["points"] = 1.0
+    totals = {"toy": {"accuracy,none": 0.5, "points,none": 2.0}}
+    config = {
+        "metric_list": [{"metric": "accuracy", "aggregation": "<function mean at 0x7f3a>"}],
+        "score_key": "points",
+    }
+    run = write_run(
+        tmp_path / "run", {"toy": lines}, totals, config=config, better={"points": False}
+    )
+    shown = [(2, ["x", "y"]), (1, ["x", "y"]), (0, ["z"])]
+    write_record(
+        run,
+        [
+            record_line(i, "red", images=[{"hash": h, "size": [9, 9]} for h in hashes])
+            for i, hashes in shown
+        ],
+    )
+    write_facts(run, "5c0")
+    code, line = run_gate(run, tmp_path / "b.json", "--update")
+    assert code == 0, line
+    found = read_baseline(tmp_path / "b.json")
+    told = ["[{'metric': 'accuracy', 'aggregation': '<function mean>'}]", "None", "None"]
+    told += ["generate_until", "points", "None", "None", "None"]
+    names = ("metric_list", "filter_list", "process_results", "output_type", "score_key")
+    names += ("doc_to_choice", "doc_to_target", "repeats")
+    assert found.tasks["toy"] == TaskBaseline(
+        documents=[0, 1, 2],
+        questions=[digest(f"question {i}", "red") for i in (0, 1, 2)],
+        images=[digest("z"), digest("x", "y"), digest("x", "y")],
+        clusters=[0, 1, 1],
+        clustered_by="images",
+        empty_answers=1,
+        scorer="5c0",
+        settings=digest(*told),
+        metrics={
+            "accuracy,none": MetricBaseline(True, 0.5, [0.5, 0.0, 1.0]),
+            "points,none": MetricBaseline(False, 2.0, [None, 3.0, 1.0]),
+        },
+        scoring=dict(zip(names, told, strict=True)),
+    )
+
+
 def test_baseline_holds_what_the_run_was_made_of(tmp_path: Path) -> None:
     folder = _recorded(tmp_path / "run")
     run_gate(folder, tmp_path / "b.json", "--update")
@@ -119,7 +281,7 @@ def test_baseline_holds_what_the_run_was_made_of(tmp_path: Path) -> None:
     assert made.written_on["versions"]["torch"] == torch.__version__
     assert made.written_on["cpus"] >= 1
     assert made.model_args == "pretrained=tiny,proposer=rpn"
-    task = made.tasks["toy"]
-    assert task.documents == list(range(N))
-    assert task.metrics["accuracy,none"].scores == [1.0] * N
-    assert (task.scorer, task.clustered_by) == ("same", "images")
+    toy = made.tasks["toy"]
+    assert toy.documents == list(range(N))
+    assert toy.metrics["accuracy,none"].scores == [1.0] * N
+    assert (toy.scorer, toy.clustered_by) == ("same", "images")
