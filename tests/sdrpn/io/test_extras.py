@@ -17,6 +17,7 @@ from sdrpn.io.extras import MissingExtra, needs
 BLOCKED = (
     "bitsandbytes",
     "datasets",
+    "gradio",
     "lmms_eval",
     "loguru",
     "matplotlib",
@@ -120,6 +121,7 @@ def test_answer_works(tmp_path: Path) -> None:
         ("sdrpn.cli relabel x --out y", "datasets", "train"),
         ("sdrpn.cli train --labels x --out y", "datasets", "train"),
         ("sdrpn.cli convert labels {scene} --out x", "datasets", "train"),
+        ("sdrpn.cli app", "gradio", "app"),
         ("sdrpn_eval compare a b", "lmms-eval", "eval"),
         ("sdrpn_eval gate a --baseline b", "lmms-eval", "eval"),
         ("sdrpn_eval score a", "lmms-eval", "eval"),
