@@ -123,6 +123,7 @@ def test_answer_works(tmp_path: Path) -> None:
         ("sdrpn.cli convert labels {scene} --out x", "datasets", "train"),
         ("sdrpn.cli app", "gradio", "app"),
         ("sdrpn_eval compare a b", "lmms-eval", "eval"),
+        ("sdrpn_eval card a --to b", "lmms-eval", "eval"),
         ("sdrpn_eval gate a --baseline b", "lmms-eval", "eval"),
         ("sdrpn_eval score a", "lmms-eval", "eval"),
         ("sdrpn_eval replay a --doc b:1", "lmms-eval", "eval"),
