@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.sdrpn-installed
 OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.sdrpn-installed
 
-.PHONY: demo test test-fast check check-oldest contracts lint mutate types dist tiny
+.PHONY: demo test test-fast check check-oldest contracts lint mutate types dist site tiny
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sdrpn_eval.demo --out out/demo
@@ -48,6 +48,10 @@ mutate: $(INSTALLED)
 dist: $(INSTALLED)
 	rm -rf build dist
 	$(BIN)/python -m build
+
+# out/site: the documentation as a site; any warning is an error.
+site: $(INSTALLED)
+	$(BIN)/mkdocs build
 
 # Trains the embedded model, its RPN and the benchmark anew, into out/tiny.
 tiny: $(INSTALLED)
