@@ -59,6 +59,7 @@ def app_command(
     with TemporaryDirectory(prefix="sdrpn-app-", dir=os.environ.get(TEMPORARY)) as folder:
         # Read by gradio when components are made: uploads and pictures go here, and with it.
         os.environ[TEMPORARY] = folder
+        os.environ["GRADIO_RUN_HISTORY"] = "False"  # no copy of a question in the browser
         from sdrpn.app import SideBySide, build_page
 
         asked = SideBySide(zoom)
@@ -71,7 +72,6 @@ def app_command(
                 share=share,
                 prevent_thread_lock=True,
                 quiet=True,
-                run_history=False,
                 ssr_mode=False,
                 footer_links=["api", "gradio"],
             )

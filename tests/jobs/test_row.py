@@ -127,6 +127,8 @@ def test_the_hub_reads_the_command_of_the_hosted_job() -> None:
         text=True,
         check=False,
     )
+    if "No such option" in done.stderr:
+        pytest.skip("this huggingface_hub has no `hf jobs uv run --dry-run`")
     assert done.returncode == 0, done.stderr
     for line in ("script jobs/row.py", "args --out /out/7b", "flavor l40sx4", "attempts 3"):
         assert line in " ".join(done.stdout.split())

@@ -33,7 +33,7 @@ EXTRAS = {
 }
 """Which extras a file may import from beside the core; the first that fits."""
 PROVIDERS = packages_distributions()
-TESTED_AS_OLDEST = ("eval", "train", "convert", "plot")
+TESTED_AS_OLDEST = ("eval", "train", "convert", "plot", "app")
 
 
 def required(extra: str) -> dict[str, Requirement]:
