@@ -1,18 +1,23 @@
 # make demo: install and show the second look. make test: the suite; make test-fast: its fast part.
 # make check: all that CI runs.
 # make fresh SEED=7: all proposers on scenes drawn from that seed.
-# make check-oldest: the suite on the oldest supported libraries. make dist: wheel and sdist.
+# make check LOCK=: the same with the newest libraries. make check-oldest: the suite on the oldest
+# supported libraries. make dist: wheel and sdist.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.sdrpn-installed
+# The versions that environments get; empty: the newest ones.
+LOCK ?= constraints-lock.txt
 OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.sdrpn-installed
 
-.PHONY: demo test test-fast check check-oldest contracts lint mutate types dist tiny fresh
+.PHONY: demo install lock test test-fast check check-oldest contracts lint mutate types dist site tiny fresh
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sdrpn_eval.demo --out out/demo
+
+install: $(INSTALLED)
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
@@ -55,12 +60,22 @@ SEED ?= 1
 fresh: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tools.tiny_vstar.score --scenes-seed $(SEED)
 
+# out/site: the documentation as a site; any warning is an error.
+site: $(INSTALLED)
+	$(BIN)/mkdocs build
+
 # Trains the embedded model, its RPN and the benchmark anew, into out/tiny.
 tiny: $(INSTALLED)
 	$(BIN)/python -m tools.tiny_vstar.build --out out/tiny
 
-$(INSTALLED): pyproject.toml
-	$(call install,$(VENV))
+# The lock anew; needs uv. make lock UPGRADE=--upgrade: with the newest versions. 3.11.5: older patch
+# releases of Python 3.11 are refused by a tool of the documentation.
+lock:
+	uv pip compile pyproject.toml --extra test --universal --python-version 3.11.5 --no-annotate \
+	  --custom-compile-command "make lock" -q -o constraints-lock.txt $(UPGRADE)
+
+$(INSTALLED): pyproject.toml $(LOCK)
+	$(call install,$(VENV),$(if $(LOCK),-c $(LOCK)))
 
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
 	$(call install,$(OLDEST),-c constraints-oldest.txt)

@@ -79,17 +79,47 @@ def sheet(cards: Sequence[Card], out: Path | str, columns: int = 1) -> Path:
     return out
 
 
-def _draw(card: Card, axes: Any) -> None:
+def overview(card: Card, pixels: int = 800) -> Image.Image:
+    """Draw the image of a card with its map and boxes, without a margin.
+
+    Args:
+        card: The question.
+        pixels: Longer side of the picture.
+
+    Raises:
+        MissingExtra: If matplotlib is not installed.
+    """
+    needs("matplotlib", extra="plot", what="drawing a map")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    scale = pixels / max(card.image.size) / 100
+    # A wide image still has a row of pixels.
+    width, height = (max(side * scale, 0.01) for side in card.image.size)
+    figure = Figure(figsize=(width, height), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+    _draw_overview(card, axis)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _draw_overview(card: Card, axis: Any) -> None:
     from matplotlib.patches import Rectangle
 
-    overview, detail, words = axes
-    rgb = card.image.convert("RGB")
-    _draw_image(overview, rgb, card.roi_map, card.extent)
+    _draw_image(axis, card.image.convert("RGB"), card.roi_map, card.extent)
     for box, colour in [*((b, BOX_COLOUR) for b in card.regions), (card.truth, TRUE_COLOUR)]:
         if box is not None:
             x0, y0, x1, y1 = box
             frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=2)
-            overview.add_patch(frame)
+            axis.add_patch(frame)
+
+
+def _draw(card: Card, axes: Any) -> None:
+    whole, detail, words = axes
+    rgb = card.image.convert("RGB")
+    _draw_overview(card, whole)
     if card.second_map is not None:
         _draw_image(detail, rgb, card.second_map, card.extent)
     elif card.regions:

@@ -1,15 +1,19 @@
 """Short names of models, which installed packages register in the entry-point group `sdrpn.models`.
 
-An entry point is a function without arguments that returns (model folder, RPN folder).
+An entry point is a function without arguments that returns (model folder, RPN folder). One of the
+same name in the group `sdrpn.examples` returns questions to try the model with.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
 GROUP = "sdrpn.models"
+EXAMPLES = "sdrpn.examples"
 
 LLAVA_7B = "llava-hf/llava-1.5-7b-hf"
 LLAVA_13B = "llava-hf/llava-1.5-13b-hf"
@@ -51,3 +55,25 @@ def resolve(model: str, rpn: str | None) -> tuple[str, str | None]:
 def known() -> list[str]:
     """Return the registered short names."""
     return sorted(point.name for point in entry_points(group=GROUP))
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question to try a model with.
+
+    Args:
+        name: File name of the image.
+        image: Content of the image file.
+        question: Text of the question.
+    """
+
+    name: str
+    image: bytes
+    question: str
+
+
+def examples(model: str) -> Sequence[Example]:
+    """Return the registered examples of a short name; none for other names."""
+    for point in entry_points(group=EXAMPLES, name=model):
+        return point.load()()
+    return ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from sdrpn.cli.answer import answer
+from sdrpn.cli.app_command import app_command
 from sdrpn.cli.convert import convert
 from sdrpn.cli.heads import heads
 from sdrpn.cli.label import label, relabel
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(look)
 app.command()(answer)
+app.command("app")(app_command)
 app.command()(heads)
 app.command()(label)
 app.command()(relabel)

@@ -127,8 +127,8 @@ def limit_size(image: Image.Image, padding: str) -> Image.Image:
     """
     if padding == "crop":
         reach = WIDEST * min(image.size)
-        unseen = tuple(max(edge - reach, 0) // 2 for edge in image.size)
-        return ImageOps.crop(image, unseen) if any(unseen) else image
+        x, y = (max(edge - reach, 0) // 2 for edge in image.size)
+        return image.crop((x, y, image.width - x, image.height - y)) if x or y else image
     if max(image.size) <= LONGEST:
         return image
     small = image.copy()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,6 +22,7 @@ from sdrpn.config import LabelConfig, RPNConfig, ZoomConfig
 from sdrpn.io.atomic import atomic_write, remove_partial_files, write_json
 from sdrpn.io.checkpoint_files import Source, read_all
 from sdrpn.io.checkpoints import check_finite, copy_weights, execution_device
+from sdrpn.io.model_card import new_card, save_card
 from sdrpn.rpn import published
 from sdrpn.rpn.model import RegionProposalNetwork
 
@@ -31,12 +32,7 @@ WEIGHTS_FILE = "rpn.safetensors"
 CONFIG_FILE = "config.json"
 WHAT = "an RPN checkpoint"
 
-CARD = """---
-library_name: sdrpn
-tags: [sd-rpn, region-proposal, {backbone}]
-base_model: {base_model}
----
-# Region proposal network for {base_model}
+CARD = """# Region proposal network for {base_model}
 
 Predicts which regions of an image the model should look at again (SD-RPN, arXiv 2509.16944). It
 takes the output of the backbone's layer {branch} and has {parameters:,} parameters ({depth}
@@ -227,21 +223,22 @@ class RPN(RegionProposalNetwork, ModelHubMixin):
             save_file(tensors, part, metadata={"format": "pt"})
         write_json(save_directory / CONFIG_FILE, self.config.to_dict() | {"facts": self.facts})
         # The mixin would keep the existing card of a retrained RPN.
-        with atomic_write(save_directory / "README.md") as part:
-            self.generate_model_card().save(part)
+        save_card(self.generate_model_card(), save_directory)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Build the model card from the config and the training facts."""
         facts = "\n".join(f"- {name}: {value}" for name, value in self.facts.items())
-        return ModelCard(
+        base = self.config.base_model or "unknown"
+        tags = ["sd-rpn", "region-proposal", self.config.backbone]
+        return new_card(
+            ModelCardData(library_name="sdrpn", tags=tags, base_model=base),
             CARD.format(
-                base_model=self.config.base_model or "unknown",
-                backbone=self.config.backbone,
+                base_model=base,
                 branch=self.config.branch_layer - 1,
                 depth=self.config.depth,
                 parameters=sum(p.numel() for p in self.parameters()),
                 facts=facts or "Not trained: a copy of the backbone's layers.",
-            )
+            ),
         )
 
     @classmethod

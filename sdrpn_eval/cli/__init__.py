@@ -9,6 +9,7 @@ import typer
 
 from sdrpn.cli.shared import report_errors
 from sdrpn.io.extras import needs
+from sdrpn_eval.cli.card import card
 from sdrpn_eval.cli.compare import compare
 from sdrpn_eval.cli.curve import curve
 from sdrpn_eval.cli.gate import gate
@@ -38,6 +39,6 @@ def _main(context: typer.Context) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-for command in (compare, gate, score, replay, ladder, curve, sweep):
+for command in (compare, gate, score, replay, ladder, curve, sweep, card):
     app.command()(command)
 app.add_typer(subsets, name="subsets")

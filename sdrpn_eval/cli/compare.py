@@ -84,13 +84,13 @@ def _read(folders: list[Path], names: list[str], tasks: list[str]) -> list[Run]:
         raise ValueError(
             f"--names has {counted(len(names), 'name')} for {counted(len(folders), 'run')}"
         )
-    names = names or _names(folders)
+    names = names or run_names(folders)
     if len(set(names)) < len(names):
         raise ValueError(f"runs need different names, got {', '.join(names)}; give --names")
     return [read_run(f, n, tasks or None) for f, n in zip(folders, names, strict=True)]
 
 
-def _names(folders: list[Path]) -> list[str]:
+def run_names(folders: list[Path]) -> list[str]:
     """The last parts of the paths, as many as it takes to tell them apart."""
     parts = [path.resolve().parts for path in folders]
     for length in range(1, max(len(p) for p in parts)):

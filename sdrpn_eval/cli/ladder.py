@@ -52,6 +52,9 @@ def ladder(
     include_path: Annotated[
         str | None, typer.Option(help="Folder with the YAML files of your own tasks.")
     ] = None,
+    processes: Annotated[
+        str, typer.Option(help="Processes of each run, or auto: one for each GPU.")
+    ] = "1",
     seed: SeedOption = 0,
 ) -> None:
     """Stock, ViCrop, attention, RPN and oracle: run, compared question by question, drawn.
@@ -68,7 +71,7 @@ def ladder(
         at_least(0, seed=seed)
         at_least(1, limit=limit)
         names = _proposers(proposers)
-        _check_options(tasks, batch_size)
+        _check_options(tasks, batch_size, processes)
         if model not in ARGUMENTS:
             raise ValueError(f"--model must be {' or '.join(ARGUMENTS)}, got {model!r}")
         # Imported here, so that --help answers at once.
@@ -77,7 +80,8 @@ def ladder(
         from sdrpn_eval.results.documents import load_data
         from sdrpn_eval.results.ladder import Ladder
 
-        plan = Ladder(out, tasks, model_args, limit, batch_size, include_path, model)
+        count = _processes(processes)
+        plan = Ladder(out, tasks, model_args, limit, batch_size, include_path, model, count)
         runs = [_run(plan, names[0])]
         data, notes = load_data(runs[0].tasks, include_path)
         for name in names[1:]:
@@ -101,11 +105,20 @@ def _proposers(text: str) -> list[str]:
     return names
 
 
-def _check_options(tasks: str, batch_size: str) -> None:
-    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size) > 0):
-        raise ValueError(f"--batch-size must be 1 or more, or auto, got {batch_size!r}")
+def _check_options(tasks: str, batch_size: str, processes: str) -> None:
+    for name, value in (("batch-size", batch_size), ("processes", processes)):
+        if value != "auto" and not (value.isdecimal() and int(value) > 0):
+            raise ValueError(f"--{name} must be 1 or more, or auto, got {value!r}")
     if not tasks.strip(" ,"):
         raise ValueError(f"--tasks names no task, got {tasks!r}")
+
+
+def _processes(text: str) -> int:
+    if text != "auto":
+        return int(text)
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
 
 
 def _run(plan: Ladder, proposer: str) -> Run:

@@ -76,7 +76,7 @@ def blocks(comparison: Comparison) -> list[Section]:
     found = []
     header = ("run", "score", "difference", "p", "published", "won / lost")
     for row in comparison.rows:
-        named = ", ".join(part for part in (row.task, row.protocol, _metric(row)) if part)
+        named = ", ".join(part for part in (row.task, row.protocol, metric_name(row)) if part)
         title = f"{named}: {counted(row.questions, 'question')}, {counted(row.images, 'image')}"
         found.append(_section(title, header, _score_cells(row)))
     for task in comparison.tasks:
@@ -90,7 +90,7 @@ def blocks(comparison: Comparison) -> list[Section]:
 
 def _score_cells(row: MetricRow) -> list[Cells]:
     """A row per run; the metric is named in the first."""
-    named = {"task": row.task, "protocol": row.protocol, "metric": _metric(row)}
+    named = {"task": row.task, "protocol": row.protocol, "metric": metric_name(row)}
     named["questions / images"] = f"{row.questions} / {row.images}"
     found: list[Cells] = []
     for score, change in zip(row.scores, [None, *row.differences], strict=True):
@@ -104,7 +104,8 @@ def _score_cells(row: MetricRow) -> list[Cells]:
     return found
 
 
-def _metric(row: MetricRow) -> str:
+def metric_name(row: MetricRow) -> str:
+    """A metric's name, with its filter if it has one."""
     return row.metric if row.filter == "none" else f"{row.metric} ({row.filter})"
 
 
@@ -259,12 +260,17 @@ def markdown(comparison: Comparison) -> str:
     """The same, ready to paste into a pull request."""
     parts = ["\n".join(f"- **{_cell(line)}**" for line in verdicts(comparison))]
     for section in sections(comparison):
-        lines = [section.header, ["---"] * len(section.header), *section.rows]
-        table = "\n".join("| " + " | ".join(_cell(c) for c in cells) + " |" for cells in lines)
+        table = markdown_table(section.header, section.rows)
         parts.append(f"### {section.title}\n\n{table}")
     parts.append("\n".join(f"- {_cell(line)}" for line in cautions(comparison)))
     parts.append(METHOD)
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain text in Markdown, without a line break at its end."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(c) for c in cells) + " |" for cells in lines)
 
 
 def _cell(text: str) -> str:

@@ -31,7 +31,10 @@ class RunFailed(ValueError):
 
 @dataclass(frozen=True)
 class Ladder:
-    """What all runs have in common; `model_args` names no proposer."""
+    """What all runs have in common; `model_args` names no proposer.
+
+    processes: Of each run on this machine, with a share of the documents each.
+    """
 
     out: Path
     tasks: str
@@ -40,6 +43,7 @@ class Ladder:
     batch_size: str
     include_path: str | None = None
     model: str = "llava_sdrpn"
+    processes: int = 1
 
     def __post_init__(self) -> None:
         if "proposer" in parse_arguments(self.model_args):
@@ -58,7 +62,11 @@ class Ladder:
 
     def command(self, proposer: str) -> list[str]:
         """The command line of a proposer's run."""
-        words = [sys.executable, "-m", "lmms_eval", "--model", self.model, "--tasks", self.tasks]
+        words = [sys.executable]
+        if self.processes > 1:
+            words += ["-m", "torch.distributed.run", "--standalone"]
+            words += ["--nproc_per_node", str(self.processes)]
+        words += ["-m", "lmms_eval", "--model", self.model, "--tasks", self.tasks]
         words += ["--model_args", self.arguments(proposer), "--batch_size", self.batch_size]
         words += ["--output_path", str(self.folder(proposer)), "--log_samples"]
         words += ["--limit", str(self.limit)] if self.limit else []

@@ -21,18 +21,19 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OPTIONAL: dict[str, list[str]] = PROJECT["optional-dependencies"]
 FOLDERS = ("sdrpn", "sdrpn_eval", "tasks")
 EXTRAS = {
+    "sdrpn/app.py": ("app",),
     "sdrpn/backbones/adapters.py": ("peft", "4bit"),
     "sdrpn/convert": ("convert",),
     "sdrpn/distill": ("train",),
     "sdrpn/draw.py": ("plot",),
-    "sdrpn_eval/demo/__init__.py": (),
+    "sdrpn_eval/demo/__init__.py": ("app",),
     "sdrpn_eval/demo/__main__.py": (),
     "sdrpn_eval": ("eval",),
     "tasks": ("eval",),
 }
 """Which extras a file may import from beside the core; the first that fits."""
 PROVIDERS = packages_distributions()
-TESTED_AS_OLDEST = ("eval", "train", "convert", "plot")
+TESTED_AS_OLDEST = ("eval", "train", "convert", "plot", "app")
 
 
 def required(extra: str) -> dict[str, Requirement]:
@@ -84,12 +85,14 @@ def test_every_import_is_a_declared_dependency(path: Path) -> None:
     assert not undeclared, f"declare in pyproject.toml what {path} imports"
 
 
-@pytest.mark.parametrize("extra", ["eval", "train", "convert", "plot", "peft"])
+@pytest.mark.parametrize("extra", ["eval", "train", "convert", "plot", "app", "peft"])
 def test_all_brings_every_extra(extra: str) -> None:
     assert set(required(extra)) <= set(required("all"))
 
 
-@pytest.mark.parametrize("name", ["lmms-eval", "matplotlib", "scikit-learn", "sentencepiece"])
+@pytest.mark.parametrize(
+    "name", ["gradio", "lmms-eval", "matplotlib", "scikit-learn", "sentencepiece"]
+)
 def test_the_core_is_small(name: str) -> None:
     assert name not in CORE
 

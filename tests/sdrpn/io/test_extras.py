@@ -17,6 +17,7 @@ from sdrpn.io.extras import MissingExtra, needs
 BLOCKED = (
     "bitsandbytes",
     "datasets",
+    "gradio",
     "lmms_eval",
     "loguru",
     "matplotlib",
@@ -126,7 +127,9 @@ def test_answer_works(tmp_path: Path) -> None:
         ),
         ("sdrpn.cli train-gate x --images . --out y", "datasets", "train"),
         ("sdrpn.cli convert labels {scene} --out x", "datasets", "train"),
+        ("sdrpn.cli app", "gradio", "app"),
         ("sdrpn_eval compare a b", "lmms-eval", "eval"),
+        ("sdrpn_eval card a --to b", "lmms-eval", "eval"),
         ("sdrpn_eval gate a --baseline b", "lmms-eval", "eval"),
         ("sdrpn_eval score a", "lmms-eval", "eval"),
         ("sdrpn_eval replay a --doc b:1", "lmms-eval", "eval"),

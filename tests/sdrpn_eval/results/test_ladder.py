@@ -202,6 +202,7 @@ def test_the_oracle_is_left_out_where_documents_have_no_boxes(
         (["--proposers", "rpn"], "--proposers needs two different ones or more, got 'rpn'"),
         (["--proposers", "rpn,rpn"], "needs two different ones or more"),
         (["--model_args", "proposer=rpn"], "--model_args must not name a proposer"),
+        (["--processes", "0"], "--processes must be 1 or more, or auto, got '0'"),
         (["--model", "llava_hf"], "--model must be llava_sdrpn or qwen2_5_vl_sdrpn, got"),
     ],
 )
@@ -222,6 +223,9 @@ def test_the_command_line_of_a_run(tmp_path: Path) -> None:
     assert words.endswith("--include_path mine")
     other = plan(tmp_path, model="qwen2_5_vl_sdrpn").command("rpn")
     assert other[1:5] == ["-m", "lmms_eval", "--model", "qwen2_5_vl_sdrpn"]
+    several = " ".join(plan(tmp_path, processes=8).command("rpn")[1:])
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 8 -m lmms_eval --model "
+    assert several.startswith(launcher)
     bare = Ladder(tmp_path, "toy", "", None, "1")
     assert bare.arguments("rpn") == "proposer=rpn"
 
