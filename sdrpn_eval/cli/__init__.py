@@ -15,7 +15,6 @@ from sdrpn_eval.cli.gate import gate
 from sdrpn_eval.cli.ladder import ladder
 from sdrpn_eval.cli.replay import replay
 from sdrpn_eval.cli.score import score
-from sdrpn_eval.cli.subsets import app as subsets
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,11 +31,10 @@ def _main(context: typer.Context) -> None:
         return
     with report_errors():
         needs("lmms_eval", "matplotlib", "jinja2", extra="eval", what="sdrpn-eval")
-    # Tasks' documents are looked up on this machine; only what evaluates or cuts may download.
-    if context.invoked_subcommand not in ("ladder", "subsets"):
+    # Tasks' documents are looked up on this machine; only what evaluates may download.
+    if context.invoked_subcommand != "ladder":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 for command in (compare, gate, score, replay, ladder, curve):
     app.command()(command)
-app.add_typer(subsets, name="subsets")
