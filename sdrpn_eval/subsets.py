@@ -1,7 +1,7 @@
 """Subsets for CI: fixed documents of a benchmark, the same for everyone, as ids in a file.
 
-The files are data (`tasks/ci/ids/`, written by `tools/ci_subsets.py`), and each names the split that
-it was chosen from.
+The files are data (`tasks/ci/ids/`, written by `tools/ci_subsets.py`), and each names the split
+that it was chosen from.
 """
 
 from __future__ import annotations

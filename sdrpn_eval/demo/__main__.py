@@ -17,14 +17,15 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="first documents only, for a quick try")
     args = parser.parse_args()
     try:
-        needs("lmms_eval", "matplotlib", extra="eval", what="the demo")
+        needs("lmms_eval", "matplotlib", "jinja2", extra="eval", what="the demo")
         # Imported here, because it imports what the extra brings.
-        from sdrpn_eval.demo.run import EvaluationFailed, demo
+        from sdrpn_eval.demo.run import demo
+        from sdrpn_eval.results.ladder import RunFailed
     except MissingExtra as error:
         sys.exit(f"error: {error}")
     try:
         demo(args.out, batch_size=args.batch_size, limit=args.limit)
-    except EvaluationFailed as error:
+    except RunFailed as error:
         sys.exit(f"error: {error}")
 
 
