@@ -42,33 +42,6 @@ def unquoted(value: Any) -> Any:
     return quoted[2].replace(f"\\{quoted[1]}", quoted[1]) if quoted else value
 
 
-def written_arguments(arguments: Mapping[str, Any]) -> str | dict[str, Any]:
-    """Arguments as `--model_args` takes them, with quotes where a text needs some.
-
-    Returns:
-        A text that `parse_arguments` reads back as what was given; the arguments themselves where
-        there is no such text (lmms-eval's parser takes no text that mixes both kinds of quotes
-        with commas).
-    """
-    words: list[str] = []
-    for name, value in arguments.items():
-        text = str(value)
-        forms = (text, f'"{text}"', f"'{text}'", '"' + text.replace('"', '\\"') + '"')
-        kept = next((form for form in forms if _reads_as(form, name, value)), None)
-        if kept is None:
-            return dict(arguments)
-        words.append(f"{name}={kept}")
-    return ",".join(words)
-
-
-def _reads_as(form: str, name: str, value: Any) -> bool:
-    """Whether a value written in a form is read back, between others too."""
-    try:
-        return parse_arguments(f"{name}={form},end=1") == {name: value, "end": 1}
-    except ValueError:
-        return False
-
-
 def on_command_line(option: str, argv: Sequence[str]) -> str | None:
     """What a command line says after an option, `--x y` or `--x=y`; None where it does not."""
     for word, following in zip(argv, [*argv[1:], None], strict=True):

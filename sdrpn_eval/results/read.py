@@ -243,11 +243,6 @@ def parse_results(file: Path) -> Results:
     return results
 
 
-def samples_file(file: Path, task: str) -> Path:
-    """The samples file of a task, beside a results file."""
-    return file.with_name(file.name.removesuffix(RESULTS) + f"_samples_{task}.jsonl")
-
-
 def _read_task(file: Path, results: Results, task: str) -> TaskRun:
     if task not in results["configs"]:
         raise BadRun(f"{file} has no results for {task}")
@@ -255,7 +250,7 @@ def _read_task(file: Path, results: Results, task: str) -> TaskRun:
     if scores is None:
         raise BadRun(f"{file} lists {task} without a score")
     totals = read_totals(scores)
-    path = samples_file(file, task)
+    path = file.with_name(file.name.removesuffix(RESULTS) + f"_samples_{task}.jsonl")
     if not path.exists():
         raise BadRun(f"{file} has no samples of {task} beside it; run with --log_samples")
     counts = results.get("n-samples", {}).get(task, Counts())

@@ -76,8 +76,7 @@ def record_lines(run: Run) -> tuple[list[RecordLine], tuple[str, ...]]:
         if wrong:
             refused.append(
                 f"{run.name}: the record in {folder} is of another run ({wrong} of "
-                f"{counted(len(lines), 'answer')} "
-                "differ) and is not used"
+                f"{counted(len(lines), 'answer')} differ) and is not used"
             )
     return [], tuple(refused) or (f"{run.name}: the record holds none of its questions",)
 
@@ -137,19 +136,19 @@ def _after_all(name: str, ends: Sequence[datetime]) -> bool:
 
 
 def _contradictions(run: Run, lines: list[RecordLine]) -> int:
-    """Lines of documents that the run has not, or answered otherwise.
+    """Counts documents that the run does not have, or none of whose answers is the run's.
 
-    The answer must stand in the samples' response, which a task's filter may have shortened.
+    One must contain the other: a task's filter may have shortened the answer in the samples, which
+    hold the first of several repeats.
     """
-    wrong = 0
+    agree: dict[Document, bool] = {}
     for line in lines:
+        document = line.task, line.doc_id
         sample = run.tasks[line.task].samples.get(line.doc_id)
-        if sample is None:
-            wrong += 1
-        elif not line.is_loss:
-            said, recorded = sample.answer.strip(), line.answer.strip()
-            wrong += said not in recorded and recorded not in said
-    return wrong
+        said, recorded = sample.answer.strip() if sample else "", line.answer.strip()
+        same = sample is not None and (line.is_loss or said in recorded or recorded in said)
+        agree[document] = same or agree.get(document, False)
+    return list(agree.values()).count(False)
 
 
 def _as_record(run: Run, lines: list[RecordLine]) -> Record:

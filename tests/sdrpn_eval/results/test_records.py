@@ -155,7 +155,9 @@ def test_a_folder_of_records_named_with_a_tilde_is_found(
 
 
 def test_repeats_of_a_question_cost_what_one_costs(tmp_path: Path) -> None:
-    lines = [record_line(0, "red", seconds=s) for s in (0.5, 1.0, 1.5)]
+    # Sampled answers differ; the samples hold the first.
+    answers = {"red": 0.5, "blue": 1.0, "green": 1.5}
+    lines = [record_line(0, answer, seconds=s) for answer, s in answers.items()]
     folder = write_run(tmp_path / "run", {"toy": [sample(0)]}, config={"repeats": 3})
     write_record(folder, lines)
     look = read_looks(read_run(folder)).looks["toy", 0]
