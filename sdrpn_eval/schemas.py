@@ -96,7 +96,15 @@ class SampleLine(TypedDict):
     token_counts: NotRequired[list[TokensOf | None] | None]
 
 
-Boxes = dict[str, dict[int, tuple[float, float, float, float]]]
+def _is_box(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = map(int, box)
+    if not (0 <= x0 < x1 and 0 <= y0 < y1):
+        raise ValueError(f"the box {list(box)} is empty or turned round")
+    return box
+
+
+Box = Annotated[tuple[float, float, float, float], AfterValidator(_is_box)]
+Boxes = dict[str, dict[int, Box]]
 """True boxes handed in: task -> document -> (x0, y0, x1, y1) in pixels."""
 
 RESULTS = TypeAdapter(Results)

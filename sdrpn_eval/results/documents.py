@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from loguru import logger
 from PIL import Image
@@ -24,32 +24,12 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """A data set of the Hugging Face Hub."""
 
 
-class Documents(Protocol):
-    """The documents of a task that this machine holds."""
-
-    def image(self, doc_id: int) -> Image.Image | None:
-        """The first image of a document; None without one."""
-        ...
-
-    def key(self, doc_id: int) -> str | None:
-        """Content hash of that image, see `sdrpn.io.images.image_key`."""
-        ...
-
-    def prompt(self, doc_id: int) -> str | None:
-        """The question as the task words it; None where only the task could tell."""
-        ...
-
-    def box(self, doc_id: int) -> PixelBox | None:
-        """The document's own `box` in pixels of its image, half-open; None without."""
-        ...
-
-
 @dataclass
 class StoredData:
-    """The rows of a task's data set, for tasks that show a column of images unchanged.
+    """The rows of a task's dataset, for tasks that show a column of images unchanged.
 
     Attributes:
-        rows: A data set of that column alone, undecoded.
+        rows: A dataset of that column alone, undecoded.
         boxes: The column `box`; None without one.
     """
 
@@ -60,9 +40,11 @@ class StoredData:
     _last: tuple[bytes, Image.Image] | None = None
 
     def image(self, doc_id: int) -> Image.Image:
+        """The image of a document."""
         return self._decoded(*self._file(doc_id))
 
     def key(self, doc_id: int) -> str:
+        """Content hash of that image, see `sdrpn.io.images.image_key`."""
         digest, source = self._file(doc_id)
         if digest not in self._keys:  # documents share images
             self._keys[digest] = image_key(self._decoded(digest, source))
@@ -80,11 +62,11 @@ class StoredData:
         return self._last[1]
 
     def prompt(self, doc_id: int) -> None:
-        return None
+        """None: only the task could tell how it words a question."""
 
     def box(self, doc_id: int) -> PixelBox | None:
-        box = self.boxes[doc_id] if self.boxes else None
-        return PixelBox(*(int(v) for v in box)) if box else None
+        """The document's own `box` in pixels of its image, half-open; None without one."""
+        return _as_box(self.boxes[doc_id] if self.boxes else None)
 
 
 @dataclass(frozen=True)
@@ -99,6 +81,7 @@ class TaskData:
         return next((v for v in visuals if isinstance(v, Image.Image)), None)
 
     def key(self, doc_id: int) -> str | None:
+        """Content hash of that image."""
         image = self.image(doc_id)
         return image_key(image) if image else None
 
@@ -107,14 +90,21 @@ class TaskData:
         return str(self.task.doc_to_text(self.task.eval_docs_no_media[doc_id]))
 
     def box(self, doc_id: int) -> PixelBox | None:
-        """The document's own `box` in pixels of the image, half-open; None without."""
-        box = self.task.eval_docs_no_media[doc_id].get("box")
-        return PixelBox(*(int(v) for v in box)) if box else None
+        """The document's own `box` in pixels of the image, half-open; None without one."""
+        return _as_box(self.task.eval_docs_no_media[doc_id].get("box"))
 
     @property
     def has_boxes(self) -> bool:
         """Whether its first document has a `box`."""
         return len(self.task.eval_docs_no_media) > 0 and self.box(0) is not None
+
+
+Documents = StoredData | TaskData
+"""The documents of a task that this machine holds."""
+
+
+def _as_box(box: Sequence[float] | None) -> PixelBox | None:
+    return PixelBox(*(int(v) for v in box)) if box else None
 
 
 def task_manager(include_path: Any = None, include_defaults: bool = True) -> Any:
@@ -262,14 +252,8 @@ def boxes_of(
     data: Mapping[str, Documents], documents: Sequence[Document], given: Mapping[Document, PixelBox]
 ) -> dict[Document, PixelBox]:
     """True boxes: the given ones, else the documents' own."""
-    found = dict(given)
-    for document in documents:
-        task, doc_id = document
-        if document not in found and task in data:
-            box = data[task].box(doc_id)
-            if box is not None:
-                found[document] = box
-    return found
+    own = {(task, i): data[task].box(i) for task, i in documents if task in data}
+    return {document: box for document, box in own.items() if box is not None} | dict(given)
 
 
 def read_boxes(file: Path) -> dict[Document, PixelBox]:
@@ -280,19 +264,12 @@ def read_boxes(file: Path) -> dict[Document, PixelBox]:
     """
     try:
         content = read_parsed(BOXES, file)
-        return {
-            (task, doc_id): _valid(box, f"{task} {doc_id}")
-            for task, boxes in content.items()
-            for doc_id, box in boxes.items()
-        }
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{file} must hold {{task: {{document id: [x0, y0, x1, y1]}}}} in pixels: {error}"
         ) from None
-
-
-def _valid(box: Sequence[Any], where: str) -> PixelBox:
-    x0, y0, x1, y1 = (int(v) for v in box)
-    if not (0 <= x0 < x1 and 0 <= y0 < y1):
-        raise ValueError(f"the box {list(box)} of {where} is empty or turned round")
-    return PixelBox(x0, y0, x1, y1)
+    return {
+        (task, doc_id): PixelBox(*(int(v) for v in box))
+        for task, boxes in content.items()
+        for doc_id, box in boxes.items()
+    }
