@@ -76,26 +76,6 @@ class Provenance(BaseModel):
         """The files that this was read from, one a process."""
         return self._files
 
-    @property
-    def data(self) -> dict[str, str]:
-        return {name: task.data for name, task in self.tasks.items()}
-
-    @property
-    def prompts(self) -> dict[str, str]:
-        return {name: task.prompts for name, task in self.tasks.items()}
-
-    @property
-    def scorers(self) -> dict[str, str]:
-        return {name: task.scorer for name, task in self.tasks.items() if task.scorer}
-
-    @property
-    def scorer_sources(self) -> dict[str, str | None]:
-        return {name: task.scorer_source for name, task in self.tasks.items()}
-
-    @property
-    def documents(self) -> dict[str, int]:
-        return {name: task.documents for name, task in self.tasks.items()}
-
 
 FACTS = TypeAdapter(Provenance)
 
@@ -145,7 +125,7 @@ def read_latest(folder: Path, *, asked: bool = False) -> Provenance | None:
     for name in sorted(begun, reverse=True):
         if moment(name) is not None:
             found = read_provenance(begun[name])
-            if found.documents or not asked:
+            if found.tasks or not asked:
                 return found
     return None
 

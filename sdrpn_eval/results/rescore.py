@@ -111,15 +111,16 @@ class RecordedAnswers(lmms):
 
     def _check_facts(self, task: str, instances: Sequence[Any]) -> None:
         facts = self._source.facts
-        if facts is None or task not in facts.data:
+        if facts is None or task not in facts.tasks:
             return
+        recorded = facts.tasks[task]
         requests = parse(instances)
         rows = self.task_dict[task][requests[0].split]
         now = {
             "data": fingerprints.data_fingerprint(rows, (r.doc_id for r in requests)),
             "prompts": fingerprints.prompts_fingerprint(requests),
         }
-        for what, then in (("data", facts.data[task]), ("prompts", facts.prompts[task])):
+        for what, then in (("data", recorded.data), ("prompts", recorded.prompts)):
             if then != now[what]:
                 raise Moved(
                     f"{task}: other {what} than the run was asked (fingerprint {then} then, "

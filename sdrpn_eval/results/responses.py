@@ -121,12 +121,13 @@ def _from_record(folder: Path, tasks: Sequence[str]) -> Source:
     if facts is None:
         raise BadRun(f"{folder} holds a record without run facts: nothing says what was asked")
     lines = [line for line in read_all_records(folder) if line.run == facts.run]
-    held = {t: {line.doc_id for line in lines if line.task == t} for t in facts.documents}
+    held = {t: {line.doc_id for line in lines if line.task == t} for t in facts.tasks}
     for task, ids in held.items():
-        if len(ids) < facts.documents[task]:
+        asked = facts.tasks[task].documents
+        if len(ids) < asked:
             raise BadRun(
-                f"{folder} holds {len(ids)} of the {counted(facts.documents[task], 'document')} "
-                f"of {task}: start the same lmms-eval command again, it goes on there"
+                f"{folder} holds {len(ids)} of the {counted(asked, 'document')} of {task}: start "
+                "the same lmms-eval command again, it goes on there"
             )
     every = [i for ids in held.values() for i in ids]
     config = {
