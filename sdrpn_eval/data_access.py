@@ -15,10 +15,10 @@ from typing import Any
 from datasets import config as datasets_config
 from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import HfApi, constants, get_token
-from lmms_eval.utils import load_yaml_config
 from loguru import logger
 
 from sdrpn.io import hub
+from sdrpn_eval.tasks_info import task_settings
 
 TIMEOUT = 10
 """Seconds to wait for the Hub."""
@@ -46,8 +46,7 @@ def check_data(tasks: Iterable[str], index: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def _config(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    path = entry.get("yaml_path")
-    return load_yaml_config(path, mode="simple") if isinstance(path, str) else {}
+    return task_settings(entry) if isinstance(entry.get("yaml_path"), str) else {}
 
 
 def _kwargs(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -23,10 +23,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
-from lmms_eval.utils import load_yaml_config
 from loguru import logger
 
-from sdrpn_eval.tasks_info import family, parts
+from sdrpn_eval.tasks_info import family, parts, task_settings
 
 VARIABLE = "SDRPN_DATA"
 
@@ -72,7 +71,7 @@ def _local_files(index: TaskIndex, root: Path) -> dict[str, Files]:
         elif entry["type"] == "task":
             found[folder.name] = _files_of_task(folder, entry)
             # A task that chooses documents may have these alone in its folder.
-            if "process_docs" not in _config(entry):
+            if "process_docs" not in task_settings(entry):
                 lent[folder.name] = found[folder.name]
     for folder in folders:
         members = [] if folder.name in found else list(parts(folder.name, index))
@@ -104,7 +103,7 @@ def _source(entry: dict[str, Any]) -> tuple[str, ...]:
 
     Of a data set of the hub the split says which rows; files only save the others' download.
     """
-    config = _config(entry)
+    config = task_settings(entry)
     path = str(config.get("dataset_path"))
     files = None if "/" in path else (config.get("dataset_kwargs") or {}).get("data_files")
     return tuple(map(str, (path, config.get("dataset_name"), files, _split(entry))))
@@ -144,13 +143,9 @@ def _check_images(path: Path) -> None:
         )
 
 
-def _config(entry: dict[str, Any]) -> dict[str, Any]:
-    return load_yaml_config(entry["yaml_path"], mode="simple")
-
-
 def _split(entry: dict[str, Any]) -> str:
     """The split that lmms-eval scores: test where the task names one, else validation."""
-    config = _config(entry)
+    config = task_settings(entry)
     return config.get("test_split") or config["validation_split"]
 
 

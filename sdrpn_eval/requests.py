@@ -20,6 +20,7 @@ from PIL import Image
 
 from sdrpn.io.images import image_key
 from sdrpn.io.plurals import counted
+from sdrpn_eval.provenance.fingerprints import undecoded
 
 IMAGE_PLACEHOLDER = "<image>"
 
@@ -142,12 +143,7 @@ def _without_decoding(rows: Any) -> Any:
     if not isinstance(rows, Dataset):
         return None
     columns = [name for name, kind in rows.features.items() if isinstance(kind, ImageColumn)]
-    if not columns:
-        return None
-    view = rows.select_columns(columns)
-    for name in columns:
-        view = view.cast_column(name, ImageColumn(decode=False))
-    return view
+    return undecoded(rows.select_columns(columns)) if columns else None
 
 
 def question_text(request: Request, images: int) -> str:

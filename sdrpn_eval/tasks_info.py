@@ -155,15 +155,16 @@ def parts(name: str, index: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     elif entry.get("type") == "tag":
         yield from entry["task"]
     elif entry.get("type") == "group":
-        for member in _settings(entry)["task"]:
+        for member in task_settings(entry)["task"]:
             yield from parts(member if isinstance(member, str) else member.get("task", ""), index)
 
 
 def _metrics(entry: Mapping[str, Any]) -> list[str]:
-    return [str(metric["metric"]) for metric in _settings(entry).get("metric_list") or []]
+    return [str(metric["metric"]) for metric in task_settings(entry).get("metric_list") or []]
 
 
-def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
+def task_settings(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The YAML of an entry of lmms-eval's task index, without its functions."""
     # Imported here: seconds of imports, that reports looking up a threshold must not wait for.
     from lmms_eval.utils import load_yaml_config
 
