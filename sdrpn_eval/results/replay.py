@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,14 @@ DEVICE = ("type", "name", "cuda", "platform")
 
 @dataclass(frozen=True)
 class Look:
-    """The answer at one time, and the record's line about it; None without a record."""
+    """An answer and the line of the record about it; None without a record."""
 
     answer: str
     line: RecordLine | None
 
     @property
-    def regions(self) -> list[PixelBox]:
-        return [*self.line.regions] if self.line else []
+    def regions(self) -> Sequence[PixelBox]:
+        return self.line.regions if self.line else ()
 
     @property
     def reason(self) -> str:
@@ -67,10 +67,13 @@ class Replay:
 
     def save(self, path: Path) -> None:
         """Writes it as JSON."""
-        content = {k: v for k, v in asdict(self).items() if k != "document"}
-        for name, look in (("then", self.then), ("now", self.now)):
-            content[name]["line"] = look.line and look.line.as_dict()
         task, doc_id = self.document
+        looks = {
+            name: {"answer": look.answer, "line": look.line and look.line.as_dict()}
+            for name, look in (("then", self.then), ("now", self.now))
+        }
+        content = {"prompt": self.prompt, "target": self.target, **looks}
+        content |= {"moved": self.moved, "scores": self.scores}
         write_json(path, {"task": task, "doc_id": doc_id, "same": self.same, **content})
 
 
@@ -82,7 +85,7 @@ def ask_again(
     Args:
         source: The run.
         document: (task, document id).
-        model_args: Model arguments, as lmms-eval takes them, that replace recorded ones.
+        model_args: Model arguments in lmms-eval's syntax that replace recorded ones.
         manager: lmms-eval's index of tasks.
         out: Folder to write to.
 
@@ -203,7 +206,6 @@ def _draw(replay: Replay, data: TaskData, grid_of: Any, out: Path) -> None:
     answers = {"then": replay.then.answer, "now": replay.now.answer}
     if replay.target is not None:
         answers["right"] = replay.target
-    looks = {"then": replay.then, "now": replay.now}
     cards = [
         Card(
             image,
@@ -215,9 +217,9 @@ def _draw(replay: Replay, data: TaskData, grid_of: Any, out: Path) -> None:
             truth=data.box(doc_id),
             note=f"seen {name}. {look.reason}".strip(),
         )
-        for name, look in looks.items()
+        for name, look in (("then", replay.then), ("now", replay.now))
         if look.line is not None
     ]
     sheet(cards, out / "replay.png")
     for number, box in enumerate(replay.now.regions, start=1):
-        image.convert("RGB").crop((box.x0, box.y0, box.x1, box.y1)).save(out / f"crop_{number}.png")
+        image.convert("RGB").crop(box).save(out / f"crop_{number}.png")
