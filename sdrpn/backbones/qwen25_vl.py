@@ -21,7 +21,12 @@ from sdrpn.backbones.base import Backbone, CropTokens, ImageInput, PromptIds, Se
 from sdrpn.backbones.cache import cache_argument
 from sdrpn.backbones.chat_template import ChatPrompt
 from sdrpn.backbones.loading import Architecture, load_model
-from sdrpn.backbones.qwen25_vl_images import MAX_ASPECT, PictureRules, image_processor
+from sdrpn.backbones.qwen25_vl_images import (
+    MAX_ASPECT,
+    PictureRules,
+    check_pixels,
+    image_processor,
+)
 from sdrpn.boxes import ImageGrid, PixelBox
 from sdrpn.config import IMAGE_TOKEN, LabelConfig, MapRules, RPNConfig, ZoomConfig
 from sdrpn.io.checkpoints import check_layers, execution_device
@@ -144,6 +149,7 @@ class Qwen25VL(Backbone):
             system_prompt: See the class.
             load: As `loading.load_model` takes them, which also says what is raised.
         """
+        check_pixels(min_pixels, max_pixels)
         model, processor, _ = load_model(ARCHITECTURE, pretrained, **load)
         return cls(
             model,

@@ -17,6 +17,7 @@ from transformers import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from sdrpn.backbones.base import ImageInput
+from sdrpn.backbones.qwen25_vl_published import CELL_PIXELS
 from sdrpn.boxes import ImageGrid, PixelBox
 
 FIRST_CELLS = (4, 16384)
@@ -26,6 +27,15 @@ numbers, before the image processor resizes to the limits of a run."""
 MAX_ASPECT = 200
 GREY = (127, 127, 127)
 """What pictures are padded with in labelling and training."""
+
+
+def check_pixels(min_pixels: int, max_pixels: int, token: int = CELL_PIXELS) -> None:
+    """Raise ValueError unless token <= min_pixels <= max_pixels, in pixels."""
+    if not token <= min_pixels <= max_pixels:
+        raise ValueError(
+            f"min_pixels and max_pixels must be {token} (one token) or more and in order, got "
+            f"{min_pixels} and {max_pixels}"
+        )
 
 
 class StretchedGrid(ImageGrid):
@@ -55,11 +65,7 @@ class PictureRules:
     square: bool = False
 
     def __post_init__(self) -> None:
-        if not self.cell**2 <= self.min_pixels <= self.max_pixels:
-            raise ValueError(
-                f"min_pixels and max_pixels must be {self.cell**2} (one token) or more and in "
-                f"order, got {self.min_pixels} and {self.max_pixels}"
-            )
+        check_pixels(self.min_pixels, self.max_pixels, self.cell**2)
 
     @property
     def merge(self) -> int:

@@ -10,6 +10,8 @@ import typer
 from sdrpn import model_registry as names
 from sdrpn.cli.shared import (
     DtypeOption,
+    MaxPixelsOption,
+    MinPixelsOption,
     ModelOption,
     PaddingOption,
     PolicyOption,
@@ -60,6 +62,8 @@ def answer(
     ] = "raise",
     dtype: DtypeOption = "auto",
     padding: PaddingOption = None,
+    min_pixels: MinPixelsOption = None,
+    max_pixels: MaxPixelsOption = None,
 ) -> None:
     """Answer a file of questions about images, each with a second look.
 
@@ -80,7 +84,13 @@ def answer(
 
         check_options(batch_size, max_new_tokens, on_error)
         file = AnswerFile(out)
-        zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype, padding, rpn_revision)
+        zoom = load_zoom(
+            *(model, rpn, proposer, threshold, policy, dtype),
+            padding=padding,
+            rpn_revision=rpn_revision,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
     with report_errors():
         from sdrpn.batch_inference import AnswerJob
 
