@@ -120,12 +120,18 @@ def task_manager(include_path: Any = None, include_defaults: bool = True) -> Any
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Disables lmms-eval's log, which describes a run: these commands do not run one."""
-    logger.disable("lmms_eval")
+    """Disables what lmms-eval and SDRPN_DATA log about a run: these commands do not run one.
+
+    Their index may be a small one, which does not know the tasks of all folders in SDRPN_DATA.
+    """
+    modules = ("lmms_eval", "sdrpn_eval.local_data")
     try:
+        for module in modules:
+            logger.disable(module)
         yield
     finally:
-        logger.enable("lmms_eval")
+        for module in modules:
+            logger.enable(module)
 
 
 def documents_of(
