@@ -1,4 +1,4 @@
-"""lmms-eval's command line: `--model_args` as text, and other options by name."""
+"""Reads lmms-eval's command line: `--model_args`, and other options by name."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 
 def parse_arguments(model_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """`--model_args` by name, as lmms-eval reads them: the one reader of this project.
+    """Parses `--model_args` with lmms-eval's own parser.
 
     Args:
-        model_args: the text of the option, or what a results file holds of it.
+        model_args: The text of the option, or its value in a results file.
 
     Returns:
-        Values as lmms-eval types them (numbers and booleans are no text), without the quotes that
-        it leaves around a text.
+        Values by name, with numbers and booleans converted, and text without the quotes that
+        lmms-eval's parser leaves around it.
 
     Raises:
-        ValueError: where the text is not NAME=VALUE,NAME=VALUE.
+        ValueError: If the text is not NAME=VALUE,NAME=VALUE.
     """
     if isinstance(model_args, Mapping):
         return {str(name): unquoted(value) for name, value in model_args.items()}
     if not model_args:
         return {}
-    # Imported here: it takes seconds, which commands that read no arguments do not have.
+    # Imported here: takes seconds, which commands that parse no arguments do not need.
     from lmms_eval.utils import simple_parse_args_string
 
     try:
@@ -35,7 +35,7 @@ def parse_arguments(model_args: str | Mapping[str, Any] | None) -> dict[str, Any
 
 
 def unquoted(value: Any) -> Any:
-    """A text without the quotes around all of it, which lmms-eval keeps; all else as it is."""
+    """Removes quotes around a whole text, which lmms-eval keeps; returns others unchanged."""
     if not isinstance(value, str):
         return value
     quoted = re.fullmatch(r"""(['"])((?:\\\1|(?!\1).)*)\1""", value, flags=re.DOTALL)
@@ -43,7 +43,7 @@ def unquoted(value: Any) -> Any:
 
 
 def on_command_line(option: str, argv: Sequence[str]) -> str | None:
-    """What a command line says after an option, `--x y` or `--x=y`; None where it does not."""
+    """The value of an option, `--x y` or `--x=y`, on a command line; None without it."""
     for word, following in zip(argv, [*argv[1:], None], strict=True):
         if word == option:
             return following

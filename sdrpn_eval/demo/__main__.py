@@ -10,7 +10,7 @@ from sdrpn.io.extras import MissingExtra, needs
 
 
 def main() -> None:
-    """Read the command line and run."""
+    """Reads the command line and runs the demo."""
     parser = argparse.ArgumentParser(prog="sdrpn_eval.demo", description="Stock and second look.")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="output folder")
     parser.add_argument("--batch-size", type=int, default=32)
