@@ -174,17 +174,13 @@ def _left_out(
     if strangers:
         notes.append(
             f"{counted(strangers, 'question')} {agree(strangers, 'is', 'are')} shown without "
-            "pictures, as the data on this "
-            "machine is not "
-            "what the runs saw"
+            "pictures, as the data on this machine is not what the runs saw"
         )
     if bare(changed) + bare(rest) > strangers:
         notes.append(
             f"to stay within the size of a page, {bare(changed)} of "
-            f"{counted(len(changed), 'question')} with "
-            f"different scores and {bare(rest)} of {counted(len(rest), 'other')} "
-            f"{agree(bare(changed) + bare(rest), 'is', 'are')} shown "
-            "without pictures "
-            f"(drawn with seed {seed}); their text is all here"
+            f"{counted(len(changed), 'question')} with different scores and {bare(rest)} of "
+            f"{counted(len(rest), 'other')} {agree(bare(changed) + bare(rest), 'is', 'are')} shown "
+            f"without pictures (drawn with seed {seed}); their text is all here"
         )
     return notes

@@ -20,7 +20,7 @@ from sdrpn_eval.schemas import EXACT, FINITE
 
 FORMAT = 1
 MARK = 8
-"""Hex digits of the digest of a prompt and target, or an image; enough to notice a change."""
+"""Hex digits of a digest of a prompt and target, or of an image."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Documents of tasks, from data that is on this machine: images and true boxes."""
+"""Documents of tasks, images and true boxes, from data on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sdrpn_eval.results.scores import Document
 from sdrpn_eval.schemas import BOXES
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-"""A data set of the Hugging Face Hub."""
+"""Hub id of a dataset."""
 
 
 @dataclass
@@ -157,11 +157,11 @@ def documents_of(
 
 
 def stored_data(every: Sequence[Evidence], task: str) -> StoredData | None:
-    """A task's rows, read without lmms-eval.
+    """Reads a task's rows without lmms-eval.
 
     Returns:
-        The rows; None if they do not hold the images that were shown. This is known by the content
-        hash of the first document's image, so it takes a record.
+        The rows; None if they do not hold the images that were shown, by the content hash of the
+        first document's image in the record.
     """
     run = every[0].run
     config: Mapping[str, Any] = run.tasks[task].config
@@ -175,7 +175,7 @@ def stored_data(every: Sequence[Evidence], task: str) -> StoredData | None:
         for stored in _read_rows(config):
             if stored.key(min(documents)[1]) == first.images[0]:
                 return stored
-    except Exception:  # of any kind: lmms-eval tries next and reports what is wrong
+    except Exception:  # of any kind: lmms-eval tries next and reports the error
         return None
     return None
 
@@ -183,8 +183,8 @@ def stored_data(every: Sequence[Evidence], task: str) -> StoredData | None:
 def _read_rows(config: Mapping[str, Any]) -> list[StoredData]:
     """Reads a task's split, once per column of images.
 
-    Only local parquet files and data sets of the Hub are opened: results files come from outside,
-    and some formats of data sets unpickle what they hold.
+    Only local Parquet files and datasets on the Hub are opened: results files come from outside,
+    and some formats of datasets unpickle their content.
     """
     path, kwargs = str(config.get("dataset_path")), config.get("dataset_kwargs") or {}
     files = kwargs.get("data_files")
@@ -193,7 +193,7 @@ def _read_rows(config: Mapping[str, Any]) -> list[StoredData]:
     local = path == "parquet" and all(Path(str(name)).is_file() for name in every)
     if not local and (not HUB_ID.fullmatch(path) or Path(path).exists() or files):
         return []
-    # Imported here: most of a second, for commands that show pictures.
+    # Imported here: slow, and only needed to show images.
     import datasets
 
     datasets.disable_progress_bars()

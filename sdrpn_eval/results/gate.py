@@ -169,15 +169,12 @@ def _refuse_moved(before: TaskBaseline, after: TaskBaseline) -> None:
     if missing:
         raise Broken(
             f"{len(missing)} of the baseline's {counted(len(before.documents), 'document')} "
-            f"{agree(len(missing), 'is', 'are')} "
-            "missing, such "
-            f"as {min(missing)}"
+            f"{agree(len(missing), 'is', 'are')} missing, such as {min(missing)}"
         )
     if len(after.documents) > len(before.documents):
         raise Broken(
             f"{counted(len(after.documents), 'document')}, the baseline has "
-            f"{len(before.documents)}: run with "
-            "the same --limit, or --update"
+            f"{len(before.documents)}: run with the same --limit, or --update"
         )
     for what in ("questions", "images"):
         pairs = zip(before.documents, getattr(before, what), getattr(after, what), strict=True)

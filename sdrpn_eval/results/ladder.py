@@ -1,4 +1,4 @@
-"""The runs of a ladder: one run of lmms-eval per proposer, in a folder of its own."""
+"""The runs of a ladder: one run of lmms-eval per proposer, each in its own folder."""
 
 from __future__ import annotations
 
@@ -26,12 +26,17 @@ TAIL = 15
 
 
 class RunFailed(ValueError):
-    """lmms-eval left no complete results; it exits with 0 all the same."""
+    """Raised if lmms-eval, which exits with 0 even then, left no complete results."""
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """What all runs have in common; `model_args` names no proposer."""
+    """What all runs have in common.
+
+    Attributes:
+        out: Folder of the runs.
+        model_args: Without a proposer.
+    """
 
     out: Path
     tasks: str

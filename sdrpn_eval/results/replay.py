@@ -1,4 +1,4 @@
-"""Asks a document of a run again, with the same task, model and arguments; says what moved."""
+"""Repeats one document of a run with the same task, model and arguments; lists what changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sdrpn_eval.results.responses import Source, arguments_of
 from sdrpn_eval.results.scores import Document
 
 DEVICE = ("type", "name", "cuda", "platform")
-"""Facts of the device that identify the hardware."""
+"""Properties of the device that identify the hardware."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def ask_again(
     overrides = parse_arguments(model_args)
     given = arguments_again(source, overrides)
     with tempfile.TemporaryDirectory() as folder:
-        # An empty record, so that nothing is answered from an earlier one.
+        # An empty record, so that no earlier answer is reused.
         model = MODEL_CLASSES[source.config["model"]](**given | {"record": folder, "batch_size": 1})
         config = dict(source.config) | {"limit": 1, "offset": doc_id}
         results = evaluate_again(model, [task], config, manager, out, predict_only=True)
@@ -141,7 +141,7 @@ def _refuse_unknown(source: Source, document: Document) -> None:
 
 
 def arguments_again(source: Source, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's arguments, some replaced; a preset replaces all arguments that it sets."""
+    """The run's arguments with overrides; a preset replaces all arguments that it sets."""
     if source.facts is not None:
         recorded = arguments_of(source.facts)
     else:
@@ -161,7 +161,7 @@ def _then(source: Source, document: Document) -> Look:
 
 
 def _said(lines: Sequence[RecordLine]) -> str:
-    """The answer; of a multiple choice, the option with the smallest loss, as lmms-eval does."""
+    """The answer; of a multiple choice, the option with the smallest loss, as in lmms-eval."""
     if lines[0].is_loss:
         best = min(lines, key=lambda line: math.inf if line.loss is None else line.loss)
         return str(best.continuation).strip()
@@ -175,7 +175,7 @@ def _moved(
     line_now: RecordLine,
     overrides: Mapping[str, Any],
 ) -> list[str]:
-    """Sentences about everything recorded that differs."""
+    """Sentences about all recorded properties that differ."""
     found = []
     if then is None or now is None:
         found.append("the run left no facts: what else has moved is not known")
@@ -198,7 +198,7 @@ def _moved(
 
 
 def _draw(replay: Replay, data: TaskData, grid_of: Any, out: Path) -> None:
-    """Writes replay.png, what was seen then and now, and crop_1.png etc., the crops of now."""
+    """Writes replay.png, with the regions then and now, and crop_1.png etc., the crops now."""
     _, doc_id = replay.document
     image = data.image(doc_id)
     if image is None:

@@ -33,12 +33,12 @@ from sdrpn_eval.results.records import read_facts, record_folders, record_lines
 from sdrpn_eval.results.scores import Document
 
 NOT_ARGUMENTS = ("record", "resume", "batch_size", "max_batch_size")
-"""Arguments that say how a run was executed, and not what was asked."""
+"""Arguments that do not affect the questions or answers."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A run to score or ask again: lmms-eval's results with samples, our record, or both.
+    """A run to rescore or replay: lmms-eval's results with samples, our record, or both.
 
     Attributes:
         place: The results file, else the record's folder.
@@ -101,7 +101,7 @@ def read_source(path: Path, tasks: Sequence[str] = ()) -> Source:
     inner = {member for members in groups.values() for member in members}
     names = tuple(tasks) or tuple(name for name in groups if name not in inner)
     leaves = [leaf for name in names for leaf in _leaves(name, groups)]
-    # A file without groups: all of its tasks.
+    # Without groups, all tasks of the file are read.
     run = read_run(path, tasks=dict.fromkeys(leaves) if leaves else None)
     lines, _ = record_lines(run)
     facts = read_facts(run, record_folders(run))
@@ -148,20 +148,20 @@ def _model_of(facts: Provenance) -> str:
 
 
 def _seeds(facts: Provenance) -> dict[str, int]:
-    """As lmms-eval's results name them; none if the run was not started by its command line."""
+    """Seeds by their names in lmms-eval's results; empty if it was not started by command line."""
     names = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
     given = facts.seeds if isinstance(facts.seeds, list) else []
     return dict(zip(names, given, strict=True)) if len(given) == len(names) else {}
 
 
 def arguments_of(facts: Provenance) -> dict[str, Any]:
-    """The model arguments that decide what is asked."""
+    """The model arguments that affect questions or answers."""
     given = facts.arguments.items()
     return {k: v for k, v in given if v is not None and k not in NOT_ARGUMENTS}
 
 
 def date_of(source: Source) -> str:
-    """When the run was made, by its own account."""
+    """The date in the run's own files."""
     if source.run is not None:
         return str(source.run.results["date"])
     return source.facts.run if source.facts else datetime.now(UTC).isoformat()

@@ -1,7 +1,7 @@
 """Score over threshold, task by task.
 
-A run without `threshold=` used the published one of each task and has a row of its own; a run that
-needs none (stock, ViCrop) is a horizontal line. Intervals are clustered by image.
+A run without `threshold=` used the published one of each task; a run that needs none (stock,
+ViCrop) is a horizontal line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sdrpn_eval.results.records import averages
 from sdrpn_eval.tasks_info import threshold_of
 
 NO_MATTER = ("threshold", "record", "batch_size", "max_batch_size", "prefix_cache", "device")
-"""Arguments that do not start another series; a curve is over the first."""
+"""Arguments that do not define a series."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """The points of a task or group; `percent`: scores lie in [0, 1] and are shown times 100."""
+    """The points of a task or group.
+
+    Attributes:
+        percent: Whether scores lie in [0, 1]; they are shown times 100.
+    """
 
     task: str
     metric: str
