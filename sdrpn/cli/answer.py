@@ -1,4 +1,4 @@
-"""`sdrpn answer`: one's own questions in bulk, without the harness."""
+"""`sdrpn answer`: answer a file of questions in bulk, without lmms-eval."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sdrpn.cli.shared import (
 from sdrpn.io.plurals import counted
 
 SOME_FAILED = 1
-"""Exit code if --on-error empty wrote errors."""
+"""Exit code if `--on-error empty` wrote errors."""
 
 
 def answer(
@@ -75,7 +75,7 @@ def answer(
     """
     with report_errors():
         check_images(images)
-        # Imported here, so that --help and a wrong path answer at once.
+        # Imported here to keep --help and path errors fast.
         from sdrpn.io.questions import read_questions
 
         asked = read_questions(questions, images)
