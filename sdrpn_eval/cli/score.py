@@ -1,4 +1,4 @@
-"""`sdrpn-eval score`: recorded answers scored anew."""
+"""`sdrpn-eval score`: recorded answers, rescored."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Decides whether runs may be compared, and if not, names what differs.
 
-Task versions do not tell: data sets, prompts and graders changed under the same version. The
-documents themselves are compared (id, prompt, target, image), and the scorer by its source if both
-runs recorded it, else by the task's configuration.
+Task versions do not suffice: datasets, prompts and graders changed under the same version. So the
+documents are compared (id, prompt, target, image), and the scorer by its source if both runs
+recorded it, else by the task's configuration.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCORING += ("doc_to_choice", "doc_to_target", "repeats")
 """Parts of a task's configuration that decide its score."""
 
 CALLED = ("metric", "name", "function")
-"""Keys that name an entry of a list in a configuration."""
+"""Keys that identify the entries of a list in a configuration."""
 
 PREPROCESSING = ("padding", "system_prompt", "min_pixels", "max_pixels", "short_answer")
 """Arguments of our models that change the base model's input."""
@@ -40,7 +40,7 @@ class NotComparable(ValueError):
 
 @dataclass(frozen=True)
 class Evidence:
-    """A run with its record and its facts, if it has them."""
+    """A run with its record and its provenance, if it has them."""
 
     run: Run
     record: Record
@@ -48,7 +48,7 @@ class Evidence:
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """Model arguments by name: as resolved if the run left its facts, else as given."""
+        """Model arguments by name: resolved if the run has provenance, else as given."""
         known = self.facts.arguments if self.facts else {}
         return known or self.run.arguments
 
@@ -227,7 +227,7 @@ def established(evidence: Sequence[Evidence], tasks: Sequence[str]) -> list[str]
 
 
 def labels(evidence: Evidence, every: Sequence[Evidence]) -> list[str]:
-    """What a reader must know about a run next to its name, compared with the first run."""
+    """Notes about a run's differences from the first run, shown next to its name."""
     run, runs = evidence.run, [one.run for one in every]
     found = [f"scored anew, from {run.scored_from}"] if run.scored_from else []
     found += ["other preprocessing"] if _is_prepared_otherwise(evidence, every) else []
@@ -253,7 +253,7 @@ def _is_prepared_otherwise(evidence: Evidence, every: Sequence[Evidence]) -> boo
 
 
 def preprocessing(run: Run, facts: Provenance | None = None) -> dict[str, Any]:
-    """What decides how an image and a question reach the base model, from the facts if given."""
+    """Settings of how images and questions reach the base model."""
     if run.model not in ARGUMENTS:
         return {"model": run.model}
     given = facts.arguments if facts else run.arguments
