@@ -1,7 +1,8 @@
-"""Reads lmms-eval's command line: `--model_args`, and other options by name."""
+"""Reads how lmms-eval was started: `--model_args`, other options, arguments of the evaluator."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,3 +51,20 @@ def on_command_line(option: str, argv: Sequence[str]) -> str | None:
         if word.startswith(f"{option}="):
             return word.removeprefix(f"{option}=")
     return None
+
+
+def from_evaluator() -> dict[str, Any]:
+    """The arguments of the running `lmms_eval.evaluator.simple_evaluate`; {} if none is running.
+
+    Includes `output_path` of its command line.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        names = frame.f_globals.get("__name__"), frame.f_code.co_name
+        if names == ("lmms_eval.evaluator", "simple_evaluate"):
+            found = dict(frame.f_locals)
+            # From Python, a response cache of a model in memory is the caller's own decision.
+            found.pop("use_cache", None)
+            return found | {"output_path": getattr(found.get("cli_args"), "output_path", None)}
+        frame = frame.f_back
+    return {}

@@ -7,7 +7,6 @@ line, and from the call of `simple_evaluate`, whose parameters hold them however
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from loguru import logger
 
-from sdrpn_eval.command_line import on_command_line, parse_arguments
+from sdrpn_eval.command_line import from_evaluator, on_command_line, parse_arguments
 
 REFUSED: Mapping[str, str] = {
     "system_instruction": "lmms-eval glues it to every question; give the sentence as "
@@ -122,23 +121,6 @@ def from_command_line(argv: Sequence[str]) -> dict[str, Any]:
                 if value is not None:
                     found[name] = value
     return found
-
-
-def from_evaluator() -> dict[str, Any]:
-    """The arguments of the running `lmms_eval.evaluator.simple_evaluate`; {} if none is running.
-
-    Includes `output_path` of its command line.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        names = frame.f_globals.get("__name__"), frame.f_code.co_name
-        if names == ("lmms_eval.evaluator", "simple_evaluate"):
-            found = dict(frame.f_locals)
-            # From Python, a response cache of a model in memory is the caller's own decision.
-            found.pop("use_cache", None)
-            return found | {"output_path": getattr(found.get("cli_args"), "output_path", None)}
-        frame = frame.f_back
-    return {}
 
 
 def check_harness(tasks: Sequence[str], *, main_process: bool) -> None:

@@ -20,7 +20,6 @@ from PIL import Image
 
 from sdrpn.io.images import image_key
 from sdrpn.io.plurals import counted
-from sdrpn_eval.provenance.fingerprints import undecoded
 
 IMAGE_PLACEHOLDER = "<image>"
 
@@ -140,11 +139,21 @@ class Documents:
         return None if rows is None else [file or {} for file in rows[request.doc_id].values()]
 
 
+def undecoded(rows: Any) -> Any:
+    """A dataset with its image files as bytes; returns anything else unchanged."""
+    if isinstance(rows, Dataset):
+        for name in _image_columns(rows):
+            rows = rows.cast_column(name, ImageColumn(decode=False))
+    return rows
+
+
+def _image_columns(rows: Dataset) -> list[str]:
+    return [name for name, kind in rows.features.items() if isinstance(kind, ImageColumn)]
+
+
 def _without_decoding(rows: Any) -> Any:
     """A view of the image columns of a `datasets.Dataset`, as bytes; None without any."""
-    if not isinstance(rows, Dataset):
-        return None
-    columns = [name for name, kind in rows.features.items() if isinstance(kind, ImageColumn)]
+    columns = _image_columns(rows) if isinstance(rows, Dataset) else []
     return undecoded(rows.select_columns(columns)) if columns else None
 
 

@@ -22,7 +22,7 @@ import torch
 
 from sdrpn.io.atomic import write_json
 from sdrpn.io.hub import local_folder
-from sdrpn_eval.command_line import parse_arguments
+from sdrpn_eval.command_line import from_evaluator, parse_arguments
 from sdrpn_eval.provenance import fingerprints
 from sdrpn_eval.provenance.model import ParsedArguments, Provenance, TaskFingerprints
 from sdrpn_eval.requests import Request
@@ -48,6 +48,7 @@ class Collector:
         tasks: Fingerprints by task.
         documents: Digests of documents by task and document id.
         skipped: By task, the number of documents that were not answered as asked (`on_error`).
+        evaluations: `date` in the results of lmms-eval's evaluations that asked the model.
     """
 
     folder: Path
@@ -62,6 +63,7 @@ class Collector:
     documents: dict[str, dict[int, int]] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     seeds: list[int] | None = None
+    evaluations: list[str] = field(default_factory=list)
 
     @property
     def path(self) -> Path:
@@ -84,6 +86,9 @@ class Collector:
             cli = getattr(own[0].task_object, "args", None)
             self.seeds = self.seeds or getattr(cli, "seed", None)
             self.model_args = self.model_args or getattr(cli, "model_args", None)
+        date = from_evaluator().get("datetime_str")
+        if date is not None and date not in self.evaluations:
+            self.evaluations.append(date)
         self.write()
 
     def skip(self, failed: Iterable[tuple[str, int]]) -> None:
@@ -113,6 +118,7 @@ class Collector:
             weights=weights_only(self.hashes.result()) if known else {},
             tasks=self.tasks,
             skipped=self.skipped,
+            evaluations=self.evaluations,
         )
 
 

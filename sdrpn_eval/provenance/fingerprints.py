@@ -54,6 +54,9 @@ def combined(fingerprints: Iterable[str]) -> str:
 
 def document_digests(rows: Any, doc_ids: Iterable[int]) -> dict[int, int]:
     """Digest of each document: all its columns, images as they are stored."""
+    # Imported here: takes seconds, which commands that only read a fingerprint do not need.
+    from sdrpn_eval.requests import undecoded
+
     stored = undecoded(rows)
     return {i: _document_digest(stored, i) for i in sorted(set(doc_ids))}
 
@@ -68,20 +71,6 @@ def _document_digest(stored: Any, i: int) -> int:
 def data_fingerprint(rows: Any, doc_ids: Iterable[int]) -> str:
     """Fingerprint of the given documents."""
     return total(document_digests(rows, doc_ids).values())
-
-
-def undecoded(rows: Any) -> Any:
-    """A dataset with its image files as bytes; returns anything else unchanged."""
-    # Imported here: takes seconds, which commands that only read a fingerprint do not need.
-    from datasets import Dataset
-    from datasets import Image as ImageColumn
-
-    if not isinstance(rows, Dataset):
-        return rows
-    for name, kind in rows.features.items():
-        if isinstance(kind, ImageColumn):
-            rows = rows.cast_column(name, ImageColumn(decode=False))
-    return rows
 
 
 def _canonical(value: Any) -> Iterator[str | bytes]:

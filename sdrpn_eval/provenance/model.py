@@ -52,6 +52,8 @@ class Provenance(BaseModel):
     Attributes:
         run: Name of the run, the same on all ranks.
         arguments: Resolved, with defaults; as given until the model is loaded.
+        evaluations: `date` in the results of lmms-eval's evaluations that asked the model; empty in
+            files of older versions.
         weights: Hashes of the files of weights, by "use/file name".
         skipped: By task, the number of documents that were not answered as asked (`on_error`).
     """
@@ -70,6 +72,7 @@ class Provenance(BaseModel):
     weights: dict[str, str]
     tasks: dict[str, TaskFingerprints]
     skipped: dict[str, Count] = {}
+    evaluations: list[str] = []
     _files: tuple[Path, ...] = PrivateAttr(())
 
     @property

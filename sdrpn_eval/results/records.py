@@ -56,8 +56,7 @@ def read_looks(run: Run) -> Record:
 def record_lines(run: Run) -> tuple[list[RecordLine], tuple[str, ...]]:
     """Reads the lines of a run's record, next to its output or where `record=` put it.
 
-    The run is identified by name and time, see `own_name`. A record whose answers contradict the
-    samples is not used.
+    The run is identified by its provenance or by time, see `own_name`.
 
     Returns:
         The lines; and if there are none, sentences with the reasons.
@@ -67,26 +66,20 @@ def record_lines(run: Run) -> tuple[list[RecordLine], tuple[str, ...]]:
     folders = [f for f in record_folders(run) if any(f.glob("record_*_rank*.jsonl"))]
     if not folders:
         return [], (f"{run.name}: no record found",)
-    refused = []
+    notes = []
     for folder in folders:
         every = [line for line in read_all_records(folder) if line.task in run.tasks]
         names = {line.run for line in every}
         name = own_name(run, names, folder)
         lines = [line for line in every if line.run == name]
-        wrong = _contradictions(run, lines)
-        if every and not lines:
-            refused.append(
+        if lines:
+            return lines, ()
+        if every:
+            notes.append(
                 f"{run.name}: the record in {folder} is of other runs, the latest of which began "
                 f"at {max(names)}, and is not used"
             )
-        if lines and not wrong:
-            return lines, ()
-        if wrong:
-            refused.append(
-                f"{run.name}: the record in {folder} is of another run ({wrong} of "
-                f"{counted(len(lines), 'answer')} differ) and is not used"
-            )
-    return [], tuple(refused) or (f"{run.name}: the record holds none of its questions",)
+    return [], tuple(notes) or (f"{run.name}: the record holds none of its questions",)
 
 
 def record_folders(run: Run) -> list[Path]:
@@ -141,22 +134,6 @@ def _ended(file: Path) -> datetime | None:
 def _after_all(name: str, ends: Sequence[datetime]) -> bool:
     at = moment(name)
     return at is not None and all(at > end for end in ends)
-
-
-def _contradictions(run: Run, lines: list[RecordLine]) -> int:
-    """Counts documents that the run does not have, or none of whose answers is the run's.
-
-    One must contain the other: a task's filter may have shortened the answer in the samples, which
-    hold the first of several repeats.
-    """
-    agree: dict[Document, bool] = {}
-    for line in lines:
-        document = line.task, line.doc_id
-        sample = run.tasks[line.task].samples.get(line.doc_id)
-        said, recorded = sample.answer.strip() if sample else "", line.answer.strip()
-        same = sample is not None and (line.is_loss or said in recorded or recorded in said)
-        agree[document] = same or agree.get(document, False)
-    return list(agree.values()).count(False)
 
 
 def _as_record(run: Run, lines: list[RecordLine]) -> Record:
@@ -225,11 +202,10 @@ def read_facts(run: Run, folders: list[Path]) -> Provenance | None:
 def own_name(run: Run, names: Iterable[str], folder: Path) -> str | None:
     """Finds the name of a run among those in a record's folder.
 
-    A run is named after the time at which its model was made. lmms-eval's command line makes the
-    model right after the time stated in the results: so it is the first run that began during the
-    evaluation and has its arguments, as others may use the folder at the same time. From Python the
-    model may be older, and a rescored run has the record of the original one: there it is the last
-    run that began before the results were written.
+    Provenance lists the dates of the evaluations that asked the model, one of which is that of the
+    results. Older versions did not record them: there it is the first run that began during the
+    evaluation, whose command line makes the model right after its date; or, from Python, where the
+    model may be older, the last one that began before the results were written.
 
     Args:
         run: The run.
@@ -239,36 +215,23 @@ def own_name(run: Run, names: Iterable[str], folder: Path) -> str | None:
     Returns:
         One of the names; None if all belong to other runs.
     """
-    begun = sorted(name for name in set(names) if (at := moment(name)) and at <= run.ended)
-    if not run.by_command_line:
-        return begun[-1] if begun else None
-    inside = [name for name in begun if _moment(name) >= run.began - SET_BACK]
-    if len(inside) > 1:
-        inside = [name for name in inside if not _has_other_arguments(run, name, folder)]
-    # Later ones before earlier ones.
-    return min(inside, key=lambda name: (_moment(name) < run.began, name), default=None)
+    times = {name: at for name in set(names) if (at := moment(name)) and at <= run.ended}
+    files = begun_runs(folder)
+    facts = {name: _merged(files[name]) for name in times if name in files}
+    own = [name for name, of in facts.items() if _lists(of, run)]
+    if own:
+        return max(own)
+    old = sorted(name for name in times if name not in facts or not facts[name].evaluations)
+    if run.by_command_line:
+        return next((name for name in old if times[name] >= run.began - SET_BACK), None)
+    return old[-1] if old else None
 
 
-def _has_other_arguments(run: Run, name: str, folder: Path) -> bool:
-    """Whether the provenance of a run has other arguments than the results."""
-    files = begun_runs(folder).get(name)
-    recorded = _merged(files).arguments if files else {}
-    for argument, value in run.arguments.items():
-        # A prompt may be given as a file, and is recorded as text.
-        if argument in recorded and argument != "system_prompt":
-            try:
-                given = getattr(ARGUMENTS[run.model].of({argument: value}), argument)
-            except ValueError:  # of another version
-                continue
-            if given != recorded[argument]:
-                return True
-    return False
-
-
-def _moment(name: str) -> datetime:
-    at = moment(name)
-    assert at is not None  # names that are not times were dropped
-    return at
+def _lists(facts: Provenance, run: Run) -> bool:
+    """Whether a run's provenance lists the evaluation of these results, with the same arguments."""
+    given = run.results["config"].get("model_args")
+    same = facts.model_args is None or facts.model_args.text == given
+    return same and run.results["date"] in facts.evaluations
 
 
 def _merged(files: list[Path]) -> Provenance:

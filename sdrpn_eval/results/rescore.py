@@ -158,7 +158,7 @@ def score_again(source: Source, out: Path, manager: Any) -> Run:
     results["rescored"] = {"from": str(source.place), "date": date_of(source)}
     _save(source, results, samples, out)
     if model.scorers:
-        _copy_record(source, model.scorers, out / PLACES[0])
+        _copy_record(source, model.scorers, str(results["date"]), out / PLACES[0])
     return read_run(out)
 
 
@@ -214,13 +214,15 @@ def _save(source: Source, results: dict[str, Any], samples: Mapping[str, Any], o
         tracker.save_results_samples(task_name=task, samples=samples[task])
 
 
-def _copy_record(source: Source, scorers: Mapping[str, Mapping[str, str]], folder: Path) -> None:
-    """Copies record and provenance of the scored tasks, with the present scorers."""
+def _copy_record(
+    source: Source, scorers: Mapping[str, Mapping[str, str]], date: str, folder: Path
+) -> None:
+    """Copies record and provenance of the scored tasks, with the present scorers and date."""
     for file in source.facts.files if source.facts else ():
         facts = read_object(file)
         own = {t: marks for t, marks in facts["tasks"].items() if t in scorers}
         facts["tasks"] = {t: marks | dict(scorers[t]) for t, marks in own.items()}
-        write_json(folder / file.name, facts)
+        write_json(folder / file.name, facts | {"evaluations": [date]})
     lines = [line for line in source.lines if line.task in scorers]
     if lines:
         RecordWriter(folder, 0).append(lines)

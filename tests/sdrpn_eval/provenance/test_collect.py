@@ -148,6 +148,7 @@ def test_facts_of_a_run_are_found_again_and_ranks_put_together(
     assert {name: task.data for name, task in facts.tasks.items()} == {
         "tiny_vstar": fp.data_fingerprint(tiny_vstar_rows(6), range(6))
     }
+    assert facts.evaluations == [comparison.runs[0].date]
     assert "rpn/rpn.safetensors" in facts.weights
     assert facts.arguments["pretrained"] == "FakeEngine"
     # Two processes with three documents each leave the same.
