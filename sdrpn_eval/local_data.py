@@ -65,27 +65,25 @@ def _local_files(index: TaskIndex, root: Path) -> dict[str, Files]:
     """Files by task: of its own folder, of its group's, or of another task's that it shares."""
     found: dict[str, Files] = {}
     lent: dict[str, Files] = {}
-    folders = sorted(p for p in root.iterdir() if p.is_dir())
-    for folder in folders:
-        entry = index.get(folder.name)
-        if entry is None:
+    folders = [p for p in root.iterdir() if p.is_dir()]
+    # Folders of single tasks go before those of groups.
+    for folder in sorted(folders, key=lambda p: (index.get(p.name, {}).get("type") != "task", p)):
+        members = list(parts(folder.name, index))
+        if not members:
             logger.info(
                 f"{VARIABLE}: no task or group is named {folder.name}; {folder} is not used"
             )
-        elif entry["type"] == "task":
-            found[folder.name] = _files_of_task(folder, entry)
-            # The folder of a task that selects documents may hold only these.
-            if "process_docs" not in task_settings(entry):
-                lent[folder.name] = found[folder.name]
-    for folder in folders:
-        members = [] if folder.name in found else list(parts(folder.name, index))
-        splits = {_split(index[task]) for task in members}
-        for task in members:
-            split = _split(index[task])
-            files = _files_of_split(folder, split, alone=len(splits) == 1)
+        splits = {task: _split(index[task]) for task in members}
+        for task, split in splits.items():
+            own = task == folder.name
+            files = _files_of_split(folder, split, alone=len({*splits.values()}) == 1)
             if files:
                 found.setdefault(task, (split, files))
-                lent.setdefault(task, (split, files))
+                # The folder of a task that selects documents may hold only these.
+                if not own or "process_docs" not in task_settings(index[task]):
+                    lent.setdefault(task, (split, files))
+            elif own:
+                raise ValueError(_without_files(folder, split))
             elif task not in found:
                 logger.info(f"{VARIABLE}: {folder} has no {split} files; {task} comes from the hub")
     return dict(_borrowed(index, lent)) | found
@@ -113,16 +111,12 @@ def _source(entry: dict[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, (path, config.get("dataset_name"), files, _split(entry))))
 
 
-def _files_of_task(folder: Path, entry: dict[str, Any]) -> Files:
-    split = _split(entry)
-    files = _files_of_split(folder, split, alone=True)
-    if not files:
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise ValueError(
-            f"{VARIABLE}: {folder} has no parquet file of the split {split!r}, only {held}; put "
-            f"{split}-00000-of-00001.parquet (or any one NAME.parquet) there, or remove the folder"
-        )
-    return split, files
+def _without_files(folder: Path, split: str) -> str:
+    held = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+    return (
+        f"{VARIABLE}: {folder} has no parquet file of the split {split!r}, only {held}; put "
+        f"{split}-00000-of-00001.parquet (or any one NAME.parquet) there, or remove the folder"
+    )
 
 
 def _files_of_split(folder: Path, split: str, *, alone: bool) -> list[str]:
