@@ -128,6 +128,6 @@ def make_run(ladder: Ladder, proposer: str) -> tuple[Run, float]:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         end = "\n".join(lines[-TAIL:])
         raise RunFailed(
-            f"proposer={proposer}: {error}. lmms-eval's exit code was {done.returncode}; {log} ends "
-            f"with:\n{end}"
+            f"proposer={proposer}: {error}. lmms-eval's exit code was {done.returncode}; {log} "
+            f"ends with:\n{end}"
         ) from None
