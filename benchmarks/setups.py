@@ -97,9 +97,9 @@ def qwen_setup(
         image_size: (width, height) of every image.
         stock_tokens: Tokens per image of the stock models; the first is the reference.
     """
-    first = qwen.pictures.grid(image_size)
+    first = qwen.image_rules.grid(image_size)
     box = middle_box(first.rows, cells, first.columns)
-    columns, rows = qwen.pictures.crop_cells(first.to_pixels(box))
+    columns, rows = qwen.image_rules.crop_cells(first.to_pixels(box))
     stocks = {tokens: with_tokens(qwen, tokens) for tokens in stock_tokens}
 
     def sizes_of(backbone: Qwen25VL) -> QwenSizes:

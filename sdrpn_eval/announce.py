@@ -1,4 +1,4 @@
-"""What a run says before it begins: which tasks will have a score, with which thresholds."""
+"""Logs before a run which tasks will have a score, and with which thresholds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from sdrpn_eval.plugin import TaskIndex
 
 
 class Announcer:
-    """Says each thing once, on the main process alone."""
+    """Logs each message once, on the main process only.
+
+    Args:
+        args: The model's arguments.
+        main_process: Whether this is the main process.
+    """
 
     def __init__(self, args: ModelArguments, *, main_process: bool) -> None:
         self.args = args
@@ -24,16 +29,19 @@ class Announcer:
         self._announced = False
 
     def early_tasks(self) -> list[str]:
-        """The tasks behind `--tasks`, as far as the command line and the index tell."""
+        """The tasks in `--tasks`, as far as the command line and the index show."""
         names = tasks_info.requested(sys.argv)
         index = TaskIndex.latest or {}
         return [task for n in names for task in (list(tasks_info.parts(n, index)) or [n])]
 
     def announce_early(self, tasks: Sequence[str]) -> None:
-        """Say what will be scored before anything is fetched, where the command line tells.
+        """Logs what will be scored before anything is downloaded, and checks access to the data.
+
+        Args:
+            tasks: From `early_tasks`.
 
         Raises:
-            ValueError: Where the data of a task cannot be had.
+            ValueError: If the data of a task cannot be fetched.
         """
         if TaskIndex.latest is not None and self.main_process:
             scored = tasks_info.scored_parts(tasks, TaskIndex.latest)
@@ -44,11 +52,11 @@ class Announcer:
     def announce(
         self, tasks: Mapping[str, Any], thresholds: Mapping[str, tuple[float | str, str]]
     ) -> None:
-        """Say what will be scored, and with which thresholds.
+        """Logs what will be scored, unless done before, and with which thresholds.
 
         Args:
-            tasks: Name -> lmms-eval's object, None where it is not known.
-            thresholds: Of the tasks that were not asked before, with where each is from.
+            tasks: lmms-eval's task objects by name; None if unknown.
+            thresholds: Thresholds of new tasks, with their origins.
         """
         if not self.main_process:
             return

@@ -1,30 +1,31 @@
-"""lmms-eval's command line: `--model_args` as text, and other options by name."""
+"""Reads how lmms-eval was started: `--model_args`, other options, arguments of the evaluator."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def parse_arguments(model_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """`--model_args` by name, as lmms-eval reads them: the one reader of this project.
+    """Parses `--model_args` with lmms-eval's own parser.
 
     Args:
-        model_args: the text of the option, or what a results file holds of it.
+        model_args: The text of the option, or its value in a results file.
 
     Returns:
-        Values as lmms-eval types them (numbers and booleans are no text), without the quotes that
-        it leaves around a text.
+        Values by name, with numbers and booleans converted, and text without the quotes that
+        lmms-eval's parser leaves around it.
 
     Raises:
-        ValueError: where the text is not NAME=VALUE,NAME=VALUE.
+        ValueError: If the text is not NAME=VALUE,NAME=VALUE.
     """
     if isinstance(model_args, Mapping):
         return {str(name): unquoted(value) for name, value in model_args.items()}
     if not model_args:
         return {}
-    # Imported here: it takes seconds, which commands that read no arguments do not have.
+    # Imported here: takes seconds, which commands that parse no arguments do not need.
     from lmms_eval.utils import simple_parse_args_string
 
     try:
@@ -35,45 +36,35 @@ def parse_arguments(model_args: str | Mapping[str, Any] | None) -> dict[str, Any
 
 
 def unquoted(value: Any) -> Any:
-    """A text without the quotes around all of it, which lmms-eval keeps; all else as it is."""
+    """Removes quotes around a whole text, which lmms-eval keeps; returns others unchanged."""
     if not isinstance(value, str):
         return value
     quoted = re.fullmatch(r"""(['"])((?:\\\1|(?!\1).)*)\1""", value, flags=re.DOTALL)
     return quoted[2].replace(f"\\{quoted[1]}", quoted[1]) if quoted else value
 
 
-def written_arguments(arguments: Mapping[str, Any]) -> str | dict[str, Any]:
-    """Arguments as `--model_args` takes them, with quotes where a text needs some.
-
-    Returns:
-        A text that `parse_arguments` reads back as what was given; the arguments themselves where
-        there is no such text (lmms-eval's parser takes no text that mixes both kinds of quotes
-        with commas).
-    """
-    words: list[str] = []
-    for name, value in arguments.items():
-        text = str(value)
-        forms = (text, f'"{text}"', f"'{text}'", '"' + text.replace('"', '\\"') + '"')
-        kept = next((form for form in forms if _reads_as(form, name, value)), None)
-        if kept is None:
-            return dict(arguments)
-        words.append(f"{name}={kept}")
-    return ",".join(words)
-
-
-def _reads_as(form: str, name: str, value: Any) -> bool:
-    """Whether a value written in a form is read back, between others too."""
-    try:
-        return parse_arguments(f"{name}={form},end=1") == {name: value, "end": 1}
-    except ValueError:
-        return False
-
-
 def on_command_line(option: str, argv: Sequence[str]) -> str | None:
-    """What a command line says after an option, `--x y` or `--x=y`; None where it does not."""
+    """The value of an option, `--x y` or `--x=y`, on a command line; None without it."""
     for word, following in zip(argv, [*argv[1:], None], strict=True):
         if word == option:
             return following
         if word.startswith(f"{option}="):
             return word.removeprefix(f"{option}=")
     return None
+
+
+def from_evaluator() -> dict[str, Any]:
+    """The arguments of the running `lmms_eval.evaluator.simple_evaluate`; {} if none is running.
+
+    Includes `output_path` of its command line.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        names = frame.f_globals.get("__name__"), frame.f_code.co_name
+        if names == ("lmms_eval.evaluator", "simple_evaluate"):
+            found = dict(frame.f_locals)
+            # From Python, a response cache of a model in memory is the caller's own decision.
+            found.pop("use_cache", None)
+            return found | {"output_path": getattr(found.get("cli_args"), "output_path", None)}
+        frame = frame.f_back
+    return {}

@@ -1,7 +1,7 @@
-"""Checks that the data of the tasks can be fetched, before the weights are.
+"""Checks access to the data of the tasks before weights are downloaded.
 
-lmms-eval loads the model first and the data after it, and retries a refused data set five times
-before it ends with a RetryError.
+lmms-eval loads the data after the model, and retries a refused dataset five times before it ends
+with a RetryError.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from typing import Any
 from datasets import config as datasets_config
 from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import HfApi, constants, get_token
-from lmms_eval.utils import load_yaml_config
 from loguru import logger
 
 from sdrpn.io import hub
+from sdrpn_eval.tasks_info import task_settings
 
 TIMEOUT = 10
 """Seconds to wait for the Hub."""
 
 PUBLIC = "_public"
-"""Ending of our tasks that read the same questions without a login."""
+"""Suffix of our tasks with the same questions that need no login."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_data(tasks: Iterable[str], index: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ValueError where a task needs a login that is missing, or its data is out of reach.
+    """Raises ValueError if a task needs a login that is missing, or its data is unreachable.
+
+    Tasks on local files are skipped, and so are cached datasets if the Hub is unreachable.
 
     Args:
-        tasks: names of single tasks.
-        index: lmms-eval's task index. Tasks on local files are passed over, and so are data sets
-            in the local cache where the Hub cannot be asked.
+        tasks: Names of single tasks.
+        index: lmms-eval's task index.
     """
     configs = {task: _config(index[task]) for task in tasks if task in index}
     of_hub = {task: config for task, config in configs.items() if _is_of_hub(config)}
@@ -46,8 +47,7 @@ def check_data(tasks: Iterable[str], index: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def _config(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    path = entry.get("yaml_path")
-    return load_yaml_config(path, mode="simple") if isinstance(path, str) else {}
+    return task_settings(entry) if isinstance(entry.get("yaml_path"), str) else {}
 
 
 def _kwargs(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -81,9 +81,9 @@ def _check_reachable(repo: str, task: str, token: bool | str | None) -> None:
     try:
         HfApi().dataset_info(repo, timeout=TIMEOUT, token=token)
         return
-    except ValueError:  # the answer is no JSON
+    except ValueError:  # the response is not JSON
         told = f"cannot fetch {repo}: {hub.not_the_hub()}"
-    except Exception as error:  # the Hub's, its client's
+    except Exception as error:  # of the Hub or of its client
         told = hub.explain(error, repo, repo_type="dataset")
         if told is None:
             raise
@@ -94,7 +94,7 @@ def _check_reachable(repo: str, task: str, token: bool | str | None) -> None:
 
 
 def _cached(repo: str) -> list[Path]:
-    """Where `datasets` keeps what it prepared of a data set, by its own name or its older one."""
+    """Folders in which `datasets` caches a dataset, by its current and its older naming."""
     named = os.environ.get("LMMS_EVAL_DATASETS_CACHE") or datasets_config.HF_DATASETS_CACHE
     owner, name = repo.split("/")
     root = Path(named).expanduser()

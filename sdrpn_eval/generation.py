@@ -1,4 +1,4 @@
-"""lmms-eval's generation kwargs -> those of `ZoomModel.ask_batch`."""
+"""Converts lmms-eval's generation arguments to those of `ZoomModel.ask_batch`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ from loguru import logger
 from sdrpn.inference.generation_arguments import SAMPLING, check_generation, greedy_note, is_known
 
 MAX_NEW_TOKENS = 1024
-"""Where a task names none; as llava_hf."""
+"""Default of a task without its own; as in llava_hf."""
 
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' `generate()` arguments plus `stop`; the mapping given is left as it is.
+    """Converts generation arguments.
 
-    `until` becomes `stop`. Temperature 0 or none means greedy, as in llava_hf, and greedy drops
-    what only sampling reads, with one warning where that asks for anything else. Names that
-    `generate()` does not know are left out, with one warning. Raises ValueError for what cannot be
-    used, as `check_generation` does.
+    `until` becomes `stop`. A temperature of 0 or None means greedy decoding, as in llava_hf, which
+    drops the arguments of sampling, with one warning if they differ from their defaults. Arguments
+    that `generate()` does not have are dropped, with one warning.
+
+    Args:
+        kwargs: Of lmms-eval; left unchanged.
+
+    Returns:
+        Arguments of transformers' `generate()`, and `stop`.
+
+    Raises:
+        ValueError: For unsupported values, see `check_generation`.
     """
     known = {
         name: value
@@ -43,7 +51,7 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stop_strings(until: Any) -> list[str]:
-    """`until` as a list: it comes as None, one string or several; empty ones stop nothing."""
+    """Converts `until`, which is None, a string or several, to a list without empty strings."""
     if until is None:
         return []
     several = [until] if isinstance(until, str) else until

@@ -1,13 +1,12 @@
-"""Settings of lmms-eval that this model cannot honour, refused by name before anything is loaded.
+"""Refuses unsupported settings of lmms-eval by name, before anything is loaded.
 
-lmms-eval tells a model its arguments and nothing else of how it was started. So the settings are
-read where they stand: on the command line, and in the call of `simple_evaluate`, whose parameters
-hold them however it was started (command line, `--config`, Python).
+lmms-eval passes a model its arguments and no other settings. So these are read from the command
+line, and from the call of `simple_evaluate`, whose parameters hold them however it was started
+(command line, `--config`, Python).
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from loguru import logger
 
-from sdrpn_eval.command_line import on_command_line, parse_arguments
+from sdrpn_eval.command_line import from_evaluator, on_command_line, parse_arguments
 
 REFUSED: Mapping[str, str] = {
     "system_instruction": "lmms-eval glues it to every question; give the sentence as "
@@ -36,14 +35,14 @@ REFUSED: Mapping[str, str] = {
 SHORT: Mapping[str, tuple[str, ...]] = {"use_cache": ("-c",)}
 SWITCHES = ("apply_chat_template", "fewshot_as_multiturn")
 HARMLESS = ("", "0", "None", "delete")
-"""Values of an option under which it does nothing to a question."""
+"""Values of an option with which it has no effect on questions."""
 
 
 def refuse_unsupported(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError that names every setting in REFUSED that is on, with its replacement.
+    """Raises ValueError that names every setting in REFUSED that is on, with its replacement.
 
     Args:
-        settings: by lmms-eval's names; others are left alone.
+        settings: By lmms-eval's names; others are ignored.
     """
     told = [
         f"--{name}: {remedy}"
@@ -55,15 +54,15 @@ def refuse_unsupported(settings: Mapping[str, Any]) -> None:
 
 
 def refuse_number_as_path(output_path: Any) -> None:
-    """Raise ValueError for an `--output_path` that lmms-eval reads as a number or a truth value.
+    """Raises ValueError for an `--output_path` that lmms-eval parses as a number or a boolean.
 
-    It would run to the end, and then save nothing.
+    The evaluation would run to the end and save nothing.
     """
     if not isinstance(output_path, str) or not output_path.strip():
         return
     try:
         read = parse_arguments(f"output_path={output_path}").get("output_path")
-    except ValueError:  # lmms-eval says so itself
+    except ValueError:  # reported by lmms-eval
         return
     if not isinstance(read, str):
         raise ValueError(
@@ -73,7 +72,7 @@ def refuse_number_as_path(output_path: Any) -> None:
 
 
 def warn_of_limit(limit: Any, tasks: Sequence[str]) -> None:
-    """Say so where a share of the documents is asked for, of several tasks."""
+    """Warns of a fractional limit with several tasks."""
     if limit is not None and 0 < float(limit) < 1 and len(tasks) > 1:
         logger.warning(
             f"--limit {limit} with several tasks: lmms-eval 0.7.3 takes that share of the first "
@@ -83,10 +82,10 @@ def warn_of_limit(limit: Any, tasks: Sequence[str]) -> None:
 
 
 def refuse_folder_as_task(tasks: str | None, index: Mapping[str, Any]) -> None:
-    """Raise ValueError where a local folder hides the task of its name.
+    """Raises ValueError if a local folder hides the task of its name.
 
     Args:
-        tasks: the text of `--tasks`.
+        tasks: The text of `--tasks`.
         index: lmms-eval's task index.
     """
     if tasks and tasks in index and os.path.isdir(tasks):
@@ -97,8 +96,8 @@ def refuse_folder_as_task(tasks: str | None, index: Mapping[str, Any]) -> None:
 
 
 def refuse_task_settings(tasks: Iterable[Any]) -> None:
-    """Raise ValueError for task objects that were made with settings in REFUSED, or whose own YAML
-    asks for examples."""
+    """Raises ValueError for tasks that were made with settings in REFUSED, or whose YAML asks for
+    examples."""
     for task in tasks:
         args = getattr(task, "args", None)
         refuse_unsupported({name: getattr(args, name, None) for name in REFUSED})
@@ -113,7 +112,7 @@ def refuse_task_settings(tasks: Iterable[Any]) -> None:
 
 
 def from_command_line(argv: Sequence[str]) -> dict[str, Any]:
-    """The settings of REFUSED, `output_path` and `limit` as a command line gives them."""
+    """The settings in REFUSED, `output_path` and `limit` on a command line."""
     found: dict[str, Any] = {name: True for name in SWITCHES if f"--{name}" in argv}
     for name in (*REFUSED, "output_path", "limit"):
         if name not in SWITCHES:
@@ -124,32 +123,15 @@ def from_command_line(argv: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def from_evaluator() -> dict[str, Any]:
-    """The arguments of the `lmms_eval.evaluator.simple_evaluate` that is running; {} without one.
-
-    With `output_path` of its command line.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        names = frame.f_globals.get("__name__"), frame.f_code.co_name
-        if names == ("lmms_eval.evaluator", "simple_evaluate"):
-            found = dict(frame.f_locals)
-            # Whoever gives it from Python, with a model in memory, knows what the model is.
-            found.pop("use_cache", None)
-            return found | {"output_path": getattr(found.get("cli_args"), "output_path", None)}
-        frame = frame.f_back
-    return {}
-
-
 def check_harness(tasks: Sequence[str], *, main_process: bool) -> None:
-    """Refuse, or warn of, what lmms-eval was told and this model cannot do.
+    """Refuses settings that the model does not support, and warns of others.
 
     Args:
-        tasks: those that will be scored, as far as they are known.
-        main_process: the one that warns.
+        tasks: Tasks that will be scored, as far as they are known.
+        main_process: Whether this process logs warnings.
 
     Raises:
-        ValueError: names the settings and what to do.
+        ValueError: For unsupported settings, with the remedy for each.
     """
     settings = from_command_line(sys.argv)
     settings |= {name: value for name, value in from_evaluator().items() if value is not None}

@@ -1,9 +1,9 @@
-"""The record as a journal: a run that is started again asks nothing that an earlier one answered.
+"""The record as a journal: a restarted run does not repeat what an earlier one answered.
 
-A line's key hashes all its answer depends on: the weights and the files beside them, the code,
-package versions, settings, document, prompt and generation arguments. Not in it: batch size and
-device. In float32 they change no answer; in half precision a few, which the rest of an interrupted
-run would have differed in at another batch size as well.
+The key of a line is a hash of everything that its answer depends on: weights and the settings files
+beside them, code, package versions, settings, document, prompt and generation arguments. Batch size
+and device are left out: in float32 they change no answer, and in half precision no more than
+another batch size within one run does.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from sdrpn_eval.requests import Request
 
 SETTINGS = ("proposer", "padding", "system_prompt", "attn_implementation", "load_in_4bit")
 SETTINGS += ("min_pixels", "max_pixels", "short_answer")
-"""Arguments that change an answer and stand neither in the weights nor in a ZoomConfig."""
+"""Arguments that change an answer and are part of neither the weights nor a ZoomConfig."""
 
 
 class Journal:
-    """What one process of a run writes into its record folder, and finds there.
+    """Writes the record of one process, and finds the lines of earlier runs in its folder.
 
-    A model in memory has no weights to hash, so its lines have no key and are never found again.
+    A model in memory has no weight files to hash, so its lines have no key and are not reused.
 
     Args:
         provenance: Of this process; its folder is the record's.
-        uses: What weights are for, of those that `loading.sources` names.
-        dtype: The model's.
+        uses: Which of the weights in `loading.sources` the model has: `pretrained`, `rpn`, `peft`.
+        dtype: Data type of the model.
     """
 
     def __init__(self, provenance: Collector, uses: Sequence[str], dtype: str) -> None:
@@ -51,8 +51,7 @@ class Journal:
         self._visuals: dict[str, str] = {}
 
     def key(self, request: Request, kind: RequestType, zoom: ZoomConfig) -> str | None:
-        """The key of a request's line; None where its answer cannot be told from another's, or is
-        left to chance."""
+        """The key of a request's line; None for sampled answers and for weights without a hash."""
         asked = kind.asked(request)
         if self._system is None or asked is None:
             return None
@@ -72,12 +71,14 @@ class Journal:
     def earlier(
         self, requests: Sequence[Request], key: Callable[[Request], str | None]
     ) -> dict[int, RecordLine]:
-        """Lines of earlier runs that answer these requests, by the request's index.
-
-        The lines become this run's, so that its record is complete.
+        """Finds lines of earlier runs that answer these requests, and copies them to this run.
 
         Args:
-            key: Gives a request its key; not called where no earlier run left any.
+            requests: The requests.
+            key: Returns a request's key; not called if no earlier run left lines with keys.
+
+        Returns:
+            The copied lines, by the request's index.
         """
         known: dict[str | None, RecordLine] = {
             line.key: line
@@ -103,14 +104,14 @@ class Journal:
         return line.model_copy(update={"run": run, "origin": origin, "resumed": True})
 
     def keep(self, lines: Iterable[tuple[Request, RecordLine]]) -> None:
-        """Write the lines of requests; lmms-eval's padding repeats another's and has none."""
+        """Writes the lines of requests, except for those that only pad lmms-eval's batches."""
         self.writer.append(line for request, line in lines if not request.padding_only)
 
     @functools.cached_property
     def _system(self) -> str | None:
-        """What answers, hashed; waits for the weights' hashes. None where these are not known."""
+        """Hash of model, settings and code, once the weights are hashed; None without hashes."""
         hashes = self.provenance.hashes.result()
-        self.provenance.write()  # now with them
+        self.provenance.write()  # now with the hashes
         hashed = {name.partition("/")[0] for name in weights_only(hashes)}
         if not self._uses or not hashed.issuperset(self._uses):
             return None
@@ -125,7 +126,7 @@ def _text(value: Any) -> str:
 
 @functools.cache
 def source_digest() -> str:
-    """Of the code that answers: a mended fault must not get the old answers."""
+    """Hash of the source code: after a bug fix, old answers are not reused."""
     method, plugin = Path(sdrpn.__file__).parent, Path(__file__).parent
     whole = hashlib.blake2b(digest_size=16)
     for file in sorted([*method.rglob("*.py"), *plugin.glob("*.py")]):

@@ -1,4 +1,4 @@
-"""Checked arguments -> a ZoomModel, with errors that say what to do when weights are missing."""
+"""Makes a ZoomModel from validated arguments."""
 
 from __future__ import annotations
 
@@ -23,10 +23,15 @@ _SET_BEFORE = (*_OPTIONS, "rpn", "dtype", "device")
 
 
 def load_engine(args: ModelArguments, device: torch.device) -> ZoomModel:
-    """The engine that answers: the one in memory where `pretrained` is one, else loaded.
+    """Loads the engine, or returns it if `pretrained` is one in memory.
+
+    Args:
+        args: Validated arguments.
+        device: Where to load it.
 
     Raises:
-        ValueError: Names the arguments to change.
+        ValueError: If weights are missing or arguments contradict a model in memory; names the
+            arguments to change.
     """
     if isinstance(args.pretrained, str):
         return _load(args, device)
@@ -34,9 +39,9 @@ def load_engine(args: ModelArguments, device: torch.device) -> ZoomModel:
 
 
 def zoom_settings(engine: ZoomModel, args: ModelArguments) -> ZoomConfig:
-    """The engine's own ZoomConfig with what `zoom=FILE`, the preset and the user changed.
+    """The engine's ZoomConfig with the changes by `zoom=FILE`, preset and user.
 
-    The threshold is that of each task; see `SdrpnModel._zoom`.
+    The threshold is that of each task, see `SdrpnModel._zoom`.
     """
     chosen = args.model_fields_set & set(ZOOM_ARGUMENTS)
     return replace(engine.zoom, **{name: getattr(args, name) for name in chosen})
@@ -64,12 +69,12 @@ def _load(args: ModelArguments, device: torch.device) -> ZoomModel:
         logger.info("pretrained=tiny: the embedded model, made for the task tiny_vstar")
     elif rpn and args.rpn is None:
         logger.info(f"rpn={rpn}, as published by the paper's authors")
-    # The embedded model's answers are promised in float32, on every device.
+    # The documented answers of the embedded model are in float32, on every device.
     dtype = "float32" if pretrained == TINY and args.dtype == "auto" else args.dtype
     options = {n: v for n in _OPTIONS if (v := getattr(args, n, None)) is not None}
     if "padding" not in args.model_fields_set:
         options.pop("padding", None)  # the model's own, where its config.json notes one
-    # With given boxes nobody is asked where to look.
+    # With given boxes there is nothing to propose.
     proposer = "none" if args.proposer == "box" else args.proposer
     try:
         return ZoomModel.from_pretrained(

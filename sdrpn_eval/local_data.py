@@ -1,12 +1,10 @@
-"""SDRPN_DATA: run a task on parquet files in a local folder instead of a dataset on the hub.
+"""SDRPN_DATA: tasks read local Parquet files instead of a dataset on the Hub.
 
-`SDRPN_DATA/textvqa_val/*.parquet` serves the task `textvqa_val`; `SDRPN_DATA/vstar/*.parquet`
-serves every task of the group `vstar`. A folder also serves the tasks of its family that read the
-same data set and split and have no folder of their own: `textvqa_val_public`, `textvqa_val_ocr` and
-`textvqa_ci` take `textvqa_val`'s, `vstar_shuffled` and its like `vstar`'s, `hrbench4k_offline`
-takes `hrbench4k`'s.
-Files named as on the hub (`validation-00000-of-00001`) are taken for the split they name. The task
-itself stays lmms-eval's: a generated YAML includes it and says where the data is.
+The task `textvqa_val` reads `SDRPN_DATA/textvqa_val/*.parquet`, and every task of the group `vstar`
+reads `SDRPN_DATA/vstar/*.parquet`. Tasks of the same family, dataset and split without a folder of
+their own share it: `textvqa_val_public`, `textvqa_val_ocr` and `textvqa_ci` read `textvqa_val`'s.
+Files named as on the Hub (`validation-00000-of-00001`) belong to the split that they name. The task
+itself stays lmms-eval's: a generated YAML includes it and sets the location of the data.
 """
 
 from __future__ import annotations
@@ -23,10 +21,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
-from lmms_eval.utils import load_yaml_config
 from loguru import logger
 
-from sdrpn_eval.tasks_info import family, parts
+from sdrpn_eval.tasks_info import family, parts, task_settings
 
 VARIABLE = "SDRPN_DATA"
 
@@ -38,10 +35,16 @@ _NAMES_A_SPLIT = r"(train|validation|val|dev|test)(-.*)?|.+-\d+-of-\d+"
 
 
 def use_local_data(index: TaskIndex) -> TaskIndex:
-    """Point the tasks that have a folder under SDRPN_DATA at it; the others stay as they are.
+    """Redirects the tasks with a folder in SDRPN_DATA to it.
 
-    index: task name -> {"type", "yaml_path", ...}, as lmms-eval builds it; a changed copy returns.
-    Raises ValueError that names the folder where it is missing, or holds nothing for its task.
+    Args:
+        index: lmms-eval's task index, {task: {"type", "yaml_path", ...}}; left unchanged.
+
+    Returns:
+        The index with these tasks replaced.
+
+    Raises:
+        ValueError: If a folder is missing or holds nothing for its task; names the folder.
     """
     root = os.environ.get(VARIABLE)
     if not root:
@@ -59,37 +62,35 @@ def use_local_data(index: TaskIndex) -> TaskIndex:
 
 
 def _local_files(index: TaskIndex, root: Path) -> dict[str, Files]:
-    """Task -> its files: of its own folder, its group's, or another's that is lent."""
+    """Files by task: of its own folder, of its group's, or of another task's that it shares."""
     found: dict[str, Files] = {}
     lent: dict[str, Files] = {}
-    folders = sorted(p for p in root.iterdir() if p.is_dir())
-    for folder in folders:
-        entry = index.get(folder.name)
-        if entry is None:
+    folders = [p for p in root.iterdir() if p.is_dir()]
+    # Folders of single tasks go before those of groups.
+    for folder in sorted(folders, key=lambda p: (index.get(p.name, {}).get("type") != "task", p)):
+        members = list(parts(folder.name, index))
+        if not members:
             logger.info(
                 f"{VARIABLE}: no task or group is named {folder.name}; {folder} is not used"
             )
-        elif entry["type"] == "task":
-            found[folder.name] = _files_of_task(folder, entry)
-            # A task that chooses documents may have these alone in its folder.
-            if "process_docs" not in _config(entry):
-                lent[folder.name] = found[folder.name]
-    for folder in folders:
-        members = [] if folder.name in found else list(parts(folder.name, index))
-        splits = {_split(index[task]) for task in members}
-        for task in members:
-            split = _split(index[task])
-            files = _files_of_split(folder, split, alone=len(splits) == 1)
+        splits = {task: _split(index[task]) for task in members}
+        for task, split in splits.items():
+            own = task == folder.name
+            files = _files_of_split(folder, split, alone=len({*splits.values()}) == 1)
             if files:
                 found.setdefault(task, (split, files))
-                lent.setdefault(task, (split, files))
+                # The folder of a task that selects documents may hold only these.
+                if not own or "process_docs" not in task_settings(index[task]):
+                    lent.setdefault(task, (split, files))
+            elif own:
+                raise ValueError(_without_files(folder, split))
             elif task not in found:
                 logger.info(f"{VARIABLE}: {folder} has no {split} files; {task} comes from the hub")
     return dict(_borrowed(index, lent)) | found
 
 
 def _borrowed(index: TaskIndex, lent: dict[str, Files]) -> Iterator[tuple[str, Files]]:
-    """Tasks that read the data set and split of one of their family that lends its files."""
+    """Yields tasks with the dataset and split of a task of their family, and that task's files."""
     families = {family(task) for task in lent} - {None}
     sources = {_source(index[task]): files for task, files in lent.items()}
     for task, entry in index.items():
@@ -100,30 +101,26 @@ def _borrowed(index: TaskIndex, lent: dict[str, Files]) -> Iterator[tuple[str, F
 
 
 def _source(entry: dict[str, Any]) -> tuple[str, ...]:
-    """Data set, configuration, files and split: equal where two tasks read the same rows.
+    """Dataset, configuration, files and split: equal if two tasks read the same rows.
 
-    Of a data set of the hub the split says which rows; files only save the others' download.
+    For a dataset on the Hub the split determines the rows; `data_files` only limits the download.
     """
-    config = _config(entry)
+    config = task_settings(entry)
     path = str(config.get("dataset_path"))
     files = None if "/" in path else (config.get("dataset_kwargs") or {}).get("data_files")
     return tuple(map(str, (path, config.get("dataset_name"), files, _split(entry))))
 
 
-def _files_of_task(folder: Path, entry: dict[str, Any]) -> Files:
-    split = _split(entry)
-    files = _files_of_split(folder, split, alone=True)
-    if not files:
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise ValueError(
-            f"{VARIABLE}: {folder} has no parquet file of the split {split!r}, only {held}; put "
-            f"{split}-00000-of-00001.parquet (or any one NAME.parquet) there, or remove the folder"
-        )
-    return split, files
+def _without_files(folder: Path, split: str) -> str:
+    held = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+    return (
+        f"{VARIABLE}: {folder} has no parquet file of the split {split!r}, only {held}; put "
+        f"{split}-00000-of-00001.parquet (or any one NAME.parquet) there, or remove the folder"
+    )
 
 
 def _files_of_split(folder: Path, split: str, *, alone: bool) -> list[str]:
-    """Files named for the split; files named for no split too where no other split is `alone`."""
+    """Files named for the split, else files not named for any split if this split is `alone`."""
     every = sorted(folder.glob("*.parquet"))
     named = [p for p in every if re.fullmatch(rf"{re.escape(split)}(-.*)?", p.stem)]
     unnamed = [p for p in every if not re.fullmatch(_NAMES_A_SPLIT, p.stem)]
@@ -134,7 +131,7 @@ def _files_of_split(folder: Path, split: str, *, alone: bool) -> list[str]:
 
 
 def _check_images(path: Path) -> None:
-    """Images of a file without the Hugging Face schema would reach the task as plain dicts."""
+    """Refuses images without the Hugging Face schema, which would reach the task as dicts."""
     schema = pq.read_schema(path)
     image_like = [f.name for f in schema if str(f.type).startswith("struct<bytes: binary")]
     if image_like and b"huggingface" not in (schema.metadata or {}):
@@ -144,18 +141,14 @@ def _check_images(path: Path) -> None:
         )
 
 
-def _config(entry: dict[str, Any]) -> dict[str, Any]:
-    return load_yaml_config(entry["yaml_path"], mode="simple")
-
-
 def _split(entry: dict[str, Any]) -> str:
-    """The split that lmms-eval scores: test where the task names one, else validation."""
-    config = _config(entry)
+    """The split that lmms-eval scores: test if the task has one, else validation."""
+    config = task_settings(entry)
     return config.get("test_split") or config["validation_split"]
 
 
 def _write_yaml(task: str, entry: dict[str, Any], split: str, files: list[str]) -> str:
-    """A YAML that is the original task on other data; returns its path."""
+    """Writes a YAML with the original task on other data; returns its path."""
     path = Path(_yaml_folder()) / f"{task}.yaml"
     content = {
         "include": str(entry["yaml_path"]),
@@ -169,7 +162,7 @@ def _write_yaml(task: str, entry: dict[str, Any], split: str, files: list[str]) 
 
 @functools.cache
 def _yaml_folder() -> str:
-    """A folder of this process alone, removed when it ends."""
+    """A folder of this process, deleted when it ends."""
     folder = tempfile.mkdtemp(prefix="sdrpn_tasks_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

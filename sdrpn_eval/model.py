@@ -1,4 +1,4 @@
-"""The lmms-eval models: requests in, batches through ZoomModel, answers out."""
+"""The lmms-eval models: take requests, run batches through ZoomModel, return answers."""
 
 from __future__ import annotations
 
@@ -36,16 +36,19 @@ from sdrpn_eval.requests import Documents, Request, batches, parse, question_tex
 from sdrpn_eval.run_record import RunRecord
 
 AUTO_BATCH_SIZE = 32
-"""Where `batch_size=auto` starts."""
+"""Initial batch size of `batch_size=auto`."""
 
 
 class SdrpnModel(lmms):
     """A vision-language model with a second look, as an lmms-eval model.
 
-    A subclass a model family names the class of its `--model_args`.
+    There is one subclass per model family, which names the class of its `--model_args`.
+
+    Args:
+        arguments: `--model_args` by name, see `args.ModelArguments`.
 
     Raises:
-        ValueError: Where an argument is unknown or ill-typed; lists them.
+        ValueError: If arguments are unknown or ill-typed; lists them.
     """
 
     is_simple = True
@@ -64,7 +67,7 @@ class SdrpnModel(lmms):
         self._harness_checked = False
         with ending_all(self._world_size):
             refuse_number_as_path(on_command_line("--output_path", sys.argv))
-            # Before anything else can fail, so that a gate sees that this run began.
+            # Before anything else can fail, so that the gate sees that this run began.
             self._record.begin(given, self._device)
             args = self.arguments = self.argument_class.of(given)
             self._read_files(args)
@@ -76,13 +79,13 @@ class SdrpnModel(lmms):
             self._announcer.announce_early(tasks)
             self.engine = load_engine(args, self._device)
             if isinstance(self.engine, ZoomModel):
-                # Noted in the record as it is, whoever decided it.
+                # Recorded as used, whether given, preset or read from the checkpoint.
                 args.note(self.engine.backbone.preprocessing)
             self._zoom_settings = zoom_settings(self.engine, args)
             self._record.loaded(args, self._device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SdrpnModel:
-        """Itself: lmms-eval's tracker copies the model it was given, weights and all, into text."""
+        """Returns itself: lmms-eval's tracker copies the model, with its weights, into text."""
         return self
 
     @property
@@ -90,7 +93,7 @@ class SdrpnModel(lmms):
         return self._device
 
     def _read_files(self, args: Any) -> None:
-        """Replace a system prompt that names a file by what it holds."""
+        """Replaces a system prompt that names a file with the content of the file."""
         if args.system_prompt:
             args.system_prompt = self._resolve_system_prompt(args.system_prompt)
 
@@ -106,7 +109,7 @@ class SdrpnModel(lmms):
         return torch.device(device)
 
     def _name_run(self) -> str:
-        """A name that sorts by time and is the same on all ranks."""
+        """A name that is the same on all ranks; names sort by time."""
         name = [datetime.now(UTC).strftime(RUN_STAMP)]
         broadcast_object_list(name)
         return name[0]
@@ -114,13 +117,13 @@ class SdrpnModel(lmms):
     # What lmms-eval calls
 
     def generate_until(self, requests: list[Any]) -> list[GenerationResult]:
-        """Answer questions, in any order and mixture; answers come back in the order given."""
+        """Answers requests of any tasks; returns the answers in the order of the requests."""
         with ending_all(self.world_size):
             parsed = parse(requests)
             return self._run(parsed, GenerateUntil(parsed))
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Mean loss of each continuation and whether greedy decoding would give it."""
+        """Returns each continuation's mean loss and whether greedy decoding would produce it."""
         with ending_all(self.world_size):
             return self._run(parse(requests), Loglikelihood(self._continuation))
 
@@ -142,7 +145,7 @@ class SdrpnModel(lmms):
         progress = {"total": len(requests), "initial": len(lines), "disable": self.rank != 0}
         waiting = runner(batches(left, self.batch_size, documents), desc="Questions", **progress)
         try:
-            # Closed here and not some time later: its threads must have ended.
+            # Closed here rather than by the garbage collector: its threads must have ended.
             with closing(waiting) as results:
                 for done in results:
                     if journal is not None:
@@ -200,23 +203,23 @@ class SdrpnModel(lmms):
     # One question
 
     def _question(self, request: Request, documents: Documents) -> Question:
-        """A question ready to be asked; made in a thread of its own."""
+        """Makes a question, decoded and preprocessed; runs in the prefetch thread."""
         row = documents.row(request)
         images = documents.visuals(request, row)
         box = self._box(request, row) if self.arguments.proposer == "box" else None
         text = self._question_text(request, len(images))
         made = Question(text, images, box=box, zoom=self._zoom(request.task))
-        _ = made.image_keys  # which decodes the images, if nothing did before
+        _ = made.image_keys  # decodes the images here, in this thread
         self.engine.prepare([made])
         return made
 
     def _question_text(self, request: Request, images: int) -> str:
-        """What is asked: the task's prompt as the family gives it to its model."""
+        """The task's prompt in the form that the family's engine takes."""
         return question_text(request, images)
 
     @cached_property
     def _stock(self) -> ZoomModel:
-        """The same model without a second look."""
+        """The same backbone without a second look."""
         return ZoomModel(self.engine.backbone, proposer="none", prefix_cache=0)
 
     def _box(self, request: Request, row: Any) -> PixelBox:
@@ -232,19 +235,19 @@ class SdrpnModel(lmms):
         return str(target(self.task_dict[request.task][request.split][request.doc_id]))
 
     def _zoom(self, task: str) -> ZoomConfig:
-        """The zoom settings for a task: `threshold=`, or the one published for its family."""
+        """The zoom settings for a task, with `threshold=` or the published threshold."""
         if task not in self._zooms:
             threshold = self.arguments.threshold or self.published_threshold(task)[0]
             self._zooms[task] = replace(self._zoom_settings, threshold=threshold)
         return self._zooms[task]
 
     def published_threshold(self, task: str) -> tuple[float | str, str]:
-        """The threshold that is published for a task's family, and where it is from, in words."""
+        """The threshold published for a task's family, and its origin in words."""
         origin = tasks_info.threshold_origin(task, self.arguments.proposer)
         return tasks_info.threshold_of(task), origin
 
     def _key(self, request: Request, kind: RequestType) -> str | None:
-        """What a later run finds the request's line by."""
+        """The key by which a later run finds the request's line."""
         journal = self._record.journal
         return None if journal is None else journal.key(request, kind, self._zoom(request.task))
 
@@ -272,7 +275,7 @@ class SdrpnModel(lmms):
     # The record
 
     def _open_journal(self, requests: Sequence[Request]) -> Journal | None:
-        """Say what will be scored, refuse what cannot be; open the record at the first call."""
+        """Logs what will be scored, refuses unsupported settings, and opens the record."""
         tasks = {r.task: r.task_object for r in requests}
         fresh = [task for task in tasks if task not in self._zooms]
         given = self.arguments.threshold
@@ -291,7 +294,7 @@ class SdrpnModel(lmms):
         return journal
 
     def _check_harness(self, tasks: dict[str, Any]) -> None:
-        # A model made in Python is older than the evaluation that asks it.
+        # A model made in Python exists before the evaluation and its settings.
         refuse_task_settings(tasks.values())
         if not self._harness_checked:
             told = bool(tasks_info.requested(sys.argv))

@@ -1,4 +1,4 @@
-"""What becomes of a document that fails: `on_error=raise`, `stock` or `empty`."""
+"""Handling of documents that fail: `on_error=raise`, `stock` or `empty`."""
 
 from __future__ import annotations
 
@@ -13,23 +13,28 @@ from loguru import logger
 from sdrpn.io.resumable import first_line
 
 NAMED = 5
-"""Documents that failed and are named in the log; the record holds all."""
+"""Number of failed documents that are named in the log; the record holds all."""
 
 FIRST = 3
-"""Documents that fail alike at the start of a run, by which the run is known to be broken."""
+"""Number of documents failing alike at the start after which the run is considered broken."""
 
 
 class BadDocument(RuntimeError):
-    """A document that could not be asked or answered; the message names it and its image."""
+    """Raised for a document that could not be answered; names it and its image."""
 
 
 class BrokenRun(RuntimeError):
-    """The first documents all fail alike: it is no document's fault; the message says how."""
+    """Raised if the first documents all fail with the same error."""
 
 
 @dataclass
 class Failures:
-    """The documents of a run that were not answered as asked: (task, document) -> why."""
+    """The documents of a run that were not answered as asked.
+
+    Attributes:
+        on_error: `raise`, `stock` or `empty`.
+        reasons: By (task, document id).
+    """
 
     on_error: str
     reasons: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -37,14 +42,19 @@ class Failures:
     def add(
         self, document: tuple[str, int], name: Callable[[], str], error: Exception, answered: bool
     ) -> str:
-        """Note a document that failed; returns why, in a line.
+        """Adds a document that failed.
 
         Args:
-            name: The document in words.
-            answered: Whether any document was answered as it was asked, by an earlier run too.
+            document: (task, document id).
+            name: Returns a description of the document.
+            error: The error.
+            answered: Whether any document was answered as asked, also by an earlier run.
+
+        Returns:
+            The reason, in one line.
 
         Raises:
-            BadDocument: Under `raise`.
+            BadDocument: With `on_error=raise`.
             BrokenRun: If nothing was answered and the first documents all fail alike.
         """
         if self.on_error == "raise":
@@ -53,7 +63,7 @@ class Failures:
             ) from error
         why = f"{type(error).__name__}: {first_line(error)}"
         self.reasons[document] = why
-        # Numbers are those of a document, as a rule.
+        # Numbers usually belong to the document.
         alike = len({re.sub(r"\d+", "#", one) for one in self.reasons.values()}) == 1
         if not answered and alike and len(self.reasons) >= FIRST:
             raise BrokenRun(
@@ -64,7 +74,7 @@ class Failures:
         return why
 
     def report(self) -> None:
-        """Log which documents failed."""
+        """Logs which documents failed."""
         named = [f"{doc_id} of {task}: {why}" for (task, doc_id), why in self.reasons.items()]
         more = f"; and {len(named) - NAMED} more" if len(named) > NAMED else ""
         logger.warning(
@@ -75,11 +85,11 @@ class Failures:
 
 @contextmanager
 def ending_all(world_size: int) -> Iterator[None]:
-    """Make an error in one of several processes end that process with exit code 1.
+    """Turns an error in one of several processes into exit code 1.
 
-    lmms-eval logs an error and ends with 0, which a launcher takes for success while the other
-    processes go on and then wait for this one, on GPUs for hours. On exit code 1 torchrun and
-    accelerate end them within seconds.
+    lmms-eval logs an error and exits with 0, which launchers take for success while the other
+    processes continue and then wait for this one. On exit code 1, torchrun and accelerate end them
+    within seconds.
     """
     try:
         yield

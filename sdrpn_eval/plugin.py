@@ -1,9 +1,9 @@
-"""What lmms-eval's entry point calls: registers our models and tasks.
+"""lmms-eval's entry points: register our models and tasks.
 
-lmms-eval has an entry point for models and none for tasks. The callable below runs before the
-task index is built, so it wraps `TaskManager.initialize_tasks` once: our folder joins the include
-paths, and tasks with data under SDRPN_DATA are read from there. It is the one monkeypatch of this
-project. Where lmms-eval has changed in that place, a warning names the option that still works.
+lmms-eval has an entry point for models and none for tasks. The functions below run before the task
+index is built, so they wrap `TaskManager.initialize_tasks` once, to add our folder to the include
+paths and to redirect tasks with data in SDRPN_DATA. This is the only monkeypatch of the project. If
+lmms-eval has changed there, a warning names the option that still works.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from sdrpn_eval.command_line import on_command_line
 from sdrpn_eval.harness import refuse_folder_as_task
 from sdrpn_eval.local_data import use_local_data
 
-# `lmms_eval.models` loads this module while it is itself being imported, and whoever imports it
-# from here first would find half a module there: so what needs it is imported where it is used.
+# `lmms_eval.models` loads this module while it is being imported itself. Modules that import it
+# are imported where they are used, so that none sees it half initialised.
 
 
 MODELS: Mapping[str, str] = {
     LlavaArguments.model_name: "sdrpn_eval.model.LlavaSdrpn",
     QwenArguments.model_name: "sdrpn_eval.model.Qwen2_5_VLSdrpn",
 }
-"""Names of our models for `--model`, each with its class."""
+"""Classes by the model's name in `--model`."""
 
 
 class TaskIndex:
-    """The index lmms-eval last built in this process, for telling early what a run will score."""
+    """The latest task index in this process, from which runs log early what they will score."""
 
     latest: dict[str, dict[str, Any]] | None = None
 
@@ -50,12 +50,12 @@ def register_qwen2_5_vl() -> Any:
 
 
 def _register(name: str) -> Any:
-    """Hook up the tasks; return the ModelManifest."""
+    """Adds the tasks and returns the model's ModelManifest."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     try:
         add_tasks()
-    except Exception as error:  # a broken hook must not take the model away with it
+    except Exception as error:  # the model works without the tasks
         _warn(f"{type(error).__name__}: {error}")
     return ModelManifest(name, simple_class_path=MODELS[name])
 
@@ -70,7 +70,7 @@ def tasks_folder() -> Path:
 
 
 def add_tasks() -> None:
-    """Wrap `TaskManager.initialize_tasks`, once, so that every index holds our tasks."""
+    """Wraps `TaskManager.initialize_tasks`, once, so that every index holds our tasks."""
     from lmms_eval.tasks import TaskManager
 
     original = getattr(TaskManager, "initialize_tasks", None)

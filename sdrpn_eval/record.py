@@ -1,8 +1,8 @@
-"""The record: what was asked, seen and answered, one JSON line a question, as batches finish.
+"""The record: a JSON line per question with what was asked, seen and answered.
 
-lmms-eval's samples keep the answer alone; regions and maps have no place there. A folder may hold
-several runs of several processes: each line names its run, and `read_records` takes the latest.
-A resumed run holds the lines that it took from an earlier one too, marked `resumed`.
+lmms-eval's samples hold the answer, but neither regions nor maps. A folder may hold several runs of
+several processes: each line names its run, and `read_records` reads the latest. A resumed run also
+holds the lines that it took from an earlier one, marked `resumed`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class RecordedImage(BaseModel):
-    """An image of a question: the hash of its content, and (width, height) in pixels, as shown."""
+    """An image of a question: its content hash, and (width, height) in pixels, as shown."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     hash: str

@@ -1,14 +1,14 @@
-"""The two request types of lmms-eval: to answer in words, and to score words that are given.
+"""The two request types of lmms-eval: to answer in words, and to score given words.
 
-A type knows how to ask the engine and what the record's line holds of it; what lmms-eval gets back
-is made of that line, so it is the same whether the line is new or an earlier run's.
+A type knows how to ask the engine, and gives the fields of the record's line. What lmms-eval gets
+back is made from that line, so it is the same for a new line and for one of an earlier run.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 
@@ -24,10 +24,10 @@ Fields = dict[str, Any]
 
 
 class LossAndGreedy(tuple):
-    """(loss, greedy) as lmms-eval 0.7.3 can carry it.
+    """(loss, greedy) in the form that lmms-eval 0.7.3 can carry.
 
-    Its evaluator turns a plain pair into text, so the pair travels in a GenerationResult; its
-    response cache would give text back, so `strip` (which it calls) says: nothing to store.
+    Its evaluator turns a plain pair into text, so the pair travels in a GenerationResult. Its
+    response cache would return text, so `strip`, which it calls, returns nothing to store.
     """
 
     def strip(self) -> tuple[()]:
@@ -37,7 +37,7 @@ class LossAndGreedy(tuple):
 def result(line: RecordLine) -> GenerationResult:
     """What lmms-eval gets for a line of the record.
 
-    A loss that could not be had is infinite: the least likely of the options.
+    A loss that could not be computed is infinite: the least likely of the options.
     """
     if line.is_loss:
         loss = math.inf if line.loss is None else line.loss
@@ -46,28 +46,8 @@ def result(line: RecordLine) -> GenerationResult:
     return GenerationResult(line.answer, TokenCounts(prompt, line.tokens["new"]))
 
 
-class RequestType(Protocol):
-    """How requests of one type are asked."""
-
-    name: str
-
-    def asked(self, request: Request) -> Any:
-        """What decides the answer beside prompt and document, for JSON; None for chance."""
-        ...
-
-    def ask(
-        self, engine: ZoomModel, requests: Sequence[Request], questions: Sequence[Question]
-    ) -> list[Fields]:
-        """Ask a batch of equal generation arguments."""
-        ...
-
-    def unanswered(self, request: Request) -> Fields:
-        """The fields of a document that cannot be answered."""
-        ...
-
-
 class GenerateUntil:
-    """Answers in words."""
+    """Requests that are answered in words."""
 
     name = "generate_until"
 
@@ -75,21 +55,24 @@ class GenerateUntil:
         self._arguments = {r.index: translate(r.extra) for r in requests}
 
     def asked(self, request: Request) -> Any:
+        """What decides the answer apart from prompt and document, for JSON; None when sampling."""
         arguments = self._arguments[request.index]
         return None if arguments["do_sample"] else arguments
 
     def ask(
         self, engine: ZoomModel, requests: Sequence[Request], questions: Sequence[Question]
     ) -> list[Fields]:
+        """Asks a batch of equal generation arguments."""
         generation = self._arguments[requests[0].index]
         return [describe_answer(a) for a in engine.ask_batch(questions, generation=generation)]
 
     def unanswered(self, request: Request) -> Fields:
+        """The fields of a document that cannot be answered."""
         return NO_ANSWER
 
 
 class Loglikelihood:
-    """Mean loss of each continuation and whether greedy decoding would give it.
+    """Requests for the mean loss of a continuation and whether greedy decoding would give it.
 
     The loss and not its negative: lmms-eval's multiple-choice tasks take the smallest.
     """
@@ -100,14 +83,16 @@ class Loglikelihood:
         self._continuation = continuation
 
     def asked(self, request: Request) -> Any:
+        """The continuation; None if it cannot be had."""
         try:
             return self._continuation(request)
-        except Exception:  # raised again where it is asked, which knows what to do about it
+        except Exception:  # raised again in `ask`, whose caller knows what to do about it
             return None
 
     def ask(
         self, engine: ZoomModel, requests: Sequence[Request], questions: Sequence[Question]
     ) -> list[Fields]:
+        """Scores a batch."""
         continuations = [self._continuation(r) for r in requests]
         scored = engine.loss_batch(questions, continuations)
         return [
@@ -116,9 +101,10 @@ class Loglikelihood:
         ]
 
     def unanswered(self, request: Request) -> Fields:
-        return {
-            **NO_ANSWER,
-            "continuation": self.asked(request),
-            "loss": None,
-            "greedy": False,
-        }
+        """The fields of a document that cannot be scored."""
+        continuation = self.asked(request)
+        return {**NO_ANSWER, "continuation": continuation, "loss": None, "greedy": False}
+
+
+RequestType = GenerateUntil | Loglikelihood
+"""How requests of one type are asked."""

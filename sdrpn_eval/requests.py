@@ -1,7 +1,7 @@
-"""lmms-eval requests -> questions, and the order in which they are answered.
+"""Converts lmms-eval's requests to questions, and orders them.
 
-Questions on one image stand next to each other, whatever order they came in, so that the image is
-read once; within an image and between images the longest prompts go first.
+Questions on one image are placed together, so that the image is prefilled once; within an image and
+between images the longest prompts go first.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ IMAGE_PLACEHOLDER = "<image>"
 
 @dataclass(frozen=True)
 class Request:
-    """One lmms-eval request, with names for what its `args` tuple holds by position.
+    """A request of lmms-eval, with names for the positions of its `args` tuple.
 
-    extra: the generation kwargs of `generate_until`, the continuation (or a function of the
-    document that gives it) of `loglikelihood`.
-    padding_only: lmms-eval's filler, which gives all ranks the same number of requests.
+    Attributes:
+        extra: Generation arguments of `generate_until`; the continuation of `loglikelihood`, or a
+            function from the document to it.
+        padding_only: Whether it only gives all ranks the same number of requests.
     """
 
     index: int
@@ -44,12 +45,12 @@ class Request:
 
     @property
     def task_object(self) -> Any:
-        """lmms-eval's task, where `doc_to_visual` is its bound method; else None."""
+        """lmms-eval's task, if `doc_to_visual` is its bound method; else None."""
         return getattr(self.doc_to_visual, "__self__", None)
 
 
 def parse(requests: Sequence[Any]) -> list[Request]:
-    """lmms-eval `Instance`s of either request type -> Requests in the same order."""
+    """Converts lmms-eval's `Instance`s of either request type, keeping their order."""
     parsed = []
     for i, instance in enumerate(requests):
         prompt, extra, doc_to_visual, doc_id, task, split = instance.args
@@ -61,7 +62,7 @@ def parse(requests: Sequence[Any]) -> list[Request]:
 def batches(
     requests: Sequence[Request], batch_size: int, documents: Documents
 ) -> Iterator[list[Request]]:
-    """Batches of one set of generation kwargs each, same images together, then by length."""
+    """Yields batches of equal generation arguments, ordered by image, then by length."""
     keys = {r.index: documents.image_key(r) for r in requests}
     longest: dict[str, int] = {}
     for r in requests:
@@ -78,15 +79,16 @@ def batches(
 
 
 def _kwargs_key(request: Request) -> str:
-    """Equal for requests that may share a batch."""
+    """A text that is equal for requests that may share a batch."""
     extra = request.extra
     return json.dumps(extra, sort_keys=True, default=str) if isinstance(extra, dict) else ""
 
 
 class Documents:
-    """The documents behind requests, and a cheap name for the image of each.
+    """The documents of requests, and a cheap key for the image of each.
 
-    task_dict: task -> split -> rows, as the evaluator hands it to a model.
+    Args:
+        task_dict: Rows by task and split, as the evaluator passes them to a model.
     """
 
     def __init__(self, task_dict: Mapping[str, Any]) -> None:
@@ -97,7 +99,7 @@ class Documents:
         return self.task_dict[request.task][request.split][request.doc_id]
 
     def visuals(self, request: Request, row: Any) -> tuple[Image.Image, ...]:
-        """The document's images. Raises ValueError where it holds anything else, such as video."""
+        """The document's images. Raises ValueError for anything else, such as video."""
         visuals = request.doc_to_visual(row) or []
         for visual in visuals:
             if not isinstance(visual, Image.Image):
@@ -108,10 +110,10 @@ class Documents:
         return tuple(visuals)
 
     def image_key(self, request: Request) -> str:
-        """Equal for documents that hold the same image file, or else the same decoded image.
+        """A key that is equal for documents with the same image file, or the same decoded image.
 
-        Only puts questions side by side; whether a read image can be used again is decided by the
-        engine, on the pixels.
+        It only orders questions; whether a prefix can be reused is decided by the engine, from
+        pixels.
         """
         files = self._files(request)
         if files is not None:
@@ -119,17 +121,17 @@ class Documents:
             return hashlib.blake2b(encoded, digest_size=16).hexdigest()
         try:
             return ",".join(image_key(image) for image in self.visuals(request, self.row(request)))
-        except Exception:  # raised again where it is asked
+        except Exception:  # raised again when the document is asked
             return "unreadable"
 
     def name(self, request: Request) -> str:
-        """A document in words: its task, its id, its image by file or else by content."""
+        """Describes a document: its task, its id, and its image by file name or hash."""
         paths = [str(f["path"]) for f in self._files(request) or [] if f.get("path")]
         image = ", ".join(paths) or self.image_key(request)
         return f"document {request.doc_id} of {request.task}{f' (image {image})' if image else ''}"
 
     def _files(self, request: Request) -> list[Mapping[str, Any]] | None:
-        """The image files of a document as stored, undecoded; None where it has no such columns."""
+        """The image files of a document as stored, undecoded; None without image columns."""
         place = request.task, request.split
         if place not in self._undecoded:
             self._undecoded[place] = _without_decoding(self.task_dict[request.task][request.split])
@@ -137,25 +139,30 @@ class Documents:
         return None if rows is None else [file or {} for file in rows[request.doc_id].values()]
 
 
+def undecoded(rows: Any) -> Any:
+    """A dataset with its image files as bytes; returns anything else unchanged."""
+    if isinstance(rows, Dataset):
+        for name in _image_columns(rows):
+            rows = rows.cast_column(name, ImageColumn(decode=False))
+    return rows
+
+
+def _image_columns(rows: Dataset) -> list[str]:
+    return [name for name, kind in rows.features.items() if isinstance(kind, ImageColumn)]
+
+
 def _without_decoding(rows: Any) -> Any:
-    """A view of a `datasets.Dataset` on its image columns alone, as bytes; None without any."""
-    if not isinstance(rows, Dataset):
-        return None
-    columns = [name for name, kind in rows.features.items() if isinstance(kind, ImageColumn)]
-    if not columns:
-        return None
-    view = rows.select_columns(columns)
-    for name in columns:
-        view = view.cast_column(name, ImageColumn(decode=False))
-    return view
+    """A view of the image columns of a `datasets.Dataset`, as bytes; None without any."""
+    columns = _image_columns(rows) if isinstance(rows, Dataset) else []
+    return undecoded(rows.select_columns(columns)) if columns else None
 
 
 def question_text(request: Request, images: int) -> str:
-    """The prompt as the engine takes it: image placeholders gone, but for several images in place.
+    """The prompt without image placeholders, except where several images have one each.
 
-    As in llava_hf, a prompt without placeholders gets its images in front (the engine does that),
-    and one that places several images keeps them where they are. A prompt that names another
-    number of images than it has is logged and loses its placeholders.
+    As in llava_hf, images without placeholders stand in front, where the engine puts them, and
+    several images stay at their placeholders. If the numbers of images and placeholders differ, a
+    warning is logged and the placeholders are removed.
     """
     text = request.prompt
     count = text.count(IMAGE_PLACEHOLDER)
@@ -164,7 +171,6 @@ def question_text(request: Request, images: int) -> str:
     if count != images:
         logger.warning(
             f"document {request.doc_id} of {request.task} has {counted(images, 'image')}, its "
-            "prompt names "
-            f"{count}"
+            f"prompt names {count}"
         )
     return text.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()

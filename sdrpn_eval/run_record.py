@@ -1,4 +1,4 @@
-"""Where the record and the provenance of a run go, and when each is begun."""
+"""Location of the record and the provenance of a run, and when each is started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdrpn_eval.args import ModelArguments
 from sdrpn_eval.command_line import on_command_line
 from sdrpn_eval.journal import Journal
 from sdrpn_eval.loading import revisions, sources
-from sdrpn_eval.provenance.collect import Collector, hash_ahead
+from sdrpn_eval.provenance.collect import Collector, hash_in_background
 from sdrpn_eval.record import check_writable
 
 
@@ -24,6 +24,8 @@ class RunRecord:
 
     Args:
         run: Name of the run, the same on all ranks; names must sort by time.
+        rank: Of this process.
+        world_size: Number of processes.
     """
 
     def __init__(self, run: str, rank: int, world_size: int) -> None:
@@ -32,10 +34,11 @@ class RunRecord:
         self.journal: Journal | None = None
 
     def begin(self, given: Mapping[str, Any], device: torch.device) -> None:
-        """Write that the run began, if the folder of its record is known by now.
+        """Writes that the run began, if the folder of its record is known already.
 
         Args:
-            given: `--model_args` as they came, not yet checked.
+            given: `--model_args` by name, not validated.
+            device: The device to record.
         """
         outputs = [on_command_line("--output_path", sys.argv)]
         folder = _folder(outputs, given.get("record"), given.get("on_error"))
@@ -45,19 +48,21 @@ class RunRecord:
             self.provenance.write()
 
     def loaded(self, args: ModelArguments, device: torch.device) -> None:
-        """Begin to hash the weights: once they are loaded, their files are here and in memory."""
+        """Starts to hash the weights, whose files are now on this machine and in the page cache."""
         if self.provenance is not None:
             self.provenance.arguments, self.provenance.device = dict(args), device
-            self.provenance.hashes = hash_ahead(sources(args), revisions(args))
+            self.provenance.hashes = hash_in_background(sources(args), revisions(args))
 
     def open(
         self, tasks: Iterable[Any], args: ModelArguments, device: torch.device, dtype: str
     ) -> Journal | None:
-        """The journal, opened at the first call; None for a run without a record.
+        """Opens the journal at the first call and returns it; None for a run without a record.
 
         Args:
-            tasks: lmms-eval's objects, which know the output folder of a run from Python.
-            dtype: The loaded model's; "" for one in memory.
+            tasks: lmms-eval's task objects, which hold the output folder of a run from Python.
+            args: The model's arguments.
+            device: The device to record.
+            dtype: Data type of the loaded model; "" for a model in memory.
         """
         if self.journal is not None:
             return self.journal
@@ -85,7 +90,7 @@ class RunRecord:
 
 
 def _folder(outputs: Iterable[str | None], record: Any, on_error: Any) -> Path | None:
-    """`record=`, else `sdrpn_record` in one of lmms-eval's output folders; None for none."""
+    """`record=`, else `sdrpn_record` in lmms-eval's output folder; None for no record."""
     if record is None:
         return next((Path(path) / "sdrpn_record" for path in outputs if path), None)
     if str(record).lower() not in ("none", "false"):

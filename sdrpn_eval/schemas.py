@@ -1,6 +1,6 @@
-"""What the files of a run hold, checked as they are read: nothing else of them is relied on.
+"""Schemas of the files of a run, which are validated as they are read.
 
-Files may hold more than what is named here, and it is kept.
+Files may hold more than these fields, which is kept.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing_extensions import TypedDict  # pydantic's demand up to Python 3.11
 
 OPEN = ConfigDict(extra="allow")
 EXACT = ConfigDict(extra="forbid")
-"""Of files that are written by hand too: a slip of the pen must not pass."""
+"""Of files that are also written by hand: unknown fields are typing errors."""
 FINITE = ConfigDict(extra="forbid", allow_inf_nan=False)
-"""EXACT, and every number a finite one."""
+"""EXACT, and without NaN and infinities."""
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Hex = Annotated[str, Field(pattern="^[0-9a-f]{1,64}$")]
 
@@ -31,7 +31,7 @@ TaskName = Annotated[str, AfterValidator(_is_name)]
 
 
 class TaskConfig(TypedDict):
-    """The settings of a task that a report reads."""
+    """The settings of a task that reports read."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
     output_type: NotRequired[str | None]
@@ -54,7 +54,7 @@ class RunConfig(TypedDict):
 
 
 class Counts(TypedDict):
-    """Documents of a task: in its data set, and asked."""
+    """Number of documents of a task: in its dataset, and asked."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
     original: NotRequired[Count]
@@ -81,7 +81,7 @@ class Results(_Counted):
 
 
 class TokensOf(TypedDict):
-    """What a model counted of one answer."""
+    """Token counts of one answer."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
     input_tokens: NotRequired[Count | None]
@@ -89,15 +89,23 @@ class TokensOf(TypedDict):
 
 
 class SampleLine(TypedDict):
-    """A line of a `*_samples_*.jsonl` of lmms-eval; what else it has are metrics."""
+    """A line of a `*_samples_*.jsonl` of lmms-eval; other fields are metrics."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
     doc_id: Count
     token_counts: NotRequired[list[TokensOf | None] | None]
 
 
-Boxes = dict[str, dict[int, tuple[float, float, float, float]]]
-"""True boxes handed in: task -> document -> (x0, y0, x1, y1) in pixels."""
+def _is_box(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = map(int, box)
+    if not (0 <= x0 < x1 and 0 <= y0 < y1):
+        raise ValueError(f"the box {list(box)} is empty or turned round")
+    return box
+
+
+Box = Annotated[tuple[float, float, float, float], AfterValidator(_is_box)]
+Boxes = dict[str, dict[int, Box]]
+"""True boxes by task and document id, (x0, y0, x1, y1) in pixels."""
 
 RESULTS = TypeAdapter(Results)
 SAMPLE = TypeAdapter(SampleLine)

@@ -1,4 +1,4 @@
-"""What the graders of our tasks share: the option an answer names, means of scored documents."""
+"""Shared by the graders of our tasks: parses option letters, averages scored documents."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _NEGATED = re.compile(
     rf"|(?:(?i:option|choice)\s+)?{_LIST}\s+(?i:is|are|was|seems|looks|would\s+be)"
     r"(?:\s+(?i:not|incorrect|wrong|false|impossible|unlikely)\b|n't\b)"
 )
-"""Options that are said not to be the answer."""
+"""Options that the response rejects."""
 _CONCLUSIONS = tuple(
     re.compile(pattern)
     for pattern in (
@@ -63,19 +63,19 @@ _CONCLUSIONS = tuple(
         rf"\b(?i:so|therefore|thus|hence),?\s+(?i:it\s+(?:is|must\s+be)\s+)?{_FILLING}({_LIST})(?=\W*$)",
     )
 )
-"""How a response says which option is the answer, whatever else it names."""
+"""Phrases that state the answer, whatever else the response names."""
 _HEAD = re.compile(rf"^\W*(?i:(?:option|choice)\s+)?(?=\(?[A-Z]\s?[.):])({_LIST})")
 _WRITTEN = re.compile(r"\([A-Z]\)|(?<![\w.])[A-Z][):]|^\s*[A-Z]\.(?=\s)", re.MULTILINE)
 _ANYWHERE = re.compile(_LIST)
 
 
 def offered(text: str) -> set[str]:
-    """The letters a question offers: "(A) red (B) blue" -> {"A", "B"}; A to D where it has none."""
+    """The letters of a question's options, "(A) red (B) blue"; A to D if it has none."""
     return set(re.findall(r"\(([A-Z])\)", text)) or set(LETTERS)
 
 
 def answer_letter(response: str, valid: set[str]) -> str | None:
-    """The one option a response names, or None: no letter, several, or one that was not offered.
+    """The option that a response names; None for no letter, several, or one that is not offered.
 
     A letter counts as the whole response ("b", "(B)."), behind "answer is" and its like, as an
     option is written at the start ("B. blue"), else as an upper-case word or in brackets; of these
@@ -83,8 +83,8 @@ def answer_letter(response: str, valid: set[str]) -> str | None:
     does "Blue", nor the A of "A red car".
 
     Args:
-        response: the model's words.
-        valid: the letters that the question offers, in upper case.
+        response: Text of the answer.
+        valid: Letters of the question's options, in upper case.
     """
     text = re.sub(r"[*_`\"]", "", response.translate(_TYPOGRAPHIC)).strip()
     alone = re.fullmatch(r"\W*([A-Za-z])\W*", text)
@@ -99,7 +99,7 @@ def answer_letter(response: str, valid: set[str]) -> str | None:
 
 
 def _named(text: str) -> Iterator[list[str]]:
-    """The letters that a text names as its answer, by ways to name one, the surest first."""
+    """Yields the letters that a text names as its answer, for each way of naming, surest first."""
     text = _ABBREVIATED.sub(" ", text)
     text = _BRACKETED.sub(lambda found: f"({found[1].upper()})", text)
     text = _AT_START.sub(lambda found: found[0].upper(), text)
@@ -126,11 +126,11 @@ def _letters(words: str) -> list[str]:
 
 
 def letter_counts(letter: str | None) -> dict[str, float]:
-    """One answer's part in the histogram of letters: `answered_a` to `answered_d`, 0 or 1 each."""
+    """An answer's part in the histogram of letters: `answered_a` to `answered_d`, 0 or 1 each."""
     return {f"answered_{one.lower()}": float(letter == one) for one in LETTERS}
 
 
 def mean_score(items: Iterable[Mapping[str, Any]]) -> float:
-    """Mean over the items that carry a `score`; NaN where none does."""
+    """Mean over the items that have a `score`; NaN if none has."""
     scores = [item["score"] for item in items if "score" in item]
     return sum(scores) / len(scores) if scores else float("nan")

@@ -1,4 +1,4 @@
-"""What is known of tasks by their names: published thresholds, protocols, which have a score."""
+"""Properties of tasks by their names: published thresholds, protocols, which have a score."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdrpn.config import PEAK
 from sdrpn_eval.command_line import on_command_line
 
 DEFAULT_THRESHOLD = 0.15
-"""For a task of no family below: the value published for most of them."""
+"""For tasks of no family below: the value published for most of them."""
 
 THRESHOLDS: Mapping[str, float | str] = {
     # The paper's evaluation settings.
@@ -27,7 +27,7 @@ THRESHOLDS: Mapping[str, float | str] = {
     "tiny_vstar": PEAK,
 }
 OURS = ("tiny_vstar",)
-"""Families whose threshold nobody published."""
+"""Families without a published threshold."""
 
 NO_OCR = "no OCR tokens in the prompt"
 HARNESS_LETTERS = "graded as lmms-eval does"
@@ -56,11 +56,11 @@ PROTOCOLS: Mapping[str, str] = {
     "hrbench4k_ci": NO_JUDGE,
     "hrbench8k_ci": NO_JUDGE,
 }
-"""How a benchmark that is scored in several ways is scored in each; a few words for tables."""
+"""How a task is scored, for benchmarks with several ways; a few words for tables."""
 
 
 def family(task: str) -> str | None:
-    """`textvqa_val`, `textvqa_val_lite`, `textvqa_ci` -> `textvqa`; None for an unknown family."""
+    """The family of a task, such as `textvqa` of `textvqa_val_lite`; None if it has none."""
     for name in sorted(THRESHOLDS, key=len, reverse=True):
         # hrbench4k, hrbench8k; but ocrbench_v2 is another benchmark.
         if re.fullmatch(rf"{name}(\d+k)?(_(?!v\d).*)?", task):
@@ -75,7 +75,7 @@ def threshold_of(task: str) -> float | str:
 
 
 def threshold_origin(task: str, proposer: str) -> str:
-    """Where `threshold_of` has it from, in words; it was published for the RPN alone."""
+    """The origin of `threshold_of`, in words; it was published for the RPN only."""
     name = family(task)
     if name is None:
         return "as none is published for it"
@@ -87,14 +87,17 @@ def threshold_origin(task: str, proposer: str) -> str:
 def qwen_threshold(
     task: str, hidden_size: int, layers: int, min_pixels: int, max_pixels: int
 ) -> tuple[float, str]:
-    """The threshold published for Qwen2.5-VL (docs/method.md), and where it is from, in words.
+    """The threshold published for Qwen2.5-VL (docs/method.md).
 
     Args:
         task: Name of the task.
-        hidden_size: Of the language model; with `layers` it tells the size.
-        layers: Decoder layers.
-        min_pixels: Fewest pixels of a resized image.
-        max_pixels: Most pixels of it.
+        hidden_size: Of the language model; with `layers` it determines the model's size.
+        layers: Number of decoder layers.
+        min_pixels: Minimum size of a resized image, in pixels.
+        max_pixels: Maximum size of a resized image, in pixels.
+
+    Returns:
+        The threshold, and its origin in words.
     """
     size, name = qwen.size_of(hidden_size, layers), family(task)
     if size is None or name is None:
@@ -113,13 +116,17 @@ def qwen_threshold(
 
 
 def has_score(metrics: Iterable[str]) -> bool:
-    """False where every metric only writes a file to hand in (`submission` and its like)."""
+    """Whether any metric is a score, rather than a file to submit."""
     names = list(metrics)
     return not names or not all(re.search("submission|passthrough", name) for name in names)
 
 
 def describe(scored: Mapping[str, bool]) -> str:
-    """One line for the log: which tasks (name -> has a score) will have one, and by which rules."""
+    """One line for the log: which tasks will have a score, and by which protocols.
+
+    Args:
+        scored: Whether each task has a score, by name.
+    """
     with_score = ", ".join(name for name, yes in scored.items() if yes) or "none"
     without = ", ".join(name for name, yes in scored.items() if not yes)
     line = f"Tasks with a score: {with_score}."
@@ -135,37 +142,40 @@ def describe(scored: Mapping[str, bool]) -> str:
 
 
 def requested(argv: list[str]) -> list[str]:
-    """The task names of `--tasks` on a command line; none where it has none."""
+    """The names in `--tasks` on a command line; empty without it."""
     named = on_command_line("--tasks", argv)
     return [] if named is None else named.split(",")
 
 
 def scored_parts(names: Iterable[str], index: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
-    """The tasks behind names of tasks, groups and tags, each with whether it will have a score.
+    """The tasks of tasks, groups and tags, and whether each has a score.
 
-    index: lmms-eval's task index. Names it does not hold are left to lmms-eval's own error.
+    Args:
+        names: Of tasks, groups and tags; unknown ones are skipped, as lmms-eval reports them.
+        index: lmms-eval's task index.
     """
     return {task: has_score(_metrics(index[task])) for n in names for task in parts(n, index)}
 
 
 def parts(name: str, index: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """The tasks of a group or tag, nested ones too; a task itself; nothing for an unknown name."""
+    """Yields the tasks of a group or tag, also of nested ones, or a task itself."""
     entry = index.get(name, {})
     if entry.get("type") == "task":
         yield name
     elif entry.get("type") == "tag":
         yield from entry["task"]
     elif entry.get("type") == "group":
-        for member in _settings(entry)["task"]:
+        for member in task_settings(entry)["task"]:
             yield from parts(member if isinstance(member, str) else member.get("task", ""), index)
 
 
 def _metrics(entry: Mapping[str, Any]) -> list[str]:
-    return [str(metric["metric"]) for metric in _settings(entry).get("metric_list") or []]
+    return [str(metric["metric"]) for metric in task_settings(entry).get("metric_list") or []]
 
 
-def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
-    # Imported here: seconds of imports, that reports looking up a threshold must not wait for.
+def task_settings(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The YAML of an entry of lmms-eval's task index, without its functions."""
+    # Imported here: takes seconds, which reports that look up a threshold do not need.
     from lmms_eval.utils import load_yaml_config
 
     return load_yaml_config(entry["yaml_path"], mode="simple")

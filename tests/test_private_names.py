@@ -377,8 +377,9 @@ TOUCHED = (
     ),
     Touched(
         "lmms_eval.evaluator",
-        ("sdrpn_eval/harness.py",),
-        "settings that the model cannot honour are refused only where the command line has them",
+        ("sdrpn_eval/command_line.py",),
+        "unsupported settings are refused only where the command line has them, and a run is told "
+        "from others in its folder by time instead of by its date",
         lambda *_: (
             {
                 *(
@@ -387,7 +388,7 @@ TOUCHED = (
                     "num_fewshot",
                     "fewshot_as_multiturn",
                 ),
-                *("cache_requests", "use_cache", "limit", "cli_args"),
+                *("cache_requests", "use_cache", "limit", "cli_args", "datetime_str"),
             }
             <= parameters(of("lmms_eval.evaluator", "simple_evaluate"))
         ),

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: a Qwen2 with M-RoPE behind a tower that keeps the shape of pictures."""
+"""Qwen2.5-VL: prompt, token sequence with M-RoPE positions, and generation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from sdrpn.backbones.base import Backbone, CropTokens, ImageInput, PromptIds, Se
 from sdrpn.backbones.cache import cache_argument
 from sdrpn.backbones.chat_template import ChatPrompt
 from sdrpn.backbones.loading import Architecture, load_model
-from sdrpn.backbones.qwen25_vl_images import MAX_ASPECT, PictureRules, image_processor
+from sdrpn.backbones.qwen25_vl_images import (
+    MAX_ASPECT,
+    ImageRules,
+    check_pixels,
+    image_processor,
+)
 from sdrpn.boxes import ImageGrid, PixelBox
 from sdrpn.config import IMAGE_TOKEN, LabelConfig, MapRules, RPNConfig, ZoomConfig
 from sdrpn.io.checkpoints import check_layers, execution_device
@@ -31,7 +36,15 @@ SYSTEM_PROMPT = "You are a helpful assistant."
 
 
 def check_is_qwen25_vl(config: dict[str, Any], name: str) -> None:
-    """Refuse, by name, every model that is not a Qwen2.5-VL. config: its config.json."""
+    """Check that a model is a Qwen2.5-VL.
+
+    Args:
+        config: Its config.json.
+        name: Its name in messages.
+
+    Raises:
+        ValueError: If it is of another family, or uses sliding windows.
+    """
     if config.get("model_type") != Qwen25VL.model_type:
         raise ValueError(
             f"{name} is not a Qwen2.5-VL but has model_type {config.get('model_type')!r}; give "
@@ -48,7 +61,7 @@ def check_is_qwen25_vl(config: dict[str, Any], name: str) -> None:
 
 
 def check_supported() -> None:
-    """Refuse versions of transformers whose layers join the three axes of positions themselves."""
+    """Raise ValueError for versions of transformers whose layers merge the position axes."""
     if not hasattr(modeling.Qwen2_5_VLRotaryEmbedding, "recomposition_frequencies"):
         raise ValueError(
             "Qwen2.5-VL needs transformers 5.20 or newer: pip install -U 'transformers<6'"
@@ -71,12 +84,15 @@ class Qwen25VL(Backbone):
     Args:
         model: A Qwen2_5_VLForConditionalGeneration.
         processor: Its processor, with `tokenizer`, `image_processor` and a chat template.
-        min_pixels: Of a resized picture or crop; with `max_pixels` it sets the number of tokens.
-        max_pixels: Of it.
-        system_prompt: Of the system turn.
-        training: Pictures and prompts as in labelling and training, not as in evaluation: a grey
-            square around the picture, the text `<image>` before it, a line break behind it.
-        name: What the model is called in messages.
+        min_pixels: Minimum size of a resized image or crop, 784 pixels per token.
+        max_pixels: Maximum size of a resized image or crop, in pixels.
+        system_prompt: Text of the system turn.
+        training: Images and prompts as in labelling and training instead of evaluation: a grey
+            square around the image, the text `<image>` before it, a line break after it.
+        name: Name of the model in messages.
+
+    Raises:
+        ValueError: If the limits are out of order, or transformers is too old.
     """
 
     model_type = "qwen2_5_vl"
@@ -112,10 +128,10 @@ class Qwen25VL(Backbone):
             model.config.vision_start_token_id,
             model.config.vision_end_token_id,
         )
-        self.pictures = PictureRules(
+        self.image_rules = ImageRules(
             image_processor(processor.image_processor), min_pixels, max_pixels, training
         )
-        self.patches_per_token = self.pictures.merge**2
+        self.patches_per_token = self.image_rules.merge**2
         self.chat = ChatPrompt(
             processor,
             self.image_token_id,
@@ -139,12 +155,17 @@ class Qwen25VL(Backbone):
         """Load a Qwen2.5-VL and its processor from a folder or a Hub id.
 
         Args:
-            pretrained: A folder or a Hub id.
+            pretrained: Folder or Hub id.
             min_pixels: See the class.
             max_pixels: See the class.
             system_prompt: See the class.
-            load: As `loading.load_model` takes them, which also says what is raised.
+            load: Arguments of `loading.load_model`.
+
+        Raises:
+            ValueError: See the class and `loading.load_model`.
+            WeightsUnavailable: If the model cannot be found or downloaded.
         """
+        check_pixels(min_pixels, max_pixels)
         model, processor, _ = load_model(ARCHITECTURE, pretrained, **load)
         return cls(
             model,
@@ -178,24 +199,24 @@ class Qwen25VL(Backbone):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        rules = self.pictures
+        rules = self.image_rules
         limits = {"min_pixels": rules.min_pixels, "max_pixels": rules.max_pixels}
         return limits | {"square": rules.square}
 
     def image_grid(self, image: Image.Image) -> ImageGrid:
-        return self.pictures.grid(as_shown(image).size)
+        return self.image_rules.grid(as_shown(image).size)
 
     def preprocess(self, images: Sequence[Image.Image]) -> list[ImageInput]:
-        return [self.pictures.whole(as_shown(image)) for image in images]
+        return [self.image_rules.whole(as_shown(image)) for image in images]
 
     def crop_input(self, image: Image.Image, box: PixelBox) -> ImageInput:
-        return self.pictures.crop(as_shown(image), box)
+        return self.image_rules.crop(as_shown(image), box)
 
     def crop_inputs(
         self, image: Image.Image, box: PixelBox, *, tiles: int = 1, max_tokens: int | None = None
     ) -> list[list[ImageInput]]:
         cells = None if max_tokens is None else max_tokens * tiles
-        return [[self.pictures.limited(cells).crop(as_shown(image), box)]]
+        return [[self.image_rules.limited(cells).crop(as_shown(image), box)]]
 
     def encode(self, inputs: Sequence[ImageInput]) -> list[Float[Tensor, "_ width"]]:
         tower = execution_device(self.model.model.visual)
@@ -205,8 +226,8 @@ class Qwen25VL(Backbone):
         return [one.to(self.device) for one in features]
 
     def _patches(self, rows: int, columns: int) -> tuple[int, int, int]:
-        """Patches of a still picture of so many cells: in time, down, across."""
-        return 1, rows * self.pictures.merge, columns * self.pictures.merge
+        """Number of patches of an image with rows x columns cells: (time, height, width)."""
+        return 1, rows * self.image_rules.merge, columns * self.image_rules.merge
 
     # --- sequence ----------------------------------------------------------------------------
 
@@ -217,7 +238,7 @@ class Qwen25VL(Backbone):
         rows, columns = image.grid.rows, image.grid.columns
         head = self.text_segment(0, self.head_ids)
         start, tokens = head.length, len(features)
-        cells = self._picture_positions(start, rows, columns)
+        cells = self._cell_positions(start, rows, columns)
         return Segment(
             (*head.ids, *[self.image_token_id] * tokens),
             torch.cat([head.embeds, features]),
@@ -235,9 +256,9 @@ class Qwen25VL(Backbone):
         return suffix.followed_by(self.text_segment(suffix.next_position, after))
 
     def _marked(self, start: int, crop: CropTokens) -> Segment:
-        """A crop between marks of its own. Dropped tokens leave gaps between the positions."""
+        """A crop between its own vision marks; dropped tokens leave gaps in the positions."""
         opening = self.text_segment(start, self.marks[:1])
-        positions = self._picture_positions(opening.next_position, crop.rows, crop.columns)
+        positions = self._cell_positions(opening.next_position, crop.rows, crop.columns)
         if crop.keep is not None:
             positions = positions[:, crop.keep.to(positions.device)]
         end = opening.next_position + max(crop.rows, crop.columns)
@@ -245,11 +266,11 @@ class Qwen25VL(Backbone):
         cells = Segment(ids, crop.tokens, positions, end)
         return opening.followed_by(cells).followed_by(self.text_segment(end, self.marks[1:]))
 
-    def _picture_positions(self, start: int, rows: int, columns: int) -> Int[Tensor, "3 cells"]:
-        """Positions of all cells of a picture: one time, its rows, its columns."""
+    def _cell_positions(self, start: int, rows: int, columns: int) -> Int[Tensor, "3 cells"]:
+        """M-RoPE positions of all cells of an image: constant time, row, column."""
         patches = torch.tensor(self._patches(rows, columns))
         return self.model.model.get_vision_position_ids(
-            start, patches, 1, self.pictures.merge, device=self.device
+            start, patches, 1, self.image_rules.merge, device=self.device
         )
 
     # --- layers and answers ------------------------------------------------------------------
@@ -271,7 +292,7 @@ class Qwen25VL(Backbone):
         cache: Cache,
         arguments: Mapping[str, Any],
     ) -> Any:
-        # Without them the model would count on from the offset that an earlier call left behind.
+        # Without position_ids, the model would continue from the offset of an earlier call.
         behind = ids.shape[1] - positions.shape[-1]
         return self.model.generate(
             input_ids=ids,
@@ -323,7 +344,7 @@ class Qwen25VL(Backbone):
         text = {**config, **(config.get("text_config") or {})}
         hidden, layers = text.get("hidden_size"), text.get("num_hidden_layers")
         if not isinstance(hidden, int) or not isinstance(layers, int):
-            return published.SIZES[0].branch_layer  # loading says what is wrong with the sizes
+            return published.SIZES[0].branch_layer  # loading reports what is wrong
         return published.branch_layer(hidden, layers)
 
     def published_labels(self) -> LabelConfig | None:
@@ -332,4 +353,4 @@ class Qwen25VL(Backbone):
 
 
 HEAD: Mapping[str, bool] = {"head_bias": True, "rotary_head": True, "final_norm": False}
-"""The map head's variant, as `RPNConfig` names it."""
+"""Variant of the map head, in fields of `RPNConfig`."""

@@ -1,6 +1,6 @@
-"""How Qwen2.5-VL sees pictures: two resizes, a grid of cells that keeps the shape, patches.
+"""Preprocessing of Qwen2.5-VL: two resizes that keep the aspect ratio, then patches.
 
-A cell is one image token: merge x merge patches, 28 x 28 pixels of the resized picture.
+A cell is one image token: merge x merge patches, 28 x 28 pixels of the resized image.
 """
 
 from __future__ import annotations
@@ -17,36 +17,49 @@ from transformers import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from sdrpn.backbones.base import ImageInput
+from sdrpn.backbones.qwen25_vl_published import CELL_PIXELS
 from sdrpn.boxes import ImageGrid, PixelBox
 
 FIRST_CELLS = (4, 16384)
-"""Limits of the first of two resizes, in cells: that of the vision utilities behind published
-numbers, before the image processor resizes to the limits of a run."""
+"""Limits of the first resize, in cells: that of the vision utilities used by the published runs,
+before the image processor resizes to the limits of a run."""
 
 MAX_ASPECT = 200
 GREY = (127, 127, 127)
-"""What pictures are padded with in labelling and training."""
+"""Padding of images in labelling and training."""
+
+
+def check_pixels(min_pixels: int, max_pixels: int, token: int = CELL_PIXELS) -> None:
+    """Raise ValueError unless token <= min_pixels <= max_pixels, in pixels."""
+    if not token <= min_pixels <= max_pixels:
+        raise ValueError(
+            f"min_pixels and max_pixels must be {token} (one token) or more and in order, got "
+            f"{min_pixels} and {max_pixels}"
+        )
 
 
 class StretchedGrid(ImageGrid):
-    """A grid whose cells reach from edge to edge; boxes as the published code computes them."""
+    """A grid that covers the image from edge to edge; boxes as in the published code."""
 
     def _to_source(self, edge: int, axis: int) -> int:
-        # A float32 product, which at some sizes falls one pixel short of the last edge.
+        # A float32 product, which for some sizes is one pixel short of the last edge.
         pixels = np.float32(float(1 / Fraction(self.scale[axis])))
         source = (np.float32(edge * self.cell) - np.float32(self.offset[axis])) * pixels
         return int(np.clip(source, 0, self.size[axis]))
 
 
 @dataclass(frozen=True)
-class PictureRules:
-    """From pictures to patches, within limits.
+class ImageRules:
+    """Converts images to patches, within limits.
 
     Args:
         processor: The checkpoint's image processor (torchvision).
-        min_pixels: Of a resized picture or crop.
-        max_pixels: Of it.
-        square: Whether whole pictures are first padded to a centred grey square.
+        min_pixels: Minimum size of a resized image or crop, in pixels.
+        max_pixels: Maximum size of a resized image or crop, in pixels.
+        square: Whether whole images are first centred on a grey square.
+
+    Raises:
+        ValueError: If the limits are out of order or below one token.
     """
 
     processor: Qwen2VLImageProcessor
@@ -55,11 +68,7 @@ class PictureRules:
     square: bool = False
 
     def __post_init__(self) -> None:
-        if not self.cell**2 <= self.min_pixels <= self.max_pixels:
-            raise ValueError(
-                f"min_pixels and max_pixels must be {self.cell**2} (one token) or more and in "
-                f"order, got {self.min_pixels} and {self.max_pixels}"
-            )
+        check_pixels(self.min_pixels, self.max_pixels, self.cell**2)
 
     @property
     def merge(self) -> int:
@@ -71,7 +80,7 @@ class PictureRules:
         """Pixels per side of a cell."""
         return int(self.processor.patch_size) * self.merge
 
-    def limited(self, cells: int | None) -> PictureRules:
+    def limited(self, cells: int | None) -> ImageRules:
         """Return the rules with at most `cells` tokens per image; None: the same rules."""
         if cells is None or cells * self.cell**2 >= self.max_pixels:
             return self
@@ -79,7 +88,7 @@ class PictureRules:
         return replace(self, min_pixels=min(self.min_pixels, most), max_pixels=most)
 
     def whole(self, image: Image.Image) -> ImageInput:
-        """A whole picture: resized by PIL, then by the image processor; a square only by that."""
+        """Convert a whole image: resized by PIL, unless square, then by the image processor."""
         grid = self.grid(image.size)
         if self.square:
             return ImageInput(self._patches(padded(image)), grid)
@@ -87,9 +96,13 @@ class PictureRules:
         return ImageInput(self._patches(image.resize(size, Image.Resampling.BICUBIC)), grid)
 
     def grid(self, size: tuple[int, int]) -> ImageGrid:
-        """How the cells lie on a whole picture. size: (width, height).
+        """Compute the grid of a whole image.
 
-        Raises ValueError for a picture that is thinner than 1 : 200.
+        Args:
+            size: (width, height) of the image, in pixels.
+
+        Raises:
+            ValueError: If the image is narrower than 1 : 200.
         """
         side = max(size)
         shown = (side, side) if self.square else size
@@ -99,25 +112,30 @@ class PictureRules:
         return StretchedGrid(rows, columns, size, self.cell, scale, (pads[0], pads[1]))
 
     def crop_cells(self, box: PixelBox) -> tuple[int, int]:
-        """(columns, rows) of a crop."""
+        """Return (columns, rows) of a crop."""
         return self._cells(box.x1 - box.x0, box.y1 - box.y0)
 
     def crop(self, image: Image.Image, box: PixelBox) -> ImageInput:
-        """A box of the original picture: resized once, by the image processor."""
+        """Convert a crop of the original image: resized once, by the image processor.
+
+        Args:
+            image: The source image.
+            box: The crop, in source pixels.
+        """
         size = box.x1 - box.x0, box.y1 - box.y0
         columns, rows = self.crop_cells(box)
         scale = self._scale(columns, size[0]), self._scale(rows, size[1])
         grid = StretchedGrid(rows, columns, size, self.cell, scale)
-        return ImageInput(self._patches(image.crop((box.x0, box.y0, box.x1, box.y1))), grid)
+        return ImageInput(self._patches(image.crop(box)), grid)
 
     def _scale(self, cells: int, pixels: int) -> Fraction:
         return Fraction(cells * self.cell, pixels)
 
     def _first_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) after the first resize, which lets pictures under one cell through."""
+        """(width, height) after the first resize, which also accepts images below one cell."""
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise ValueError(
-                f"the picture is {width} x {height} pixels, thinner than 1 : {MAX_ASPECT}, which "
+                f"the image is {width} x {height} pixels, thinner than 1 : {MAX_ASPECT}, which "
                 "Qwen2.5-VL does not read; cut it"
             )
         least, most = (cells * self.cell**2 for cells in FIRST_CELLS)
@@ -127,7 +145,7 @@ class PictureRules:
         return fitted[0], fitted[1]
 
     def _cells(self, width: int, height: int) -> tuple[int, int]:
-        """(columns, rows) that the image processor makes of a picture."""
+        """(columns, rows) of an image after the image processor's resize."""
         high, wide = smart_resize(height, width, self.cell, self.min_pixels, self.max_pixels)
         return wide // self.cell, high // self.cell
 
@@ -137,16 +155,19 @@ class PictureRules:
 
 
 def image_processor(own: Any) -> Qwen2VLImageProcessor:
-    """The torchvision image processor with a checkpoint's constants.
+    """Return the torchvision image processor with a checkpoint's constants.
 
-    Published numbers were made with it; PIL's bicubic resize rounds otherwise.
+    The published runs used it; PIL's bicubic resize rounds differently.
+
+    Args:
+        own: The checkpoint's image processor.
     """
     names = ("image_mean", "image_std", "patch_size", "temporal_patch_size", "merge_size")
     return Qwen2VLImageProcessor(**{name: getattr(own, name) for name in names})
 
 
 def padded(image: Image.Image) -> Image.Image:
-    """The picture in the middle of a grey square."""
+    """Centre an image on a grey square."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), GREY)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

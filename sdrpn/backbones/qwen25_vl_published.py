@@ -1,4 +1,4 @@
-"""What was published for SD-RPN on Qwen2.5-VL: branches, heads, thresholds, training settings."""
+"""Published settings of SD-RPN on Qwen2.5-VL: branches, heads, thresholds, training."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ CELL_PIXELS = 28 * 28
 """Pixels of an image token."""
 
 PIXELS = 576 * CELL_PIXELS
-"""Least and most pixels of a resized picture: about 576 tokens, or just as many of a square."""
+"""Minimum and maximum size of a resized image: about 576 tokens, exactly 576 for a square."""
 
-PICTURES: Mapping[str, Any] = MappingProxyType(
+PREPROCESSING: Mapping[str, Any] = MappingProxyType(
     {"min_pixels": PIXELS, "max_pixels": PIXELS, "square": True}
 )
-"""How pictures are prepared for labels and in training."""
+"""Preprocessing of images in labelling and training."""
 
 THRESHOLD = 0.1
-"""Of most published runs; the others are in `Size.thresholds`."""
+"""Threshold of most published runs; the others are in `Size.thresholds`."""
 
 DEPTH = 3
 BRANCH_SHARE = 4 / 7
-"""Of the layers, below the RPN, where nothing is published (ours): 3B has 21 of 36, 7B 16 of 28."""
+"""Share of the layers below the RPN in unpublished sizes (ours): 3B has 21 of 36, 7B 16 of 28."""
 
 TRAINING: Mapping[str, Any] = MappingProxyType(
     {"learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.999}
@@ -35,7 +35,13 @@ GLOBAL_BATCH = 128
 
 @dataclass(frozen=True)
 class HighResolution:
-    """A published run with more tokens: its threshold, and its limits in tokens."""
+    """A published run with more tokens.
+
+    Args:
+        threshold: On the blurred map.
+        least: Minimum number of image tokens.
+        most: Maximum number of image tokens.
+    """
 
     threshold: float
     least: int
@@ -44,15 +50,16 @@ class HighResolution:
 
 @dataclass(frozen=True)
 class Size:
-    """What was published for one size.
+    """Published settings of one model size.
 
     Args:
-        base: Its Hub id.
-        hidden_size: What it is told by, with `layers`.
-        layers: Decoder layers.
-        branch_layer: B.
-        labels: Heads that point in natural pictures (GQA) and in pictures of text (OCR-VQA).
-        thresholds: On the blurred map, by benchmark, with 576 tokens.
+        base: Hub id of the base model.
+        hidden_size: Width of the language model; with `layers` it identifies the size.
+        layers: Number of decoder layers.
+        branch_layer: The branch layer B.
+        labels: Label rules, with the grounding heads of natural images (GQA) and of images of text
+            (OCR-VQA).
+        thresholds: Thresholds on the blurred map with 576 tokens, by benchmark.
         high_resolution: Runs with more tokens, by benchmark.
     """
 
@@ -70,7 +77,7 @@ ASK_FOR_BOXES = (
     "output MUST be raw text, one box per line. DO NOT use JSON. Follow this exact format: x_min "
     "y_min x_max y_max {detail_label}."
 )
-"""What labels of natural pictures ask for instead of a short answer."""
+"""Instruction that replaces that of a short answer when natural images are labelled."""
 
 Heads = Mapping[int, tuple[int, ...]]
 
@@ -78,7 +85,7 @@ Heads = Mapping[int, tuple[int, ...]]
 def label_rules(
     grounding: Heads, sink: Heads, text_grounding: Heads, vicrop_layer: int
 ) -> LabelConfig:
-    """The published rules of the family, with a model's heads by layer."""
+    """The family's published label rules, with the heads of a model by layer."""
 
     def listed(heads: Heads) -> tuple[LayerHeads, ...]:
         return tuple(LayerHeads(layer, own) for layer, own in heads.items())
@@ -108,7 +115,7 @@ SIZES = (
         hidden_size=2048,
         layers=36,
         branch_layer=21,
-        # The baseline's layer at the depth that it reads LLaVA-1.5 at: ours, as for 7B.
+        # ViCrop's layer is unpublished: at the relative depth of LLaVA-1.5's, as for 7B.
         labels=label_rules(
             {21: (9, 11), 22: (0, 7)}, {8: (1, 13)}, {20: (1, 4), 22: (14,)}, vicrop_layer=16
         ),
@@ -147,7 +154,7 @@ SIZES = (
 
 
 def size_of(hidden_size: int, layers: int | None = None) -> Size | None:
-    """The published size of these dimensions; None for any other shape."""
+    """The published size with these dimensions; None for other models."""
     for size in SIZES:
         if size.hidden_size == hidden_size and layers in (None, size.layers):
             return size
@@ -155,6 +162,6 @@ def size_of(hidden_size: int, layers: int | None = None) -> Size | None:
 
 
 def branch_layer(hidden_size: int, layers: int) -> int:
-    """B for a model of these dimensions: the published one, or one at the same depth."""
+    """The branch layer B of a model: published, or else at the same relative depth."""
     size = size_of(hidden_size, layers)
     return size.branch_layer if size else max(round(layers * BRANCH_SHARE), 1)

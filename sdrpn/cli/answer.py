@@ -1,4 +1,4 @@
-"""`sdrpn answer`: one's own questions in bulk, without the harness."""
+"""`sdrpn answer`: answer a file of questions in bulk, without lmms-eval."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import typer
 from sdrpn import model_registry as names
 from sdrpn.cli.shared import (
     DtypeOption,
+    MaxPixelsOption,
+    MinPixelsOption,
     ModelOption,
     PaddingOption,
     PolicyOption,
@@ -26,7 +28,7 @@ from sdrpn.cli.shared import (
 from sdrpn.io.plurals import counted
 
 SOME_FAILED = 1
-"""Exit code if --on-error empty wrote errors."""
+"""Exit code if `--on-error empty` wrote errors."""
 
 
 def answer(
@@ -60,6 +62,8 @@ def answer(
     ] = "raise",
     dtype: DtypeOption = "auto",
     padding: PaddingOption = None,
+    min_pixels: MinPixelsOption = None,
+    max_pixels: MaxPixelsOption = None,
 ) -> None:
     """Answer a file of questions about images, each with a second look.
 
@@ -71,7 +75,7 @@ def answer(
     """
     with report_errors():
         check_images(images)
-        # Imported here, so that --help and a wrong path answer at once.
+        # Imported here to keep --help and path errors fast.
         from sdrpn.io.questions import read_questions
 
         asked = read_questions(questions, images)
@@ -80,7 +84,13 @@ def answer(
 
         check_options(batch_size, max_new_tokens, on_error)
         file = AnswerFile(out)
-        zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype, padding, rpn_revision)
+        zoom = load_zoom(
+            *(model, rpn, proposer, threshold, policy, dtype),
+            padding=padding,
+            rpn_revision=rpn_revision,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
     with report_errors():
         from sdrpn.batch_inference import AnswerJob
 

@@ -88,7 +88,7 @@ def labels(
             out,
             images=images,
             config=configs[size],
-            preprocessing=qwen.PICTURES if size.startswith("qwen") else None,
+            preprocessing=qwen.PREPROCESSING if size.startswith("qwen") else None,
         )
         print_label_summary(found)
         say(f"labels: {out}")

@@ -57,19 +57,19 @@ def label(
     padding: PaddingOption = None,
     kind: Annotated[
         str,
-        typer.Option(help="Of the pictures: natural, text, or auto, which goes by their folders."),
+        typer.Option(help="Kind of the images: natural, text, or auto, by their folders."),
     ] = "auto",
     preview: Annotated[int, typer.Option(help="Number of samples to draw to OUT/preview.png.")] = 0,
 ) -> None:
-    """Let the frozen model answer, and keep where its answers looked: labels without annotation.
+    """Label questions with the frozen model's own attention while it answers; no annotation needed.
 
     Example: sdrpn label --data llava_v1_5_mix665k.json --images images/ --subset gqa,ocr_vqa
     --samples 10000 --out labels/
 
     Several GPUs: accelerate launch -m sdrpn.cli label ...  If interrupted, the same command
-    resumes. OUT/summary.json counts what was kept, and why the rest was not.
+    resumes. OUT/summary.json counts the labels and the reasons for questions without one.
     """
-    # Imported here, so that --help and a wrong path answer at once.
+    # Imported here to keep --help and path errors fast.
     with report_errors():
         check_images(images)
         if kind not in ("auto", *KINDS):
@@ -83,7 +83,7 @@ def label(
         state = PartialState()
 
         def tell(text: str) -> None:
-            if state.is_main_process:  # once, however many processes read
+            if state.is_main_process:
                 say(text)
 
         chosen = [name.strip() for name in subset.split(",") if name.strip()]
@@ -135,7 +135,7 @@ def _engine(model: str, heads: Path | None, dtype: str, padding: str | None, dev
 
 
 def _finish(out: Path, preview: int, seed: int) -> None:
-    """Write and print the summary; ValueError where too many images could not be used."""
+    """Write and print the summary. Raises ValueError if too many images could not be used."""
     from sdrpn.distill import label_job as labelling
     from sdrpn.distill.label_dataset import SUMMARY_FILE
     from sdrpn.io.atomic import write_json
@@ -157,17 +157,25 @@ def _finish(out: Path, preview: int, seed: int) -> None:
 def relabel(
     labels: Annotated[Path, typer.Argument(help="A finished folder of `sdrpn label`.")],
     out: Annotated[Path, typer.Option(help="Folder for the new labels.")],
-    sink_threshold: Annotated[float | None, typer.Option(help="From here on it is a sink.")] = None,
-    foreground: Annotated[float | None, typer.Option(help="Share of the maximum.")] = None,
-    background: Annotated[float | None, typer.Option(help="Share of the maximum.")] = None,
+    sink_threshold: Annotated[float | None, typer.Option(help="Minimum value of a sink.")] = None,
+    foreground: Annotated[
+        float | None,
+        typer.Option(help="Foreground cells: above this share of the maximum."),
+    ] = None,
+    background: Annotated[
+        float | None,
+        typer.Option(help="Background cells: below this share of the maximum."),
+    ] = None,
     max_box_fraction: Annotated[
-        float | None, typer.Option(help="A foreground box of this share of the grid is too much.")
+        float | None,
+        typer.Option(help="Ignore questions whose foreground box covers this share of the grid."),
     ] = None,
     max_components: Annotated[
-        int | None, typer.Option(help="Foreground at more places than this is dropped.")
+        int | None,
+        typer.Option(help="Ignore questions with more foreground components than this."),
     ] = None,
 ) -> None:
-    """Make labels anew from the kept maps, with other thresholds and without the model.
+    """Compute labels again from the stored maps, with other thresholds and without the model.
 
     Example: sdrpn relabel labels/ --out labels-strict/ --foreground 0.3
     """

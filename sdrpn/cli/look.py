@@ -11,6 +11,8 @@ from PIL import Image
 from sdrpn import model_registry
 from sdrpn.cli.shared import (
     DtypeOption,
+    MaxPixelsOption,
+    MinPixelsOption,
     ModelOption,
     PaddingOption,
     PolicyOption,
@@ -48,6 +50,8 @@ def look(
     policy: PolicyOption = None,
     dtype: DtypeOption = "auto",
     padding: PaddingOption = None,
+    min_pixels: MinPixelsOption = None,
+    max_pixels: MaxPixelsOption = None,
 ) -> None:
     """Answer a question with the stock model and with zoom, and draw the region.
 
@@ -58,7 +62,13 @@ def look(
         if out is not None:
             needs("matplotlib", extra="plot", what=f"--out {out}")
     with report_errors(weights_hint(model)):
-        zoom = load_zoom(model, rpn, proposer, threshold, policy, dtype, padding, rpn_revision)
+        zoom = load_zoom(
+            *(model, rpn, proposer, threshold, policy, dtype),
+            padding=padding,
+            rpn_revision=rpn_revision,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
         text, card = _look(zoom, picture, question)
         say(text)
         say(_drawn(card, out or DEFAULT_OUT))

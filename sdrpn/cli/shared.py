@@ -44,6 +44,17 @@ PaddingOption = Annotated[
         "config.json, else pad."
     ),
 ]
+MinPixelsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Qwen2.5-VL: minimum size of a resized image or crop, 784 pixels per token; default: "
+        "451584, 576 tokens."
+    ),
+]
+MaxPixelsOption = Annotated[
+    int | None,
+    typer.Option(help="Qwen2.5-VL: maximum size of a resized image or crop; default: 451584."),
+]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 console = Console()
@@ -88,11 +99,13 @@ def load_zoom(
     dtype: str,
     padding: str | None = None,
     rpn_revision: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
 ) -> ZoomModel:
     """Load the engine with the command-line options of these names.
 
     Raises:
-        ValueError: If an option is invalid, before weights are loaded.
+        ValueError: If an option is invalid or not the model family's, before weights are loaded.
         OSError: If files are missing or cannot be fetched.
     """
     given = {"threshold": threshold, "policy": policy}
@@ -113,6 +126,8 @@ def load_zoom(
         dtype=dtype,
         padding=padding,
         rpn_revision=rpn_revision,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
     )
     zoom.zoom = replace(zoom.zoom, **chosen)
     zoom.backbone.name = model

@@ -16,7 +16,6 @@ from sdrpn_eval.cli.gate import gate
 from sdrpn_eval.cli.ladder import ladder
 from sdrpn_eval.cli.replay import replay
 from sdrpn_eval.cli.score import score
-from sdrpn_eval.cli.subsets import app as subsets
 from sdrpn_eval.cli.sweep import sweep
 
 app = typer.Typer(
@@ -34,11 +33,10 @@ def _main(context: typer.Context) -> None:
         return
     with report_errors():
         needs("lmms_eval", "matplotlib", "jinja2", extra="eval", what="sdrpn-eval")
-    # Tasks' documents are looked up on this machine; only what evaluates or cuts may download.
-    if context.invoked_subcommand not in ("ladder", "subsets", "sweep"):
+    # Tasks' documents are looked up on this machine; only what evaluates may download.
+    if context.invoked_subcommand not in ("ladder", "sweep"):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 for command in (compare, gate, score, replay, ladder, curve, sweep, card):
     app.command()(command)
-app.add_typer(subsets, name="subsets")

@@ -25,7 +25,9 @@ def compare(
             "the first.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("comparison"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the results; those in it are replaced.")
+    ] = Path("comparison"),
     names: Annotated[
         str, typer.Option(help="Names of the runs, comma-separated; default: their folders'.")
     ] = "",
@@ -44,7 +46,8 @@ def compare(
 
     Questions are paired by document. Runs that asked other documents or
     prompts, or were scored otherwise, are refused, and the refusal names what
-    moved.
+    moved. Writes compare.html, .md and .json into --out, by default the folder
+    comparison of the working directory.
 
     Run lmms-eval with --output_path and --log_samples, once each way, then:
 
@@ -72,7 +75,7 @@ def compare(
             evidence, data, stem, boxes=given, budget_mb=budget_mb, seed=seed, notes=notes
         )
         show(comparison, notes, console)
-        say(f"{stem}.html, compare.md and compare.json beside it")
+        say(f"wrote {stem}.html, compare.md and compare.json beside it")
 
 
 def _read(folders: list[Path], names: list[str], tasks: list[str]) -> list[Run]:

@@ -1,4 +1,4 @@
-"""`sdrpn-eval gate`: a run held against a baseline, for CI."""
+"""`sdrpn-eval gate`: a run checked against a baseline, for CI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sdrpn-eval ladder`: all ways to look, measured in one command and shown in one figure."""
+"""`sdrpn-eval ladder`: all proposers, measured with one command and shown in one figure."""
 
 from __future__ import annotations
 

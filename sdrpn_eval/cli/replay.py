@@ -1,4 +1,4 @@
-"""`sdrpn-eval replay`: one question of a run asked again, with pictures."""
+"""`sdrpn-eval replay`: one question of a run, repeated and drawn."""
 
 from __future__ import annotations
 

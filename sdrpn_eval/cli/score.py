@@ -1,4 +1,4 @@
-"""`sdrpn-eval score`: recorded answers scored anew."""
+"""`sdrpn-eval score`: recorded answers, rescored."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def score(
 
     Applies the tasks' present filters, graders and aggregation to recorded answers, writes results
     and samples to a new folder that compare and gate read like any run, and shows what changed.
-    Refused if documents or prompts have changed. Runs of llava_hf and other models can be scored
-    too, and so can the record of a run that crashed before it was scored.
+    Refused if documents or prompts have changed. The record of a run that crashed before it was
+    scored can be scored too, and so can runs of llava_hf and other models, on tasks that are
+    answered in words and filter nothing.
 
       sdrpn-eval score out/rpn
 

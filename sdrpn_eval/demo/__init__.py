@@ -12,7 +12,7 @@ BENCHMARK = HERE / "data" / "tiny_vstar.parquet"
 
 
 def tiny_path() -> Path:
-    """Folder of the embedded model, its RPN in `rpn`; FileNotFoundError where it is gone."""
+    """Folder of the embedded model, with its RPN in `rpn`. Raises FileNotFoundError."""
     folder = HERE / "tiny"
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"the embedded model is missing from {folder}: reinstall sdrpn")
@@ -20,7 +20,7 @@ def tiny_path() -> Path:
 
 
 def embedded_model() -> tuple[str, str]:
-    """The embedded model and its RPN, as `sdrpn look --model tiny` finds them by entry point."""
+    """Folders of the embedded model and of its RPN; the entry point behind `--model tiny`."""
     return str(tiny_path()), str(tiny_path() / "rpn")
 
 

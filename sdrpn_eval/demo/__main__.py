@@ -10,21 +10,22 @@ from sdrpn.io.extras import MissingExtra, needs
 
 
 def main() -> None:
-    """Read the command line and run."""
+    """Reads the command line and runs the demo."""
     parser = argparse.ArgumentParser(prog="sdrpn_eval.demo", description="Stock and second look.")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="output folder")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--limit", type=int, help="first documents only, for a quick try")
     args = parser.parse_args()
     try:
-        needs("lmms_eval", "matplotlib", extra="eval", what="the demo")
+        needs("lmms_eval", "matplotlib", "jinja2", extra="eval", what="the demo")
         # Imported here, because it imports what the extra brings.
-        from sdrpn_eval.demo.run import EvaluationFailed, demo
+        from sdrpn_eval.demo.run import demo
+        from sdrpn_eval.results.ladder import RunFailed
     except MissingExtra as error:
         sys.exit(f"error: {error}")
     try:
         demo(args.out, batch_size=args.batch_size, limit=args.limit)
-    except EvaluationFailed as error:
+    except RunFailed as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,1 +1,1 @@
-"""What a run was made of: versions, weights, arguments, and fingerprints of data and scorers."""
+"""Provenance of a run: versions, weights, arguments, fingerprints of data and scorers."""

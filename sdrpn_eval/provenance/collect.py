@@ -1,7 +1,7 @@
-"""Collects what a run is made of, and writes it beside the run's record.
+"""Collects the provenance of a run and writes it next to the run's record.
 
-It is first written before the weights are loaded, so a run that died leaves its provenance and no
-results: that is how a gate tells.
+It is first written before the weights are loaded: a crashed run leaves its provenance and no
+results, by which the gate recognises it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from sdrpn.io.atomic import write_json
 from sdrpn.io.hub import local_folder
-from sdrpn_eval.command_line import parse_arguments
+from sdrpn_eval.command_line import from_evaluator, parse_arguments
 from sdrpn_eval.provenance import fingerprints
 from sdrpn_eval.provenance.model import ParsedArguments, Provenance, TaskFingerprints
 from sdrpn_eval.requests import Request
@@ -36,15 +36,19 @@ SETTINGS = ("*.json", "*.jinja", "tokenizer.model")
 
 @dataclass
 class Collector:
-    """The provenance of one process of a run; `add` as often as lmms-eval hands over requests.
+    """Collects the provenance of one process of a run.
 
     Attributes:
+        folder: Where it is written.
         run: Name of the run, the same on all ranks; names must sort by time.
-        arguments: As resolved, defaults and all; as given until the model is loaded.
-        hashes: As `hash_ahead` makes them; the file lists those of weights once they are there.
-        model_args: The text of `--model_args`, where it is known.
-        documents: Task -> document -> digest of its content.
-        skipped: Task -> documents that were not answered as asked, see `on_error`.
+        arguments: Resolved, with defaults; as given until the model is loaded.
+        hashes: From `hash_in_background`.
+        device: What the model runs on.
+        model_args: The text of `--model_args`, if known.
+        tasks: Fingerprints by task.
+        documents: Digests of documents by task and document id.
+        skipped: By task, the number of documents that were not answered as asked (`on_error`).
+        evaluations: `date` in the results of lmms-eval's evaluations that asked the model.
     """
 
     folder: Path
@@ -59,16 +63,18 @@ class Collector:
     documents: dict[str, dict[int, int]] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     seeds: list[int] | None = None
+    evaluations: list[str] = field(default_factory=list)
 
     @property
     def path(self) -> Path:
         return self.folder / f"run_facts_{self.run}_rank{self.rank}.json"
 
     def add(self, requests: Sequence[Request], task_dict: Mapping[str, Any]) -> None:
-        """Write what is known, with the tasks of these requests.
+        """Adds the tasks of requests, and writes; called for each batch of requests by lmms-eval.
 
         Args:
-            task_dict: Task -> split -> rows, as the evaluator hands it to a model.
+            requests: The requests.
+            task_dict: Rows by task and split, as the evaluator passes them to a model.
         """
         asked = [r for r in requests if not r.padding_only]
         for name in dict.fromkeys(r.task for r in asked):
@@ -76,25 +82,28 @@ class Collector:
             rows = task_dict[name][own[0].split]
             self.documents[name] = fingerprints.document_digests(rows, (r.doc_id for r in own))
             self.tasks[name] = _of_task(own, self.documents[name])
-            # lmms-eval tells a model neither its seeds nor its command; its task objects know.
+            # lmms-eval passes a model neither its seeds nor its command; task objects hold both.
             cli = getattr(own[0].task_object, "args", None)
             self.seeds = self.seeds or getattr(cli, "seed", None)
             self.model_args = self.model_args or getattr(cli, "model_args", None)
+        date = from_evaluator().get("datetime_str")
+        if date is not None and date not in self.evaluations:
+            self.evaluations.append(date)
         self.write()
 
     def skip(self, failed: Iterable[tuple[str, int]]) -> None:
-        """Write that these documents, (task, document), were not answered as asked."""
+        """Counts documents, (task, document id), that were not answered as asked, and writes."""
         for task, _ in failed:
             self.skipped[task] = self.skipped.get(task, 0) + 1
         self.write()
 
     def write(self) -> None:
-        """Write what is known by now."""
+        """Writes what is known by now."""
         write_json(self.path, self.content().model_dump())
 
     def content(self) -> Provenance:
         """What the file holds."""
-        # One process tells; the others load the same files.
+        # Only rank 0 lists the hashes; the others load the same files.
         known = self.rank == 0 and self.hashes.done()
         return Provenance(
             run=self.run,
@@ -109,6 +118,7 @@ class Collector:
             weights=weights_only(self.hashes.result()) if known else {},
             tasks=self.tasks,
             skipped=self.skipped,
+            evaluations=self.evaluations,
         )
 
 
@@ -119,7 +129,7 @@ def _parsed(model_args: Any) -> ParsedArguments | None:
 
 
 def _plain(value: Any) -> Any:
-    """A model in memory has no content to write down here, only its kind."""
+    """A value that JSON can hold; a model in memory becomes the name of its class."""
     known = isinstance(value, str | int | float | bool | None)
     return value if known else str(value) if isinstance(value, Path) else type(value).__name__
 
@@ -138,19 +148,19 @@ def _of_task(requests: Sequence[Request], documents: Mapping[int, int]) -> TaskF
 
 
 def versions() -> dict[str, str]:
-    """Python's and the packages' that are installed."""
+    """Versions of Python and of the installed packages in PACKAGES."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    found["torch"] = torch.__version__  # with the build it is, which the package's version omits
+    found["torch"] = torch.__version__  # with the build, such as +cu128
     return found
 
 
 def source_state() -> dict[str, Any] | None:
-    """Commit of the checkout that sdrpn runs from, and whether it was changed; None in a wheel."""
+    """Commit of the checkout that sdrpn runs from, and whether it is modified; None in a wheel."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -168,7 +178,7 @@ def source_state() -> dict[str, Any] | None:
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """What the run computed on."""
+    """Type, name and number of the devices, and the platform."""
     facts: dict[str, Any] = {
         "type": device.type,
         "platform": platform.platform(),
@@ -181,10 +191,10 @@ def device_facts(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def hash_ahead(
+def hash_in_background(
     sources: Mapping[str, str | None], revisions: Mapping[str, str | None] | None = None
 ) -> Future[dict[str, str]]:
-    """`hash_sources` in a thread: gigabytes, needed when the first answers are written down."""
+    """Runs `hash_sources` in a thread: it reads gigabytes, and is needed at the first answer."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="hashes")
     try:
         return pool.submit(hash_sources, sources, revisions)
@@ -195,10 +205,15 @@ def hash_ahead(
 def hash_sources(
     sources: Mapping[str, str | None], revisions: Mapping[str, str | None] | None = None
 ) -> dict[str, str]:
-    """blake2b of every file of weights or settings, by "what it is for/name of the file".
+    """Hashes every file of weights or settings.
 
-    sources: folders by what they are for (`pretrained`, `rpn`, `peft`); a hub id is looked up in
-    the local cache. revisions: of hub ids, by the same names.
+    Args:
+        sources: Folders or Hub ids by use (`pretrained`, `rpn`, `peft`); a Hub id is looked up in
+            the local cache.
+        revisions: Of Hub ids, by use.
+
+    Returns:
+        blake2b digests by "use/file name".
     """
     revisions = revisions or {}
     files = {
@@ -218,7 +233,7 @@ def hash_sources(
 
 
 def weights_only(hashes: Mapping[str, str]) -> dict[str, str]:
-    """Of `hash_sources`, the files of weights."""
+    """Selects the files of weights from the result of `hash_sources`."""
     return {
         name: value
         for name, value in hashes.items()
@@ -228,6 +243,6 @@ def weights_only(hashes: Mapping[str, str]) -> dict[str, str]:
 
 @functools.cache
 def hash_file(file: Path, size: int, changed: int) -> str:
-    """blake2b of a file's content; size and time of change are there for the cache."""
+    """blake2b of a file's content; size and modification time are part of the cache's key."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

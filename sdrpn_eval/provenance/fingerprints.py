@@ -1,8 +1,8 @@
-"""Fingerprints of what a score rests on: data content, rendered prompts, scorer source.
+"""Fingerprints of what a score depends on: data content, rendered prompts, scorer source.
 
-Task versions stay while data sets, prompts and graders change, so a run writes these down. Those of
-data and prompts are sums over documents: each process adds its share up, in any order, and the sum
-over all processes is that of the whole task.
+Datasets, prompts and graders change under the same task version, so a run records these. The
+fingerprints of data and prompts are sums over documents, in any order, so the sum over the shares
+of all processes is the fingerprint of the whole task.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 BITS = 128
 SCORING = ("metric_list", "filter_list", "output_type", "score_key", "repeats")
-"""Parts of a task's configuration that are data and decide the score."""
+"""Parts of a task's configuration that are data and affect the score."""
 
 Constant = str | int | float | tuple | frozenset | re.Pattern
 
 
 def digest(*parts: str | bytes) -> int:
-    """A number of BITS bits for several texts; their borders count."""
+    """Hashes texts to a number of BITS bits; the borders between them matter."""
     whole = hashlib.blake2b(digest_size=BITS // 8)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -43,17 +43,20 @@ def digest(*parts: str | bytes) -> int:
 
 
 def total(digests: Iterable[int]) -> str:
-    """The fingerprint of a bag of documents, in hex: the same in any order."""
+    """The fingerprint of a multiset of documents, in hex; independent of their order."""
     return f"{sum(digests) % 2**BITS:0{BITS // 4}x}"
 
 
 def combined(fingerprints: Iterable[str]) -> str:
-    """The fingerprint of bags put together."""
+    """The fingerprint of the union of multisets."""
     return total(int(one, 16) for one in fingerprints)
 
 
 def document_digests(rows: Any, doc_ids: Iterable[int]) -> dict[int, int]:
-    """Of each document asked: all its columns, images as they are stored."""
+    """Digest of each document: all its columns, images as they are stored."""
+    # Imported here: takes seconds, which commands that only read a fingerprint do not need.
+    from sdrpn_eval.requests import undecoded
+
     stored = undecoded(rows)
     return {i: _document_digest(stored, i) for i in sorted(set(doc_ids))}
 
@@ -61,31 +64,17 @@ def document_digests(rows: Any, doc_ids: Iterable[int]) -> dict[int, int]:
 def _document_digest(stored: Any, i: int) -> int:
     try:
         return digest(str(i), *_canonical(stored[i]))
-    except Exception as error:  # what is broken in it is told once it is asked
+    except Exception as error:  # reported when the document is asked
         return digest(str(i), "unreadable", without_addresses(error))
 
 
 def data_fingerprint(rows: Any, doc_ids: Iterable[int]) -> str:
-    """Of the documents asked, put together."""
+    """Fingerprint of the given documents."""
     return total(document_digests(rows, doc_ids).values())
 
 
-def undecoded(rows: Any) -> Any:
-    """A data set with its image files as bytes; anything else as it is."""
-    # Imported here: seconds of imports, that the commands reading a fingerprint must not wait for.
-    from datasets import Dataset
-    from datasets import Image as ImageColumn
-
-    if not isinstance(rows, Dataset):
-        return rows
-    for name, kind in rows.features.items():
-        if isinstance(kind, ImageColumn):
-            rows = rows.cast_column(name, ImageColumn(decode=False))
-    return rows
-
-
 def _canonical(value: Any) -> Iterator[str | bytes]:
-    """The content of a document in pieces, without names of files and addresses in memory."""
+    """Yields the content of a document, without file names and memory addresses."""
     if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:
         yield Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
     elif isinstance(value, Mapping):
@@ -103,7 +92,7 @@ def _canonical(value: Any) -> Iterator[str | bytes]:
 
 
 def prompts_fingerprint(requests: Sequence[Request]) -> str:
-    """Of the prompts as rendered, with the continuation that a multiple choice scores."""
+    """Fingerprint of the rendered prompts, with the continuations of a multiple choice."""
     return total(
         digest(str(r.doc_id), r.prompt, r.extra if isinstance(r.extra, str) else "")
         for r in requests
@@ -111,23 +100,23 @@ def prompts_fingerprint(requests: Sequence[Request]) -> str:
 
 
 def generation_fingerprint(requests: Sequence[Request]) -> str:
-    """Of the generation arguments; the same for all of a task's documents as a rule."""
+    """Fingerprint of the generation arguments, usually the same for all documents of a task."""
     texts = {json.dumps(r.extra, sort_keys=True, default=str) for r in requests}
     return total(digest(text) for text in texts)
 
 
 def scorer_fingerprint(task: Any) -> str:
-    """Of the code that turns answers into scores and of its settings, in an lmms-eval task.
+    """Fingerprint of the code and settings that turn answers into scores, of an lmms-eval task.
 
-    Code is read without comments, docstrings and layout, and with the functions and constants it
-    uses from the task's own folder and lmms-eval's task helpers.
+    Covers the code without comments, docstrings and layout, and the functions and constants that it
+    uses from the task's own folder and from lmms-eval's task helpers.
     """
     settings = [f"{name}={without_addresses(getattr(task.config, name, None))}" for name in SCORING]
     return _code_fingerprint(_scoring_functions(task), settings)
 
 
 def scorer_source_fingerprint(task: Any) -> str:
-    """Of the code alone that `scorer_fingerprint` reads: tells a changed grader from a setting."""
+    """As `scorer_fingerprint`, of the code alone: tells a changed grader from a changed setting."""
     return _code_fingerprint(_scoring_functions(task), [])
 
 
@@ -139,16 +128,18 @@ def _scoring_functions(task: Any) -> list[Any]:
 
 
 def visuals_fingerprint(doc_to_visual: Any) -> str:
-    """Of the code that takes a document's images out of it; read as the scorer's is.
+    """Fingerprint of the code that reads a document's images, as for a scorer.
 
-    doc_to_visual: a function, or the method of an lmms-eval task, whose configuration then tells.
+    Args:
+        doc_to_visual: A function; or the method of an lmms-eval task, in whose configuration the
+            function is looked up.
     """
     config = getattr(getattr(doc_to_visual, "__self__", None), "config", None)
     return _code_fingerprint([getattr(config, "doc_to_visual", None) or doc_to_visual], [])
 
 
 def _code_fingerprint(functions: Sequence[Any], settings: list[str]) -> str:
-    """Of functions with what they use nearby; those that are names of columns count as settings."""
+    """Fingerprint of functions and what they use nearby; names of columns count as settings."""
     seen: dict[str, str] = {}
     for function in functions:
         if callable(function):
@@ -160,12 +151,12 @@ def _code_fingerprint(functions: Sequence[Any], settings: list[str]) -> str:
 
 
 def without_addresses(value: Any) -> str:
-    """A value as text; "<function f at 0x7f..>" names no address."""
+    """A value as text, without the address in "<function f at 0x7f..>"."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def _collect(thing: Any, seen: dict[str, str]) -> None:
-    """Add the source of a function or class, and of what it uses nearby, by qualified name."""
+    """Adds the source of a function or class, and of what it uses nearby, by qualified name."""
     while isinstance(thing, functools.partial):
         thing = thing.func
     if inspect.isclass(thing):
@@ -176,7 +167,7 @@ def _collect(thing: Any, seen: dict[str, str]) -> None:
             continue
         tree = _parsed(function)
         if tree is None:
-            seen[name] = ""  # built in: its name is all there is
+            seen[name] = ""  # built in: only its name is known
             continue
         seen[name] = ast.unparse(tree)
         for used_name, used in _used(tree, function):
@@ -187,9 +178,9 @@ def _collect(thing: Any, seen: dict[str, str]) -> None:
 
 
 def _tables(kind: type) -> str:
-    """The values a class is written with, from its file.
+    """The assignments in the body of a class, from its source file.
 
-    Not from the class itself: VQA's answer processor adds every word it meets to its own table.
+    Not from the class object: VQA's answer processor adds every word it meets to its own table.
     """
     file = _file(kind)
     if file is None or not Path(file).is_file():
@@ -206,7 +197,7 @@ def _tables(kind: type) -> str:
 
 def _functions(thing: Any) -> list[Callable[..., Any]]:
     if inspect.isclass(thing):
-        # Python cannot find the source of a class in a module loaded by path; its methods it can.
+        # Python finds no source for a class in a module loaded by path, but for its methods.
         members = [getattr(m, "__func__", m) for m in vars(thing).values()]
         return [m for m in members if inspect.isfunction(m)]
     if inspect.ismethod(thing):
@@ -215,7 +206,7 @@ def _functions(thing: Any) -> list[Callable[..., Any]]:
 
 
 def _parsed(function: Any) -> ast.AST | None:
-    """The function's code without its docstrings."""
+    """Parses a function without its docstrings; None if it has no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -228,7 +219,7 @@ def _parsed(function: Any) -> ast.AST | None:
 
 
 def _used(tree: ast.AST, function: Any) -> Iterator[tuple[str, Any]]:
-    """Globals the code names, and what it takes out of modules."""
+    """Yields the globals and the attributes of modules that the code uses."""
     known = getattr(function, "__globals__", {})
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id in known:
@@ -241,7 +232,7 @@ def _used(tree: ast.AST, function: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_near(used: Any, function: Any) -> bool:
-    """Whether code belongs to the task: its folder, or the task helpers of lmms-eval and ours."""
+    """Whether code belongs to the task: its folder, or the task helpers of lmms-eval or ours."""
     if not (inspect.isfunction(used) or inspect.isclass(used)):
         return False
     if used.__module__.startswith(("lmms_eval.tasks", "sdrpn_eval.scoring")):

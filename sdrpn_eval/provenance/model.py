@@ -1,4 +1,4 @@
-"""The provenance of a run as its files hold it, one a process: `run_facts_{run}_rank{r}.json`."""
+"""The provenance of a run in its files, one per process: `run_facts_{run}_rank{r}.json`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from sdrpn_eval.schemas import Count, Hex
 
 FORMAT = 1
 RUN_STAMP = "%Y%m%dT%H%M%S.%fZ"
-"""A run's name: when it began, in UTC; names sort by time."""
+"""Format of a run's name: the time at which it began, in UTC."""
 FILES = "run_facts_*_rank*.json"
 NAME = re.compile(r"run_facts_(?P<run>.+)_rank(?P<rank>\d+)\.json")
 
 
 class TaskFingerprints(BaseModel):
-    """What a score of a task rests on, see `fingerprints`.
+    """Fingerprints of what the score of a task depends on, see `fingerprints`.
 
     Attributes:
+        documents: Number of documents.
         scorer: Of the grader's source and settings; None for a task without one.
         scorer_source: Of its source alone; None in files of older versions.
     """
@@ -39,20 +40,22 @@ class TaskFingerprints(BaseModel):
 
 
 class ParsedArguments(BaseModel):
-    """`--model_args` as given, and as lmms-eval reads them: reports need not import its parser."""
+    """`--model_args` as text and as parsed by lmms-eval, whose parser reports need not import."""
 
     text: str
     parsed: dict[str, Any]
 
 
 class Provenance(BaseModel):
-    """What one process of a run wrote down, or all of them put together (`merge`).
+    """The provenance of one process of a run, or of all of them (`merge`).
 
     Attributes:
         run: Name of the run, the same on all ranks.
-        arguments: As resolved, defaults and all; as given until the model is loaded.
-        weights: Hashes of the files of weights, by "what they are for/name".
-        skipped: Task -> documents that were not answered as asked (`on_error`).
+        arguments: Resolved, with defaults; as given until the model is loaded.
+        evaluations: `date` in the results of lmms-eval's evaluations that asked the model; empty in
+            files of older versions.
+        weights: Hashes of the files of weights, by "use/file name".
+        skipped: By task, the number of documents that were not answered as asked (`on_error`).
     """
 
     model_config = ConfigDict(extra="allow")
@@ -69,6 +72,7 @@ class Provenance(BaseModel):
     weights: dict[str, str]
     tasks: dict[str, TaskFingerprints]
     skipped: dict[str, Count] = {}
+    evaluations: list[str] = []
     _files: tuple[Path, ...] = PrivateAttr(())
 
     @property
@@ -76,35 +80,15 @@ class Provenance(BaseModel):
         """The files that this was read from, one a process."""
         return self._files
 
-    @property
-    def data(self) -> dict[str, str]:
-        return {name: task.data for name, task in self.tasks.items()}
-
-    @property
-    def prompts(self) -> dict[str, str]:
-        return {name: task.prompts for name, task in self.tasks.items()}
-
-    @property
-    def scorers(self) -> dict[str, str]:
-        return {name: task.scorer for name, task in self.tasks.items() if task.scorer}
-
-    @property
-    def scorer_sources(self) -> dict[str, str | None]:
-        return {name: task.scorer_source for name, task in self.tasks.items()}
-
-    @property
-    def documents(self) -> dict[str, int]:
-        return {name: task.documents for name, task in self.tasks.items()}
-
 
 FACTS = TypeAdapter(Provenance)
 
 
 def read_provenance(files: Sequence[Path]) -> Provenance:
-    """The provenance of one run, from the files of its processes.
+    """Reads the provenance of one run from the files of its processes.
 
     Raises:
-        ValueError: Naming the file that cannot be read.
+        ValueError: If a file cannot be read; names the file.
     """
     try:
         parts = [read_parsed(FACTS, file) for file in files]
@@ -116,7 +100,7 @@ def read_provenance(files: Sequence[Path]) -> Provenance:
 
 
 def merge(parts: Sequence[Provenance]) -> Provenance:
-    """The provenance of a run from those of its processes, each with its share of the documents."""
+    """Merges the provenance of a run's processes, each with its share of the documents."""
     tasks: dict[str, list[TaskFingerprints]] = {}
     for part in parts:
         for name, task in part.tasks.items():
@@ -137,21 +121,23 @@ def merge(parts: Sequence[Provenance]) -> Provenance:
 
 
 def read_latest(folder: Path, *, asked: bool = False) -> Provenance | None:
-    """The provenance of the latest run in a folder; None if there is none.
+    """Reads the provenance of the latest run in a folder; None if there is none.
 
-    asked: only of runs that came as far as to ask something.
+    Args:
+        folder: The record's folder.
+        asked: Only runs that got as far as to ask a question.
     """
     begun = begun_runs(folder)
     for name in sorted(begun, reverse=True):
         if moment(name) is not None:
             found = read_provenance(begun[name])
-            if found.documents or not asked:
+            if found.tasks or not asked:
                 return found
     return None
 
 
 def begun_runs(folder: Path) -> dict[str, list[Path]]:
-    """Run name -> its files, one a process."""
+    """The files of every run, one per process, by the run's name."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.glob(FILES)):
         match = NAME.fullmatch(path.name)
@@ -161,7 +147,7 @@ def begun_runs(folder: Path) -> dict[str, list[Path]]:
 
 
 def moment(name: str) -> datetime | None:
-    """When a run of that name began; None for a name that is no time."""
+    """When a run of this name began; None for a name that is not a time."""
     try:
         return datetime.strptime(name, RUN_STAMP).replace(tzinfo=UTC)
     except ValueError:
@@ -169,14 +155,14 @@ def moment(name: str) -> datetime | None:
 
 
 def parsed_arguments(folders: Iterable[Path], model_args: Any) -> dict[str, Any] | None:
-    """`--model_args` by name, as a run that was given the same text wrote them down.
+    """`--model_args` by name, as recorded by a run that was given the same text.
 
     Args:
         folders: Where provenance may be.
-        model_args: What a results file holds: a text, as a rule.
+        model_args: From a results file, usually text.
 
     Returns:
-        The arguments; None where no run wrote them down, as of version 0.1.
+        The arguments; None if no run recorded them, as in version 0.1.
     """
     if not isinstance(model_args, str):
         return None
@@ -184,7 +170,7 @@ def parsed_arguments(folders: Iterable[Path], model_args: Any) -> dict[str, Any]
         for files in begun_runs(folder).values():
             try:
                 given = read_parsed(FACTS, files[0]).model_args
-            except (OSError, ValueError):  # told where the file itself is needed
+            except (OSError, ValueError):  # reported where the file itself is needed
                 continue
             if given is not None and given.text == model_args:
                 return given.parsed

@@ -1,4 +1,4 @@
-"""Figures of matplotlib: the bars of a ladder, the lines of threshold curves."""
+"""matplotlib figures: the bars of a ladder, the lines of threshold curves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLOURS: dict[str, tuple[str, str]] = {
 }
 """Fill and hatch by run: Okabe and Ito's colours, which the colour-blind can tell apart."""
 WIDTH, HEIGHT = 8.0, 4.6
-"""In inches; at 100 dots an inch the size of a README's column."""
+"""In inches."""
 DPI = 200
 CAPTION_WIDTH = 118
 STOCK, PUBLISHED = "#8c8c8c", "published thresholds"
@@ -32,8 +32,8 @@ COLUMNS = 3
 
 
 def shown(comparison: Comparison) -> list[MetricRow]:
-    """What gets a group of bars: all percentages that should be high, of a single task; the main
-    metric of each, of several."""
+    """The rows to draw: of one task all percentages of which higher is better; of several, the main
+    metric of each."""
     rows = [row for row in comparison.rows if row.percent and row.higher_is_better]
     tasks = {row.task for row in rows}
     return rows if len(tasks) == 1 else [row for row in rows if row.main]
@@ -74,7 +74,7 @@ def draw_ladder(comparison: Comparison, caption: str, paths: Sequence[Path]) -> 
 
 
 def _draw_run(axis: Any, rows: Sequence[MetricRow], place: int, name: str, width: float) -> None:
-    """A run's bars, one in each group."""
+    """Draws a run's bars, one per group."""
     fill, hatch = COLOURS.get(name, ("#cc79a7", ""))
     style: dict[str, Any] = {"color": fill, "hatch": hatch, "edgecolor": "#333333", "lw": 0.6}
     left = [group - 0.42 + width * (place + 0.5) for group in range(len(rows))]
@@ -89,14 +89,14 @@ def _draw_run(axis: Any, rows: Sequence[MetricRow], place: int, name: str, width
 
 
 def _whiskers(scores: Sequence[RunScore | Point], scale: float) -> list[list[float]]:
-    """Lengths below and above each mean; 0 where there is no interval, as of a single image."""
+    """Lengths of intervals below and above the means; 0 without an interval."""
     below = [0.0 if s.low is None else max(0.0, scale * (s.mean - s.low)) for s in scores]
     above = [0.0 if s.high is None else max(0.0, scale * (s.high - s.mean)) for s in scores]
     return [below, above]
 
 
 def _label(row: MetricRow, rows: Sequence[MetricRow]) -> str:
-    """The task; or of one task's metrics, what sets them apart from its main one."""
+    """Label of a group: the task; for several metrics of one task, the suffix of the metric."""
     if len({one.task for one in rows}) > 1:
         name = row.task
     else:
@@ -112,7 +112,7 @@ def _metric(rows: Sequence[MetricRow]) -> str:
 
 
 def draw_curves(found: Sequence[Curve], path: Path) -> None:
-    """One plot a task: lines with intervals, and a dotted line at the published threshold."""
+    """Draws a plot per task: lines with intervals, and the published threshold as dotted line."""
     columns = min(COLUMNS, len(found))
     rows = -(-len(found) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")

@@ -1,4 +1,4 @@
-"""The page's questions: text of all of them, pictures of as many as the budget allows."""
+"""The page's questions: the text of all, and images of as many as the budget allows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Question = dict[str, Any]
 
 
 def all_questions(comparison: Comparison) -> dict[Document, Question]:
-    """Every question as the page's script reads it, without pictures."""
+    """All questions in the form that the page's script reads, without images."""
     run = comparison.evidence[0].run
     return {
         (info.task, doc_id): _question(comparison, (info.task, doc_id))
@@ -34,7 +34,7 @@ def all_questions(comparison: Comparison) -> dict[Document, Question]:
 
 
 def description(comparison: Comparison) -> dict[str, Any]:
-    """What the page's script needs apart from the questions."""
+    """Names and settings for the page's script."""
     return {
         "runs": [run.name for run in comparison.runs],
         "padding": [
@@ -50,7 +50,7 @@ def description(comparison: Comparison) -> dict[str, Any]:
 
 
 def _question(comparison: Comparison, document: Document) -> Question:
-    """A question without its picture."""
+    """A question without its image."""
     task, doc_id = document
     samples = [e.run.tasks[task].samples[doc_id] for e in comparison.evidence]
     looks = [e.record.looks.get(document) for e in comparison.evidence]
@@ -94,10 +94,17 @@ def add_pictures(
     album: Album,
     seed: int,
 ) -> list[str]:
-    """Adds pictures to questions while the budget lasts.
+    """Adds images to questions within the budget.
+
+    Args:
+        comparison: What the page shows.
+        data: Documents by task.
+        questions: From `all_questions`; changed in place.
+        album: The page's images.
+        seed: Of the order in which questions get images.
 
     Returns:
-        Sentences about the questions without.
+        Sentences about the questions without images.
     """
     changed = [d for d, q in questions.items() if len(set(q["scores"])) > 1]
     rest = [d for d, q in questions.items() if len(set(q["scores"])) == 1]
@@ -115,7 +122,7 @@ def _add_picture(
     question: Question,
     album: Album,
 ) -> bool:
-    """Adds a question's picture, crops and maps. Returns True if the data here is other data."""
+    """Adds a question's image, crops and maps; returns True if the data here differs."""
     task, doc_id = document
     looks = [e.record.looks.get(document) for e in comparison.evidence]
     shown = next((look for look in looks if look and look.images and look.size), None)
@@ -152,7 +159,7 @@ def _add_picture(
 def _is_the_same(
     key: str, shown: RecordLine | None, data: Documents, doc_id: int, asked: str
 ) -> bool:
-    """Whether the document here is the one asked: by its image's hash, else by its prompt."""
+    """Whether a document is the one that was asked, by its image's hash or else its prompt."""
     if shown is not None:
         return key == shown.images[0]
     prompt = data.prompt(doc_id)
@@ -174,17 +181,13 @@ def _left_out(
     if strangers:
         notes.append(
             f"{counted(strangers, 'question')} {agree(strangers, 'is', 'are')} shown without "
-            "pictures, as the data on this "
-            "machine is not "
-            "what the runs saw"
+            "pictures, as the data on this machine is not what the runs saw"
         )
     if bare(changed) + bare(rest) > strangers:
         notes.append(
             f"to stay within the size of a page, {bare(changed)} of "
-            f"{counted(len(changed), 'question')} with "
-            f"different scores and {bare(rest)} of {counted(len(rest), 'other')} "
-            f"{agree(bare(changed) + bare(rest), 'is', 'are')} shown "
-            "without pictures "
-            f"(drawn with seed {seed}); their text is all here"
+            f"{counted(len(changed), 'question')} with different scores and {bare(rest)} of "
+            f"{counted(len(rest), 'other')} {agree(bare(changed) + bare(rest), 'is', 'are')} shown "
+            f"without pictures (drawn with seed {seed}); their text is all here"
         )
     return notes

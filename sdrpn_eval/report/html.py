@@ -1,8 +1,7 @@
-"""One self-contained HTML page: summary, charts, and a gallery of the questions.
+"""A self-contained HTML page: summary, charts, and a gallery of the questions.
 
-Nothing is fetched, and no script runs but the page's own. The templates escape what they print;
-what comes from data sets and models also reaches the page's script as JSON that cannot end its
-element, and is shown as text.
+The page fetches nothing and runs no script but its own. Templates escape what they print; text from
+datasets and models reaches the page's script as JSON that cannot end its element.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from sdrpn_eval.results.documents import Documents
 
 BUDGET_MB = 50
 SPARE = 0.97
-"""Of the budget that is used: base64 and JSON are counted exactly, the page around them is not."""
+"""Share of the budget for data, which is counted exactly; the rest is for the page around it."""
 BADGES = {"better": "better", "worse": "worse", "same": "no difference shown"}
 BADGES |= {"few": "too few to tell"}
 
@@ -61,7 +60,7 @@ def write_page(
 
 
 def as_json(value: Any) -> str:
-    """JSON that may stand inside a script element, whatever text it holds."""
+    """Serialises to JSON that is safe inside a script element."""
     plain = valid_json(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         plain = plain.replace(character, f"\\u{ord(character):04x}")
@@ -94,7 +93,7 @@ def _render(comparison: Comparison, left_out: Sequence[str], payload: str) -> st
 
 
 def _score_bars(row: MetricRow) -> dict[str, Any]:
-    """A task's bars; lengths and places in percent of the chart's width."""
+    """A task's bars, in percent of the chart's width."""
     ends = [s.mean if s.high is None else s.high for s in row.scores]
     top = 1.0 if row.percent else max(ends, default=1.0) or 1.0
     bars = [
@@ -111,7 +110,7 @@ def _score_bars(row: MetricRow) -> dict[str, Any]:
 
 
 def _difference_marks(rows: Sequence[MetricRow]) -> dict[str, Any]:
-    """Every share's difference to the first run, around zero in the middle of the chart."""
+    """Differences to the first run, with zero in the middle of the chart."""
     every = [d for row in rows if row.percent for d in row.differences]
     ends = [end for d in every for end in (d.low, d.high, d.mean) if end is not None]
     reach = 1.05 * max(0.01, *map(abs, ends)) if ends else 1.0

@@ -1,4 +1,4 @@
-"""Pictures of the page, within a budget of characters."""
+"""The page's images, within a budget of characters."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ from sdrpn.boxes import PixelBox
 from sdrpn_eval.results.scores import Document
 
 SIDE = 640
-"""Longest side of a picture in pixels; crops of larger images get pictures of their own."""
+"""Longest side of an image in pixels; crops of larger images are stored separately."""
 CROP_SIDE = 336
 QUALITY = 70
 TRIES = 50
-"""Consecutive pictures that exceed the rest of the budget until the album counts as full."""
+"""Number of consecutive images exceeding the budget after which the album is full."""
 
 
 @dataclass
 class Album:
-    """Pictures as data URIs, up to a number of characters; equal keys share a picture."""
+    """Images as data URIs, up to a number of characters; equal keys share an image.
+
+    Attributes:
+        budget: Maximum number of characters.
+        pictures: The data URIs.
+        used: Number of characters so far.
+    """
 
     budget: int
     pictures: list[str] = field(default_factory=list)
@@ -36,10 +42,10 @@ class Album:
         return self._refused >= TRIES
 
     def add(self, wanted: Sequence[tuple[Hashable, Callable[[], Image.Image]]]) -> list[int] | None:
-        """Adds pictures that belong together.
+        """Adds images that belong together.
 
         Args:
-            wanted: (key, function that makes the picture) each.
+            wanted: For each image a key and a function that makes it.
 
         Returns:
             Their indices in `pictures`; None if they do not all fit.
@@ -74,7 +80,7 @@ def shrunk(image: Image.Image, side: int) -> Image.Image:
 
 
 def needs_crop(size: Sequence[int]) -> bool:
-    """Whether the page's picture is coarser than the image, so that crops need their own."""
+    """Whether an image is scaled down on the page, so that its crops are stored separately."""
     return max(size) > SIDE
 
 
@@ -84,6 +90,6 @@ def cut(image: Image.Image, box: PixelBox) -> Image.Image:
 
 
 def in_order(changed: Sequence[Document], others: Sequence[Document], seed: int) -> list[Document]:
-    """Fixed and broken questions first, then the others, each in a random order."""
+    """Changed questions first, then the others, each in a random order."""
     rng = random.Random(seed)
     return [*rng.sample(list(changed), len(changed)), *rng.sample(list(others), len(others))]

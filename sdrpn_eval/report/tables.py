@@ -8,7 +8,7 @@ from collections.abc import Sequence
 GAP = 2
 """Spaces between two columns."""
 NAMES = 24
-"""Width up to which the names on the left take precedence over columns on the right."""
+"""Maximum width of names for which columns on the right are dropped."""
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:

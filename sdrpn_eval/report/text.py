@@ -1,4 +1,4 @@
-"""A comparison in words and tables: for the terminal, for Markdown and for the page."""
+"""A comparison as sentences and tables, for the terminal, Markdown and the page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METHOD = (
     "questions scored higher and lower than by the first run."
 )
 FEW = 20
-"""Images below which a bootstrap's interval is too narrow to be believed."""
+"""Number of images below which bootstrap intervals are too narrow."""
 
 Cells = dict[str, str]
 """A row of a table: text by the title of its column."""
@@ -47,13 +47,13 @@ def _section(title: str, header: Sequence[str], cells: Sequence[Cells]) -> Secti
 
 
 def _filled(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Section:
-    """A table without its empty columns, such as published scores where there are none."""
+    """A table without its empty columns."""
     kept = [i for i, _ in enumerate(header) if any(row[i] for row in rows)]
     return Section(title, [header[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def sections(comparison: Comparison) -> list[Section]:
-    """All tables that have rows, in reading order; each row names its task where it changes."""
+    """All tables that have rows, in reading order."""
     tasks = comparison.tasks
     every = [
         _section("Scores", SCORES, [c for row in comparison.rows for c in _score_cells(row)]),
@@ -69,9 +69,9 @@ def sections(comparison: Comparison) -> list[Section]:
 
 
 def blocks(comparison: Comparison) -> list[Section]:
-    """The tables for a terminal: one per metric or task, named in its title, a row per run.
+    """The tables for a terminal: one per metric or task, a row per run.
 
-    The columns that matter most come first; what does not fit is in the page.
+    The most important columns come first; the page has those that do not fit.
     """
     found = []
     header = ("run", "score", "difference", "p", "published", "won / lost")
@@ -125,9 +125,9 @@ def _cost_cells(task: TaskInfo) -> list[Cells]:
 
 
 def _look_cells(task: TaskInfo, only: str | None = None) -> list[Cells]:
-    """A row per size of the answer; wrong answers split three ways.
+    """A row per size of the answer, with wrong answers split by cause.
 
-    A run that never zooms looked neither right nor wrong.
+    For runs that never zoom, columns about regions stay empty.
     """
     found: list[Cells] = []
     for run, rows in task.boxes.items():
@@ -170,7 +170,7 @@ def _left_out(comparison: Comparison) -> Iterator[str]:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """One sentence a task and run: is it better, by how much, and is that more than noise."""
+    """A sentence per task and run: whether it is better, by how much, and whether that is noise."""
     return [
         f"{row.task}: {_verdict(row, score, difference)}"
         for row in comparison.rows
@@ -197,7 +197,7 @@ def _verdict(row: MetricRow, score: RunScore, difference: Difference) -> str:
 
 
 def cautions(comparison: Comparison) -> list[str]:
-    """What a reader must know before believing the numbers."""
+    """Sentences that qualify the numbers."""
     found = [f"{run.name}: {label}" for run in comparison.runs for label in run.labels]
     for task in comparison.tasks:
         if task.questions < task.original:
@@ -244,7 +244,7 @@ def _share(value: float | None) -> str:
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Print verdicts, tables and cautions."""
+    """Prints tables, verdicts and cautions."""
     for section in blocks(comparison):
         console.print(section.title, highlight=False, markup=False)
         for line in columns(section.header, section.rows, console.width):
@@ -257,7 +257,7 @@ def show(comparison: Comparison, console: Console) -> None:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The same, ready to paste into a pull request."""
+    """Formats verdicts, tables and cautions as Markdown, for pull requests."""
     parts = ["\n".join(f"- **{_cell(line)}**" for line in verdicts(comparison))]
     for section in sections(comparison):
         table = markdown_table(section.header, section.rows)
@@ -274,7 +274,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that Markdown takes as it stands."""
+    """Escapes text for Markdown."""
     for character in "\\`*_|<>":
         text = text.replace(character, f"\\{character}")
     return " ".join(text.split())

@@ -20,7 +20,7 @@ from sdrpn_eval.schemas import EXACT, FINITE
 
 FORMAT = 1
 MARK = 8
-"""Hex digits of the digest of a prompt and target, or an image; enough to notice a change."""
+"""Hex digits of a digest of a prompt and target, or of an image."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,10 @@ class Baseline:
     tolerance: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT
 
+    def data(self, task: str) -> str | None:
+        """The fingerprint of a task's data; None if the run did not record it."""
+        return ((self.made_of or {}).get("data") or {}).get(task)
+
     def save(self, path: Path) -> None:
         """Writes JSON that diffs well: a line per field, and a line per list."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,13 +101,17 @@ def make_baseline(evidence: Evidence, tolerance: Mapping[str, float]) -> Baselin
     scored = {name: task for name, task in tasks.items() if task.metrics}
     if not scored:
         raise ValueError(f"{run.folder}: no task has a score a document to hold later runs against")
-    names = ("versions", "weights", "arguments", "device", "seeds", "source", "data", "prompts")
+    names = ("versions", "weights", "arguments", "device", "seeds", "source")
+    made_of: dict[str, Any] | None = {n: getattr(facts, n) for n in names} if facts else None
+    if facts and made_of:
+        made_of["data"] = {name: task.data for name, task in facts.tasks.items()}
+        made_of["prompts"] = {name: task.prompts for name, task in facts.tasks.items()}
     return Baseline(
         run=str(run.file),
         date=str(run.results["date"]),
         model=run.model,
         model_args=str(run.results["config"].get("model_args") or ""),
-        made_of={n: getattr(facts, n) for n in names} if facts else None,
+        made_of=made_of,
         written_on=_this_machine(),
         tasks=scored,
         tolerance=dict(tolerance),
@@ -127,6 +135,7 @@ def task_baseline(evidence: Evidence, name: str) -> TaskBaseline:
     numbers = {key: i for i, key in enumerate(dict.fromkeys(keys[name, d] for d in documents))}
     looks = [evidence.record.looks.get((name, d)) for d in documents]
     samples = [task.samples[d] for d in documents]
+    marks = evidence.fingerprints(name)
     return TaskBaseline(
         documents=documents,
         questions=[mark(s.prompt, s.target) for s in samples],
@@ -134,7 +143,7 @@ def task_baseline(evidence: Evidence, name: str) -> TaskBaseline:
         clusters=[numbers[keys[name, d]] for d in documents],
         clustered_by=how,
         empty_answers=sum(is_empty(s.answer) for s in samples),
-        scorer=evidence.facts.scorers.get(name) if evidence.facts else None,
+        scorer=(marks.scorer or None) if marks else None,
         settings=mark(*(without_addresses(task.config.get(part)) for part in SCORING)),
         metrics={
             f"{one.metric},{one.filter}": MetricBaseline(

@@ -1,8 +1,8 @@
 """Decides whether runs may be compared, and if not, names what differs.
 
-Task versions do not tell: data sets, prompts and graders changed under the same version. The
-documents themselves are compared (id, prompt, target, image), and the scorer by its source if both
-runs recorded it, else by the task's configuration.
+Task versions do not suffice: datasets, prompts and graders changed under the same version. So the
+documents are compared (id, prompt, target, image), and the scorer by its source if both runs
+recorded it, else by the task's configuration.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from sdrpn.io.plurals import counted
 from sdrpn_eval.args import ARGUMENTS
 from sdrpn_eval.provenance.fingerprints import without_addresses
-from sdrpn_eval.provenance.model import Provenance
+from sdrpn_eval.provenance.model import Provenance, TaskFingerprints
 from sdrpn_eval.results.read import Run, TaskRun
 from sdrpn_eval.results.records import Record
 
@@ -23,7 +23,7 @@ SCORING += ("doc_to_choice", "doc_to_target", "repeats")
 """Parts of a task's configuration that decide its score."""
 
 CALLED = ("metric", "name", "function")
-"""Keys that name an entry of a list in a configuration."""
+"""Keys that identify the entries of a list in a configuration."""
 
 PREPROCESSING = ("padding", "system_prompt", "min_pixels", "max_pixels", "short_answer")
 """Arguments of our models that change the base model's input."""
@@ -40,7 +40,7 @@ class NotComparable(ValueError):
 
 @dataclass(frozen=True)
 class Evidence:
-    """A run with its record and its facts, if it has them."""
+    """A run with its record and its provenance, if it has them."""
 
     run: Run
     record: Record
@@ -48,9 +48,13 @@ class Evidence:
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """Model arguments by name: as resolved if the run left its facts, else as given."""
+        """Model arguments by name: resolved if the run has provenance, else as given."""
         known = self.facts.arguments if self.facts else {}
         return known or self.run.arguments
+
+    def fingerprints(self, task: str) -> TaskFingerprints | None:
+        """Fingerprints of a task; None if the run did not record them."""
+        return self.facts.tasks.get(task) if self.facts else None
 
 
 def common_tasks(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
@@ -117,7 +121,7 @@ def _documents(a: Evidence, b: Evidence, first: TaskRun, second: TaskRun) -> lis
                 f"{pair[0]!r} and {pair[1]!r}"
             )
     clauses += _images(a.record, b.record, task)
-    return clauses or _data(a.facts, b.facts, task)
+    return clauses or _data(a, b, task)
 
 
 def _images(a: Record, b: Record, task: str) -> list[str]:
@@ -130,8 +134,9 @@ def _images(a: Record, b: Record, task: str) -> list[str]:
     return [f"{task}: other images in {counted(len(changed), 'document')}, such as {min(changed)}"]
 
 
-def _data(a: Provenance | None, b: Provenance | None, task: str) -> list[str]:
-    moved = other_data(*(facts.data.get(task) if facts else None for facts in (a, b)))
+def _data(a: Evidence, b: Evidence, task: str) -> list[str]:
+    marks = (a.fingerprints(task), b.fingerprints(task))
+    moved = other_data(*(mark.data if mark else None for mark in marks))
     return [f"{task}: {moved}"] if moved else []
 
 
@@ -151,16 +156,16 @@ def _scorer(a: Evidence, b: Evidence, first: TaskRun, second: TaskRun) -> list[s
     clauses = []
     for part in SCORING:
         for place, *pair in _differing(part, first.config.get(part), second.config.get(part)):
-            mine, its = map(_short, pair)
-            clauses.append(f"{task}: other scorer, {place} is {mine} and {its}")
-    if a.facts and b.facts and task in a.facts.scorers and task in b.facts.scorers:
-        pair = [facts.scorers[task] for facts in (a.facts, b.facts)]
-        if pair[0] == pair[1]:
+            texts = map(_short, pair)
+            clauses.append(f"{task}: other scorer, {place} is {' and '.join(texts)}")
+    mine, its = a.fingerprints(task), b.fingerprints(task)
+    if mine and its and mine.scorer and its.scorer:
+        if mine.scorer == its.scorer:
             return []
-        sources = [facts.scorer_sources.get(task) for facts in (a.facts, b.facts)]
+        sources = mine.scorer_source, its.scorer_source
         if None not in sources and sources[0] != sources[1]:
             clauses.append(f"{task}: other scorer (source {sources[0]} and {sources[1]})")
-        return clauses or [f"{task}: other scorer (source {pair[0]} and {pair[1]})"]
+        return clauses or [f"{task}: other scorer (source {mine.scorer} and {its.scorer})"]
     if set(first.totals) != set(second.totals):
         odd = ", ".join(sorted(set(first.totals) ^ set(second.totals)))
         clauses.append(f"{task}: other metrics, {odd} in one only")
@@ -215,13 +220,14 @@ def established(evidence: Sequence[Evidence], tasks: Sequence[str]) -> list[str]
         lines.append(f"Same images: not known, {', '.join(unseen)} left no record of them.")
     else:
         lines.append("Same images: by the content hash of each.")
-    by_source = all(e.facts and set(tasks) <= set(e.facts.scorers) for e in evidence)
+    marks = [one.fingerprints(task) for one in evidence for task in tasks]
+    by_source = all(mark is not None and mark.scorer for mark in marks)
     how = "source and settings" if by_source else "settings in the results file only"
     return [*lines, f"Same scorer: by its {how}."]
 
 
 def labels(evidence: Evidence, every: Sequence[Evidence]) -> list[str]:
-    """What a reader must know about a run next to its name, compared with the first run."""
+    """Notes about a run's differences from the first run, shown next to its name."""
     run, runs = evidence.run, [one.run for one in every]
     found = [f"scored anew, from {run.scored_from}"] if run.scored_from else []
     found += ["other preprocessing"] if _is_prepared_otherwise(evidence, every) else []
@@ -247,7 +253,7 @@ def _is_prepared_otherwise(evidence: Evidence, every: Sequence[Evidence]) -> boo
 
 
 def preprocessing(run: Run, facts: Provenance | None = None) -> dict[str, Any]:
-    """What decides how an image and a question reach the base model, from the facts if given."""
+    """Settings of how images and questions reach the base model."""
     if run.model not in ARGUMENTS:
         return {"model": run.model}
     given = facts.arguments if facts else run.arguments

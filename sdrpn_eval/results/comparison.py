@@ -1,4 +1,4 @@
-"""What a comparison holds; compare.json is these classes, field by field."""
+"""The result of a comparison; compare.json has the fields of these classes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ RIGHT = 0.5
 
 @dataclass(frozen=True)
 class RunInfo:
-    """A run, as reports name it.
+    """A run in reports.
 
     Attributes:
-        labels: What a reader must know about it next to its name.
+        labels: Notes shown next to its name.
         facts: Its versions, weights, device, seeds and source, if it left them.
     """
 

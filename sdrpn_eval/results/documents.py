@@ -1,4 +1,4 @@
-"""Documents of tasks, from data that is on this machine: images and true boxes."""
+"""Documents of tasks, images and true boxes, from data on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from loguru import logger
 from PIL import Image
@@ -21,35 +21,15 @@ from sdrpn_eval.results.scores import Document
 from sdrpn_eval.schemas import BOXES
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-"""A data set of the Hugging Face Hub."""
-
-
-class Documents(Protocol):
-    """The documents of a task that this machine holds."""
-
-    def image(self, doc_id: int) -> Image.Image | None:
-        """The first image of a document; None without one."""
-        ...
-
-    def key(self, doc_id: int) -> str | None:
-        """Content hash of that image, see `sdrpn.io.images.image_key`."""
-        ...
-
-    def prompt(self, doc_id: int) -> str | None:
-        """The question as the task words it; None where only the task could tell."""
-        ...
-
-    def box(self, doc_id: int) -> PixelBox | None:
-        """The document's own `box` in pixels of its image, half-open; None without."""
-        ...
+"""Hub id of a dataset."""
 
 
 @dataclass
 class StoredData:
-    """The rows of a task's data set, for tasks that show a column of images unchanged.
+    """The rows of a task's dataset, for tasks that show a column of images unchanged.
 
     Attributes:
-        rows: A data set of that column alone, undecoded.
+        rows: A dataset of that column alone, undecoded.
         boxes: The column `box`; None without one.
     """
 
@@ -60,9 +40,11 @@ class StoredData:
     _last: tuple[bytes, Image.Image] | None = None
 
     def image(self, doc_id: int) -> Image.Image:
+        """The image of a document."""
         return self._decoded(*self._file(doc_id))
 
     def key(self, doc_id: int) -> str:
+        """Content hash of that image, see `sdrpn.io.images.image_key`."""
         digest, source = self._file(doc_id)
         if digest not in self._keys:  # documents share images
             self._keys[digest] = image_key(self._decoded(digest, source))
@@ -80,11 +62,11 @@ class StoredData:
         return self._last[1]
 
     def prompt(self, doc_id: int) -> None:
-        return None
+        """None: only the task could tell how it words a question."""
 
     def box(self, doc_id: int) -> PixelBox | None:
-        box = self.boxes[doc_id] if self.boxes else None
-        return PixelBox(*(int(v) for v in box)) if box else None
+        """The document's own `box` in pixels of its image, half-open; None without one."""
+        return _as_box(self.boxes[doc_id] if self.boxes else None)
 
 
 @dataclass(frozen=True)
@@ -99,6 +81,7 @@ class TaskData:
         return next((v for v in visuals if isinstance(v, Image.Image)), None)
 
     def key(self, doc_id: int) -> str | None:
+        """Content hash of that image."""
         image = self.image(doc_id)
         return image_key(image) if image else None
 
@@ -107,14 +90,21 @@ class TaskData:
         return str(self.task.doc_to_text(self.task.eval_docs_no_media[doc_id]))
 
     def box(self, doc_id: int) -> PixelBox | None:
-        """The document's own `box` in pixels of the image, half-open; None without."""
-        box = self.task.eval_docs_no_media[doc_id].get("box")
-        return PixelBox(*(int(v) for v in box)) if box else None
+        """The document's own `box` in pixels of the image, half-open; None without one."""
+        return _as_box(self.task.eval_docs_no_media[doc_id].get("box"))
 
     @property
     def has_boxes(self) -> bool:
         """Whether its first document has a `box`."""
         return len(self.task.eval_docs_no_media) > 0 and self.box(0) is not None
+
+
+Documents = StoredData | TaskData
+"""The documents of a task that this machine holds."""
+
+
+def _as_box(box: Sequence[float] | None) -> PixelBox | None:
+    return PixelBox(*(int(v) for v in box)) if box else None
 
 
 def task_manager(include_path: Any = None, include_defaults: bool = True) -> Any:
@@ -130,12 +120,18 @@ def task_manager(include_path: Any = None, include_defaults: bool = True) -> Any
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Disables lmms-eval's log, which describes a run: these commands do not run one."""
-    logger.disable("lmms_eval")
+    """Disables what lmms-eval and SDRPN_DATA log about a run: these commands do not run one.
+
+    Their index may be a small one, which does not know the tasks of all folders in SDRPN_DATA.
+    """
+    modules = ("lmms_eval", "sdrpn_eval.local_data")
     try:
+        for module in modules:
+            logger.disable(module)
         yield
     finally:
-        logger.enable("lmms_eval")
+        for module in modules:
+            logger.enable(module)
 
 
 def documents_of(
@@ -161,11 +157,11 @@ def documents_of(
 
 
 def stored_data(every: Sequence[Evidence], task: str) -> StoredData | None:
-    """A task's rows, read without lmms-eval.
+    """Reads a task's rows without lmms-eval.
 
     Returns:
-        The rows; None if they do not hold the images that were shown. This is known by the content
-        hash of the first document's image, so it takes a record.
+        The rows; None if they do not hold the images that were shown, by the content hash of the
+        first document's image in the record.
     """
     run = every[0].run
     config: Mapping[str, Any] = run.tasks[task].config
@@ -179,7 +175,7 @@ def stored_data(every: Sequence[Evidence], task: str) -> StoredData | None:
         for stored in _read_rows(config):
             if stored.key(min(documents)[1]) == first.images[0]:
                 return stored
-    except Exception:  # of any kind: lmms-eval tries next and reports what is wrong
+    except Exception:  # of any kind: lmms-eval tries next and reports the error
         return None
     return None
 
@@ -187,8 +183,8 @@ def stored_data(every: Sequence[Evidence], task: str) -> StoredData | None:
 def _read_rows(config: Mapping[str, Any]) -> list[StoredData]:
     """Reads a task's split, once per column of images.
 
-    Only local parquet files and data sets of the Hub are opened: results files come from outside,
-    and some formats of data sets unpickle what they hold.
+    Only local Parquet files and datasets on the Hub are opened: results files come from outside,
+    and some formats of datasets unpickle their content.
     """
     path, kwargs = str(config.get("dataset_path")), config.get("dataset_kwargs") or {}
     files = kwargs.get("data_files")
@@ -197,7 +193,7 @@ def _read_rows(config: Mapping[str, Any]) -> list[StoredData]:
     local = path == "parquet" and all(Path(str(name)).is_file() for name in every)
     if not local and (not HUB_ID.fullmatch(path) or Path(path).exists() or files):
         return []
-    # Imported here: most of a second, for commands that show pictures.
+    # Imported here: slow, and only needed to show images.
     import datasets
 
     datasets.disable_progress_bars()
@@ -262,14 +258,8 @@ def boxes_of(
     data: Mapping[str, Documents], documents: Sequence[Document], given: Mapping[Document, PixelBox]
 ) -> dict[Document, PixelBox]:
     """True boxes: the given ones, else the documents' own."""
-    found = dict(given)
-    for document in documents:
-        task, doc_id = document
-        if document not in found and task in data:
-            box = data[task].box(doc_id)
-            if box is not None:
-                found[document] = box
-    return found
+    own = {(task, i): data[task].box(i) for task, i in documents if task in data}
+    return {document: box for document, box in own.items() if box is not None} | dict(given)
 
 
 def read_boxes(file: Path) -> dict[Document, PixelBox]:
@@ -280,19 +270,12 @@ def read_boxes(file: Path) -> dict[Document, PixelBox]:
     """
     try:
         content = read_parsed(BOXES, file)
-        return {
-            (task, doc_id): _valid(box, f"{task} {doc_id}")
-            for task, boxes in content.items()
-            for doc_id, box in boxes.items()
-        }
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{file} must hold {{task: {{document id: [x0, y0, x1, y1]}}}} in pixels: {error}"
         ) from None
-
-
-def _valid(box: Sequence[Any], where: str) -> PixelBox:
-    x0, y0, x1, y1 = (int(v) for v in box)
-    if not (0 <= x0 < x1 and 0 <= y0 < y1):
-        raise ValueError(f"the box {list(box)} of {where} is empty or turned round")
-    return PixelBox(x0, y0, x1, y1)
+    return {
+        (task, doc_id): PixelBox(*(int(v) for v in box))
+        for task, boxes in content.items()
+        for doc_id, box in boxes.items()
+    }

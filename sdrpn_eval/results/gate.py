@@ -13,7 +13,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sdrpn.io.plurals import agree, counted
-from sdrpn_eval.provenance.model import Provenance
 from sdrpn_eval.results.baseline import (
     Baseline,
     MetricBaseline,
@@ -144,7 +143,10 @@ def _check_task(folder: Path, name: str, baseline: Baseline, rules: Rules) -> Ve
         refuse_skipped(evidence, name, rules.skipped)
         after = task_baseline(evidence, name)
         _refuse_moved(before, after)
-        _refuse_other_data(name, baseline, evidence.facts)
+        now = evidence.fingerprints(name)
+        moved = other_data(baseline.data(name), now.data if now else None)
+        if moved:
+            raise Broken(moved)
         _refuse_unscored(key, evidence.run.tasks[name].totals.get(key), after)
     except (BadRun, Broken) as error:
         return Verdict(name, key, BROKEN, str(error))
@@ -167,15 +169,12 @@ def _refuse_moved(before: TaskBaseline, after: TaskBaseline) -> None:
     if missing:
         raise Broken(
             f"{len(missing)} of the baseline's {counted(len(before.documents), 'document')} "
-            f"{agree(len(missing), 'is', 'are')} "
-            "missing, such "
-            f"as {min(missing)}"
+            f"{agree(len(missing), 'is', 'are')} missing, such as {min(missing)}"
         )
     if len(after.documents) > len(before.documents):
         raise Broken(
             f"{counted(len(after.documents), 'document')}, the baseline has "
-            f"{len(before.documents)}: run with "
-            "the same --limit, or --update"
+            f"{len(before.documents)}: run with the same --limit, or --update"
         )
     for what in ("questions", "images"):
         pairs = zip(before.documents, getattr(before, what), getattr(after, what), strict=True)
@@ -189,13 +188,6 @@ def _refuse_moved(before: TaskBaseline, after: TaskBaseline) -> None:
         raise Broken(f"another scorer than the baseline's: {told or 'its settings changed'}")
     if before.scorer and after.scorer and before.scorer != after.scorer:
         raise Broken("another scorer than the baseline's: its source changed")
-
-
-def _refuse_other_data(name: str, baseline: Baseline, facts: Provenance | None) -> None:
-    before = ((baseline.made_of or {}).get("data") or {}).get(name)
-    moved = other_data(before, facts.data.get(name) if facts else None)
-    if moved:
-        raise Broken(moved)
 
 
 def _refuse_unscored(key: str, total: float | None, after: TaskBaseline) -> None:

@@ -1,11 +1,11 @@
-"""The runs of a ladder: one run of lmms-eval per proposer, in a folder of its own."""
+"""The runs of a ladder: one run of lmms-eval per proposer, each in its own folder."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +26,17 @@ TAIL = 15
 
 
 class RunFailed(ValueError):
-    """lmms-eval left no complete results; it exits with 0 all the same."""
+    """Raised if lmms-eval, which exits with 0 even then, left no complete results."""
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """What all runs have in common; `model_args` names no proposer.
+    """What all runs have in common.
 
-    processes: Of each run on this machine, with a share of the documents each.
+    Attributes:
+        out: Folder of the runs.
+        model_args: Without a proposer.
+        processes: Processes of each run, which share its documents.
     """
 
     out: Path
@@ -117,28 +120,20 @@ def make_run(ladder: Ladder, proposer: str) -> tuple[Run, float]:
     """
     folder = ladder.folder(proposer)
     before = set(folder.rglob("*_results.json"))
+    folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
-    code, seconds = run_logged(ladder.command(proposer), log)
+    started = time.perf_counter()
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(ladder.command(proposer), stdout=file, stderr=file, check=False)
+    seconds = time.perf_counter() - started
     try:
         if not set(folder.rglob("*_results.json")) - before:
             raise BadRun(f"lmms-eval left no results in {folder}")
         return read_run(folder, NAMES.get(proposer, proposer)), seconds
     except BadRun as error:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        end = "\n".join(lines[-TAIL:])
         raise RunFailed(
-            f"proposer={proposer}: {error}. lmms-eval's exit code was {code}; {log} ends with:\n"
-            f"{end_of(log)}"
+            f"proposer={proposer}: {error}. lmms-eval's exit code was {done.returncode}; {log} "
+            f"ends with:\n{end}"
         ) from None
-
-
-def run_logged(command: Sequence[str], log: Path) -> tuple[int, float]:
-    """Runs a command with its output in a log; returns its exit code and seconds."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
-    return done.returncode, time.perf_counter() - started
-
-
-def end_of(log: Path) -> str:
-    """The last lines of a log."""
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:])

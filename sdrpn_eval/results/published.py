@@ -1,4 +1,4 @@
-"""What the paper printed (arXiv 2509.16944), and which of our scores is which of its columns.
+"""The paper's scores (arXiv 2509.16944), and our tasks and metrics for its columns.
 
 In percent. `throughput` is relative to stock on one A6000. The paper's TextVQA prompt carries no
 OCR tokens; with them (as in LLaVA's own evaluation) stock LLaVA-1.5-7B is at 58.2.
@@ -38,7 +38,7 @@ def _parsed(table: str) -> dict[tuple[str, str], dict[str, float]]:
 
 
 PUBLISHED: Mapping[tuple[str, str], Mapping[str, float]] = _parsed(_TABLE)
-"""(size, who says where to look) -> column -> score."""
+"""Scores by (size, method) and column."""
 
 COLUMN_OF: Mapping[tuple[str, str], str] = {
     ("docvqa_val", "anls"): "docvqa",
@@ -62,17 +62,14 @@ COLUMN_OF: Mapping[tuple[str, str], str] = {
     ("vstar_harness", "vstar_direct_attributes_acc"): "vstar_attribute",
     ("vstar_harness", "vstar_relative_position_acc"): "vstar_spatial",
 }
-"""(task, metric) -> column: whole data sets only, a subset is another benchmark.
-
-`X_public` is X, read without a login.
-"""
+"""Columns by (task, metric), for whole datasets only; `X_public` counts as X."""
 
 WITH_OCR: Mapping[tuple[str, str], float] = {("7b", "stock"): 58.2, ("13b", "stock"): 61.3}
-"""`textvqa_val_ocr` of LLaVA-1.5's own paper (arXiv 2310.03744), by row."""
+"""`textvqa_val_ocr` from the paper of LLaVA-1.5 (arXiv 2310.03744), by row."""
 
 
 def row_of(model: str, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The published row that a run repeats; None for other models and other ways to look."""
+    """The published row that a run corresponds to; None for other models and proposers."""
     if model == "qwen2_5_vl_sdrpn":
         return _qwen_row(arguments)
     pretrained = str(arguments.get("pretrained", LLAVA_7B)).lower()
@@ -105,7 +102,7 @@ def _follows_paper(arguments: Mapping[str, Any]) -> bool:
 def _is_published_resolution(
     row: tuple[str, str], column: str, arguments: Mapping[str, Any]
 ) -> bool:
-    """Whether a run of Qwen2.5-VL sees as many tokens as the published score of a column did."""
+    """Whether a run of Qwen2.5-VL has the image tokens of a column's published score."""
     least, most = (
         int(arguments.get(name, qwen.PIXELS)) // qwen.CELL_PIXELS
         for name in ("min_pixels", "max_pixels")
@@ -123,7 +120,7 @@ def _is_published_resolution(
 def published_score(
     model: str, arguments: Mapping[str, Any], task: str, metric: str
 ) -> float | None:
-    """The paper's number for what a run measured, in percent.
+    """The paper's score for a run's metric, in percent.
 
     Args:
         model: Name of the model in lmms-eval.
@@ -132,7 +129,7 @@ def published_score(
         metric: Name of its metric.
 
     Returns:
-        The score; None where the paper has none for this model, task and metric.
+        The score; None if the paper has none for this model, task and metric.
     """
     column, row = COLUMN_OF.get((task.removesuffix("_public"), metric)), row_of(model, arguments)
     if row and (task, metric) == ("textvqa_val_ocr", "exact_match"):

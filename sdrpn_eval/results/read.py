@@ -1,8 +1,8 @@
-"""Reads what lmms-eval left in an output folder, with suspicion.
+"""Reads and validates an output folder of lmms-eval.
 
-lmms-eval exits with 0 whatever happened, so a run counts as complete only if its results file, one
-samples file per task and every document in it exist. Its `doc_hash` is the hash of "null" on every
-line (0.7.3): documents are told apart by id, prompt, target and the images in our record.
+lmms-eval exits with 0 even after errors, so a run is complete only if its results file, a samples
+file per task and all documents in it exist. Its `doc_hash` is the same on every line (0.7.3), so
+documents are identified by id, prompt, target and the images in our record.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BESIDE = " | "
 
 
 class BadRun(ValueError):
-    """A run that is missing, partial or broken; the message is one sentence per problem."""
+    """Raised for a run that is missing, partial or broken; a sentence per problem."""
 
 
 @dataclass(frozen=True)
@@ -133,19 +133,19 @@ class Run:
 
     @property
     def by_command_line(self) -> bool:
-        """Whether lmms-eval's command line made the run, and so loaded the model after `began`."""
+        """Whether lmms-eval's command line started the run, and loaded the model after `began`."""
         return bool(self.results["config"].get("resolved_cli_args")) and not self.scored_from
 
 
 def output_root(run: Run) -> Path:
-    """The --output_path of a run: lmms-eval adds the model's name, which may be two folders."""
+    """The --output_path of a run, to which lmms-eval appends the model's name."""
     name = str(run.results.get("model_name_sanitized") or "")
     above = run.file.resolve().parents
     return above[min(len(Path(name).parts), len(above) - 1)]
 
 
 def beside(run: Run) -> list[Path]:
-    """Where a run's record may be beside its results."""
+    """Folders next to a run's results where its record may be."""
     roots = (run.folder.resolve(), run.file.resolve().parent, output_root(run))
     return [folder / place for folder in dict.fromkeys(roots) for place in PLACES]
 
@@ -166,7 +166,7 @@ def results_began(results: Results) -> datetime:
 
 
 def results_ended(results: Results) -> datetime:
-    """When a results file was written, by what it says itself: a copy has another file time.
+    """When a results file was written, from its content: copies have other file times.
 
     Raises:
         ValueError: If the file does not say.
@@ -243,11 +243,6 @@ def parse_results(file: Path) -> Results:
     return results
 
 
-def samples_file(file: Path, task: str) -> Path:
-    """The samples file of a task, beside a results file."""
-    return file.with_name(file.name.removesuffix(RESULTS) + f"_samples_{task}.jsonl")
-
-
 def _read_task(file: Path, results: Results, task: str) -> TaskRun:
     if task not in results["configs"]:
         raise BadRun(f"{file} has no results for {task}")
@@ -255,7 +250,7 @@ def _read_task(file: Path, results: Results, task: str) -> TaskRun:
     if scores is None:
         raise BadRun(f"{file} lists {task} without a score")
     totals = read_totals(scores)
-    path = samples_file(file, task)
+    path = file.with_name(file.name.removesuffix(RESULTS) + f"_samples_{task}.jsonl")
     if not path.exists():
         raise BadRun(f"{file} has no samples of {task} beside it; run with --log_samples")
     counts = results.get("n-samples", {}).get(task, Counts())
@@ -269,7 +264,7 @@ def _read_task(file: Path, results: Results, task: str) -> TaskRun:
 
 
 def read_totals(scores: Mapping[str, Any]) -> dict[str, float | None]:
-    """A task's scores by "metric,filter"; None for what is no number, such as a submission."""
+    """A task's scores by "metric,filter"; None for those that are not numbers."""
     totals: dict[str, float | None] = {}
     for key, value in scores.items():
         metric = key.rpartition(",")[0]
@@ -279,13 +274,13 @@ def read_totals(scores: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _expected(counts: Counts, original: int, offset: int) -> range:
-    """The document ids that a run with --limit and --offset asks."""
+    """The document ids of a run with --limit and --offset."""
     effective = counts.get("effective", original)
     return range(offset, min(offset + effective, original) if effective > 0 else original)
 
 
 def _read_samples(path: Path, filters: list[str]) -> dict[int, Sample]:
-    """Samples by document; with several filters a document has one line for each, in order."""
+    """Samples by document, which has a line for each filter."""
     seen: Counter[int] = Counter()
     samples: dict[int, Sample] = {}
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The record and the provenance that belong to a run: only where they are of this very run."""
+"""Finds the record and the provenance of a run among those in its folders."""
 
 from __future__ import annotations
 
@@ -31,61 +31,61 @@ from sdrpn_eval.results.read import (
 from sdrpn_eval.results.scores import Document
 
 SET_BACK = timedelta(seconds=2)
-"""What a clock may be set back by while a run starts."""
+"""Tolerance for a clock that is set back while a run starts."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a run saw, by document; see `_of_document`. notes: what there is to say about it."""
+    """What a run saw.
+
+    Attributes:
+        looks: By document, see `_of_document`.
+        notes: Sentences about missing or refused parts.
+    """
 
     looks: Mapping[Document, RecordLine] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 def read_looks(run: Run) -> Record:
-    """What a run saw, by the record that belongs to it."""
+    """Reads what a run saw from its record."""
     lines, notes = record_lines(run)
     return _as_record(run, lines) if lines else Record(notes=notes)
 
 
 def record_lines(run: Run) -> tuple[list[RecordLine], tuple[str, ...]]:
-    """Lines of the record that belongs to a run, beside its output or where `record=` put it.
+    """Reads the lines of a run's record, next to its output or where `record=` put it.
 
-    They are found by the run's name and time, see `own_name`, whatever they answer. Without any,
-    sentences that say why: a record whose answers contradict the samples is not used either.
+    The run is identified by its provenance or by time, see `own_name`.
+
+    Returns:
+        The lines; and if there are none, sentences with the reasons.
     """
     if run.model not in ARGUMENTS:
         return [], ()
     folders = [f for f in record_folders(run) if any(f.glob("record_*_rank*.jsonl"))]
     if not folders:
         return [], (f"{run.name}: no record found",)
-    refused = []
+    notes = []
     for folder in folders:
         every = [line for line in read_all_records(folder) if line.task in run.tasks]
         names = {line.run for line in every}
         name = own_name(run, names, folder)
         lines = [line for line in every if line.run == name]
-        wrong = _contradictions(run, lines)
-        if every and not lines:
-            refused.append(
+        if lines:
+            return lines, ()
+        if every:
+            notes.append(
                 f"{run.name}: the record in {folder} is of other runs, the latest of which began "
                 f"at {max(names)}, and is not used"
             )
-        if lines and not wrong:
-            return lines, ()
-        if wrong:
-            refused.append(
-                f"{run.name}: the record in {folder} is of another run ({wrong} of "
-                f"{counted(len(lines), 'answer')} "
-                "differ) and is not used"
-            )
-    return [], tuple(refused) or (f"{run.name}: the record holds none of its questions",)
+    return [], tuple(notes) or (f"{run.name}: the record holds none of its questions",)
 
 
 def record_folders(run: Run) -> list[Path]:
-    """Folders that may hold this run's record and facts: `record=`, then beside its output.
+    """Folders that may hold a run's record and provenance: `record=`, then next to its output.
 
-    A run scored anew has its own copy, with the new scorer in its facts.
+    A rescored run has its own copy, with the new scorer in its provenance.
     """
     named = None if run.scored_from else _named_record(run)
     places = [Path(named).expanduser()] if named else []
@@ -93,8 +93,8 @@ def record_folders(run: Run) -> list[Path]:
 
 
 def _named_record(run: Run) -> str | None:
-    """What `record=` names."""
-    # Where no provenance holds the arguments, reading them takes lmms-eval's parser, and seconds.
+    """The folder in `record=`; None without one."""
+    # Without provenance, parsing arguments imports lmms-eval's parser, which takes seconds.
     if "record" not in str(run.results["config"].get("model_args")):
         return None
     named = str(run.arguments.get("record", "none"))
@@ -105,12 +105,12 @@ def _is_record(folder: Path) -> bool:
     names = ("record_*_rank*.jsonl", FILES)
     try:
         return any(any(folder.glob(name)) for name in names)
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a valid file name
         return False
 
 
 def unfinished_later_run(run: Run) -> str | None:
-    """The name of a run that began in this output folder after its results, and left none."""
+    """The name of a run that began after these results in the same folder and left none."""
     begun = set()
     for folder in beside(run):
         begun |= set(begun_runs(folder))
@@ -136,22 +136,6 @@ def _after_all(name: str, ends: Sequence[datetime]) -> bool:
     return at is not None and all(at > end for end in ends)
 
 
-def _contradictions(run: Run, lines: list[RecordLine]) -> int:
-    """Lines of documents that the run has not, or answered otherwise.
-
-    The answer must stand in the samples' response, which a task's filter may have shortened.
-    """
-    wrong = 0
-    for line in lines:
-        sample = run.tasks[line.task].samples.get(line.doc_id)
-        if sample is None:
-            wrong += 1
-        elif not line.is_loss:
-            said, recorded = sample.answer.strip(), line.answer.strip()
-            wrong += said not in recorded and recorded not in said
-    return wrong
-
-
 def _as_record(run: Run, lines: list[RecordLine]) -> Record:
     by_document: dict[Document, list[RecordLine]] = {}
     for line in lines:
@@ -167,12 +151,13 @@ def _as_record(run: Run, lines: list[RecordLine]) -> Record:
 
 
 def _of_document(lines: list[RecordLine], repeats: int) -> RecordLine:
-    """The lines of a document as one: the first, with the seconds and tokens of one answer.
+    """Merges the lines of a document: the first one, with the seconds and tokens of one answer.
 
-    Those are summed over the options of a multiple choice, and the mean over its repeats.
+    Seconds and tokens are summed over the options of a multiple choice, and averaged over repeats.
 
-    repeats: how often lmms-eval asked the document: it writes down as many lines, or as many for
-        each option.
+    Args:
+        lines: One per repeat, or per option and repeat.
+        repeats: How often lmms-eval asked the document.
     """
     options = max(1, round(len(lines) / repeats)) if lines[0].is_loss else 1
     times = len(lines) / options
@@ -182,7 +167,7 @@ def _of_document(lines: list[RecordLine], repeats: int) -> RecordLine:
 
 
 def averages(record: Record, documents: Sequence[Document]) -> dict[str, float | int | None]:
-    """Share of questions zoomed, mean crop share of the zoomed, tokens and seconds a question."""
+    """Averages over questions: share zoomed, crop share of the zoomed, tokens, seconds."""
     looks = [record.looks[d] for d in documents if d in record.looks]
     shares = [look.share for look in looks if look.share is not None]
     if not looks:
@@ -200,9 +185,9 @@ def averages(record: Record, documents: Sequence[Document]) -> dict[str, float |
 
 
 def read_facts(run: Run, folders: list[Path]) -> Provenance | None:
-    """The run's own facts, see `own_name`; None where no folder holds them.
+    """Reads the provenance of a run, see `own_name`; None if no folder holds it.
 
-    Another model may have written its results beside ours: it leaves no facts.
+    Another model's results may lie next to ours; it leaves no provenance.
     """
     if run.model not in ARGUMENTS:
         return None
@@ -215,51 +200,38 @@ def read_facts(run: Run, folders: list[Path]) -> Provenance | None:
 
 
 def own_name(run: Run, names: Iterable[str], folder: Path) -> str | None:
-    """Which of the runs that left something in a folder is the one that left these results.
+    """Finds the name of a run among those in a record's folder.
 
-    A run is named by the time when its model was made. lmms-eval's command line makes it right
-    after the time that stands in the results, so it is the first one of those that began while the
-    evaluation ran, and that has its arguments: others may run in the same folder at the same time.
-    From Python the model may be older, and a run scored anew has the record of the one it is from:
-    there it is the last one that began before the results were written.
+    Provenance lists the dates of the evaluations that asked the model, one of which is that of the
+    results. Older versions did not record them: there it is the first run that began during the
+    evaluation, whose command line makes the model right after its date; or, from Python, where the
+    model may be older, the last one that began before the results were written.
 
     Args:
-        names: of runs, as in facts and records; those that are no time are left out.
-        folder: where their facts are.
+        run: The run.
+        names: From records and provenance; those that are not times are ignored.
+        folder: Where their provenance is.
 
     Returns:
-        One of the names; None where all are other runs'.
+        One of the names; None if all belong to other runs.
     """
-    begun = sorted(name for name in set(names) if (at := moment(name)) and at <= run.ended)
-    if not run.by_command_line:
-        return begun[-1] if begun else None
-    inside = [name for name in begun if _moment(name) >= run.began - SET_BACK]
-    if len(inside) > 1:
-        inside = [name for name in inside if not _has_other_arguments(run, name, folder)]
-    # After its time stands before just before it.
-    return min(inside, key=lambda name: (_moment(name) < run.began, name), default=None)
+    times = {name: at for name in set(names) if (at := moment(name)) and at <= run.ended}
+    files = begun_runs(folder)
+    facts = {name: _merged(files[name]) for name in times if name in files}
+    own = [name for name, of in facts.items() if _lists(of, run)]
+    if own:
+        return max(own)
+    old = sorted(name for name in times if name not in facts or not facts[name].evaluations)
+    if run.by_command_line:
+        return next((name for name in old if times[name] >= run.began - SET_BACK), None)
+    return old[-1] if old else None
 
 
-def _has_other_arguments(run: Run, name: str, folder: Path) -> bool:
-    """Whether a run's facts tell of other arguments than the results do."""
-    files = begun_runs(folder).get(name)
-    recorded = _merged(files).arguments if files else {}
-    for argument, value in run.arguments.items():
-        # A prompt may be named by its file, and is recorded as its text.
-        if argument in recorded and argument != "system_prompt":
-            try:
-                given = getattr(ARGUMENTS[run.model].of({argument: value}), argument)
-            except ValueError:  # of another version
-                continue
-            if given != recorded[argument]:
-                return True
-    return False
-
-
-def _moment(name: str) -> datetime:
-    at = moment(name)
-    assert at is not None  # names that are no time are left out before
-    return at
+def _lists(facts: Provenance, run: Run) -> bool:
+    """Whether a run's provenance lists the evaluation of these results, with the same arguments."""
+    given = run.results["config"].get("model_args")
+    same = facts.model_args is None or facts.model_args.text == given
+    return same and run.results["date"] in facts.evaluations
 
 
 def _merged(files: list[Path]) -> Provenance:

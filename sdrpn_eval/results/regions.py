@@ -1,4 +1,4 @@
-"""Where a run looked and where the answer is: tells errors of looking from errors of reading."""
+"""Compares regions with true boxes, to tell errors of looking from errors of reading."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = ("small", "medium", "large")
 
 @dataclass(frozen=True)
 class Looking:
-    """Questions of one size; wrong answers are split by what went wrong.
+    """Counts over questions, by the size of the true box.
 
     Attributes:
         to_share: The largest true box among them, as a share of its image.
@@ -44,7 +44,13 @@ class Looking:
 def where_it_looked(
     record: Record, boxes: Mapping[Document, PixelBox], right: Mapping[Document, bool]
 ) -> list[Looking]:
-    """A row for all questions with a true box and a record, then one per third by size."""
+    """Counts over all questions with a true box and a record, then per third by size.
+
+    Args:
+        record: Of the run.
+        boxes: True boxes.
+        right: Whether each answer is right.
+    """
     known = [d for d in right if d in boxes and d in record.looks and record.looks[d].size]
     if not known:
         return []
@@ -89,7 +95,7 @@ def _row(
 
 
 def outcome(regions: Sequence[Any], box: PixelBox) -> str:
-    """`no zoom`, `held` or `missed`."""
+    """`no zoom`; else `held` or `missed`, whether regions cover HOLDS of the true box."""
     if not regions:
         return "no zoom"
     return "held" if covered(regions, box) >= HOLDS else "missed"

@@ -1,11 +1,11 @@
-"""Asks a document of a run again, with the same task, model and arguments; says what moved."""
+"""Repeats one document of a run with the same task, model and arguments; lists what changed."""
 
 from __future__ import annotations
 
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,19 @@ from sdrpn_eval.results.responses import Source, arguments_of
 from sdrpn_eval.results.scores import Document
 
 DEVICE = ("type", "name", "cuda", "platform")
-"""Facts of the device that identify the hardware."""
+"""Properties of the device that identify the hardware."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """The answer at one time, and the record's line about it; None without a record."""
+    """An answer and the line of the record about it; None without a record."""
 
     answer: str
     line: RecordLine | None
 
     @property
-    def regions(self) -> list[PixelBox]:
-        return [*self.line.regions] if self.line else []
+    def regions(self) -> Sequence[PixelBox]:
+        return self.line.regions if self.line else ()
 
     @property
     def reason(self) -> str:
@@ -67,10 +67,13 @@ class Replay:
 
     def save(self, path: Path) -> None:
         """Writes it as JSON."""
-        content = {k: v for k, v in asdict(self).items() if k != "document"}
-        for name, look in (("then", self.then), ("now", self.now)):
-            content[name]["line"] = look.line and look.line.as_dict()
         task, doc_id = self.document
+        looks = {
+            name: {"answer": look.answer, "line": look.line and look.line.as_dict()}
+            for name, look in (("then", self.then), ("now", self.now))
+        }
+        content = {"prompt": self.prompt, "target": self.target, **looks}
+        content |= {"moved": self.moved, "scores": self.scores}
         write_json(path, {"task": task, "doc_id": doc_id, "same": self.same, **content})
 
 
@@ -82,7 +85,7 @@ def ask_again(
     Args:
         source: The run.
         document: (task, document id).
-        model_args: Model arguments, as lmms-eval takes them, that replace recorded ones.
+        model_args: Model arguments in lmms-eval's syntax that replace recorded ones.
         manager: lmms-eval's index of tasks.
         out: Folder to write to.
 
@@ -94,7 +97,7 @@ def ask_again(
     overrides = parse_arguments(model_args)
     given = arguments_again(source, overrides)
     with tempfile.TemporaryDirectory() as folder:
-        # An empty record, so that nothing is answered from an earlier one.
+        # An empty record, so that no earlier answer is reused.
         model = MODEL_CLASSES[source.config["model"]](**given | {"record": folder, "batch_size": 1})
         config = dict(source.config) | {"limit": 1, "offset": doc_id}
         results = evaluate_again(model, [task], config, manager, out, predict_only=True)
@@ -138,7 +141,7 @@ def _refuse_unknown(source: Source, document: Document) -> None:
 
 
 def arguments_again(source: Source, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's arguments, some replaced; a preset replaces all arguments that it sets."""
+    """The run's arguments with overrides; a preset replaces all arguments that it sets."""
     if source.facts is not None:
         recorded = arguments_of(source.facts)
     else:
@@ -158,7 +161,7 @@ def _then(source: Source, document: Document) -> Look:
 
 
 def _said(lines: Sequence[RecordLine]) -> str:
-    """The answer; of a multiple choice, the option with the smallest loss, as lmms-eval does."""
+    """The answer; of a multiple choice, the option with the smallest loss, as in lmms-eval."""
     if lines[0].is_loss:
         best = min(lines, key=lambda line: math.inf if line.loss is None else line.loss)
         return str(best.continuation).strip()
@@ -172,7 +175,7 @@ def _moved(
     line_now: RecordLine,
     overrides: Mapping[str, Any],
 ) -> list[str]:
-    """Sentences about everything recorded that differs."""
+    """Sentences about all recorded properties that differ."""
     found = []
     if then is None or now is None:
         found.append("the run left no facts: what else has moved is not known")
@@ -195,7 +198,7 @@ def _moved(
 
 
 def _draw(replay: Replay, data: TaskData, grid_of: Any, out: Path) -> None:
-    """Writes replay.png, what was seen then and now, and crop_1.png etc., the crops of now."""
+    """Writes replay.png, with the regions then and now, and crop_1.png etc., the crops now."""
     _, doc_id = replay.document
     image = data.image(doc_id)
     if image is None:
@@ -203,7 +206,6 @@ def _draw(replay: Replay, data: TaskData, grid_of: Any, out: Path) -> None:
     answers = {"then": replay.then.answer, "now": replay.now.answer}
     if replay.target is not None:
         answers["right"] = replay.target
-    looks = {"then": replay.then, "now": replay.now}
     cards = [
         Card(
             image,
@@ -215,9 +217,9 @@ def _draw(replay: Replay, data: TaskData, grid_of: Any, out: Path) -> None:
             truth=data.box(doc_id),
             note=f"seen {name}. {look.reason}".strip(),
         )
-        for name, look in looks.items()
+        for name, look in (("then", replay.then), ("now", replay.now))
         if look.line is not None
     ]
     sheet(cards, out / "replay.png")
     for number, box in enumerate(replay.now.regions, start=1):
-        image.convert("RGB").crop((box.x0, box.y0, box.x1, box.y1)).save(out / f"crop_{number}.png")
+        image.convert("RGB").crop(box).save(out / f"crop_{number}.png")

@@ -1,7 +1,7 @@
-"""Scores recorded responses anew: lmms-eval evaluates a model that replays them.
+"""Rescores recorded responses: lmms-eval evaluates a model that replays them.
 
 Filters, `process_results`, aggregation and groups are lmms-eval's own, and so are the results and
-samples that it writes: `compare` and `gate` read them like those of any run.
+samples, which `compare` and `gate` read like those of any run.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from sdrpn_eval.results.scores import Document, document_value
 
 
 class Moved(ValueError):
-    """Tasks that now ask something else than the run was asked; the message names what."""
+    """Raised if tasks now ask something else than the run was asked; names what."""
 
 
 class RecordedAnswers(lmms):
     """A model of lmms-eval that replays the responses of a run.
 
-    Its methods raise Moved if the questions are others, by documents and prompts, and for a run
-    with facts also by the content of its data.
+    Its methods raise Moved if documents or prompts differ, or, for a run with provenance, the
+    content of the data.
 
     Attributes:
-        scorers: Fingerprints of the tasks' present scorers, for a run with facts.
+        scorers: Fingerprints of the tasks' present scorers, for a run with provenance.
     """
 
     def __init__(self, source: Source) -> None:
         super().__init__()
-        # Tasks have two ways to render prompts; the results say which one was used.
+        # Tasks can render prompts in two ways; the results name the one used.
         self.is_simple = "(chat)" not in str(source.config.get("model_backend", ""))
         self.scorers: dict[str, dict[str, str]] = {}
         self._source = source
@@ -61,7 +61,7 @@ class RecordedAnswers(lmms):
         return self._again(requests)
 
     def clean(self) -> None:
-        """Does nothing: there is no model whose memory must be freed, which takes seconds."""
+        """Does nothing, as there is no model to free, which takes seconds."""
 
     def _again(self, requests: list[Any]) -> list[GenerationResult]:
         by_task: dict[str, list[Any]] = defaultdict(list)
@@ -100,8 +100,7 @@ class RecordedAnswers(lmms):
             was = self._answers[task, moved[0]].prompt
             raise Moved(
                 f"{task}: another prompt in {counted(len(moved), 'document')}, such as "
-                f"{moved[0]}: it was "
-                f"{was!r}, and is {str(first[moved[0]].args[0])!r}"
+                f"{moved[0]}: it was {was!r}, and is {str(first[moved[0]].args[0])!r}"
             )
         self._check_facts(task, instances)
 
@@ -111,15 +110,16 @@ class RecordedAnswers(lmms):
 
     def _check_facts(self, task: str, instances: Sequence[Any]) -> None:
         facts = self._source.facts
-        if facts is None or task not in facts.data:
+        if facts is None or task not in facts.tasks:
             return
+        recorded = facts.tasks[task]
         requests = parse(instances)
         rows = self.task_dict[task][requests[0].split]
         now = {
             "data": fingerprints.data_fingerprint(rows, (r.doc_id for r in requests)),
             "prompts": fingerprints.prompts_fingerprint(requests),
         }
-        for what, then in (("data", facts.data[task]), ("prompts", facts.prompts[task])):
+        for what, then in (("data", recorded.data), ("prompts", recorded.prompts)):
             if then != now[what]:
                 raise Moved(
                     f"{task}: other {what} than the run was asked (fingerprint {then} then, "
@@ -133,7 +133,7 @@ class RecordedAnswers(lmms):
 
 
 def score_again(source: Source, out: Path, manager: Any) -> Run:
-    """Scores the responses of a run and writes results and samples.
+    """Rescores the responses of a run and writes results and samples.
 
     Args:
         source: The run.
@@ -158,7 +158,7 @@ def score_again(source: Source, out: Path, manager: Any) -> Run:
     results["rescored"] = {"from": str(source.place), "date": date_of(source)}
     _save(source, results, samples, out)
     if model.scorers:
-        _copy_record(source, model.scorers, out / PLACES[0])
+        _copy_record(source, model.scorers, str(results["date"]), out / PLACES[0])
     return read_run(out)
 
 
@@ -185,7 +185,7 @@ def _root(source: Source) -> Path:
 
 
 def _refuse_other_targets(source: Source, samples: Mapping[str, Sequence[Any]]) -> None:
-    """Without facts, a corrected target cannot be told from another document."""
+    """Without provenance, a corrected target cannot be told from other data."""
     tasks = source.run.tasks if source.run else {}
     for task, lines in samples.items():
         then = tasks[task].samples
@@ -193,8 +193,8 @@ def _refuse_other_targets(source: Source, samples: Mapping[str, Sequence[Any]]) 
         if moved:
             raise Moved(
                 f"{task}: another target in {counted(len(moved), 'document')}, such as "
-                f"{moved[0]}, and the "
-                "run left no facts that would tell a mended target from other data"
+                f"{moved[0]}, and the run left no facts that would tell a mended target from other "
+                "data"
             )
 
 
@@ -206,7 +206,7 @@ def _save(source: Source, results: dict[str, Any], samples: Mapping[str, Any], o
     known.model_source = old.get("model_source") or str(source.config["model"])
     known.model_name = old.get("model_name") or name
     known.model_name_sanitized = old.get("model_name_sanitized") or sanitize_model_name(name)
-    # The responses cost what they cost in the run.
+    # The cost of the responses is that of the original run.
     results |= {k: old[k] for k in ("usage", "throughput", "efficiency") if k in old}
     date = results["date"]
     tracker.save_results_aggregated(results=results, samples=dict(samples), datetime_str=date)
@@ -214,13 +214,15 @@ def _save(source: Source, results: dict[str, Any], samples: Mapping[str, Any], o
         tracker.save_results_samples(task_name=task, samples=samples[task])
 
 
-def _copy_record(source: Source, scorers: Mapping[str, Mapping[str, str]], folder: Path) -> None:
-    """Copies the record and facts of the scored tasks, with the present scorers."""
+def _copy_record(
+    source: Source, scorers: Mapping[str, Mapping[str, str]], date: str, folder: Path
+) -> None:
+    """Copies record and provenance of the scored tasks, with the present scorers and date."""
     for file in source.facts.files if source.facts else ():
         facts = read_object(file)
         own = {t: marks for t, marks in facts["tasks"].items() if t in scorers}
         facts["tasks"] = {t: marks | dict(scorers[t]) for t, marks in own.items()}
-        write_json(folder / file.name, facts)
+        write_json(folder / file.name, facts | {"evaluations": [date]})
     lines = [line for line in source.lines if line.task in scorers]
     if lines:
         RecordWriter(folder, 0).append(lines)
@@ -263,6 +265,6 @@ def _changed(old: Run, scored: Run, name: str, key: str) -> int | None:
 
 
 def _score(value: Any) -> str:
-    """A document's score as text, since NaN differs from itself; without a score, its value."""
+    """A document's score, or else its value, as text, in which NaN equals itself."""
     score = document_value(value)
     return json.dumps(value if score is None else score, sort_keys=True)

@@ -1,7 +1,7 @@
-"""Reads the responses of a run: from its samples, else from our record.
+"""Reads the responses of a run: as our record holds them, else from lmms-eval's samples.
 
-lmms-eval logs what its filters left of a response. If they did more than take the first of several
-answers, only our record holds the response itself.
+The record holds each response as the model gave it. lmms-eval logs what its filters left of a
+response, which is the response itself only where they take the first of several and no more.
 """
 
 from __future__ import annotations
@@ -13,35 +13,32 @@ from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, TokenCounts
-from lmms_eval.api.reasoning import parse_reasoning_tags_config
 
-from sdrpn.io.atomic import parsed
 from sdrpn.io.plurals import counted
 from sdrpn_eval import request_types
-from sdrpn_eval.command_line import written_arguments
+from sdrpn_eval.args import ARGUMENTS
 from sdrpn_eval.provenance.model import Provenance, read_latest
 from sdrpn_eval.record import RecordLine, read_all_records
 from sdrpn_eval.results.read import (
     PLACES,
     BadRun,
     Run,
+    Sample,
     TaskRun,
     find_results,
     parse_results,
     read_run,
-    samples_file,
 )
 from sdrpn_eval.results.records import read_facts, record_folders, record_lines
 from sdrpn_eval.results.scores import Document
-from sdrpn_eval.schemas import SAMPLE
 
 NOT_ARGUMENTS = ("record", "resume", "batch_size", "max_batch_size")
-"""Arguments that say how a run was executed, and not what was asked."""
+"""Arguments that do not affect the questions or answers."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A run to score or ask again: lmms-eval's results with samples, our record, or both.
+    """A run to rescore or replay: lmms-eval's results with samples, our record, or both.
 
     Attributes:
         place: The results file, else the record's folder.
@@ -72,14 +69,13 @@ class Answered:
     """The responses to one document.
 
     Attributes:
-        given: In the order in which lmms-eval asks: every request, every repeat.
-        prompt, target: From the samples; None from a record alone.
-        by_words: Responses of a multiple choice by option, from a record, whose order differs.
+        given: One per repeat.
+        prompt: From the samples; None from a record alone.
+        by_words: Responses of a multiple choice by option, whose order in the record differs.
     """
 
     given: tuple[GenerationResult, ...]
     prompt: str | None = None
-    target: str | None = None
     by_words: Mapping[str, GenerationResult] | None = None
 
 
@@ -105,7 +101,7 @@ def read_source(path: Path, tasks: Sequence[str] = ()) -> Source:
     inner = {member for members in groups.values() for member in members}
     names = tuple(tasks) or tuple(name for name in groups if name not in inner)
     leaves = [leaf for name in names for leaf in _leaves(name, groups)]
-    # A file without groups: all of its tasks.
+    # Without groups, all tasks of the file are read.
     run = read_run(path, tasks=dict.fromkeys(leaves) if leaves else None)
     lines, _ = record_lines(run)
     facts = read_facts(run, record_folders(run))
@@ -125,18 +121,18 @@ def _from_record(folder: Path, tasks: Sequence[str]) -> Source:
     if facts is None:
         raise BadRun(f"{folder} holds a record without run facts: nothing says what was asked")
     lines = [line for line in read_all_records(folder) if line.run == facts.run]
-    held = {t: {line.doc_id for line in lines if line.task == t} for t in facts.documents}
+    held = {t: {line.doc_id for line in lines if line.task == t} for t in facts.tasks}
     for task, ids in held.items():
-        if len(ids) < facts.documents[task]:
+        asked = facts.tasks[task].documents
+        if len(ids) < asked:
             raise BadRun(
-                f"{folder} holds {len(ids)} of the {counted(facts.documents[task], 'document')} "
-                f"of {task}: "
-                "start the same lmms-eval command again, it goes on there"
+                f"{folder} holds {len(ids)} of the {counted(asked, 'document')} of {task}: start "
+                "the same lmms-eval command again, it goes on there"
             )
     every = [i for ids in held.values() for i in ids]
     config = {
-        "model": "llava_sdrpn",
-        "model_args": written_arguments(arguments_of(facts)),
+        "model": _model_of(facts),
+        "model_args": facts.model_args.text if facts.model_args else arguments_of(facts),
         "limit": max(every) - min(every) + 1,
         "offset": min(every),
         **_seeds(facts),
@@ -145,129 +141,44 @@ def _from_record(folder: Path, tasks: Sequence[str]) -> Source:
     return Source(folder, tuple(tasks) or tuple(held), config, None, facts, lines)
 
 
+def _model_of(facts: Provenance) -> str:
+    """The model's name in lmms-eval: that of the class whose arguments the run has."""
+    known = {name: kind.model_fields.keys() for name, kind in ARGUMENTS.items()}
+    return max(known, key=lambda name: len(known[name] & facts.arguments.keys()))
+
+
 def _seeds(facts: Provenance) -> dict[str, int]:
-    """As lmms-eval's results name them; none if the run was not started by its command line."""
+    """Seeds by their names in lmms-eval's results; empty if it was not started by command line."""
     names = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
     given = facts.seeds if isinstance(facts.seeds, list) else []
     return dict(zip(names, given, strict=True)) if len(given) == len(names) else {}
 
 
 def arguments_of(facts: Provenance) -> dict[str, Any]:
-    """The model arguments that decide what is asked."""
+    """The model arguments that affect questions or answers."""
     given = facts.arguments.items()
     return {k: v for k, v in given if v is not None and k not in NOT_ARGUMENTS}
 
 
 def date_of(source: Source) -> str:
-    """When the run was made, by its own account."""
+    """The date in the run's own files."""
     if source.run is not None:
         return str(source.run.results["date"])
     return source.facts.run if source.facts else datetime.now(UTC).isoformat()
 
 
 def answers_of(source: Source) -> dict[Document, Answered]:
-    """The responses to every document. Raises BadRun if neither samples nor record hold them."""
+    """The responses to every document. Raises BadRun if neither record nor samples hold them."""
     lines: dict[Document, list[RecordLine]] = {}
     for line in source.lines:
         lines.setdefault((line.task, line.doc_id), []).append(line)
-    if source.run is None:
-        return {document: _recorded(own) for document, own in lines.items()}
-    found: dict[Document, Answered] = {}
-    for task in source.run.tasks.values():
-        for doc_id, written in _written(samples_file(source.place, task.name)).items():
+    found = {document: _recorded(own) for document, own in lines.items()}
+    for task in source.run.tasks.values() if source.run else ():
+        for doc_id, sample in task.samples.items():
             document = task.name, doc_id
-            found[document] = _answered(written, task, source, lines.get(document, []))
+            answered = found.get(document) or _logged(sample, task, source.place)
+            found[document] = replace(answered, prompt=sample.prompt or None)
     return found
-
-
-def _written(path: Path) -> dict[int, list[dict[str, Any]]]:
-    """The lines of a samples file by document: one per filter of the task, in its order."""
-    found: dict[int, list[dict[str, Any]]] = {}
-    with path.open("rb") as file:
-        for text in file:
-            line = parsed(SAMPLE, text)
-            found.setdefault(line["doc_id"], []).append(dict(line))
-    return found
-
-
-def _answered(
-    written: Sequence[Mapping[str, Any]],
-    task: TaskRun,
-    source: Source,
-    recorded: Sequence[RecordLine],
-) -> Answered:
-    prompt, target = written[0].get("input"), str(written[0].get("target"))
-    said = _as_said(written, task.config, source.config)
-    if said is None and recorded:
-        return replace(_recorded(recorded), prompt=prompt, target=target)
-    if said is None:
-        raise BadRun(
-            f"{source.place}: the samples of {task.name} hold what its filters left of the answers "
-            f"({task.config.get('filter_list')}), and no record of the run tells the whole"
-        )
-    counts = [_token_counts(count) for count in written[0].get("token_counts") or []]
-    return Answered(tuple(_given(said, counts, task.config)), prompt, target)
-
-
-def _as_said(
-    written: Sequence[Mapping[str, Any]], config: Mapping[str, Any], run: Mapping[str, Any]
-) -> list[list[Any]] | None:
-    """The responses as the model gave them, [request][repeat]; None if only filtered ones are left.
-
-    `resps` is the input of the filters, `filtered_resps` their output, one per request. lmms-eval
-    omits `resps` if both are equal, and the outer list if there is one request. If it strips
-    reasoning tags, as its command line does by default, `resps` is already filtered.
-    """
-    several = config.get("output_type") == "multiple_choice"
-    cut = parse_reasoning_tags_config(
-        (run.get("resolved_cli_args") or {}).get("reasoning_tags"), config.get("reasoning_tags")
-    )
-    if cut is not None:
-        place = _taking_the_first(config)
-        if place is None or (config.get("repeats") or 1) > 1:
-            return None
-        value = written[place].get("resps", written[place]["filtered_resps"])
-        return [[one] for one in (_options(value) if several else [value])]
-    line = written[0]
-    if "resps" in line:
-        return list(line["resps"]) if several else [list(line["resps"])]
-    return [[line["filtered_resps"]]]
-
-
-def _options(value: Any) -> list[Any]:
-    """The (loss, greedy) pairs of a multiple choice; lmms-eval unwraps a single one."""
-    return [value] if value and isinstance(value[0], str) else list(value)
-
-
-def _taking_the_first(config: Mapping[str, Any]) -> int | None:
-    """The first of a task's filters that leaves a response unchanged."""
-    filters = config.get("filter_list")
-    if not filters:
-        return 0
-    for place, one in enumerate(filters):
-        if all(step["function"] == "take_first" for step in one["filter"]):
-            return place
-    return None
-
-
-def _token_counts(count: Mapping[str, int] | None) -> TokenCounts | None:
-    return TokenCounts(**count) if count else None
-
-
-def _given(
-    said: Sequence[Sequence[Any]], counts: Sequence[TokenCounts | None], config: Mapping[str, Any]
-) -> Iterator[GenerationResult]:
-    losses = config.get("output_type") in ("multiple_choice", "loglikelihood")
-    for request, repeats in enumerate(said):
-        for one in repeats:
-            count = counts[request] if request < len(counts) else None
-            yield GenerationResult(_pair(one) if losses else one, count)
-
-
-def _pair(written: Sequence[str]) -> Any:
-    """(loss, greedy), which lmms-eval writes as strings."""
-    loss, greedy = written
-    return request_types.LossAndGreedy((float(loss), str(greedy) == "True"))
 
 
 def _recorded(lines: Sequence[RecordLine]) -> Answered:
@@ -276,3 +187,18 @@ def _recorded(lines: Sequence[RecordLine]) -> Answered:
         return Answered(given)
     words = [str(line.continuation) for line in lines]
     return Answered(given, by_words=dict(zip(words, given, strict=True)))
+
+
+def _logged(sample: Sample, task: TaskRun, place: Path) -> Answered:
+    """The response in lmms-eval's samples, of a run without a record of ours."""
+    config = task.config
+    filters = config.get("filter_list") or []
+    steps = [step["function"] for one in filters for step in one["filter"]]
+    in_words = (config.get("output_type") or "generate_until") == "generate_until"
+    if not in_words or set(steps) - {"take_first"} or (config.get("repeats") or 1) > 1:
+        raise BadRun(
+            f"{place}: the samples of {task.name} hold what its filters left of the answers "
+            f"({config.get('output_type')}, {filters}), and no record of the run tells the whole"
+        )
+    counts = None if sample.tokens == (None, None) else TokenCounts(*sample.tokens)
+    return Answered((GenerationResult(sample.answer, counts),))

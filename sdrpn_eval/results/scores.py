@@ -1,8 +1,8 @@
-"""One number per document and metric, or the reason why there is none.
+"""Scores per document and metric, or the reason why there are none.
 
 A metric is compared question by question only if the mean over its documents is the score that
-lmms-eval printed. POPE shows why: its lines carry `score` under `pope_f1_score` too, and that score
-is the accuracy's.
+lmms-eval reports. For POPE it is not: the `score` of its documents in `pope_f1_score` is the
+accuracy.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Scores:
 
 
 def document_value(value: Any, score_key: str = "score") -> float | None:
-    """A document's part in a metric: a number, or the one under `score`; else None."""
+    """A document's score: a number, or that under `score_key`; else None."""
     if isinstance(value, Mapping):
         value = value.get(score_key)
     return as_number(value)
 
 
 def task_scores(task: TaskRun) -> list[Scores]:
-    """Every metric of a task, in the order lmms-eval lists them."""
+    """All metrics of a task, in lmms-eval's order."""
     return [_metric(task, key, total) for key, total in task.totals.items()]
 
 
@@ -68,7 +68,7 @@ def _metric(task: TaskRun, key: str, total: float | None) -> Scores:
         for sample in task.samples.values()
         if key in sample.values
     }
-    # An entry without a score is a document of another group, and not part of the metric.
+    # An entry without a score is a document outside the metric's group.
     values = {document: v for document, v in found.items() if v is not None}
     reason = _why_not(metric, total, list(values.values()))
     better = task.higher_is_better.get(metric) is not False
@@ -76,7 +76,7 @@ def _metric(task: TaskRun, key: str, total: float | None) -> Scores:
 
 
 def _why_not(metric: str, total: float | None, values: list[float]) -> str:
-    """Why the documents' numbers are not the metric's; empty if they are."""
+    """Why the documents' scores do not give the metric; empty if they do."""
     if total is None:
         return "has no number, such as a file to hand in"
     if not values:
@@ -93,7 +93,7 @@ def _why_not(metric: str, total: float | None, values: list[float]) -> str:
 
 
 def group_scores(run: Run, group: str) -> list[Scores]:
-    """A group's metrics over the documents of all its tasks; none if a task was left out."""
+    """A group's metrics over the documents of all its tasks; empty if a task is missing."""
     if not set(run.groups[group]) <= set(run.tasks):
         return []
     members = {s.key: s for name in run.groups[group] for s in task_scores(run.tasks[name])}
@@ -126,7 +126,7 @@ def _group_metric(
 
 
 def all_scores(run: Run, tasks: list[str]) -> dict[tuple[str, str, str], Scores]:
-    """The metrics of tasks, and of the groups that consist of them."""
+    """All metrics of tasks, and of the groups that consist of them."""
     found = [s for name in tasks for s in task_scores(run.tasks[name])]
     found += [
         s

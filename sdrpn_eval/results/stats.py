@@ -1,4 +1,4 @@
-"""Means with 95 % intervals that know that questions on one image are not independent.
+"""Means with 95 % intervals and tests, clustered by image.
 
 docs/statistics.md names the methods and shows what they give.
 """
@@ -14,17 +14,17 @@ import numpy as np
 
 RESAMPLES = 2000
 BATCH = 200
-"""Resamples drawn at once: 5000 clusters of all 2000 would take hundreds of MB."""
+"""Resamples drawn at once, to bound memory."""
 FLIPS = 9999
-"""Sign patterns drawn where there are more of them; all of them are tried where there are fewer."""
+"""Sign patterns drawn; if there are fewer, all of them are used."""
 TAIL = 0.025
-"""Left out at each end of an interval."""
+"""Probability outside of each end of an interval."""
 NO_VARIANCE = 1e-24
-"""A variance of the mean below this is rounding: the clusters are all alike."""
+"""A smaller variance of the mean is rounding error: all clusters are equal."""
 
 
 class Estimate(NamedTuple):
-    """A mean and its 95 % interval; the ends are None where the data give no interval."""
+    """A mean and its 95 % interval; the ends are None if the data give no interval."""
 
     mean: float
     low: float | None
@@ -44,8 +44,8 @@ def clustered(values: Sequence[float], clusters: Sequence[Hashable], seed: int =
         seed: Of the bootstrap.
 
     Returns:
-        The mean over questions and its interval; no interval with one cluster, nor where scores
-        outside [0, 1] are the same in all clusters.
+        The mean over questions and its interval; no interval with one cluster, nor for scores
+        outside [0, 1] that are the same in all clusters.
 
     Raises:
         ValueError: If the lengths differ, there are no values, or one is not finite.
@@ -67,8 +67,8 @@ def clustered_difference(
 
     Of scores in [0, 1], the gains and the losses are shares with intervals of their own (see
     `clustered`), combined by the method of variance estimates recovery (Newcombe, Statistics in
-    Medicine 17, 1998; Zou and Donner, Statistics in Medicine 27, 2008). So the interval keeps a
-    width where no question changed. Of other scores, a percentile bootstrap over clusters.
+    Medicine 17, 1998; Zou and Donner, Statistics in Medicine 27, 2008). So the interval has a width
+    even if no question changed. Other scores get a percentile bootstrap over clusters.
 
     Args:
         differences: One per question, second score minus first.
@@ -108,16 +108,16 @@ def rounded(estimate: Estimate, digits: int = 4) -> list[float | None]:
 
 
 def with_interval(estimate: Sequence[float | None], scale: float, digits: str) -> str:
-    """`mean [low, high]`, each times scale in a format such as ".1f"; "n/a" for no interval."""
+    """Formats `mean [low, high]`, each times scale, with a format such as ".1f"."""
     mean, *ends = ["n/a" if v is None else f"{scale * v:{digits}}" for v in estimate]
     return f"{mean} [{'n/a' if 'n/a' in ends else ', '.join(ends)}]"
 
 
 def _size_of_changes(changes: np.ndarray, counts: np.ndarray) -> float:
-    """Effective number of questions by how many of an image change together.
+    """Effective number of questions, from how many of an image change together.
 
-    One more image, of mean size and changed as a whole, is counted beside those that changed:
-    where none did, the questions on an image may all change at once, and it is one observation.
+    One image of mean size that changed completely is added to those that changed: if none did, the
+    questions on an image may still all change together, and count as one observation.
     """
     questions, images = float(counts.sum()), len(counts)
     together = (questions / images + changes.sum()) / (1 + np.count_nonzero(changes))
@@ -125,10 +125,13 @@ def _size_of_changes(changes: np.ndarray, counts: np.ndarray) -> float:
 
 
 def _share(sums: np.ndarray, counts: np.ndarray, alike: float | None = None) -> Estimate:
-    """Korn and Graubard's interval; at no end narrower than where all clusters agree.
+    """Korn and Graubard's interval, never narrower than for clusters that all agree.
 
-    alike: the effective size where the clusters agree, by default their number: nothing tells then
-    that it is larger.
+    Args:
+        sums: Sum of the scores per cluster.
+        counts: Number of scores per cluster.
+        alike: Effective sample size if all clusters agree; default: their number, as nothing then
+            shows that it is larger.
     """
     # Imported here: behind a command, and slow.
     from scipy.special import betaincinv, stdtrit
@@ -150,7 +153,7 @@ def _share(sums: np.ndarray, counts: np.ndarray, alike: float | None = None) -> 
 
 
 def _covariance(first: np.ndarray, second: np.ndarray, counts: np.ndarray) -> float:
-    """Of two means over questions, linearized: between the residuals of whole clusters."""
+    """Covariance of two means over questions, linearized, from residuals of clusters."""
     questions, images = counts.sum(), len(counts)
     residuals = [sums - sums.sum() / questions * counts for sums in (first, second)]
     return float(images / (images - 1) * (residuals[0] @ residuals[1]) / questions**2)
@@ -168,11 +171,11 @@ def _hypotenuse(a: float, b: float, related: float) -> float:
 
 
 def _resampled(sums: np.ndarray, counts: np.ndarray, seed: int) -> Estimate:
-    """A percentile bootstrap over clusters; no interval where all clusters are alike."""
+    """A percentile bootstrap over clusters; no interval if all clusters are equal."""
     mean = float(sums.sum() / counts.sum())
     if np.ptp(sums / counts) <= 1e-12 * max(1.0, abs(mean)):
         return Estimate(mean, None, None)
-    # Imported here: a second of imports, behind a command, that scores in [0, 1] do not need.
+    # Imported here: slow, and not needed for scores in [0, 1].
     from scipy.stats import bootstrap
 
     interval = bootstrap(
@@ -230,18 +233,22 @@ def sign_flip(differences: Sequence[float], clusters: Sequence[Hashable], seed: 
 
 
 def smallest_p(images: int) -> float:
-    """The smallest p-value that `sign_flip` can give when so many images changed."""
+    """The smallest p-value of `sign_flip` if this many images changed."""
     return max(2.0 ** (1 - images), 1 / (FLIPS + 1)) if images else 1.0
 
 
 def images_needed(alpha: float, tests: int = 1) -> int | None:
-    """Images that a difference of so many tests must be decided by, for its p to tell anything.
+    """Number of images that a test needs for its p-value to be informative.
 
-    With twice as many as the fewest whose p, after Holm's correction, can fall below alpha, a
-    difference on half of the images is seen where all of them changed in one direction.
+    It is twice the smallest number whose p-value, after Holm's correction, can fall below alpha: so
+    a difference is found if half of the images changed, all in one direction.
+
+    Args:
+        alpha: Significance level.
+        tests: Number of tests to correct for.
 
     Returns:
-        The number of images, or None where no number is enough.
+        The number of images, or None if no number is enough.
     """
     if tests / (FLIPS + 1) >= alpha:
         return None
@@ -249,7 +256,7 @@ def images_needed(alpha: float, tests: int = 1) -> int | None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for there being several (Holm, 1979), in the order given."""
+    """Holm's correction of several p-values (1979), in their order."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
@@ -261,7 +268,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _by_cluster(
     values: Sequence[float], clusters: Sequence[Hashable]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(sum of the values, number of values) of each cluster."""
+    """Sum and number of the values of each cluster."""
     if len(values) != len(clusters) or not len(values):
         raise ValueError(f"need one cluster a value, got {len(values)} and {len(clusters)}")
     if not np.isfinite(values).all():

@@ -1,4 +1,4 @@
-"""Verdicts about tasks: how far a score fell, and whether that is more than noise."""
+"""Verdicts on tasks: how far a score fell, and whether that is more than noise."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def tokens_of(qwen: Qwen25VL, picture: Picture) -> Tensor:
 
 
 def limits_of(qwen: Qwen25VL) -> Pixels:
-    return qwen.pictures.min_pixels, qwen.pictures.max_pixels
+    return qwen.image_rules.min_pixels, qwen.image_rules.max_pixels
 
 
 # --- sequences ---------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_regions(part: str) -> None:
     assert [list(box) for box in region.boxes] == [stored["box_src"].tolist()]
     assert region.keep is not None
     (box,), (cells,) = region.boxes, region.grid_boxes
-    columns, rows = backbone.pictures.crop_cells(box)
+    columns, rows = backbone.image_rules.crop_cells(box)
     assert [1, 2 * rows, 2 * columns] == stored["crop_grid_thw"].tolist()
     assert keep_mask(region.keep, cells, rows, columns).tolist() == stored["keep"].tolist()
 

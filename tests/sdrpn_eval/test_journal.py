@@ -454,7 +454,7 @@ def test_weights_are_hashed_beside_the_first_batch(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes: Future[dict[str, str]] = Future()
-    monkeypatch.setattr(run_record, "hash_ahead", lambda *_: hashes)
+    monkeypatch.setattr(run_record, "hash_in_background", lambda *_: hashes)
 
     def say(question: Any) -> str:
         if not hashes.done():

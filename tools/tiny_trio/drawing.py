@@ -141,7 +141,7 @@ class Canvas:
         centre: tuple[float, float],
         height: float,
         face: str,
-        ink: tuple[int, int, int],
+        ink: tuple[int, ...],
     ) -> PixelBox:
         """Write a text around `centre`, digits `height` px high; returns its bounding box."""
         chosen = font(face, max(4, round(height / CAP_HEIGHT)))
@@ -163,7 +163,7 @@ class Canvas:
         centre: tuple[float, float],
         height: float,
         face: str,
-        ink: tuple[int, int, int],
+        ink: tuple[int, ...],
     ) -> PixelBox:
         """Write one digit and note where it stands."""
         box = self.text(glyph, centre, height, face, ink)

@@ -184,7 +184,7 @@ def make_batch(
     """`size` scenes at random; `easy` asks only what the full view shows too."""
     asked: list[Asked] = []
     while len(asked) < size:
-        sample = samples[rng.integers(0, len(samples))]
+        sample = samples[int(rng.integers(0, len(samples)))]
         items = [sample.items[i] for i in rng.permutation(len(sample.items))]
         items = [item for item in items if not (easy and item.fine)]
         z = int(rng.integers(0, len(sample.zoomed)))

@@ -18,7 +18,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryE
 from sdrpn.backbones import qwen25_vl_published as published
 from sdrpn.backbones.base import CropTokens
 from sdrpn.backbones.qwen25_vl import Qwen25VL
-from sdrpn.backbones.qwen25_vl_images import PictureRules, image_processor
+from sdrpn.backbones.qwen25_vl_images import ImageRules, image_processor
 from sdrpn.backbones.registry import load_backbone
 from sdrpn.boxes import GridBox, PixelBox
 from sdrpn.config import RPNConfig, ZoomConfig
@@ -256,7 +256,7 @@ SIZES = [(640, 480), (27, 20), (5000, 26), (10, 10), (28, 28), (3000, 31), (57, 
 @pytest.mark.parametrize("limits", [(LEAST, MOST), (64, 64)], ids=str)
 def test_pictures_of_any_size(qwen: Qwen25VL, size: Any, limits: tuple[int, int]) -> None:
     """Grid and patches agree, the grid reaches from edge to edge, tokens are within limits."""
-    rules = PictureRules(
+    rules = ImageRules(
         image_processor(qwen.processor.image_processor), *(n * CELL_PIXELS for n in limits)
     )
     ready = rules.whole(make_image(*size, 3))
@@ -270,7 +270,7 @@ def test_pictures_of_any_size(qwen: Qwen25VL, size: Any, limits: tuple[int, int]
 
 def test_pictures_under_a_cell_are_enlarged(qwen: Qwen25VL) -> None:
     """Sizes after the first resize, by hand: 28 px at least, then 4 cells at least."""
-    first = qwen.pictures._first_size
+    first = qwen.image_rules._first_size
     assert first(10, 10) == (56, 56)
     assert first(2600, 13) == (2604, 28)
     assert first(640, 480) == (644, 476)

@@ -82,7 +82,7 @@ class Asked:
 @pytest.fixture
 def engine(llava: Llava15, perturbed_rpn: RPN, monkeypatch: pytest.MonkeyPatch) -> Asked:
     asked = Asked(llava, perturbed_rpn)
-    monkeypatch.setattr(COMMAND, "load_zoom", lambda *_: asked.zoom)
+    monkeypatch.setattr(COMMAND, "load_zoom", lambda *_, **__: asked.zoom)
     return asked
 
 
@@ -398,7 +398,7 @@ def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: Any) -> None:
+    def load(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(COMMAND, "load_zoom", load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from sdrpn.cli import app
 from sdrpn.model_registry import known, resolve
 from sdrpn_eval.demo import tiny_path
+from tests.helpers.qwen_tiny import CELL_PIXELS, make_qwen, write_checkpoint
 
 QUESTION = "what pattern is on the red disc ?"
 runner = CliRunner()
@@ -50,6 +52,61 @@ def test_bad_input_gets_one_sentence(picture: Path, change: list[str], message: 
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(make_qwen(), tmp_path_factory.mktemp("qwen"))
+
+
+def limits(least: int, most: int) -> list[str]:
+    """Options with sizes in tokens."""
+    return ["--min-pixels", str(least * CELL_PIXELS), "--max-pixels", str(most * CELL_PIXELS)]
+
+
+def test_the_size_of_images_sets_the_number_of_tokens(qwen: Path, picture: Path) -> None:
+    """448 x 300 pixels become 7 x 5 cells within 40 tokens, and 4 x 2 within 12."""
+    words = ["look", str(picture), QUESTION, "--model", str(qwen), "--proposer", "none"]
+    words += ["--out", str(picture.with_name("look.png"))]
+    for most, tokens in ((40, 35), (12, 8)):
+        result = runner.invoke(app, [*words, *limits(4, most)])
+        assert result.exit_code == 0, result.output
+        assert f"tokens: {tokens} image, 0 crop" in result.output
+
+
+@pytest.mark.parametrize("command", ["look", "answer"])
+@pytest.mark.parametrize(
+    ("model", "words", "message"),
+    [
+        ("qwen", limits(40, 12), "in order, got 31360 and 9408"),
+        ("qwen", ["--max-pixels", "100"], "must be 784 (one token) or more and in order, got 4515"),
+        ("tiny", limits(4, 40), "is a llava model, which has no max_pixels, min_pixels: omit it"),
+        ("qwen", ["--padding", "crop"], "is a qwen2_5_vl model, which has no padding: omit it"),
+    ],
+)
+def test_sizes_are_checked_before_weights_are_read(
+    qwen: Path,
+    picture: Path,
+    command: str,
+    model: str,
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("llava15", "qwen25_vl"):
+        monkeypatch.setattr(f"sdrpn.backbones.{module}.load_model", None)
+    given = [str(picture), QUESTION]
+    if command == "answer":
+        questions = picture.with_name("questions.json")
+        questions.write_text(json.dumps([{"id": 1, "image": picture.name, "question": QUESTION}]))
+        given = [str(questions), "--images", str(picture.parent)]
+        given += ["--out", str(picture.with_name("answers.jsonl"))]
+    name = str(qwen) if model == "qwen" else model
+    result = runner.invoke(
+        app, [command, *given, "--model", name, "--proposer", "attention", *words]
+    )
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_flat_maps_are_another_familys(tmp_path: Path) -> None:
             tmp_path / "out",
             images=tmp_path / "images",
             config=published.SIZES[0].labels,
-            preprocessing=published.PICTURES,
+            preprocessing=published.PREPROCESSING,
         )
 
 

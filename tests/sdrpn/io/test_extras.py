@@ -79,7 +79,6 @@ def test_the_public_names_import(tmp_path: Path) -> None:
         ("sdrpn.cli", "train", "--help"),
         ("sdrpn.cli", "convert", "labels", "--help"),
         ("sdrpn_eval", "--help"),
-        ("sdrpn_eval", "subsets", "--help"),
         ("sdrpn_eval.demo", "--help"),
     ],
     ids=" ".join,
@@ -135,7 +134,6 @@ def test_answer_works(tmp_path: Path) -> None:
         ("sdrpn_eval replay a --doc b:1", "lmms-eval", "eval"),
         ("sdrpn_eval ladder", "lmms-eval", "eval"),
         ("sdrpn_eval curve", "lmms-eval", "eval"),
-        ("sdrpn_eval subsets cut --out x", "lmms-eval", "eval"),
         ("sdrpn_eval.demo", "lmms-eval", "eval"),
     ],
 )

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from sdrpn_eval.demo import HERE, run
+from sdrpn_eval.results.ladder import RunFailed
 
 
 def test_what_is_shipped_is_small() -> None:
@@ -16,20 +18,21 @@ def test_what_is_shipped_is_small() -> None:
 
 
 @pytest.mark.slow
-def test_demo_fails_loudly_when_lmms_eval_leaves_no_results(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "TASK", "no_such_task")
-    with pytest.raises(run.EvaluationFailed, match="wrote no results for stock"):
-        run.evaluate("stock", tmp_path, 4, 2)
+def test_demo_fails_loudly_when_lmms_eval_leaves_no_results(tmp_path: Path) -> None:
+    plan = run.Demo(tmp_path, "no_such_task", "pretrained=tiny", 2, "4")
+    with pytest.raises(RunFailed, match=r"lmms-eval left no results in .*stock"):
+        run.evaluate(plan, "none", Console())
 
 
 @pytest.mark.slow
 def test_demo_on_a_few_documents(tmp_path: Path) -> None:
-    summary = run.demo(tmp_path, batch_size=8, limit=12)
-    assert summary == json.loads((tmp_path / "summary.json").read_text())
-    assert summary["n"] == 12
-    assert set(summary["accuracy"]) == {"stock", "rpn", "attention"}
-    low, high = summary["gain_interval_95"]
-    assert low <= summary["gain"] <= high
+    comparison = run.demo(tmp_path, batch_size=8, limit=12)
+    assert comparison.as_dict() == json.loads((tmp_path / "comparison.json").read_text())
+    assert [one.name for one in comparison.runs] == ["stock", "rpn", "attention"]
+    row = comparison.rows[0]
+    assert (row.metric, row.questions) == ("accuracy", 12)
+    # The shipped weights, on the first 12 questions.
+    assert [round(12 * score.mean) for score in row.scores] == [8, 12, 12]
     assert (tmp_path / "contact_sheet.png").stat().st_size > 50_000
+    assert (tmp_path / "comparison.html").exists()
+    assert list((tmp_path / "stock").rglob("*_results.json"))

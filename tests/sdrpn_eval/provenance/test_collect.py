@@ -14,7 +14,7 @@ from sdrpn_eval.demo import embedded_model
 from sdrpn_eval.provenance import fingerprints as fp
 from sdrpn_eval.provenance.collect import (
     Collector,
-    hash_ahead,
+    hash_in_background,
     hash_sources,
     local_folder,
     source_state,
@@ -44,7 +44,7 @@ def facts(tmp_path: Path) -> Collector:
     sources = {"pretrained": str(tmp_path / "model"), "rpn": None}
     (tmp_path / "model" / "config.json").write_text("{}")
     arguments = {"proposer": "rpn", "threshold": 0.1}
-    hashes = hash_ahead(sources, None)
+    hashes = hash_in_background(sources, None)
     return Collector(tmp_path / "record", "20260301T120000.000000Z", 0, 1, arguments, hashes, CPU)
 
 
@@ -145,7 +145,10 @@ def test_facts_of_a_run_are_found_again_and_ranks_put_together(
     )
     facts = comparison.evidence[0].facts
     assert facts
-    assert facts.data == {"tiny_vstar": fp.data_fingerprint(tiny_vstar_rows(6), range(6))}
+    assert {name: task.data for name, task in facts.tasks.items()} == {
+        "tiny_vstar": fp.data_fingerprint(tiny_vstar_rows(6), range(6))
+    }
+    assert facts.evaluations == [comparison.runs[0].date]
     assert "rpn/rpn.safetensors" in facts.weights
     assert facts.arguments["pretrained"] == "FakeEngine"
     # Two processes with three documents each leave the same.
@@ -157,13 +160,14 @@ def test_facts_of_a_run_are_found_again_and_ranks_put_together(
         path.with_name(path.name.replace("rank0", f"rank{rank}")).write_text(json.dumps(content))
     merged = gather(read_run(folders[1])).facts
     assert merged
-    assert merged.data == facts.data
+    assert merged.tasks.keys() == facts.tasks.keys()
+    assert merged.tasks["tiny_vstar"].data == facts.tasks["tiny_vstar"].data
 
 
 def test_facts_of_a_later_run_are_not_this_run_s(tmp_path: Path) -> None:
     folder = run_folders.write_run(tmp_path / "run", {"toy": [run_folders.sample(0)]})
     for began in ("120001", "130000"):  # the results stand for noon
-        name, hashes = f"20260301T{began}.000000Z", hash_ahead({}, None)
+        name, hashes = f"20260301T{began}.000000Z", hash_in_background({}, None)
         facts = Collector(folder / "sdrpn_record", name, 0, 1, {}, hashes, CPU)
         facts.add([request(0)], {"toy": {"test": tiny_vstar_rows(1)}})
     found = gather(read_run(folder)).facts

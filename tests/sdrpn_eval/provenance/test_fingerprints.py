@@ -11,7 +11,7 @@ from datasets import Dataset
 from PIL import Image
 
 from sdrpn_eval.provenance import fingerprints as fp
-from sdrpn_eval.requests import Request
+from sdrpn_eval.requests import Request, undecoded
 from tests.helpers.local_benchmarks import TINY_VSTAR, tiny_vstar_rows, write
 
 
@@ -35,7 +35,7 @@ def test_processes_add_up_to_the_whole() -> None:
 
 def _changed(**change: Any) -> Dataset:
     rows = tiny_vstar_rows(4).cast_column("image", TINY_VSTAR["image"])
-    content = [fp.undecoded(rows)[i] for i in range(4)]
+    content = [undecoded(rows)[i] for i in range(4)]
     content[2] |= change
     return Dataset.from_list(content, features=TINY_VSTAR)
 

@@ -49,11 +49,10 @@ def test_processes_are_put_together() -> None:
     whole = merge(parts)
     assert whole.rank == 0
     assert whole.weights == {"rpn/rpn.safetensors": "ab"}
-    assert whole.documents == {"toy": 5}
     assert whole.skipped == {"toy": 1}
-    assert whole.data == {"toy": f"{0xFF + 2:032x}"}
-    assert whole.prompts == {"toy": f"{2:032x}"}
-    assert (whole.scorers, whole.scorer_sources) == ({"toy": "s"}, {"toy": None})
+    (toy,) = whole.tasks.values()
+    assert (toy.documents, toy.data, toy.prompts) == (5, f"{0xFF + 2:032x}", f"{2:032x}")
+    assert (toy.scorer, toy.scorer_source) == ("s", None)
 
 
 def test_a_file_of_version_0_1_is_read(tmp_path: Path) -> None:
@@ -62,7 +61,7 @@ def test_a_file_of_version_0_1_is_read(tmp_path: Path) -> None:
     found = read_provenance([path])
     assert found.files == (path,)
     assert found.model_args is None
-    assert found.documents == {"toy": 0}
+    assert found.tasks["toy"].documents == 0
     assert found.model_dump()["note"] == {"kept": 1}
 
 

@@ -15,7 +15,9 @@ from sdrpn_eval.results import documents
 from sdrpn_eval.results.compare import gather
 from sdrpn_eval.results.documents import read_boxes
 from sdrpn_eval.results.read import read_run
+from tests.helpers.asking_by_hand import logged
 from tests.helpers.embedded_runs import N, embedded_hashes, shown
+from tests.helpers.local_benchmarks import textvqa_rows, tiny_vstar_rows, write
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,19 @@ def test_the_files_of_all_tasks_are_read_only_where_a_task_is_theirs(
     monkeypatch.setattr(documents, "task_manager", recorded)
     documents.load_data([name])
     assert asked == everything
+
+
+def test_a_small_index_says_nothing_of_data_that_the_run_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """textvqa_val is lmms-eval's own task, so the small index does not hold it."""
+    write(tiny_vstar_rows(2), tmp_path / "data" / "tiny_vstar")
+    write(textvqa_rows(2), tmp_path / "data" / "textvqa_val")
+    monkeypatch.setenv("SDRPN_DATA", str(tmp_path / "data"))
+    with logged() as log:
+        found, notes = documents.load_data(["tiny_vstar"])
+    assert (list(found), notes) == (["tiny_vstar"], [])
+    assert [line for line in log if "SDRPN_DATA" in line] == []
 
 
 def test_a_data_set_of_the_hub_is_read_by_its_id(

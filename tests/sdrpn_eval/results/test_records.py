@@ -13,6 +13,7 @@ from sdrpn_eval.results.read import read_run
 from sdrpn_eval.results.records import read_looks, unfinished_later_run
 from tests.helpers.comparisons import compared, pair
 from tests.helpers.run_folders import (
+    DATE,
     FACTS,
     record_line,
     sample,
@@ -31,13 +32,23 @@ def test_facts_are_not_another_model_s_beside_whose_results_they_stand(tmp_path:
     assert [bool(one.facts) for one in evidence] == [True, False]
 
 
-def test_a_record_of_another_run_is_not_used(tmp_path: Path) -> None:
-    rows = [sample(i) for i in range(2)]
-    folders = pair(tmp_path, rows, rows)
-    write_record(folders[1], [record_line(0, "red"), record_line(1, "something else")])
-    comparison = compared(*folders)
-    assert comparison.tasks[0].looks["rpn"]["questions"] == 0
-    assert any("is of another run (1 of 2 answers differ)" in note for note in comparison.notes)
+def test_a_run_is_found_by_the_date_of_its_results(tmp_path: Path) -> None:
+    """The later run began during the first one's evaluation, in the same folder, and crashed."""
+    folder = write_run(tmp_path / "run", {"toy": [sample(0)]})
+    lines = {"20260301T120001.000000Z": 0.5, "20260301T120003.000000Z": 7.0}
+    write_record(folder, [record_line(0, "red", run=name, seconds=s) for name, s in lines.items()])
+    for name, dates in zip(lines, ([DATE], ["20260301_120002"]), strict=True):
+        path = folder / "sdrpn_record" / f"run_facts_{name}_rank0.json"
+        path.write_text(json.dumps(FACTS | {"run": name, "evaluations": dates}))
+    evidence = gather(read_run(folder))
+    assert evidence.facts
+    assert evidence.facts.run == "20260301T120001.000000Z"
+    assert evidence.record.looks["toy", 0].seconds == 0.5
+    # Other results have none of these records.
+    other = write_run(tmp_path / "run", {"toy": [sample(0)]}, date="20260301_120004")
+    record = read_looks(read_run(other))
+    assert record.looks == {}
+    assert "is of other runs, the latest of which began at 20260301T120003" in record.notes[0]
 
 
 def test_a_later_run_without_results_is_noticed(tmp_path: Path) -> None:
@@ -109,11 +120,12 @@ def test_runs_at_the_same_time_are_told_apart_by_their_arguments(tmp_path: Path)
     """Both began in one second, and share a folder for the record."""
     shared = tmp_path / "shared"
     names = {"rpn": "20260301T120001.100000Z", "attention": "20260301T120001.900000Z"}
-    folders = []
+    folders, given = [], {}
     for proposer in names:
         args = f"pretrained=tiny,proposer={proposer},record={shared}"
         rows = [sample(i) for i in range(2)]
         folders.append(write_run(tmp_path / proposer, {"toy": rows}, model_args=args))
+        given[proposer] = {"text": args, "parsed": {"proposer": proposer, "record": str(shared)}}
     shared.mkdir()
     for rank in range(2):
         lines = [
@@ -123,7 +135,7 @@ def test_runs_at_the_same_time_are_told_apart_by_their_arguments(tmp_path: Path)
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (shared / f"record_toy_rank{rank}.jsonl").write_text(text)
     for proposer, name in names.items():
-        facts = FACTS | {"run": name, "arguments": {"proposer": proposer, "pretrained": "tiny"}}
+        facts = FACTS | {"run": name, "evaluations": [DATE], "model_args": given[proposer]}
         (shared / f"run_facts_{name}_rank0.json").write_text(json.dumps(facts))
     evidence = [gather(read_run(folder)) for folder in folders]
     assert [one.facts and one.facts.run for one in evidence] == list(names.values())
@@ -155,7 +167,9 @@ def test_a_folder_of_records_named_with_a_tilde_is_found(
 
 
 def test_repeats_of_a_question_cost_what_one_costs(tmp_path: Path) -> None:
-    lines = [record_line(0, "red", seconds=s) for s in (0.5, 1.0, 1.5)]
+    # Sampled answers differ; the samples hold the first.
+    answers = {"red": 0.5, "blue": 1.0, "green": 1.5}
+    lines = [record_line(0, answer, seconds=s) for answer, s in answers.items()]
     folder = write_run(tmp_path / "run", {"toy": [sample(0)]}, config={"repeats": 3})
     write_record(folder, lines)
     look = read_looks(read_run(folder)).looks["toy", 0]

@@ -13,12 +13,13 @@ import yaml
 from lmms_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
+from sdrpn_eval.args import ARGUMENTS
 from sdrpn_eval.cli import app
 from sdrpn_eval.results.comparability import NotComparable
 from sdrpn_eval.results.compare import compare
 from sdrpn_eval.results.read import BadRun, Run, read_run
 from sdrpn_eval.results.rescore import Change, Moved, changes, score_again
-from sdrpn_eval.results.responses import answers_of, read_source
+from sdrpn_eval.results.responses import read_source
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.local_benchmarks import (
     docvqa_rows,
@@ -28,7 +29,15 @@ from tests.helpers.local_benchmarks import (
     vstar_rows,
     write,
 )
-from tests.helpers.run_folders import evaluate, sample, shade, write_run
+from tests.helpers.run_folders import (
+    evaluate,
+    record_line,
+    sample,
+    shade,
+    write_facts,
+    write_record,
+    write_run,
+)
 
 TAGS = '[["<think>", "</think>"]]'
 """What lmms-eval's command line cuts out unless told not to."""
@@ -208,19 +217,6 @@ def test_answers_that_a_filter_shortened_are_taken_from_the_record(
         rescored(tmp_path / "run", tmp_path / "not", own(whole))
 
 
-def test_without_reasoning_tags_the_samples_tell_what_a_filter_was_given(
-    own: Callable[..., TaskManager], tmp_path: Path
-) -> None:
-    index = own(filter_list=FIRST_WORD)
-    evaluate(tmp_path / "run", FakeEngine(lambda q: "level, I think"), ["mine"], index)
-    for file in (tmp_path / "run" / "sdrpn_record").iterdir():
-        file.unlink()
-    said = answers_of(read_source(tmp_path / "run"))
-    assert {one.given[0].text for one in said.values()} == {"level, I think"}
-    _, (change,) = rescored(tmp_path / "run", tmp_path / "anew", own(filter_list=FIRST_WORD))
-    assert (change.before, change.after, change.changed) == (1.0, 1.0, 0)
-
-
 CHOICE = {
     "output_type": "multiple_choice",
     "doc_to_visual": "image",
@@ -250,6 +246,14 @@ def crashed(run: Path) -> Path:
     for file in run.glob("tiny/*"):
         file.unlink()
     return run
+
+
+def test_a_record_alone_tells_the_model_by_its_arguments(tmp_path: Path) -> None:
+    for kind in ARGUMENTS.values():
+        folder = tmp_path / kind.model_name
+        write_record(folder, [record_line(0, "red")])
+        write_facts(folder, "aa", arguments=kind.of({"pretrained": "x"}).model_dump(mode="json"))
+        assert read_source(folder).config["model"] == kind.model_name
 
 
 @pytest.mark.parametrize("more", [{}, CHOICE])
@@ -297,6 +301,14 @@ def test_a_run_of_llava_hf_is_scored_too(own: Callable[..., TaskManager], tmp_pa
     new, (change,) = rescored(as_llava_hf(tmp_path / "run"), tmp_path / "anew", own(MENDED))
     assert (change.before, change.after, change.changed) == (0.0, 1.0, 8)
     assert (new.model, new.results["config"]["model_args"]) == ("llava_hf", "pretrained=x")
+
+
+def test_losses_of_other_models_cannot_be_scored(
+    own: Callable[..., TaskManager], tmp_path: Path
+) -> None:
+    run = as_llava_hf(evaluate(tmp_path / "run", FakeEngine(), ["mine"], own(**CHOICE)))
+    with pytest.raises(BadRun, match=r"the samples of mine hold .* \(multiple_choice, \[\]\)"):
+        rescored(run, tmp_path / "anew", own(**CHOICE))
 
 
 def test_facts_beside_another_model_s_results_are_not_its(data: Path, tmp_path: Path) -> None:
@@ -347,7 +359,9 @@ def test_other_documents_are_refused(own: Callable[..., TaskManager], tmp_path: 
 def test_more_options_than_were_answered_are_refused(
     own: Callable[..., TaskManager], tmp_path: Path
 ) -> None:
-    run = as_llava_hf(evaluate(tmp_path / "run", FakeEngine(), ["mine"], own(**CHOICE)))
+    run = evaluate(tmp_path / "run", FakeEngine(), ["mine"], own(**CHOICE))
+    for file in run.rglob("run_facts_*"):
+        file.unlink()  # which tell of other prompts
     more = CHOICE | {"doc_to_choice": ["dotted", "A", "checked", "B"]}
     with pytest.raises(Moved, match="document 0 is asked more, or with other options"):
         rescored(run, tmp_path / "anew", own(**more))
