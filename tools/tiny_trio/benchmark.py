@@ -29,7 +29,7 @@ def rows_of(
     rows: list[dict[str, Any]] = []
     for seed in seeds:
         for kind in kinds:
-            rng = np.random.default_rng((stream, seed, sc.KINDS.index(kind)))
+            rng = np.random.default_rng((stream, seed, list(sc.MAKERS).index(kind)))
             for number in range(scenes):
                 rows += scene_rows(sc.MAKERS[kind](rng, FINE_SHARE), f"{seed}/{kind}_{number:03d}")
     return rows

@@ -19,12 +19,13 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from sdrpn.io.atomic import write_json
 from tools.tiny_trio import distil, language, vision
+from tools.tiny_trio import scenes as sc
 from tools.tiny_trio.language import HELD_OUT_POOL, LANGUAGE_POOL
 from tools.tiny_trio.model import build_model, build_processor
 from tools.tiny_trio.patches import vision_pool
 from tools.tiny_trio.workers import in_parallel, rank
 
-VIEWS, VISION_STEPS, VISION_BATCH = 12000, 800, 32
+VIEWS, VISION_STEPS, VISION_BATCH = 12000, 1000, 64
 SCENES, HELD_OUT, LANGUAGE_STEPS = 3000, 120, 700
 LOG = "log.json"
 
@@ -43,15 +44,24 @@ def vision_job(work: Path, out: Path, steps: int, seed: int) -> None:
     _finish(model, processor, out, log)
 
 
-def language_job(start: Path, out: Path, scenes: int, steps: int, seed: int) -> None:
+def language_job(start: Path, out: Path, kinds: tuple[str, ...], steps: int, seed: int) -> None:
     """Stage 1 in one of the training processes; each draws and encodes the same scenes."""
     torch.manual_seed(seed + 1)
     model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     processor = LlavaProcessor.from_pretrained(start)
     model.set_attn_implementation("eager")
-    samples = language.draw_samples(model, processor, (seed, LANGUAGE_POOL), scenes, workers=1)
+    samples = language.draw_samples(
+        model, processor, (seed, LANGUAGE_POOL), SCENES, kinds=kinds, workers=1
+    )
     held_out = language.draw_samples(
-        model, processor, (seed, HELD_OUT_POOL), HELD_OUT, oracle=True, fine_share=0.5, workers=1
+        model,
+        processor,
+        (seed, HELD_OUT_POOL),
+        HELD_OUT,
+        oracle=True,
+        fine_share=0.5,
+        kinds=kinds,
+        workers=1,
     )
     language.scale_projector(model)
     log = language.train_language(
@@ -74,26 +84,34 @@ def _finish(
         write_json(out / LOG, log)
 
 
-def build(out: Path, seed: int, *, branch_layer: int, vision_steps: int, steps: int) -> None:
+def build(
+    out: Path,
+    seed: int,
+    *,
+    branch_layer: int,
+    vision_steps: int,
+    steps: int,
+    kinds: tuple[str, ...],
+) -> None:
     """Write out/stage0, out/model with its RPN, and out/facts.json."""
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, Any] = {}
     started = time.monotonic()
     if not (out / "stage0" / LOG).exists():
-        views, labels = vision_pool(seed, VIEWS)
+        views, labels = vision_pool(seed, VIEWS, kinds)
         np.save(out / "views.npy", views)
         np.save(out / "labels.npy", labels)
         in_parallel(vision_job, out, out / "stage0", vision_steps, seed)
     seconds["stage 0"], started = time.monotonic() - started, time.monotonic()
     if not (out / "model" / LOG).exists():
-        in_parallel(language_job, out / "stage0", out / "model", SCENES, steps, seed)
+        in_parallel(language_job, out / "stage0", out / "model", kinds, steps, seed)
     seconds["stage 1"] = time.monotonic() - started
     facts = distil.distil(
         out / "model",
         out / "distil",
         out / "model" / "rpn",
         branch_layer=branch_layer,
-        relabel=distil.RELABEL,
+        kinds=kinds,
         seed=seed,
     )
     facts["seconds"] = {k: round(v, 1) for k, v in seconds.items()} | facts["seconds"]
@@ -108,6 +126,7 @@ def main() -> None:
     parser.add_argument("--branch-layer", type=int, default=distil.BRANCH_LAYER)
     parser.add_argument("--vision-steps", type=int, default=VISION_STEPS)
     parser.add_argument("--language-steps", type=int, default=LANGUAGE_STEPS)
+    parser.add_argument("--kinds", nargs="+", default=list(sc.KINDS), choices=sc.MAKERS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     build(
@@ -116,6 +135,7 @@ def main() -> None:
         branch_layer=args.branch_layer,
         vision_steps=args.vision_steps,
         steps=args.language_steps,
+        kinds=tuple(args.kinds),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,15 @@ SCENES, STEPS, BRANCH_LAYER = 3000, 500, 3
 RELABEL = ""
 
 
-def write_questions(out: Path, scenes: int, seed: int) -> int:
-    """Draw scenes of all kinds in turn and ask all about them; returns the number of questions.
+def write_questions(out: Path, scenes: int, seed: int, kinds: Sequence[str] = sc.KINDS) -> int:
+    """Draw scenes of the kinds in turn and ask all about them; returns the number of questions.
 
     The pictures are 224 px views, all that the first look and the RPN ever see.
     """
     rng = np.random.default_rng((seed, LABEL_POOL))
     entries, covers = [], {}
     for number in tqdm(range(scenes), "pictures", leave=False):
-        kind = sc.KINDS[number % len(sc.KINDS)]
+        kind = kinds[number % len(kinds)]
         scene = sc.MAKERS[kind](rng, 0.5)
         name = f"{kind}/{number:05d}.png"
         (out / "images" / kind).mkdir(parents=True, exist_ok=True)
@@ -83,14 +84,15 @@ def distil(
     scenes: int = SCENES,
     steps: int = STEPS,
     branch_layer: int = BRANCH_LAYER,
-    relabel: str = "",
+    relabel: str = RELABEL,
+    kinds: Sequence[str] = sc.KINDS,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Draw questions, run the commands; returns the facts: labels, training, seconds of each."""
     questions = work / "questions"
     if not (questions / "boxes.json").exists():
         questions.mkdir(parents=True, exist_ok=True)
-        write_questions(questions, scenes, seed)
+        write_questions(questions, scenes, seed, kinds)
     lines = commands(
         model, work, out, branch_layer=branch_layer, steps=steps, seed=seed, relabel=relabel
     )
@@ -112,7 +114,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=SCENES)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--branch-layer", type=int, default=BRANCH_LAYER)
-    parser.add_argument("--relabel", default="", help="options of sdrpn relabel")
+    parser.add_argument("--relabel", default=RELABEL, help="options of sdrpn relabel")
+    parser.add_argument("--kinds", nargs="+", default=list(sc.KINDS), choices=sc.MAKERS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     facts = distil(
@@ -123,6 +126,7 @@ def main() -> None:
         steps=args.steps,
         branch_layer=args.branch_layer,
         relabel=args.relabel,
+        kinds=args.kinds,
         seed=args.seed,
     )
     print(as_json(facts, indent=2))

@@ -70,10 +70,10 @@ def inside(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndar
 
 
 class Canvas:
-    """A square picture, uint8 (side, side, 3), with one map per group of words and two of sizes.
+    """A square picture, uint8 (side, side, 3), with one map per group of words and three of sizes.
 
-    `period` and `height` hold, in pixels of the picture, what decides whether a view can show a
-    pattern or a text there.
+    `period`, `height` and `radius` hold, in pixels of the picture, what decides whether a view can
+    show the pattern, the text or the shape there.
     """
 
     def __init__(self, ground: np.ndarray) -> None:
@@ -81,7 +81,9 @@ class Canvas:
         self.side = len(ground)
         cells = self.side // MAP_SCALE
         self.maps = {name: np.full((cells, cells), NONE, np.uint8) for name in GROUPS}
-        self.sizes = {name: np.zeros((cells, cells), np.float16) for name in ("period", "height")}
+        self.sizes = {
+            name: np.zeros((cells, cells), np.float16) for name in ("period", "height", "radius")
+        }
 
     def _cells(self, box: PixelBox) -> tuple[slice, slice]:
         x0, y0, x1, y1 = (round(v / MAP_SCALE) for v in box)
@@ -123,6 +125,7 @@ class Canvas:
         for group, word in (("colour", colour), ("shape", shape), ("pattern", pattern)):
             self.maps[group][rows, columns][shown] = GROUPS[group].index(word)
         self.sizes["period"][rows, columns][shown] = period
+        self.sizes["radius"][rows, columns][shown] = radius
         return box
 
     def plate(self, colour: str, box: PixelBox, rng: np.random.Generator) -> None:

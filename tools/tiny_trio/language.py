@@ -48,12 +48,14 @@ class Sample:
     zoomed: tuple[int, ...]
 
 
-def _draw(job: tuple[tuple[int, ...], int, bool, float]) -> list[tuple[np.ndarray, tuple, tuple]]:
-    seed, count, oracle, fine_share = job
+def _draw(
+    job: tuple[tuple[int, ...], int, bool, float, tuple[str, ...]],
+) -> list[tuple[np.ndarray, tuple, tuple]]:
+    seed, count, oracle, fine_share, kinds = job
     rng = np.random.default_rng(seed)
     found = []
     for number in range(count):
-        scene = sc.MAKERS[sc.KINDS[number % len(sc.KINDS)]](rng, fine_share)
+        scene = sc.MAKERS[kinds[number % len(kinds)]](rng, fine_share)
         image = scene.image
         if rng.random() < WEBP_SHARE:
             stored = Image.open(io.BytesIO(sc.webp_bytes(image, QUALITY)))
@@ -93,10 +95,14 @@ def draw_samples(
     *,
     oracle: bool = False,
     fine_share: float = FINE_SHARE,
+    kinds: Sequence[str] = sc.KINDS,
     workers: int = 2,
 ) -> list[Sample]:
     """Draw scenes of all kinds in turn and encode their views; `oracle` zooms on true boxes."""
-    jobs = [((*seed, i), min(30, scenes - i), oracle, fine_share) for i in range(0, scenes, 30)]
+    chosen = tuple(kinds)
+    jobs = [
+        ((*seed, i), min(30, scenes - i), oracle, fine_share, chosen) for i in range(0, scenes, 30)
+    ]
     context = multiprocessing.get_context("spawn")
     samples = []
     with ProcessPoolExecutor(workers, mp_context=context) as executor:
@@ -261,7 +267,7 @@ def train_language(
     easy_steps: int = 100,
     rate: float = 1e-3,
     seed: int = 0,
-    evaluate_every: int = 100,
+    evaluate_every: int = 50,
 ) -> list[dict[str, float]]:
     """Train projector and language model in place; returns the log."""
     rest = [p for name, p in model.named_parameters() if "vision_tower" not in name]

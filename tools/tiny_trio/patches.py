@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -28,8 +29,14 @@ from tools.tiny_trio.scenes import GRID, KINDS, MAKERS, SIDE, VIEW, WHOLE, view_
 IGNORE = -100
 VISION_POOL = 0
 """Second number of the seed of these views."""
-READABLE = {"pattern": ("period", 3.4, 20.0), "glyph": ("height", 10.5, 44.0)}
-"""Smallest and largest size, in pixels of a view, at which training asks the tower to name it."""
+READABLE = {
+    "pattern": ("period", 3.4, 20.0),
+    "glyph": ("height", 10.5, 44.0),
+    "shape": ("radius", 8.0, 26.0),
+}
+"""Smallest and largest size, in pixels of a view, at which training asks the tower to name it.
+
+A patch in the middle of a large shape cannot tell which shape it is."""
 SAMPLES = 5
 """Points along each side of a patch at which the maps are read."""
 
@@ -117,8 +124,13 @@ def dense_page(rng: np.random.Generator) -> Canvas:
     return canvas
 
 
-def vision_views(seed: tuple[int, ...], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` views, uint8 (n, 224, 224, 3), and their labels, int16 (n, groups, 256)."""
+def vision_views(
+    seed: tuple[int, ...], count: int, kinds: Sequence[str] = KINDS
+) -> tuple[np.ndarray, np.ndarray]:
+    """`count` views, uint8 (n, 224, 224, 3), and their labels, int16 (n, groups, 256).
+
+    Half of them are cut from canvases that are crowded with what the kinds show.
+    """
     rng = np.random.default_rng(seed)
     views: list[np.ndarray] = []
     labels: list[np.ndarray] = []
@@ -127,30 +139,39 @@ def vision_views(seed: tuple[int, ...], count: int) -> tuple[np.ndarray, np.ndar
         views.append(view_of(canvas.image, box))
         labels.append(patch_labels(canvas, box))
 
+    crowded: dict[str, Callable[[], Canvas]] = {
+        "vstar": lambda: dense_canvas(rng, 0.0),
+        "vstar_colours": lambda: dense_canvas(rng, 0.0),
+        "textvqa": lambda: dense_canvas(rng, 0.7),
+        "docvqa": lambda: dense_page(rng),
+    }
     while len(views) < count:
-        chance = rng.random()
-        if chance < 0.65:
-            signs = 0.8 if chance < 0.2 else 0.4
-            canvas = dense_canvas(rng, signs) if chance < 0.35 else dense_page(rng)
+        kind = str(rng.choice(list(kinds)))
+        if rng.random() < 0.4:
+            canvas = crowded[kind]()
             for _ in range(6):
                 side = int(rng.uniform(170, 260))
                 x, y = (int(v) for v in rng.integers(0, SIDE - side, 2))
                 add(canvas, PixelBox(x, y, x + side, y + side))
         else:
-            scene = MAKERS[str(rng.choice(KINDS))](rng, 0.5)
+            scene = MAKERS[kind](rng, 0.5)
             add(scene.canvas, WHOLE)
             for index in rng.integers(0, len(scene.items), 3):
                 add(scene.canvas, zoom_box(rng, scene.items[index]))
     return np.stack(views[:count]), np.stack(labels[:count])
 
 
-def _chunk(job: tuple[tuple[int, ...], int]) -> tuple[np.ndarray, np.ndarray]:
+def _chunk(job: tuple[tuple[int, ...], int, tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray]:
     return vision_views(*job)
 
 
-def vision_pool(seed: int, count: int, workers: int = 2) -> tuple[np.ndarray, np.ndarray]:
+def vision_pool(
+    seed: int, count: int, kinds: Sequence[str] = KINDS, workers: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
     """`vision_views` in `workers` processes; the same seed always gives the same views."""
-    jobs = [((seed, VISION_POOL, i), min(100, count - i)) for i in range(0, count, 100)]
+    jobs = [
+        ((seed, VISION_POOL, i), min(100, count - i), tuple(kinds)) for i in range(0, count, 100)
+    ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as executor:
         found = list(tqdm(executor.map(_chunk, jobs), "views", len(jobs)))

@@ -11,6 +11,7 @@ does). The size of a shape, sign or label says nothing about which of the two it
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,11 +91,17 @@ def places(
     return found
 
 
-def vstar_scene(rng: np.random.Generator, fine_share: float) -> Scene:
-    """5 to 7 shapes; colours and shapes recur, but no two share both. Two stand side by side."""
+def vstar_scene(rng: np.random.Generator, fine_share: float, shared: bool = True) -> Scene:
+    """5 to 7 shapes; colours and shapes recur, but no two share both. Two stand side by side.
+
+    Without `shared`, every colour stands there once, so that the colour alone tells what is asked.
+    """
     canvas = Canvas(smooth_ground(rng, SIDE))
-    colours = rng.choice(list(COLOURS), 4, replace=False)
-    pairs = [(str(c), s) for c in colours for s in SHAPES[:-1]]
+    if shared:
+        colours = rng.choice(list(COLOURS), 4, replace=False)
+        pairs = [(str(c), s) for c in colours for s in SHAPES[:-1]]
+    else:
+        pairs = [(colour, str(rng.choice(SHAPES[:-1]))) for colour in COLOURS]
     r, q = rng.uniform(*RADIUS, 2)
     x, y = rng.uniform(r + 6, SIDE - 2 * r - 2 * q - 50), rng.uniform(70, SIDE - 70)
     beside = (x + r + q + rng.uniform(12, 36), y + rng.uniform(-16, 16), q)
@@ -196,6 +203,7 @@ def docvqa_scene(rng: np.random.Generator, fine_share: float) -> Scene:
 
 MAKERS: dict[str, Callable[[np.random.Generator, float], Scene]] = {
     "vstar": vstar_scene,
+    "vstar_colours": functools.partial(vstar_scene, shared=False),
     "textvqa": textvqa_scene,
     "docvqa": docvqa_scene,
 }

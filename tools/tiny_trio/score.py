@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--rpn", type=Path, help="default: MODEL/rpn, where it is")
     parser.add_argument("--scenes-seed", type=int, nargs="+", required=True)
     parser.add_argument("--scenes", type=int, default=benchmark.SCENES, help="of a kind and seed")
-    parser.add_argument("--kinds", nargs="+", default=list(sc.KINDS))
+    parser.add_argument("--kinds", nargs="+", default=list(sc.KINDS), choices=sc.MAKERS)
     parser.add_argument("--tuning", action="store_true")
     parser.add_argument("--proposers", nargs="*", default=["rpn", "attention"])
     parser.add_argument("--thresholds", type=float, nargs="+", default=list(THRESHOLDS))

@@ -102,6 +102,9 @@ def group_losses(
         none = wanted == count
         each = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
         each = each.view_as(wanted)
-        loss = loss + each[shown].mean() + (0.5 * each[none].mean() if none.any() else 0)
-        right[name] = (logits.argmax(-1) == wanted)[shown].float().mean().item()
+        for chosen, weight in ((shown, 1.0), (none, 0.5)):
+            if chosen.any():
+                loss = loss + weight * each[chosen].mean()
+        if shown.any():
+            right[name] = (logits.argmax(-1) == wanted)[shown].float().mean().item()
     return loss, right
