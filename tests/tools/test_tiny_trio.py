@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from sdrpn import ZoomModel
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.boxes import PixelBox
-from tools.tiny_trio import benchmark, distil, language, model, patches, score
+from tools.tiny_trio import benchmark, build, distil, language, model, patches, score
 from tools.tiny_trio import scenes as sc
 from tools.tiny_trio.drawing import GROUPS, Canvas
 
@@ -192,3 +197,27 @@ def test_zoom_settings_stay_as_published(tmp_path) -> None:
     )
     assert "--zoom" not in lines["train"]
     assert lines["train"][lines["train"].index("--branch-layer") + 1] == "3"
+
+
+@pytest.mark.slow
+def test_both_training_stages_run_and_leave_a_model_that_answers(tmp_path) -> None:
+    """Two steps of each, in two processes: everything fits together, nothing is learned yet."""
+    sizes = build.Sizes(
+        views=220,
+        vision_steps=2,
+        vision_batch=4,
+        scenes=6,
+        held_out=3,
+        language_steps=2,
+        language_batch=2,
+    )
+    build.train(tmp_path, 0, sc.KINDS, sizes)
+    log = json.loads((tmp_path / "model" / build.LOG).read_text())["log"]
+    assert log[-1]["step"] == 2
+    assert np.isfinite(log[-1]["loss"])
+    zoom = ZoomModel(Llava15.load(str(tmp_path / "model"), dtype="float32"), proposer="none")
+    item = scenes("docvqa")[0].items[0]
+    image = Image.fromarray(scenes("docvqa")[0].image)
+    answer = zoom.ask(image, item.question, box=sc.oracle_box(item.box), max_new_tokens=3)
+    assert answer.regions == (sc.oracle_box(item.box),)
+    assert answer.crop_tokens == 256
