@@ -18,7 +18,7 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 
 from sdrpn.boxes import PixelBox
-from sdrpn.config import ONE_WORD, ZoomConfig
+from sdrpn.config import ONE_WORD, PEAK, ZoomConfig
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.io.resumable import BatchRunner
 from sdrpn_eval import tasks_info
@@ -244,6 +244,9 @@ class SdrpnModel(lmms):
     def published_threshold(self, task: str) -> tuple[float | str, str]:
         """The threshold published for a task's family, and its origin in words."""
         origin = tasks_info.threshold_origin(task, self.arguments.proposer)
+        own = self._zoom_settings.threshold
+        if tasks_info.family(task) is None and own == PEAK:
+            return own, origin  # the RPN's own rule serves every task
         return tasks_info.threshold_of(task), origin
 
     def _key(self, request: Request, kind: RequestType) -> str | None:

@@ -19,6 +19,7 @@ import sdrpn.cli
 import sdrpn_eval.cli
 from sdrpn.engine import ZoomModel
 from sdrpn.model_registry import resolve
+from sdrpn_eval.args import LlavaArguments
 from tests.docs.pages import PAGES, ROOT, blocks, commands
 from tests.helpers.run_folders import evaluate
 from tools.lint.dependencies import OPTIONAL
@@ -27,16 +28,18 @@ RUN_BY = {
     "README.md": "tests/docs/test_commands.py",
     "CONTRIBUTING.md": "tests/docs/test_commands.py",
     "docs/app.md": "tests/sdrpn/cli/test_app_command.py",
+    "docs/budgets.md": "tests/docs/test_commands.py",
     "docs/ci.md": "tests/sdrpn_eval/cli/test_gate.py",
     "docs/evaluate.md": "tests/docs/test_commands.py",
     "docs/heads.md": "tests/docs/test_commands.py",
     "docs/own_questions.md": "tests/sdrpn/cli/test_answer.py",
+    "docs/tiny_vstar.md": "tests/tools/test_tiny_vstar.py",
     "jobs/README.md": "tests/jobs/test_row.py",
 }
 """Pages with commands, and the test that runs them."""
 HERE = [page for page, test in RUN_BY.items() if test == "tests/docs/test_commands.py"]
 FEWER = {"--scenes": "6", "--max_steps": "2", "--preview": "2", "--global-batch": "16"}
-MORE = {"heads": ["--scenes", "6"], "train": ["--held-out", "0.2"]}
+MORE = {"heads": ["--scenes", "6"], "train": ["--held-out", "0.2"], "sweep": ["--limit", "6"]}
 """What the reader's sizes do not need."""
 LIMIT = 6
 APPS: dict[str, Any] = {"sdrpn": sdrpn.cli.app, "sdrpn-eval": sdrpn_eval.cli.app}
@@ -83,6 +86,7 @@ def run(words: list[str]) -> None:
         assert options["--model"] == "llava_sdrpn"
         assert options["--tasks"] == "tiny_vstar"
         given = simple_parse_args_string(options["--model_args"])
+        LlavaArguments.of(given)  # a file of zoom settings is there
         model, rpn = resolve(given["pretrained"], given.get("rpn"))
         lmms_eval(options.get("--output_path", "out"), ZoomModel.from_pretrained(model, rpn=rpn))
 

@@ -43,11 +43,11 @@ def test_benchmark_is_what_it_is_said_to_be(rows: list, published: dict) -> None
 
 
 def test_the_published_claims_hold(published: dict) -> None:
-    """At least 30 points over stock, not behind attention, near the ceiling."""
+    """At least 30 points over stock, behind attention as the pages say, near the ceiling."""
     assert published["rpn_minus_stock"]["all"][0] >= 0.30
     assert published["rpn_minus_stock"]["coarse"][0] >= -0.01
     low, high = published["rpn_minus_attention_best"]["all"][1:]
-    assert high >= 0, (low, high)
+    assert -0.03 < low < high < 0
     assert published["oracle_minus_rpn"]["all"][0] <= 0.10
     spread = published["spread_over_thresholds"]
     assert spread["rpn"] < spread["attention"]
@@ -114,14 +114,14 @@ def test_readme_shows_the_measured_table(published: dict) -> None:
 
 
 def test_pages_say_what_held_on_fresh_scenes() -> None:
-    """On five seeds: ahead of stock by far; level with attention at its best threshold."""
+    """On five seeds: ahead of stock by far; behind attention at its best threshold."""
     docs = README.parent / "docs"
     fresh = json.loads((docs / "tiny_vstar_fresh.json").read_text())
     assert len(fresh["by_seed"]) == 5
-    assert fresh["rpn_minus_stock"]["all"][1] >= 0.40
+    assert fresh["rpn_minus_stock"]["all"][1] >= 0.39
     low, high = fresh["rpn_minus_attention_best"]["all"][1:]
-    assert low < 0 < high
+    assert -0.03 < low < high < 0
     page = (docs / "tiny_vstar.md").read_text()
     assert report.fresh_section(fresh) in page
-    assert "level within the interval" in page
-    assert "level" in README.read_text()
+    assert "The RPN is behind its teacher" in page
+    assert "behind the attention" in README.read_text()

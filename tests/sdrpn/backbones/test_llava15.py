@@ -559,7 +559,7 @@ def test_the_card_tells_the_facts(llava: Llava15, tmp_path: Path) -> None:
     rpn.facts = {"samples": 1234, "final loss": 0.25}
     rpn.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: sdrpn\n")
+    assert "\nlibrary_name: sdrpn\n" in card
     assert f"base_model: {llava.name}\n" in card
     assert "- samples: 1234\n- final loss: 0.25" in card
     assert f"{sum(weight.numel() for weight in rpn.parameters()):,} parameters" in card
