@@ -12,20 +12,22 @@ import numpy as np
 from PIL import Image
 
 from sdrpn.boxes import PixelBox
-from sdrpn.config import POLICIES, PROPOSERS, ZoomConfig
+from sdrpn.config import PEAK, POLICIES, PROPOSERS, ZoomConfig
 from sdrpn.draw import Card, overview
 from sdrpn.engine import Answer, Question, ZoomModel
 from sdrpn.io.images import BadImage, load_image, safe_join
 from sdrpn.model_registry import Example
 
 CONTROLS: Mapping[str, Callable[[Any], gr.Component]] = {
-    "threshold": lambda value: gr.Slider(
-        0.01, 0.99, value, step=0.01, label="Threshold", info="on the map; higher: smaller regions"
+    "threshold": lambda value: gr.Textbox(
+        str(value),
+        label="Threshold",
+        info=f"on the map, or {PEAK}, relative to its peak; higher: smaller regions",
     ),
     "policy": lambda value: gr.Dropdown(
         list(POLICIES), value=value, label="Policy", info="from the map to a crop"
     ),
-    "max_crop_tokens": lambda value: gr.Number(
+    "crop_tokens": lambda value: gr.Number(
         value or 0,
         precision=0,
         label="Crop tokens",
@@ -136,8 +138,10 @@ def chosen_zoom(base: ZoomConfig, values: Sequence[Any], more: str) -> ZoomConfi
         ValueError: If a setting is unknown or invalid.
     """
     typed = ZoomConfig.from_text(more)
+    own = dict(zip(CONTROLS, values, strict=True))
+    own["threshold"] = ZoomConfig.from_text(f"threshold={own['threshold']}").threshold
     names = [part.partition("=")[0].strip() for part in more.split(",") if part.strip()]
-    changed = {name: value or None for name, value in zip(CONTROLS, values, strict=True)}
+    changed = {name: value or None for name, value in own.items()}
     changed |= {name: getattr(typed, name) for name in names}
     return ZoomConfig.from_dict(asdict(base) | changed)
 
@@ -207,7 +211,7 @@ def _inputs(model: SideBySide) -> list[Any]:
         )
         own = model.zoom.zoom
         controls = [make(getattr(own, name)) for name, make in CONTROLS.items()]
-        more = gr.Textbox("", label="More settings", placeholder="relative=true,min_cells=1")
+        more = gr.Textbox("", label="More settings", placeholder="gate=0.9,min_cells=1")
     return [image, question, proposer, more, *controls]
 
 

@@ -21,23 +21,24 @@ from sdrpn.config import ZoomConfig  # noqa: E402
 from sdrpn.engine import Answer, ZoomModel  # noqa: E402
 from sdrpn.io.images import BadImage  # noqa: E402
 
-OWN = ZoomConfig(threshold=0.2, policy="strongest", min_cells=1, relative=True)
+OWN = ZoomConfig(threshold=0.2, policy="strongest", min_cells=1, gate=0.9)
 
 
 def test_settings_of_the_page_change_the_model_s_own() -> None:
-    assert list(CONTROLS) == ["threshold", "policy", "max_crop_tokens"]
-    assert chosen_zoom(OWN, [0.2, "strongest", 0], "") == OWN
-    changed = chosen_zoom(OWN, [0.4, "bbox", 32], "")
-    assert (changed.threshold, changed.policy, changed.max_crop_tokens) == (0.4, "bbox", 32)
-    assert (changed.min_cells, changed.relative) == (1, True)
-    typed = chosen_zoom(OWN, [0.4, "bbox", 32], " threshold=0.1, min_cells=3,")
+    assert list(CONTROLS) == ["threshold", "policy", "crop_tokens"]
+    assert chosen_zoom(OWN, ["0.2", "strongest", 0], "") == OWN
+    assert chosen_zoom(OWN, ["peak", "strongest", 0], "").threshold == "peak"
+    changed = chosen_zoom(OWN, ["0.4", "bbox", 32], "")
+    assert (changed.threshold, changed.policy, changed.crop_tokens) == (0.4, "bbox", 32)
+    assert (changed.min_cells, changed.gate) == (1, 0.9)
+    typed = chosen_zoom(OWN, ["0.4", "bbox", 32], " threshold=0.1, min_cells=3,")
     assert (typed.threshold, typed.min_cells, typed.policy) == (0.1, 3, "bbox")
     with pytest.raises(ValueError, match=r"unknown key.* thresold"):
-        chosen_zoom(OWN, [0.4, "bbox", 32], "thresold=0.1")
-    with pytest.raises(ValueError, match="max_crop_tokens must be 1 or more, got -1"):
-        chosen_zoom(OWN, [0.4, "bbox", -1], "")
-    with pytest.raises(ValueError, match=r"max_crop_tokens must be int or null, got '3\.5'"):
-        chosen_zoom(OWN, [0.4, "bbox", 3.5], "")
+        chosen_zoom(OWN, ["0.4", "bbox", 32], "thresold=0.1")
+    with pytest.raises(ValueError, match="crop_tokens must be 1 or more, got -1"):
+        chosen_zoom(OWN, ["0.4", "bbox", -1], "")
+    with pytest.raises(ValueError, match=r"crop_tokens must be int or null, got '3\.5'"):
+        chosen_zoom(OWN, ["0.4", "bbox", 3.5], "")
 
 
 @pytest.mark.parametrize("content", [b"no picture at all", b""])

@@ -117,13 +117,13 @@ def test_an_image_of_one_s_own(page: Any, served: Served) -> None:
     ask(page, QUESTION)
     expect(page.get_by_label("Stock model")).to_have_value("yellow rising")
     expect(page.get_by_label("Second look")).to_have_value("yellow checked")
-    expect(page.locator("body")).to_contain_text(re.compile(r"crop tokens\s*0\s*64"))
-    expect(page.get_by_text("280, 112, 448, 280")).to_be_attached()
+    expect(page.locator("body")).to_contain_text(re.compile(r"crop tokens\s*0\s*40"))
+    expect(page.get_by_text("336, 112, 448, 280")).to_be_attached()
     assert list(served.uploads.rglob("scene.png"))
     assert list(served.cwd.iterdir()) == []
     # A setting that leaves no region, and the reason for it.
     page.get_by_text("Settings", exact=True).click()
-    page.get_by_label("More settings").fill("relative=false,threshold=0.99")
+    page.get_by_label("More settings").fill("threshold=0.99")
     page.get_by_role("button", name="Ask", exact=True).click()
     expect(page.get_by_text("No zoom: ")).to_be_visible()
     expect(page.get_by_label("Second look")).to_have_value("yellow rising")
