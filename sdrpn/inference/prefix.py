@@ -252,24 +252,22 @@ def prefill_segments(
     batch = batch_rows(segments, [0] * len(segments))
     cache = cache_of([])
     attention = batch.attention(backbone, cache)
-    hidden = batch.embeds
     depth = 0 if rpn is None else rpn.branch_layer
-    hidden = run_layers(backbone.layers[:depth], hidden, attention, cache)
+    hidden = run_layers(backbone.layers[:depth], batch.embeds, attention, cache)
     if not lower_only:
         fill_cache(backbone, backbone.layers[depth:], hidden, attention, cache)
     rpn_cache, keys = cache_of([]), None
     if rpn is not None:
         states = rpn(hidden, attention, rpn_cache)
         keys = rpn.image_keys(states, attention.rotary)
-    copy = len(segments) > 1
     prefixes = []
     for row, segment in enumerate(segments):
         padding = batch.embeds.shape[1] - segment.length
         image = slice(padding + segment.image.start, padding + segment.image.stop)
         prefixes.append(
             Prefix(
-                kv=_row(cache, row, padding, copy),
-                rpn_kv=_row(rpn_cache, row, padding, copy),
+                kv=last_kv(cache, row, segment.length),
+                rpn_kv=last_kv(rpn_cache, row, segment.length),
                 rpn_keys=None if keys is None else keys[row : row + 1, image].clone(),
                 ids=segment.ids,
                 image=segment.image,
@@ -281,14 +279,28 @@ def prefill_segments(
     return prefixes
 
 
-def _row(cache: DynamicCache, row: int, padding: int, copy: bool) -> tuple[KV, ...]:
-    # Slices of a batch are copied; they would keep the batch in memory as long as the prefix.
-    layers: Any = cache.layers
-    pairs = [
-        (layer.keys[row : row + 1, :, padding:], layer.values[row : row + 1, :, padding:])
-        for layer in layers
-    ]
-    return tuple([(k.clone(), v.clone()) for k, v in pairs] if copy else pairs)
+def last_kv(cache: DynamicCache, row: int, tokens: int, first_layer: int = 0) -> tuple[KV, ...]:
+    """Return the keys and values of a row's last tokens.
+
+    Args:
+        cache: A left-padded batch.
+        row: The row.
+        tokens: Number of tokens.
+        first_layer: First layer to return.
+
+    Returns:
+        For each layer, [1, heads, tokens, d] keys and values, which do not share a batch's memory.
+    """
+    layers: Any = cache.layers[first_layer:]
+    return tuple(
+        (_part(layer.keys, row, tokens), _part(layer.values, row, tokens)) for layer in layers
+    )
+
+
+def _part(states: Tensor, row: int, tokens: int) -> Tensor:
+    # A slice of a batch would keep the batch in memory.
+    part = states[row : row + 1, :, -tokens:]
+    return part if part.shape == states.shape else part.clone()
 
 
 def free_memory(device: torch.device) -> int:

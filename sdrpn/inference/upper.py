@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,7 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from sdrpn.backbones.base import Backbone, Segment
 from sdrpn.backbones.cache import KV, cache_of
 from sdrpn.inference.decoder import fill_cache, run_layers
-from sdrpn.inference.prefix import Context, Prefix, batch_rows, stack
+from sdrpn.inference.prefix import Context, Prefix, batch_rows, last_kv, stack
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Lowered:
     Args:
         prefix: The prefix.
         segment: The segment, with the hidden states [n, C] after layer B-1 as its embeddings.
-        kv: Its keys and values in layers 0 to B-1, each [1, heads, n, d].
+        kv: Its keys and values in layers 0 to B-1, each [1, heads, n, d]; empty if B is 0.
     """
 
     prefix: Prefix
@@ -77,24 +76,10 @@ def run_lower(
         Lowered(
             prefix,
             replace(segment, embeds=hidden[row, -segment.length :]),
-            _last(cache, row, segment.length),
+            last_kv(cache, row, segment.length),
         )
         for row, (prefix, segment) in enumerate(zip(prefixes, segments, strict=True))
     ]
-
-
-def _last(cache: DynamicCache, row: int, tokens: int, first_layer: int = 0) -> tuple[KV, ...]:
-    """Return the keys and values of a row's last tokens, from a layer on."""
-    layers: Any = cache.layers[first_layer:]
-    return tuple(
-        (_part(layer.keys, row, tokens), _part(layer.values, row, tokens)) for layer in layers
-    )
-
-
-def _part(states: Tensor, row: int, tokens: int) -> Tensor:
-    # A slice of a batch would keep the batch in memory.
-    part = states[row : row + 1, :, -tokens:]
-    return part if part.shape == states.shape else part.clone()
 
 
 @torch.no_grad()
@@ -119,7 +104,7 @@ def resume(backbone: Backbone, rows: Sequence[Lowered]) -> list[Context]:
     fill_cache(backbone, backbone.layers[depth:], batch.embeds, inputs, cache)
     contexts = []
     for number, (row, segment) in enumerate(zip(rows, segments, strict=True)):
-        tails = (*_without_last(row.kv), *_last(cache, number, segment.length, depth))
+        tails = (*_without_last(row.kv), *last_kv(cache, number, segment.length, depth))
         pieces = tuple(zip(row.prefix.kv, tails, strict=True))
         contexts.append(Context((*row.prefix.ids, *segment.ids), pieces))
     return contexts
@@ -150,18 +135,9 @@ def filled(
     Returns:
         The rows' contexts.
     """
-    parts = [_without_last_token(segment) for segment in segments]
-    batch = batch_rows(parts, [p.length for p in prefixes])
-    cache = stack([p.kv for p in prefixes])
-    inputs = batch.attention(backbone, cache)
-    fill_cache(backbone, backbone.layers, batch.embeds, inputs, cache)
-    return [
-        Context(
-            (*prefix.ids, *part.ids),
-            tuple(zip(prefix.kv, _last(cache, row, part.length), strict=True)),
-        )
-        for row, (prefix, part) in enumerate(zip(prefixes, parts, strict=True))
-    ]
+    return resume(
+        backbone, [Lowered(p, segment, ()) for p, segment in zip(prefixes, segments, strict=True)]
+    )
 
 
 @torch.no_grad()
@@ -179,10 +155,7 @@ def thinned(
         The rows' contexts, with fewer tokens in the upper layers.
     """
     depth = len(rows[0].kv)
-    kept = [_kept(row.prefix, cells) for row, cells in zip(rows, keep, strict=True)]
-    parts = [
-        k.followed_by(_without_last_token(row.segment)) for k, row in zip(kept, rows, strict=True)
-    ]
+    parts = _after_kept(rows, keep, [_without_last_token(row.segment) for row in rows])
     batch = batch_rows(parts, [0] * len(parts))
     inputs = batch.attention(backbone)
     cache = _from_layer(depth, cache_of([]))
@@ -190,7 +163,7 @@ def thinned(
     contexts = []
     for number, (row, part) in enumerate(zip(rows, parts, strict=True)):
         lower = zip(row.prefix.kv[:depth], _without_last(row.kv), strict=True)
-        upper = ((pair,) for pair in _last(cache, number, part.length, depth))
+        upper = ((pair,) for pair in last_kv(cache, number, part.length, depth))
         ids = (*row.prefix.ids, *row.segment.ids[:-1])
         contexts.append(Context(ids, (*lower, *upper)))
     return contexts
@@ -206,15 +179,20 @@ def thinned_states(
         [n, C] hidden states of each row's segment, before the final norm.
     """
     depth = len(rows[0].kv)
-    kept = [_kept(row.prefix, cells) for row, cells in zip(rows, keep, strict=True)]
-    parts = [k.followed_by(row.segment) for k, row in zip(kept, rows, strict=True)]
+    parts = _after_kept(rows, keep, [row.segment for row in rows])
     batch = batch_rows(parts, [0] * len(parts))
     hidden = run_layers(backbone.layers[depth:], batch.embeds, batch.attention(backbone))
     return [states[-row.segment.length :] for states, row in zip(hidden, rows, strict=True)]
 
 
-def _kept(prefix: Prefix, cells: Bool[Tensor, " cells"]) -> Segment:
-    return _hidden_segment(prefix).select_image_tokens(cells)
+def _after_kept(
+    rows: Sequence[Lowered], keep: Sequence[Tensor], segments: Sequence[Segment]
+) -> list[Segment]:
+    """Join the kept tokens of each row's prefix and a segment."""
+    return [
+        _hidden_segment(row.prefix).select_image_tokens(cells).followed_by(segment)
+        for row, cells, segment in zip(rows, keep, segments, strict=True)
+    ]
 
 
 def _hidden_segment(prefix: Prefix) -> Segment:
@@ -243,6 +221,6 @@ def complete(backbone: Backbone, prefixes: Sequence[Prefix]) -> list[Prefix]:
     fill_cache(backbone, backbone.layers[depth:], batch.embeds, inputs, cache)
     done = []
     for row, prefix in enumerate(prefixes):
-        upper = _last(cache, row, prefix.length, depth)
+        upper = last_kv(cache, row, prefix.length, depth)
         done.append(replace(prefix, kv=(*prefix.kv, *upper)))
     return done
