@@ -69,10 +69,6 @@ class Costs:
         """Tokens through all layers, then new tokens one by one."""
         return (tokens + new) * self.layer * self.layers + new * self.head
 
-    def without_zoom(self, answer: Answer) -> int:
-        """Multiplications of a question that is answered without a look, over its prefix."""
-        return self._run(answer.question_tokens, answer.new_tokens)
-
     def question(self, answer: Answer) -> int:
         """Multiplications of a question after its image is prefilled."""
         asked, crop, new = answer.question_tokens, answer.crop_tokens, answer.new_tokens
@@ -96,13 +92,67 @@ class Costs:
 
     def image(self, answers: Sequence[Answer]) -> int:
         """Multiplications of prefilling the image of these answers."""
-        tokens = answers[0].image_tokens
-        prefix = self.text_before + tokens
-        whole = any(answer.kept_tokens is None for answer in answers)
-        depth = self.layers if whole else self.branch
-        looked = any(answer.roi_map is not None for answer in answers)
-        branch = self.rpn * prefix if looked else 0
-        return self.encoder * tokens + prefix * self.layer * depth + branch
+        return _shared([self.parts(answer) for answer in answers])
+
+    def parts(self, answer: Answer) -> Parts:
+        """Multiplications of a question that got this answer."""
+        prefix = self.text_before + answer.image_tokens
+        encoded = self.encoder * answer.image_tokens
+        depth = self.layers if answer.kept_tokens is None else self.branch
+        return Parts(
+            question=self.question(answer),
+            prefix=encoded + prefix * self.layer * depth,
+            map=self.rpn * prefix if answer.roi_map is not None else 0,
+            whole_prefix=encoded + prefix * self.layer * self.layers,
+            stock=self.stock(answer),
+            without_zoom=self._run(answer.question_tokens, answer.new_tokens),
+        )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Multiplications of one question.
+
+    Args:
+        question: After its image is prefilled.
+        prefix: The prefix that it needs; questions about one image share the largest.
+        map: The RPN's part of the prefix.
+        whole_prefix: The prefix of an answer without a zoom.
+        stock: The stock model's, which encodes the image every time.
+        without_zoom: An answer without a look, over the prefix.
+    """
+
+    question: int
+    prefix: int
+    map: int
+    whole_prefix: int
+    stock: int
+    without_zoom: int
+
+
+def _shared(parts: Sequence[Parts]) -> int:
+    return max(part.prefix for part in parts) + max(part.map for part in parts)
+
+
+def relative_costs(parts: Sequence[Parts], images: Sequence[Hashable]) -> tuple[float, float]:
+    """Sum up questions, relative to the stock model; an image is prefilled once.
+
+    Args:
+        parts: Of each question, at least one.
+        images: The image of each question.
+
+    Returns:
+        All multiplications, and those that the second look adds to answers without one from
+        prefixes of the same images.
+    """
+    by_image: dict[Hashable, list[Parts]] = defaultdict(list)
+    for part, image in zip(parts, images, strict=True):
+        by_image[image].append(part)
+    ours = sum(part.question for part in parts) + sum(map(_shared, by_image.values()))
+    without = sum(part.without_zoom for part in parts)
+    without += sum(own[0].whole_prefix for own in by_image.values())
+    stock = sum(part.stock for part in parts)
+    return ours / stock, (ours - without) / stock
 
 
 def relative_cost(costs: Costs, answers: Sequence[Answer], images: Sequence[Hashable]) -> float:
@@ -113,9 +163,4 @@ def relative_cost(costs: Costs, answers: Sequence[Answer], images: Sequence[Hash
         answers: Answers, at least one.
         images: The image of each question; questions about one image share its prefix.
     """
-    by_image: dict[Hashable, list[Answer]] = defaultdict(list)
-    for answer, image in zip(answers, images, strict=True):
-        by_image[image].append(answer)
-    ours = sum(costs.image(own) for own in by_image.values())
-    ours += sum(costs.question(answer) for answer in answers)
-    return ours / sum(costs.stock(answer) for answer in answers)
+    return relative_costs([costs.parts(answer) for answer in answers], images)[0]

@@ -6,7 +6,9 @@ that insert the same crop tokens give the same answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,19 +50,17 @@ def ask_settings(
     look.answer_first(base, generation)
     by_setting = [_rows(engine, base, found, setting) for setting in settings]
     every = [row for rows in by_setting for row in rows]
-    look.crop([row for row in every if row.answer is None])
-    first: dict[Any, Row] = {}
+    _crop(engine, [row for row in every if row.answer is None])
     for row in every:
         if row.answer is None and not row.crops:
             row.answer = row.first_answer
         if row.zoom.gate is None:
             row.first_answer = row.confidence = None  # no part of this setting
-        if row.answer is None:
-            first.setdefault(_key(row), row)
-    look.answer([*first.values()], generation)
-    for row in every:
-        if row.answer is None:
-            row.answer = first[_key(row)].answer
+    left = _grouped([row for row in every if row.answer is None], _tokens)
+    look.answer([same[0] for same in left], generation)
+    for first, *others in left:
+        for row in others:
+            row.answer = first.answer
     stop = generation.get("stop", [])
     return [[engine.as_answer(row, row.answer or [], stop) for row in rows] for rows in by_setting]
 
@@ -90,9 +90,39 @@ def _rows(
     return rows
 
 
-def _key(row: Row) -> tuple[Any, ...]:
+def _crop(engine: ZoomModel, rows: Sequence[Row]) -> None:
+    """Encode every region once for all settings that make the same crop of it."""
+    crops = _grouped(rows, _crop_settings)
+    engine.second_look.crop([same[0] for same in crops])
+    for first, *others in crops:
+        for row in others:
+            row.crops = first.crops
+            row.proposal = replace(row.proposal, region=first.proposal.region)
+
+
+def _grouped(rows: Sequence[Row], key: Callable[[Row], Hashable]) -> list[list[Row]]:
+    """Group rows with equal keys; a key is computed once per row."""
+    groups: dict[Hashable, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return [*groups.values()]
+
+
+def _crop_settings(row: Row) -> Hashable:
+    """Equal for rows whose crops are equal by construction: same region, same settings of crops."""
+    region, zoom = row.proposal.region, row.zoom
+    masks = [None if mask is None else mask.tobytes() for mask in (region.keep, region.foreground)]
+    return (
+        *(row.question.image_keys, region.boxes, region.grid_boxes, region.reason, *masks),
+        *(zoom.token_budget, zoom.crop_tokens, zoom.tiles, row.max_crop_tokens),
+    )
+
+
+def _tokens(row: Row) -> Hashable:
     """Equal for rows whose answers are equal by construction: same question, same tokens."""
-    inserted = [crop.tokens.float().cpu().numpy().tobytes() for crop in row.crops]
+    inserted = [
+        hashlib.blake2b(crop.tokens.float().cpu().numpy().tobytes()).digest() for crop in row.crops
+    ]
     places = [
         (c.rows, c.columns, None if c.keep is None else tuple(c.keep.tolist())) for c in row.crops
     ]

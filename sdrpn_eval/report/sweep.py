@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def zoom_of(one: Swept, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_json(one: Swept) -> dict[str, Any]:
-    return one.as_dict() | {
+    return asdict(one) | {
         "score": rounded(one.score),
         "against_base": rounded(one.against_base),
         "cost": round(one.cost, 4),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sdrpn.config import ZoomConfig
-from sdrpn.costs import Costs
+from sdrpn.costs import Costs, Parts, relative_costs
 from sdrpn.engine import Answer, Question, ZoomModel
 from sdrpn.io.atomic import read_object, write_json
 from sdrpn.sweep import ask_settings
@@ -105,18 +105,7 @@ class _AskedUnderAll(GenerateUntil):
 
 def _described(answer: Answer, costs: Costs) -> dict[str, Any]:
     """An answer and its multiplications, as JSON."""
-    prefix = costs.image([replace(answer, roi_map=None)])
-    return {
-        **answer.to_dict(),
-        "cost": {
-            "question": costs.question(answer),
-            "prefix": prefix,
-            "whole_prefix": costs.image([replace(answer, roi_map=None, kept_tokens=None)]),
-            "map": costs.image([answer]) - prefix,
-            "stock": costs.stock(answer),
-            "without_zoom": costs.without_zoom(answer),
-        },
-    }
+    return {**answer.to_dict(), "cost": asdict(costs.parts(answer))}
 
 
 class _Sweeping(SdrpnModel):
@@ -249,10 +238,6 @@ class Swept:
     crop_tokens: float
     on_frontier: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """Convert to a JSON object."""
-        return asdict(self) | {"score": [*self.score], "against_base": [*self.against_base]}
-
 
 @dataclass(frozen=True)
 class Sweep:
@@ -354,20 +339,8 @@ def _cost(lines: Sequence[RecordLine], name: str) -> tuple[float, float]:
 
     An image is prefilled once for all its questions.
     """
-    ours = stock = without = 0
-    prefixes: dict[Hashable, int] = defaultdict(int)
-    maps: dict[Hashable, int] = defaultdict(int)
-    whole: dict[Hashable, int] = {}
-    for line in lines:
-        cost = (line.model_extra or {})["swept"][name]["cost"]
-        ours += cost["question"]
-        stock += cost["stock"]
-        without += cost["without_zoom"]
-        whole[line.images] = cost["whole_prefix"]
-        prefixes[line.images] = max(prefixes[line.images], cost["prefix"])
-        maps[line.images] = max(maps[line.images], cost["map"])
-    total = ours + sum(prefixes.values()) + sum(maps.values())
-    return total / stock, (total - without - sum(whole.values())) / stock
+    parts = [Parts(**(line.model_extra or {})["swept"][name]["cost"]) for line in lines]
+    return relative_costs(parts, [line.images for line in lines])
 
 
 def _undominated(one: Swept, every: Sequence[Swept]) -> bool:
