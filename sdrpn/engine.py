@@ -194,20 +194,19 @@ class ZoomModel:
         with self._discard_on_error(questions):
             results = self._dispatch(questions, generation, answer, answer_plain)
         share = (time.perf_counter() - start) / max(len(questions), 1)
-        return [
-            replace(result, text=self._decode(ids, stop), new_tokens=len(ids), seconds=share)
-            for result, ids in results
-        ]
+        return [self._in_words(result, ids, stop, share) for result, ids in results]
 
     def as_answer(self, row: Row, ids: Sequence[int], stop: Sequence[str] = ()) -> Answer:
         """Make an answer of a row after all stages and its token ids."""
-        return replace(self._answer(row), text=self._decode(ids, stop), new_tokens=len(ids))
+        return self._in_words(self._answer(row), ids, stop)
 
-    def _decode(self, ids: Sequence[int], stop: Sequence[str]) -> str:
+    def _in_words(
+        self, answer: Answer, ids: Sequence[int], stop: Sequence[str], seconds: float = 0.0
+    ) -> Answer:
         text = self.backbone.tokenizer.decode(ids, skip_special_tokens=True)
         for string in stop:
             text = text.split(string)[0]
-        return text.strip()
+        return replace(answer, text=text.strip(), new_tokens=len(ids), seconds=seconds)
 
     def loss_batch(
         self, questions: Sequence[Question], continuations: Sequence[str]

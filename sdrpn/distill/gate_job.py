@@ -48,6 +48,11 @@ NO_CELL = 1 - 1e-9
 """`ZoomConfig.threshold` that no cell passes."""
 
 
+def without_zoom(zoom: ZoomConfig) -> ZoomConfig:
+    """Return settings that answer without a zoom and note how sure the answer is."""
+    return replace(zoom, gate=ALWAYS_STANDS, threshold=NO_CELL, keep_tokens=None, thin_above=None)
+
+
 @dataclass(frozen=True)
 class GateSample:
     """A labelled question.
@@ -183,9 +188,7 @@ class _Batch:
         base = replace(zoom.zoom, gate=None, learned_gate=None)
         first, second = config.thresholds_for(base)
         self.first, self.second = replace(base, threshold=first), replace(base, threshold=second)
-        self.stock = replace(
-            base, gate=ALWAYS_STANDS, threshold=NO_CELL, keep_tokens=None, thin_above=None
-        )
+        self.stock = without_zoom(base)
 
     def run(self) -> list[Views]:
         zoomed = self._answers(range(len(self.questions)), self.first)

@@ -26,13 +26,12 @@ from sdrpn import RPN, Question, ZoomModel
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.distill.gate import fit
 from sdrpn.distill.gate_job import (
-    ALWAYS_STANDS,
     LABELS_FILE,
-    NO_CELL,
     STATE,
     as_state,
     labelled,
     rpn_states,
+    without_zoom,
 )
 from sdrpn.distill.gate_labels import RULES, GateConfig
 from sdrpn.inference.upper import run_lower
@@ -198,7 +197,7 @@ class Fresh:
             Question(row["question"], (Image.open(io.BytesIO(row["image"]["bytes"])),))
             for row in self.rows
         ]
-        never = replace(self.engine.zoom, gate=ALWAYS_STANDS, threshold=NO_CELL)
+        never = without_zoom(self.engine.zoom)
         unzoomed = [replace(question, zoom=never) for question in self.questions]
         stock = ask_all(self.engine, unzoomed, "stock")
         zoomed = ask_all(self.engine, self.questions, "zoom")
