@@ -8,7 +8,6 @@ afterwards, how good the labels were.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +20,7 @@ from tqdm import tqdm
 from sdrpn.distill.probes import box_cover
 from sdrpn.io.atomic import as_json
 from tools.tiny_trio import scenes as sc
-from tools.tiny_vstar.make_questions import label_quality
-from tools.tiny_vstar.train_rpn import run
+from tools.tiny_vstar.train_rpn import run_all
 
 LABEL_POOL = 3
 SCENES, STEPS, BRANCH_LAYER = 3000, 500, 3
@@ -96,13 +94,7 @@ def distil(
     lines = commands(
         model, work, out, branch_layer=branch_layer, steps=steps, seed=seed, relabel=relabel
     )
-    seconds = {name: round(run(command), 1) for name, command in lines.items()}
-    return {
-        "labels": label_quality(work / "labels", questions),
-        "labels_published_thresholds": label_quality(work / "attention", questions),
-        "training": json.loads((out / "training.json").read_text()),
-        "seconds": seconds,
-    }
+    return run_all(lines, work, out)
 
 
 def main() -> None:

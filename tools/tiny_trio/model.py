@@ -10,31 +10,28 @@ import math
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from sdrpn.roi.vicrop import NEUTRAL_QUESTION
 from tools.tiny_trio import scenes as sc
 from tools.tiny_trio.drawing import GROUPS
-from tools.tiny_vstar.tiny_model import PATCH, SPECIAL_TOKENS, processor_around, prompt_of
+from tools.tiny_vstar.tiny_model import (
+    HEADS,
+    HIDDEN,
+    build_llava,
+    processor_around,
+    prompt_of,
+    word_level_tokenizer,
+)
 
-HIDDEN, HEADS = 128, 4
-TOWER_LAYERS, TEXT_LAYERS = 3, 6
+TOWER_LAYERS, CONTEXT = 3, 2048
 WAVES = 8
 """Plane waves per axis in the position embeddings; they fill the first 4 * WAVES channels."""
 WAVE_HEIGHT, SHARPNESS = 0.5, 1.3
 
 
 def build_tokenizer() -> Any:
-    """A word-level tokenizer; like LLaMA's it puts <s> first and leaves </s> to the caller."""
-    splitter = pre_tokenizers.Whitespace()
+    """The word-level tokenizer of the prompt, the questions and their answers."""
     questions = (sc.ASK_SHAPE, sc.ASK_NEIGHBOUR, sc.ASK_SIGN, sc.ASK_FIELD)
     blanks = dict.fromkeys(("colour", "shape", "side", "field"), "")
     texts = [
@@ -44,24 +41,7 @@ def build_tokenizer() -> Any:
         *(" ".join(words) for words in GROUPS.values()),
         "left right ? . ,",
     ]
-    words = [word for text in texts for word, _ in splitter.pre_tokenize_str(text)]
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*SPECIAL_TOKENS, *words]))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=2048,
-    )
+    return word_level_tokenizer(texts, CONTEXT)
 
 
 def build_processor() -> LlavaProcessor:
@@ -71,41 +51,9 @@ def build_processor() -> LlavaProcessor:
 
 def build_model(tokenizer: Any) -> LlavaForConditionalGeneration:
     """The untrained model; torch's global seed decides its weights."""
-    vision = CLIPVisionConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=384,
-        num_hidden_layers=TOWER_LAYERS,
-        num_attention_heads=HEADS,
-        image_size=sc.VIEW,
-        patch_size=PATCH,
-        projection_dim=HIDDEN,
-        hidden_act="gelu",
+    model = build_llava(
+        tokenizer, side=sc.VIEW, tower_layers=TOWER_LAYERS, feature_layer=-1, context=CONTEXT
     )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=345,
-        num_hidden_layers=TEXT_LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=2048,
-        initializer_range=0.06,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=sc.GRID**2,
-    )
-    config.pad_token_id = tokenizer.pad_token_id
-    model = LlavaForConditionalGeneration(config)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.generation_config, name, getattr(tokenizer, name))
     start_local(model.model.vision_tower)
     return model
 

@@ -6,6 +6,7 @@ tiny model is asked in exactly the words that LLaVA-1.5-7B is asked in.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from sdrpn.roi.vicrop import NEUTRAL_QUESTION
 from tools.tiny_vstar.scenes import COLOURS, PATTERNS, QUESTION, VIEW_SIDE
 
 PATCH = 14
-HIDDEN = 128
+HIDDEN, HEADS = 128, 4
+CONTEXT = 1024
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 
 
@@ -36,8 +38,7 @@ def prompt_of(question: str) -> str:
 
 
 def build_tokenizer() -> Any:
-    """A word-level tokenizer; like LLaMA's it puts <s> first and leaves </s> to the caller."""
-    splitter = pre_tokenizers.Whitespace()
+    """The word-level tokenizer of the prompt, colours and patterns."""
     texts = [
         prompt_of(QUESTION.format(colour="")).replace("<image>", ""),
         NEUTRAL_QUESTION,
@@ -45,6 +46,17 @@ def build_tokenizer() -> Any:
         " ".join(PATTERNS),
         "? . ,",
     ]
+    return word_level_tokenizer(texts, CONTEXT)
+
+
+def word_level_tokenizer(texts: Sequence[str], max_length: int) -> Any:
+    """A word-level tokenizer; like LLaMA's it puts <s> first and leaves </s> to the caller.
+
+    Args:
+        texts: Texts whose words it knows, in the order of their ids.
+        max_length: Longest sequence, in tokens.
+    """
+    splitter = pre_tokenizers.Whitespace()
     words = [word for text in texts for word, _ in splitter.pre_tokenize_str(text)]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*SPECIAL_TOKENS, *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -61,7 +73,7 @@ def build_tokenizer() -> Any:
         extra_special_tokens={"image_token": "<image>"},
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_max_length=1024,
+        model_max_length=max_length,
     )
 
 
@@ -86,12 +98,27 @@ def processor_around(tokenizer: Any, side: int) -> LlavaProcessor:
 
 def build_model(tokenizer: Any) -> LlavaForConditionalGeneration:
     """The untrained model; torch's global seed decides its weights."""
+    return build_llava(tokenizer, side=VIEW_SIDE, tower_layers=4, feature_layer=-2, context=CONTEXT)
+
+
+def build_llava(
+    tokenizer: Any, *, side: int, tower_layers: int, feature_layer: int, context: int
+) -> LlavaForConditionalGeneration:
+    """An untrained LLaVA of HIDDEN channels; torch's global seed decides its weights.
+
+    Args:
+        tokenizer: Its tokenizer, from `word_level_tokenizer`.
+        side: Side of the view, in pixels.
+        tower_layers: Layers of the vision tower.
+        feature_layer: Layer of the tower whose output is projected.
+        context: Longest sequence, in tokens.
+    """
     vision = CLIPVisionConfig(
         hidden_size=HIDDEN,
         intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=VIEW_SIDE,
+        num_hidden_layers=tower_layers,
+        num_attention_heads=HEADS,
+        image_size=side,
         patch_size=PATCH,
         projection_dim=HIDDEN,
         hidden_act="gelu",
@@ -101,9 +128,9 @@ def build_model(tokenizer: Any) -> LlavaForConditionalGeneration:
         hidden_size=HIDDEN,
         intermediate_size=345,
         num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=context,
         initializer_range=0.06,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -113,15 +140,14 @@ def build_model(tokenizer: Any) -> LlavaForConditionalGeneration:
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2,
+        vision_feature_layer=feature_layer,
         vision_feature_select_strategy="default",
-        image_seq_length=(VIEW_SIDE // PATCH) ** 2,
+        image_seq_length=(side // PATCH) ** 2,
     )
     config.pad_token_id = tokenizer.pad_token_id
     model = LlavaForConditionalGeneration(config)
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, getattr(tokenizer, name))
     return model
 
 

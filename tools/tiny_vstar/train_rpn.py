@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,19 @@ def distil(model: Path, work: Path, out: Path, *, seed: int = 0) -> dict[str, An
     questions = work / "questions"
     if not (questions / "boxes.json").exists():
         write_questions(questions, SCENES, seed)
-    steps = commands(model, work, out, seed=seed)
-    seconds = {name: round(run(command), 1) for name, command in steps.items()}
+    return run_all(commands(model, work, out, seed=seed), work, out)
+
+
+def run_all(commands: Mapping[str, list[str]], work: Path, out: Path) -> dict[str, Any]:
+    """Run the commands; returns the facts: labels, training, seconds of each command.
+
+    Args:
+        commands: From `commands`, in their order.
+        work: Folder of questions and labels.
+        out: Folder of the RPN.
+    """
+    questions = work / "questions"
+    seconds = {name: round(run(command), 1) for name, command in commands.items()}
     return {
         "labels": label_quality(work / "labels", questions),
         "labels_published_thresholds": label_quality(work / "attention", questions),
