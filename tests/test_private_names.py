@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdrpn.backbones.cache import cache_argument, cache_of
+from sdrpn.backbones.cache import GrowingLayer, cache_argument, cache_of
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.engine import ZoomModel
 from sdrpn.inference.generation import generate
@@ -93,7 +93,10 @@ def causal_mask(*_: Any) -> bool:
 
 
 def cache_layers(*_: Any) -> bool:
-    """A cache grows into new tensors; what it began with is never written to."""
+    """A cache never writes to what it began with, and takes our kind of layer."""
+    empty = cache_of([])
+    empty.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), 1)
+    assert [type(layer) for layer in empty.layers] == [GrowingLayer, GrowingLayer]
     keys, values = torch.ones(1, 2, 3, 4), torch.zeros(1, 2, 3, 4)
     cache = cache_of([(keys, values)])
     cache.update(torch.full((1, 2, 1, 4), 5.0), torch.zeros(1, 2, 1, 4), 0)

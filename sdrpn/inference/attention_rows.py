@@ -76,7 +76,7 @@ def read_rows(
         for prefix, ids in zip(prefixes, suffixes, strict=True)
     ]
     batch = batch_rows(segments, [p.length for p in prefixes])
-    cache = stack([p.kv for p in prefixes])
+    cache = stack([p.kv for p in prefixes], room=batch.embeds.shape[1])
     inputs = batch.attention(backbone, cache)
     probe = _AttentionHook(backbone, prefixes, batch, counts, frozenset(layers), cache)
     run_layers(backbone.layers[: max(layers) + 1], batch.embeds, inputs, cache, probe)

@@ -15,7 +15,7 @@ from transformers import StoppingCriteria
 from transformers.cache_utils import Cache
 
 from sdrpn.backbones.base import Backbone, Segment
-from sdrpn.backbones.cache import cache_of
+from sdrpn.backbones.cache import SPARE_TOKENS, cache_of
 from sdrpn.inference.decoder import run_layers
 from sdrpn.inference.generation_arguments import (
     SAMPLING,
@@ -138,7 +138,8 @@ def _generate(
     """Run generate(): its output, and the number of tokens before the first new one."""
     batch = batch_rows(suffixes, [c.length for c in contexts])
     length = batch.prefix_length
-    cache = stack_pieces([c.pieces for c in contexts])
+    room = batch.embeds.shape[1] + SPARE_TOKENS
+    cache = stack_pieces([c.pieces for c in contexts], room)
     beams = arguments["num_beams"]
     if beams > 1:
         # generate() expands tensors for beams, but not a cache.
@@ -234,7 +235,7 @@ def losses(
         for suffix, ids in zip(suffixes, continuations, strict=True)
     ]
     batch = batch_rows(rows, [p.length for p in prefixes])
-    cache = stack([p.kv for p in prefixes])
+    cache = stack([p.kv for p in prefixes], room=batch.embeds.shape[1])
     inputs = batch.attention(backbone, cache)
     hidden = run_layers(backbone.layers, batch.embeds, inputs, cache)
     return [loss(backbone, states, ids) for states, ids in zip(hidden, continuations, strict=True)]

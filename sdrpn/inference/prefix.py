@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from sdrpn.backbones.base import AttentionInputs, Backbone, ImageInput, Segment
-from sdrpn.backbones.cache import KV, cache_of
+from sdrpn.backbones.cache import KV, GrowingLayer, cache_of
 from sdrpn.inference.decoder import fill_cache, run_layers
 
 
@@ -158,43 +158,44 @@ def batch_rows(segments: Sequence[Segment], prefix_lengths: Sequence[int]) -> Ba
     return Batch(embeds, mask, positions, longest_prefix)
 
 
-def stack(prefixes: Sequence[tuple[KV, ...]]) -> DynamicCache:
+def stack(prefixes: Sequence[tuple[KV, ...]], room: int = 0) -> DynamicCache:
     """Batch the KV of prefixes into one left-padded cache.
-
-    If all rows have the same prefix, they share its memory until the cache grows.
 
     Args:
         prefixes: Keys and values of each row's prefix, by layer.
+        room: Number of tokens that will be added. With 0, rows of one prefix share its memory.
     """
-    return stack_pieces([tuple((pair,) for pair in prefix) for prefix in prefixes])
+    return stack_pieces([tuple((pair,) for pair in prefix) for prefix in prefixes], room)
 
 
-def stack_pieces(rows: Sequence[Pieces]) -> DynamicCache:
+def stack_pieces(rows: Sequence[Pieces], room: int = 0) -> DynamicCache:
     """Batch the KV of sequences in several parts into one left-padded cache, as `stack`.
 
     Args:
         rows: Pieces of each row.
+        room: As `stack`.
     """
-    layers = zip(*rows, strict=True)
-    return cache_of(
-        (
-            _pad_and_concat([[keys for keys, _ in pieces] for pieces in layer]),
-            _pad_and_concat([[values for _, values in pieces] for pieces in layer]),
-        )
-        for layer in layers
-    )
+    cache = cache_of([])
+    for pieces in zip(*rows, strict=True):
+        longest = max(sum(keys.shape[2] for keys, _ in row) for row in pieces)
+        keys = _pad_and_concat([[keys for keys, _ in row] for row in pieces], longest, room)
+        values = _pad_and_concat([[values for _, values in row] for row in pieces], longest, room)
+        layer = GrowingLayer()
+        layer.hold(keys, values, longest if room else None)
+        cache.layers.append(layer)
+    return cache
 
 
-def _pad_and_concat(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+def _pad_and_concat(rows: Sequence[Sequence[Tensor]], longest: int, room: int) -> Tensor:
+    """Left-pad to `longest` tokens, with room behind them: [B, heads, longest + room, d]."""
     first = rows[0]
-    if len(first) == 1 and all(len(row) == 1 and row[0] is first[0] for row in rows):
+    shared = len(first) == 1 and all(len(row) == 1 and row[0] is first[0] for row in rows)
+    if shared and not room:
         return first[0].expand(len(rows), -1, -1, -1)
-    lengths = [sum(part.shape[2] for part in row) for row in rows]
-    longest = max(lengths)
-    shape = (len(rows), first[0].shape[1], longest, first[0].shape[3])
+    shape = (len(rows), first[0].shape[1], longest + room, first[0].shape[3])
     stacked = first[0].new_empty(shape)
-    for row, (parts, length) in enumerate(zip(rows, lengths, strict=True)):
-        start = longest - length
+    for row, parts in enumerate(rows):
+        start = longest - sum(part.shape[2] for part in parts)
         stacked[row, :, :start] = 0
         for part in parts:
             end = start + part.shape[2]
