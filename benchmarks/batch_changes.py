@@ -37,9 +37,9 @@ def _stock(llava: Llava15) -> Ask:
     return lambda batch: [said.text for said in ask(batch)]
 
 
-def systems(dtype: str) -> dict[str, Ask]:
+def systems(dtype: str, device: str) -> dict[str, Ask]:
     """The systems to compare, over the same weights."""
-    llava = Llava15.load(str(tiny_path()), dtype=dtype)
+    llava = Llava15.load(str(tiny_path()), dtype=dtype, device=device)
     rpn = RPN.from_pretrained(str(tiny_path() / "rpn"))
     return {
         "stock, left-padded": _stock(llava),
@@ -53,13 +53,15 @@ def _in_batches(ask: Ask, questions: Sequence[Question], size: int, title: str) 
     return [text for start in starts for text in ask(questions[start : start + size])]
 
 
-def measure(size: int, dtypes: Sequence[str], limit: int | None = None) -> list[dict[str, Any]]:
+def measure(
+    size: int, dtypes: Sequence[str], limit: int | None = None, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """Return a row per system and dtype: changed answers, and those that changed the score."""
     rows = benchmark_rows(limit)
     questions = [Question(row["question"], (row["picture"],)) for row in rows]
     found = []
     for dtype in dtypes:
-        for name, ask in systems(dtype).items():
+        for name, ask in systems(dtype, device).items():
             alone = _in_batches(ask, questions, 1, f"{dtype}, {name}, batch 1")
             together = _in_batches(ask, questions, size, f"{dtype}, {name}, batch {size}")
             pairs = list(zip(rows, alone, together, strict=True))
@@ -85,8 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     p.add_argument("--limit", type=int, help="number of questions, for a quick run")
+    p.add_argument("--device", default="cpu")
     args = p.parse_args(arguments)
-    rows = measure(args.batch_size, args.dtypes, args.limit)
+    rows = measure(args.batch_size, args.dtypes, args.limit, args.device)
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
 

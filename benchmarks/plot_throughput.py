@@ -241,7 +241,7 @@ def page(result: dict[str, Any], picture: str) -> str:
     for preset, stations in result.get("profile", {}).items():
         lines = [[name, *_station_cells(row)] for name, row in stations.items()]
         head = ["stage", "ms", "lower bound, ms", "ratio"]
-        parts += [f"### One question by stage, preset {preset}", format_table(head, lines)]
+        parts += [f"### A question by stage, preset {preset}", format_table(head, lines)]
     return "\n\n".join(parts)
 
 

@@ -1,10 +1,10 @@
-"""Profile one zoomed question by stage: image, map, crop, prefill, decode."""
+"""Profile zoomed questions by stage: image, map, crop, prefill, decode."""
 
 from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from statistics import median
@@ -100,25 +100,27 @@ def operator_table(engine: ZoomModel, ask: Callable[[], Any]) -> str:
     return "\n".join([*rows, operators])
 
 
-def profile_question(
+def profile_batch(
     engine: ZoomModel,
-    question: Question,
+    questions: Sequence[Question],
     generation: dict[str, Any],
     sizes: Sizes,
     rate: float,
     repeats: int,
 ) -> dict[str, Any]:
-    """Profile one question with an empty cache; prints tables, returns seconds and bounds by stage.
+    """Profile a batch with an empty cache; prints tables, returns seconds and bounds by stage.
 
-    rate: achievable operations per second, which turn a stage's minimal operations into its bound.
+    questions: one per image. rate: achievable operations per second, which turn a stage's minimal
+    operations into its bound. Seconds are those of a question.
     """
     answers: list[Any] = []
 
     def ask() -> None:
         forget_images(engine)
-        answers[:] = engine.ask_batch([replace(question)], generation)
+        answers[:] = engine.ask_batch([replace(one) for one in questions], generation)
 
     seconds, whole = station_seconds(engine, ask, repeats)
+    seconds = {name: value / len(questions) for name, value in seconds.items()}
     seen = answers[0]
     load = Load(1, seen.question_tokens, seen.crop_tokens, seen.new_tokens)
     least = floor("sdrpn", sizes, load)
@@ -126,7 +128,10 @@ def profile_question(
         name: {"seconds": seconds.get(name, 0.0), "floor_seconds": least.get(name, 0.0) / rate}
         for name in ("pixels", *STATIONS, "other")
     }
-    result["whole"] = {"seconds": whole, "floor_seconds": sum(least.values()) / rate}
+    result["whole"] = {
+        "seconds": whole / len(questions),
+        "floor_seconds": sum(least.values()) / rate,
+    }
     print(operator_table(engine, ask))
     print(station_table(result))
     return result

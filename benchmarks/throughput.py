@@ -39,7 +39,7 @@ from benchmarks.measuring import Measured, jobs_of, measure, rows_of
 from benchmarks.setups import Setup, llava_setup, qwen_setup
 from benchmarks.shapes import SHAPES
 from benchmarks.shapes_qwen import QWEN_SHAPES, load_qwen
-from benchmarks.stations import profile_question
+from benchmarks.stations import profile_batch
 from benchmarks.systems import (
     GATED_PERCENT,
     PRESETS,
@@ -68,7 +68,7 @@ EXAMPLES = """examples:
   python -m benchmarks.throughput --shape 7b --device cuda --out docs/throughput_7b.json
   python -m benchmarks.throughput --mix textvqa docvqa pope --out docs/throughput_mix.json
   python -m benchmarks.throughput --family qwen2_5_vl --quick   Qwen2.5-VL's proportions
-  python -m benchmarks.throughput --profile --quick             where one question's time goes
+  python -m benchmarks.throughput --profile --quick             where a question's time goes
 
 --out is rewritten after every cell, so an interrupted run keeps its finished cells.
 ratio_to_stock is stock's seconds over the system's own: above 1 is faster than stock.
@@ -142,14 +142,16 @@ def run(setup: Setup, settings: Settings, out: Path | None = None) -> dict[str, 
 
 
 def profile(llava: Llava15, rpn: RPN, settings: Settings, rate: float) -> dict[str, Any]:
-    """Profile one question with both presets; prints and returns seconds by stage."""
-    asked = questions(llava, [1], settings.question_tokens, settings.image_size)
+    """Profile each preset and batch size; prints and returns seconds by stage of a question."""
     box, said = middle_box(llava.grid, settings.cells), generation_of(settings.new_tokens)
     sizes, found = Sizes.of(llava, rpn.config), {}
-    for preset in PRESETS:
-        print(f"\n## one question, preset {preset}\n")
-        engine = zooming_engine(llava, rpn, box, preset)
-        found[preset] = profile_question(engine, asked[0], said, sizes, rate, settings.repeats)
+    for size in settings.batch_sizes:
+        asked = questions(llava, [1] * size, settings.question_tokens, settings.image_size)
+        for preset in PRESETS:
+            name = preset if size == 1 else f"{preset}, batch size {size}"
+            print(f"\n## preset {name}\n")
+            engine = zooming_engine(llava, rpn, box, preset)
+            found[name] = profile_batch(engine, asked, said, sizes, rate, settings.repeats)
     return found
 
 
@@ -171,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"batch 1, 1 and 4 questions, 5 repeats, stock and {', '.join(QUICK)}",
     )
-    p.add_argument("--profile", action="store_true", help="also profile one question")
+    p.add_argument("--profile", action="store_true", help="also profile one question per image")
     model = p.add_argument_group("model")
     model.add_argument("--family", choices=sorted(SHAPES_OF), default="llava")
     model.add_argument("--shape", default="small", help="random weights: small, 7b, ...")

@@ -9,8 +9,18 @@ import typer
 
 from sdrpn.cli.shared import console, report_errors, say
 from sdrpn.config import PROPOSERS as PROPOSERS_OF_MODEL
-from sdrpn_eval.args import ARGUMENTS
-from sdrpn_eval.cli.options import SeedOption, at_least, split_names
+from sdrpn_eval.cli.options import (
+    BatchSizeOption,
+    LimitOption,
+    ModelInLmmsEvalOption,
+    SeedOption,
+    TaskFolderOption,
+    TasksOption,
+    at_least,
+    check_model,
+    model_args_option,
+    split_names,
+)
 
 if TYPE_CHECKING:
     from sdrpn_eval.results.comparison import Comparison
@@ -18,26 +28,15 @@ if TYPE_CHECKING:
     from sdrpn_eval.results.read import Run
 
 PROPOSERS = "none,vicrop,attention,rpn,box"
-PACKAGES = ("sdrpn", "lmms_eval", "transformers", "torch")
-"""Packages whose versions are named in the caption."""
 
 
 def ladder(
     out: Annotated[
         Path, typer.Option(help="Folder for the runs, one folder each, and the result.")
     ],
-    tasks: Annotated[str, typer.Option(help="Tasks of lmms-eval, comma-separated.")] = "tiny_vstar",
-    model_args: Annotated[
-        str,
-        typer.Option(
-            "--model_args",
-            "--model-args",
-            help="As lmms-eval takes them, without the proposer.",
-        ),
-    ] = "pretrained=tiny",
-    model: Annotated[
-        str, typer.Option(help=f"Model in lmms-eval: {' or '.join(ARGUMENTS)}.")
-    ] = "llava_sdrpn",
+    tasks: TasksOption = "tiny_vstar",
+    model_args: Annotated[str, model_args_option(", without the proposer.")] = "pretrained=tiny",
+    model: ModelInLmmsEvalOption = "llava_sdrpn",
     proposers: Annotated[
         str,
         typer.Option(
@@ -45,13 +44,9 @@ def ladder(
             "oracle, the document's own box, and left out for documents without one."
         ),
     ] = PROPOSERS,
-    limit: Annotated[
-        int | None, typer.Option(help="Only the first documents, to try it out.")
-    ] = None,
-    batch_size: Annotated[str, typer.Option(help="Questions at a time, or auto.")] = "16",
-    include_path: Annotated[
-        str | None, typer.Option(help="Folder with the YAML files of your own tasks.")
-    ] = None,
+    limit: LimitOption = None,
+    batch_size: BatchSizeOption = "16",
+    include_path: TaskFolderOption = None,
     processes: Annotated[
         str, typer.Option(help="Processes of each run, or auto: one for each GPU.")
     ] = "1",
@@ -72,8 +67,7 @@ def ladder(
         at_least(1, limit=limit)
         names = _proposers(proposers)
         _check_options(tasks, batch_size, processes)
-        if model not in ARGUMENTS:
-            raise ValueError(f"--model must be {' or '.join(ARGUMENTS)}, got {model!r}")
+        check_model(model)
         # Imported here, so that --help answers at once.
         from sdrpn_eval.report.figures import draw_ladder
         from sdrpn_eval.report.write import show, write_comparison
@@ -136,10 +130,12 @@ def _run(plan: Ladder, proposer: str) -> Run:
 
 def caption(comparison: Comparison, plan: Ladder) -> str:
     """The caption of the figure: how it was measured."""
+    from sdrpn_eval.report.text import versions_line
+
     first = comparison.runs[0]
     facts = first.facts or {}
-    versions, device = facts.get("versions") or {}, facts.get("device") or {}
-    made = [f"{name} {versions[name]}" for name in PACKAGES if name in versions]
+    device = facts.get("device") or {}
+    made = versions_line(facts.get("versions") or {})
     where = device.get("name") or device.get("type")
     parts = [
         f"Measured by lmms-eval --model {plan.model} --model_args {plan.model_args or 'none'} "
@@ -149,6 +145,6 @@ def caption(comparison: Comparison, plan: Ladder) -> str:
         "true box: the box that each document carries, cropped as it is."
         if any(run.name == "true box" for run in comparison.runs)
         else "",
-        f"{', '.join(made)}{f', on {where}' if where else ''}." if made else "",
+        f"{made}{f', on {where}' if where else ''}." if made else "",
     ]
     return " ".join(part for part in parts if part)

@@ -10,31 +10,29 @@ import typer
 
 from sdrpn.cli.shared import console, report_errors, say
 from sdrpn.config import PEAK
-from sdrpn_eval.args import ARGUMENTS
-from sdrpn_eval.cli.options import SeedOption, at_least, split_names
+from sdrpn_eval.cli.options import (
+    BatchSizeOption,
+    LimitOption,
+    ModelInLmmsEvalOption,
+    SeedOption,
+    TaskFolderOption,
+    TasksOption,
+    at_least,
+    check_model,
+    model_args_option,
+    split_names,
+)
 
 NONE = "none"
 
 
 def sweep(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the result.")],
-    tasks: Annotated[
-        str,
-        typer.Option(
-            help="Tasks of lmms-eval, comma-separated, such as the CI subsets textvqa_ci,docvqa_ci."
-        ),
-    ] = "tiny_vstar",
+    tasks: TasksOption = "tiny_vstar",
     model_args: Annotated[
-        str,
-        typer.Option(
-            "--model_args",
-            "--model-args",
-            help="As lmms-eval takes them. They are the base; proposer is rpn.",
-        ),
+        str, model_args_option(". They are the base; proposer is rpn.")
     ] = "pretrained=tiny",
-    model: Annotated[
-        str, typer.Option(help=f"Model in lmms-eval: {' or '.join(ARGUMENTS)}.")
-    ] = "llava_sdrpn",
+    model: ModelInLmmsEvalOption = "llava_sdrpn",
     threshold: Annotated[
         str, typer.Option(help="Thresholds: numbers, peak, or base (that of --model_args).")
     ] = "base,peak",
@@ -45,15 +43,13 @@ def sweep(
     keep_tokens: Annotated[
         str, typer.Option(help="Image tokens that upper layers see in a zoomed answer.")
     ] = NONE,
-    limit: Annotated[int | None, typer.Option(help="Only the first documents of a task.")] = None,
-    batch_size: Annotated[str, typer.Option(help="Questions at a time, or auto.")] = "16",
+    limit: LimitOption = None,
+    batch_size: BatchSizeOption = "16",
     tolerance: Annotated[
         float,
         typer.Option(help="Loss to accept for a cheaper setting, in points of 100."),
     ] = 0.5,
-    include_path: Annotated[
-        str | None, typer.Option(help="Folder with the YAML files of your own tasks.")
-    ] = None,
+    include_path: TaskFolderOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Find the zoom settings that pay: score over cost, question by question.
@@ -73,8 +69,7 @@ def sweep(
     with report_errors():
         at_least(0, seed=seed)
         at_least(1, limit=limit)
-        if model not in ARGUMENTS:
-            raise ValueError(f"--model must be {' or '.join(ARGUMENTS)}, got {model!r}")
+        check_model(model)
         if not 0 <= tolerance < 100:
             raise ValueError(f"--tolerance must be in [0, 100), got {tolerance:g}")
         axes = {

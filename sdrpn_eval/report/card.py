@@ -19,7 +19,7 @@ from huggingface_hub import (
 from sdrpn.io.atomic import atomic_write
 from sdrpn.io.model_card import CARD_FILE, new_card, save_card, with_results
 from sdrpn.io.plurals import counted
-from sdrpn_eval.report.text import markdown_table, metric_name
+from sdrpn_eval.report.text import markdown_table, metric_name, versions_line
 from sdrpn_eval.results.comparability import Evidence
 from sdrpn_eval.results.compare import compare
 from sdrpn_eval.results.comparison import Comparison
@@ -31,8 +31,6 @@ ENTRIES = ".eval_results"
 HEADING = "## Evaluation"
 HEADER = ("task", "metric", "score", "questions", "protocol", "threshold", "run")
 LEADERBOARD = "leaderboard.md"
-VERSIONS = ("sdrpn", "lmms_eval", "transformers", "torch")
-"""Versions that stand beside a score; a run's record has all."""
 
 
 METHOD = (
@@ -179,7 +177,7 @@ def _setup(evidence: Evidence) -> str:
     if facts.source:
         changed = ", changed" if facts.source.get("changed") else ""
         parts.append(f"commit {str(facts.source.get('commit'))[:10]}{changed}")
-    parts.append(", ".join(f"{n} {facts.versions[n]}" for n in VERSIONS if n in facts.versions))
+    parts.append(versions_line(facts.versions))
     return "; ".join(parts)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -13,6 +13,8 @@ from sdrpn_eval.results.comparison import Comparison, Difference, MetricRow, Run
 from sdrpn_eval.results.regions import HOLDS, Looking
 from sdrpn_eval.results.stats import with_interval
 
+VERSIONS = ("sdrpn", "lmms_eval", "transformers", "torch")
+"""Packages whose versions stand beside a score; a run's record has all."""
 METHOD = (
     "Intervals are 95 %, clustered by image: of scores in [0, 1] Korn and Graubard's, of their "
     "differences from those of gains and losses, of other scores a bootstrap over images. p is "
@@ -40,6 +42,11 @@ class Section:
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+
+def versions_line(versions: Mapping[str, str]) -> str:
+    """Name the versions that stand beside a score, as far as they are known."""
+    return ", ".join(f"{name} {versions[name]}" for name in VERSIONS if name in versions)
 
 
 def _section(title: str, header: Sequence[str], cells: Sequence[Cells]) -> Section:

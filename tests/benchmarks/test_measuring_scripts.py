@@ -39,7 +39,7 @@ def test_a_change_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         batch_changes,
         "systems",
-        lambda dtype: {"fickle": lambda batch: [str(len(batch))] * len(batch)},
+        lambda dtype, device: {"fickle": lambda batch: [str(len(batch))] * len(batch)},
     )
     rows = batch_changes.measure(4, ["float32"], limit=4)
     assert rows[0]["answers_changed"] == 4

@@ -12,7 +12,7 @@ from datasets import load_dataset
 
 from sdrpn import Question, ZoomModel
 from sdrpn_eval.demo import BENCHMARK, HERE, embedded_model, tiny_path
-from tools.tiny_vstar import report, score
+from tools.tiny_vstar import make_benchmark, report, score
 
 README = Path(__file__).parents[2] / "README.md"
 SUBSET = 100
@@ -82,6 +82,20 @@ def test_fresh_scenes_depend_on_the_seed_alone(rows: list) -> None:
     assert len(pictures) == 4
     assert not pictures & {row["image"].convert("RGB").tobytes() for row in rows}
     assert {row["image_id"] for row in one} == {"3/scene_000", "3/scene_001"}
+
+
+def test_fresh_scenes_are_written_for_local_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "tiny_vstar" / "fresh.parquet"
+    words = ["make_benchmark", "--images", "2", "--scenes-seed", "3", "4", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", words)
+    make_benchmark.main()
+    read = load_dataset("parquet", data_files=str(out), split="train").to_list()
+    drawn = score.fresh_rows([3, 4], 2)
+    assert [row["answer"] for row in read] == [row["answer"] for row in drawn]
+    assert len({row["question_id"] for row in read}) == len(read)
+    assert {row["image_id"].partition("/")[0] for row in read} == {"3", "4"}
 
 
 def test_fresh_scenes_are_scored_pooled_and_by_seed() -> None:

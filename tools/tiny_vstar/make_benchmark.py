@@ -1,5 +1,7 @@
 """Draws the benchmark `tiny_vstar`: `python -m tools.tiny_vstar.make_benchmark --out FILE.parquet`.
 
+`--scenes-seed 7` draws one on scenes that nobody has seen instead, for `SDRPN_DATA`.
+
 Like V*, it asks mostly about what the first look cannot resolve: about 78 % of the discs are fine.
 Every scene has 5 or 6 discs and every disc is asked about. The scenes' seed is no training seed.
 """
@@ -7,6 +9,7 @@ Every scene has 5 or 6 discs and every disc is asked about. The scenes' seed is 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from sdrpn.io.atomic import as_json
 from tools.tiny_vstar import scenes as sc
 
 BENCHMARK_SEED = (20260, 99)
+FRESH_SEED = 20261
+"""First number of the seed of fresh scenes; no benchmark, tuning or training scene has it."""
 IMAGES = 125
 FINE_SHARE = 0.78
 QUALITY = 92
@@ -74,6 +79,15 @@ def benchmark_rows(
     return rows
 
 
+def fresh_rows(seeds: Iterable[int], images: int = IMAGES) -> list[dict[str, Any]]:
+    """Rows of `images` new scenes per seed, drawn as those of the benchmark are."""
+    return [
+        row | {"seed": seed} | {name: f"{seed}/{row[name]}" for name in ("question_id", "image_id")}
+        for seed in seeds
+        for row in benchmark_rows(images, (FRESH_SEED, seed))
+    ]
+
+
 def write(rows: list[dict[str, Any]], out: Path) -> None:
     """Write the rows as parquet; the dictionary stores a picture once for all of its questions."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +103,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="parquet file to write")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"scenes (default: {IMAGES})")
+    parser.add_argument("--scenes-seed", type=int, nargs="+", help="draw --images scenes of each")
     args = parser.parse_args()
-    write(benchmark_rows(args.images), args.out)
+    if args.scenes_seed:
+        rows = fresh_rows(args.scenes_seed, args.images)
+        write([{name: row[name] for name in FEATURES} for row in rows], args.out)
+    else:
+        write(benchmark_rows(args.images), args.out)
     back = load_dataset("parquet", data_files={"test": str(args.out)}, split="test")
     fine = sum(category == "fine" for category in back["category"])
     facts = {
