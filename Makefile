@@ -1,4 +1,5 @@
-# make demo: install and show the second look. make test: the suite; make test-fast: its fast part.
+# make demo: install and show the second look. make app: the same in the browser.
+# make test: the suite; make test-fast: its fast part.
 # make check: all that CI runs.
 # make fresh SEED=7: all proposers on scenes drawn from that seed.
 # make check LOCK=: the same with the newest libraries. make check-oldest: the suite on the oldest
@@ -9,13 +10,19 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.sdrpn-installed
 # The versions that environments get; empty: the newest ones.
 LOCK ?= constraints-lock.txt
+APP := .venv-app
+APP_INSTALLED := $(APP)/.sdrpn-installed
 OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.sdrpn-installed
 
-.PHONY: demo install lock test test-fast check check-oldest contracts lint mutate types dist site tiny fresh
+.PHONY: demo app install lock test test-fast check check-oldest contracts lint mutate types dist site tiny fresh
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sdrpn_eval.demo --out out/demo
+
+# An environment of its own: Gradio needs an older Pillow than the tests.
+app: $(APP_INSTALLED)
+	$(APP)/bin/sdrpn app
 
 install: $(INSTALLED)
 
@@ -75,16 +82,19 @@ lock:
 	  --custom-compile-command "make lock" -q -o constraints-lock.txt $(UPGRADE)
 
 $(INSTALLED): pyproject.toml $(LOCK)
-	$(call install,$(VENV),$(if $(LOCK),-c $(LOCK)))
+	$(call install,$(VENV),test,$(if $(LOCK),-c $(LOCK)))
+
+$(APP_INSTALLED): pyproject.toml
+	$(call install,$(APP),app)
 
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
-	$(call install,$(OLDEST),-c constraints-oldest.txt)
+	$(call install,$(OLDEST),test,-c constraints-oldest.txt)
 
-# A new environment (1) with sdrpn in it, under constraints (2).
+# A new environment (1) with sdrpn and its extra (2), under constraints (3).
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "sdrpn needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/pip install -q -e ".[test]" $(2)
+	$(1)/bin/pip install -q -e ".[$(2)]" $(3)
 	touch $@
 endef

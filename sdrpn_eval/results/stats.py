@@ -102,7 +102,7 @@ def clustered_difference(
     return Estimate(mean, mean - down, mean + up)  # no further than -1 and 1, as their parts
 
 
-def rounded(estimate: Estimate, digits: int = 4) -> list[float | None]:
+def rounded(estimate: Estimate, digits: int = 6) -> list[float | None]:
     """An estimate as a list for JSON, null for no interval."""
     return [None if value is None else round(value, digits) for value in estimate]
 
