@@ -114,7 +114,7 @@ def draw(sweep: Sweep, path: Path) -> None:
     _points(axis, other, "#9e9e9e", "other settings", "o")
     _points(axis, frontier, "#0072b2", "frontier", "o-")
     base = [one for one in sweep.swept if one.name == BASE]
-    _points(axis, base, "#d55e00", "base: the RPN's own settings", "s")
+    _points(axis, base, "#d55e00", "base: as in --model_args", "s")
     for one in frontier:
         axis.annotate(
             one.name.replace(" ", "\n"),
