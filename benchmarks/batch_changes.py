@@ -79,8 +79,8 @@ def measure(
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the benchmark from the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Build the argument parser."""
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     p.add_argument("--out", type=Path, help="JSON file to write")
@@ -88,7 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     p.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     p.add_argument("--limit", type=int, help="number of questions, for a quick run")
     p.add_argument("--device", default="cpu")
-    args = p.parse_args(arguments)
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark from the command line."""
+    args = parser().parse_args(arguments)
     rows = measure(args.batch_size, args.dtypes, args.limit, args.device)
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")

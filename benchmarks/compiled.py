@@ -74,8 +74,8 @@ def measure(
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line."""
+def parser() -> argparse.ArgumentParser:
+    """Build the argument parser."""
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     p.add_argument("--shape", default="small", help="random weights: small, 7b, 13b")
@@ -84,7 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     p.add_argument("--dtype", default="auto", help="auto: float32 on a CPU, else float16")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--out", type=Path, help="JSON file to write")
-    args = p.parse_args(arguments)
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    args = parser().parse_args(arguments)
     rows = measure(args.shape, args.layers, args.device, args.dtype, args.repeats)
     for row in rows:
         print(row)

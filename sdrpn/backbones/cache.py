@@ -61,7 +61,8 @@ class GrowingLayer(DynamicLayer):
         if self.get_seq_length() == 0 or (torch.is_grad_enabled() and key_states.requires_grad):
             return super().update(key_states, value_states, *args, **kwargs)
         keys, values = self.keys, self.values
-        assert keys is not None and values is not None
+        assert keys is not None
+        assert values is not None
         self.keys = self._append(0, keys, key_states)
         self.values = self._append(1, values, value_states)
         return self.keys, self.values

@@ -23,6 +23,7 @@ from sdrpn_eval.args import LlavaArguments
 from tests.docs.pages import PAGES, ROOT, blocks, commands
 from tests.helpers.run_folders import evaluate
 from tools.lint.dependencies import OPTIONAL
+from tools.tiny_vstar import make_benchmark, make_questions
 
 RUN_BY = {
     "README.md": "tests/docs/test_commands.py",
@@ -32,6 +33,7 @@ RUN_BY = {
     "docs/ci.md": "tests/sdrpn_eval/cli/test_gate.py",
     "docs/evaluate.md": "tests/docs/test_commands.py",
     "docs/heads.md": "tests/docs/test_commands.py",
+    "docs/speed.md": "tests/benchmarks/test_gpu_script.py",
     "docs/own_questions.md": "tests/sdrpn/cli/test_answer.py",
     "docs/tiny_vstar.md": "tests/tools/test_tiny_vstar.py",
     "jobs/README.md": "tests/jobs/test_row.py",
@@ -39,7 +41,13 @@ RUN_BY = {
 """Pages with commands, and the test that runs them."""
 HERE = [page for page, test in RUN_BY.items() if test == "tests/docs/test_commands.py"]
 FEWER = {"--scenes": "6", "--max_steps": "2", "--preview": "2", "--global-batch": "16"}
-MORE = {"heads": ["--scenes", "6"], "train": ["--held-out", "0.2"], "sweep": ["--limit", "6"]}
+ONE = [
+    word
+    for name in ("gate", "crop-tokens", "tiles", "keep-tokens")
+    for word in (f"--{name}", "none")
+]
+MORE = {"heads": ["--scenes", "6"], "train": ["--held-out", "0.2"], "sweep": ["--limit", "6", *ONE]}
+MORE["make_benchmark"] = ["--images", "2"]
 """What the reader's sizes do not need."""
 LIMIT = 6
 APPS: dict[str, Any] = {"sdrpn": sdrpn.cli.app, "sdrpn-eval": sdrpn_eval.cli.app}
@@ -55,6 +63,10 @@ def test_every_page_with_commands_has_a_test() -> None:
 
 
 def run(words: list[str]) -> None:
+    if words[0].startswith("SDRPN_DATA="):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(*words[0].split("="))
+            return run(words[1:])
     program, *rest = words
     name = Path(program).name
     if name == "pip":
@@ -73,13 +85,14 @@ def run(words: list[str]) -> None:
             done = CliRunner().invoke(APPS[name], fewer)
             assert done.exit_code == 0, (words, done.output, done.exception)
     elif name == "python":
-        from tools.tiny_vstar import make_questions
-
-        assert rest[:2] == ["-m", "tools.tiny_vstar.make_questions"]
+        modules = {"make_benchmark": make_benchmark, "make_questions": make_questions}
+        assert rest[0] == "-m"
+        package, _, module = rest[1].rpartition(".")
+        assert package == "tools.tiny_vstar"
         with pytest.MonkeyPatch.context() as patch:
             words = [FEWER.get(before, word) for before, word in zip(words, rest, strict=False)]
-            patch.setattr(sys, "argv", words[1:])
-            make_questions.main()
+            patch.setattr(sys, "argv", [*words[1:], *MORE.get(module, [])])
+            modules[module].main()
     else:
         assert name == "lmms-eval", words
         options = dict(zip(rest[::2], rest[1::2], strict=False))

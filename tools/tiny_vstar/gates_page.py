@@ -16,7 +16,10 @@ PAGE = """\
 A zoom that would not change the answer only costs time. Two gates skip it, both off by default:
 
 - **Confidence**, `gate=0.9`: the first answer stands if its least sure token is at least that sure.
-  Needs no training. A question that zooms pays for the first answer too.
+  Needs no training. A question that zooms pays for the first answer too, so the gate saves time
+  only if enough answers stand: at the proportions of 7B more than a quarter to a half of them, at
+  its full size on a CPU more than half
+  ([speed.md](speed.md#the-gate-fastest-and-where-a-batch-loses)).
 - **Learned**, `learned_gate=T`: a linear probe on the RPN's state of the last prompt token, trained
   by `sdrpn train-gate` on labels without annotation ([train.md](train.md#a-gate)). Costs nothing at
   inference, and skips the crop, not the RPN.
