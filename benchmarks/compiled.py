@@ -21,7 +21,7 @@ import torch
 from benchmarks.systems import System, all_systems, middle_box
 from benchmarks.workload import Clock, describe_machine, load, questions
 from sdrpn.engine import Question
-from sdrpn.io.atomic import as_json, atomic_write
+from sdrpn.io.atomic import write_json
 
 NEW_TOKENS, QUESTION_TOKENS, CELLS = 4, 60, 8
 IMAGE_SIZE = (640, 480)
@@ -94,9 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows:
         print(row)
     if args.out is not None:
-        with atomic_write(args.out) as part:
-            machine = describe_machine(torch.device(args.device))
-            part.write_text(as_json({"machine": machine, "rows": rows}))
+        machine = describe_machine(torch.device(args.device))
+        write_json(args.out, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

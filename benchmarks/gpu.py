@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.plot_throughput import facts, format_table, ratio_table
 from benchmarks.workload import describe_machine
-from sdrpn.io.atomic import as_json, atomic_write
+from sdrpn.io.atomic import atomic_write, write_json
 
 LEAST_SECONDS = 20
 """A step is not begun with less time than this."""
@@ -32,12 +32,12 @@ LEAST_SECONDS = 20
 
 @dataclass(frozen=True)
 class Step:
-    """A command that writes NAME.json.
+    """A command that writes NAME.json, but for the tests.
 
     Args:
         name: Its name, which is that of its files.
         title: Heading in the report.
-        command: Module and arguments, without `--out`; pytest takes none.
+        command: Module and arguments.
     """
 
     name: str
@@ -58,7 +58,8 @@ def steps(args: argparse.Namespace) -> list[Step]:
     def throughput(*more: str) -> tuple[str, ...]:
         return ("benchmarks.throughput", *sized, *asked, *more)
 
-    found = [Step("tests", "Tests", ("pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"))]
+    tests = ("pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py")
+    found = []
     half = args.dtypes[0]
     for dtype in args.dtypes:
         command = throughput("--dtype", dtype, "--batch-sizes", *batches, *llava)
@@ -81,21 +82,21 @@ def steps(args: argparse.Namespace) -> list[Step]:
         only = ["--dtype", half, "--batch-sizes", *batches, "--attention", "flash_attention_2"]
         command = throughput(*only, *llava)
         found.append(Step("flash", f"LLaVA-1.5, {half}, flash_attention_2", command))
-    return [step for step in found if not args.steps or step.name in args.steps]
+    written = [
+        replace(step, command=(*step.command, "--out", str(args.out / f"{step.name}.json")))
+        for step in found
+    ]
+    every = [Step("tests", "Tests", tests), *written]
+    return [step for step in every if not args.steps or step.name in args.steps]
 
 
 def run(step: Step, out: Path, seconds: float, device: str) -> str:
     """Run a step; returns `ok`, or what went wrong."""
-    words = [sys.executable, "-m", *step.command]
-    if step.name == "tests":
-        words.append("tests/test_gpu.py")
-    else:
-        words += ["--out", str(out / f"{step.name}.json")]
     log = out / f"{step.name}.log"
     with log.open("w") as stream:
         try:
             done = subprocess.run(
-                words,
+                [sys.executable, "-m", *step.command],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 timeout=seconds,
@@ -190,8 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with atomic_write(args.out / "report.md") as part:
             part.write_text(report(machine, outcomes, args.out))
     states = {step.name: outcome for step, outcome in outcomes}
-    with atomic_write(args.out / "gpu.json") as part:
-        part.write_text(as_json({"machine": machine, "steps": states}))
+    write_json(args.out / "gpu.json", {"machine": machine, "steps": states})
     print((args.out / "report.md").read_text())
     return int(any(outcome.startswith("failed") for outcome in states.values()))
 

@@ -19,7 +19,7 @@ from sdrpn.backbones.base import Backbone, Segment
 from sdrpn.backbones.cache import KV
 from sdrpn.config import LayerHeads
 from sdrpn.inference.decoder import run_layers, split_heads
-from sdrpn.inference.prefix import Batch, Prefix, batch_rows, stack
+from sdrpn.inference.prefix import Batch, Prefix, batch_rows
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def read_rows(
         for prefix, ids in zip(prefixes, suffixes, strict=True)
     ]
     batch = batch_rows(segments, [p.length for p in prefixes])
-    cache = stack([p.kv for p in prefixes], room=batch.embeds.shape[1])
+    cache = batch.cache_of([p.kv for p in prefixes])
     inputs = batch.attention(backbone, cache)
     probe = _AttentionHook(backbone, prefixes, batch, counts, frozenset(layers), cache)
     run_layers(backbone.layers[: max(layers) + 1], batch.embeds, inputs, cache, probe)

@@ -24,7 +24,7 @@ from sdrpn.inference.generation_arguments import (
     neutral_arguments,
     warn_once,
 )
-from sdrpn.inference.prefix import Context, Pieces, Prefix, batch_rows, stack, stack_pieces
+from sdrpn.inference.prefix import Context, Pieces, Prefix, batch_rows, stack_pieces
 
 
 class StopAtStrings(StoppingCriteria):
@@ -235,7 +235,7 @@ def losses(
         for suffix, ids in zip(suffixes, continuations, strict=True)
     ]
     batch = batch_rows(rows, [p.length for p in prefixes])
-    cache = stack([p.kv for p in prefixes], room=batch.embeds.shape[1])
+    cache = batch.cache_of([p.kv for p in prefixes])
     inputs = batch.attention(backbone, cache)
     hidden = run_layers(backbone.layers, batch.embeds, inputs, cache)
     return [loss(backbone, states, ids) for states, ids in zip(hidden, continuations, strict=True)]

@@ -133,6 +133,10 @@ class Batch:
         """Compute the decoder layers' mask and rotary embeddings."""
         return backbone.attention_inputs(self.embeds, self.mask, self.positions, cache)
 
+    def cache_of(self, prefixes: Sequence[tuple[KV, ...]]) -> DynamicCache:
+        """Batch the KV of the rows' prefixes, with room for the segments; see `stack`."""
+        return stack(prefixes, room=self.embeds.shape[1])
+
 
 def batch_rows(segments: Sequence[Segment], prefix_lengths: Sequence[int]) -> Batch:
     """Batch segments that follow prefixes, left-padded.

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 from sdrpn.backbones.base import Backbone, Segment
 from sdrpn.backbones.cache import KV, GrowingLayer, cache_of
 from sdrpn.inference.decoder import fill_cache, run_layers
-from sdrpn.inference.prefix import Context, Prefix, batch_rows, last_kv, stack
+from sdrpn.inference.prefix import Context, Prefix, batch_rows, last_kv
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def run_lower(
         The rows' states.
     """
     batch = batch_rows(segments, [p.length for p in prefixes])
-    cache = stack([p.kv[:depth] for p in prefixes], room=batch.embeds.shape[1])
+    cache = batch.cache_of([p.kv[:depth] for p in prefixes])
     inputs = batch.attention(backbone, cache)
     hidden = run_layers(backbone.layers[:depth], batch.embeds, inputs, cache)
     return [
@@ -98,7 +98,7 @@ def resume(backbone: Backbone, rows: Sequence[Lowered]) -> list[Context]:
     depth = len(rows[0].kv)
     segments = [_without_last_token(row.segment) for row in rows]
     batch = batch_rows(segments, [row.prefix.length for row in rows])
-    upper = stack([row.prefix.kv[depth:] for row in rows], room=batch.embeds.shape[1])
+    upper = batch.cache_of([row.prefix.kv[depth:] for row in rows])
     inputs = batch.attention(backbone, upper)
     cache = _from_layer(depth, upper)
     fill_cache(backbone, backbone.layers[depth:], batch.embeds, inputs, cache)

@@ -194,7 +194,7 @@ def _question_states(
     """
     prefixes = [one.prefix for one in lowered]
     batch = batch_rows([one.segment for one in lowered], [p.length for p in prefixes])
-    cache = stack([p.rpn_kv for p in prefixes], room=batch.embeds.shape[1])
+    cache = batch.cache_of([p.rpn_kv for p in prefixes])
     # An RPN of depth 1 has no layers, and the mask of no use.
     inputs = batch.attention(
         models.backbone, cache if cache.layers else stack([p.kv[:1] for p in prefixes])

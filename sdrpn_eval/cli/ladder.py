@@ -16,8 +16,7 @@ from sdrpn_eval.cli.options import (
     SeedOption,
     TaskFolderOption,
     TasksOption,
-    at_least,
-    check_model,
+    check_run,
     model_args_option,
     split_names,
 )
@@ -63,11 +62,9 @@ def ladder(
       sdrpn-eval ladder --tasks textvqa_val,vstar --model_args dtype=bfloat16 --out out/7b
     """
     with report_errors():
-        at_least(0, seed=seed)
-        at_least(1, limit=limit)
+        check_run(tasks, model, limit, seed)
         names = _proposers(proposers)
-        _check_options(tasks, batch_size, processes)
-        check_model(model)
+        _check_options(batch_size, processes)
         # Imported here, so that --help answers at once.
         from sdrpn_eval.report.figures import draw_ladder
         from sdrpn_eval.report.write import show, write_comparison
@@ -99,12 +96,10 @@ def _proposers(text: str) -> list[str]:
     return names
 
 
-def _check_options(tasks: str, batch_size: str, processes: str) -> None:
+def _check_options(batch_size: str, processes: str) -> None:
     for name, value in (("batch-size", batch_size), ("processes", processes)):
         if value != "auto" and not (value.isdecimal() and int(value) > 0):
             raise ValueError(f"--{name} must be 1 or more, or auto, got {value!r}")
-    if not tasks.strip(" ,"):
-        raise ValueError(f"--tasks names no task, got {tasks!r}")
 
 
 def _processes(text: str) -> int:

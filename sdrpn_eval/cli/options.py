@@ -41,10 +41,18 @@ def model_args_option(note: str) -> Any:
     return typer.Option("--model_args", "--model-args", help=f"As lmms-eval takes them{note}")
 
 
-def check_model(model: str) -> None:
-    """Raises ValueError unless it is one of our models in lmms-eval."""
+def check_run(tasks: str, model: str, limit: int | None, seed: int) -> None:
+    """Checks the options of a command that runs lmms-eval.
+
+    Raises:
+        ValueError: For the first invalid option; names it and its value.
+    """
+    at_least(0, seed=seed)
+    at_least(1, limit=limit)
     if model not in ARGUMENTS:
         raise ValueError(f"--model must be {' or '.join(ARGUMENTS)}, got {model!r}")
+    if not tasks.strip(" ,"):
+        raise ValueError(f"--tasks names no task, got {tasks!r}")
 
 
 def at_least(least: int, **options: int | None) -> None:

@@ -17,8 +17,7 @@ from sdrpn_eval.cli.options import (
     SeedOption,
     TaskFolderOption,
     TasksOption,
-    at_least,
-    check_model,
+    check_run,
     model_args_option,
     split_names,
 )
@@ -67,9 +66,7 @@ def sweep(
       lmms-eval --model llava_sdrpn --model_args zoom=out/sweep_7b/zoom.json --tasks textvqa_val
     """
     with report_errors():
-        at_least(0, seed=seed)
-        at_least(1, limit=limit)
-        check_model(model)
+        check_run(tasks, model, limit, seed)
         if not 0 <= tolerance < 100:
             raise ValueError(f"--tolerance must be in [0, 100), got {tolerance:g}")
         axes = {
@@ -80,10 +77,18 @@ def sweep(
             "tiles": _values("tiles", tiles, int),
             "keep_tokens": _values("keep-tokens", keep_tokens, int),
         }
-        names = split_names(tasks)
-        if not names:
-            raise ValueError(f"--tasks names no task, got {tasks!r}")
-        _run(out, names, axes, model, model_args, limit, batch_size, tolerance, include_path, seed)
+        _run(
+            out,
+            split_names(tasks),
+            axes,
+            model,
+            model_args,
+            limit,
+            batch_size,
+            tolerance,
+            include_path,
+            seed,
+        )
 
 
 def _threshold(text: str) -> float | str:

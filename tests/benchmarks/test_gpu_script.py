@@ -38,7 +38,7 @@ def test_every_command_is_one_that_its_module_reads() -> None:
     for step in steps:
         module, *words = step.command
         if module != "pytest":
-            read.append(PARSERS[module]().parse_args([*words, "--out", "x.json"]))
+            read.append(PARSERS[module]().parse_args(words))
     assert len(read) >= 5
     assert {found.dtype for found in read if "dtype" in found} == {"float16", "bfloat16"}
     assert [found.family for found in read if "family" in found].count("qwen2_5_vl") == 1

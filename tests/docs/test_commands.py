@@ -46,8 +46,12 @@ ONE = [
     for name in ("gate", "crop-tokens", "tiles", "keep-tokens")
     for word in (f"--{name}", "none")
 ]
-MORE = {"heads": ["--scenes", "6"], "train": ["--held-out", "0.2"], "sweep": ["--limit", "6", *ONE]}
-MORE["make_benchmark"] = ["--images", "2"]
+MORE = {
+    "heads": ["--scenes", "6"],
+    "make_benchmark": ["--images", "2"],
+    "sweep": ["--limit", "6", *ONE],
+    "train": ["--held-out", "0.2"],
+}
 """What the reader's sizes do not need."""
 LIMIT = 6
 APPS: dict[str, Any] = {"sdrpn": sdrpn.cli.app, "sdrpn-eval": sdrpn_eval.cli.app}
