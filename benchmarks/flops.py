@@ -167,6 +167,12 @@ def fill(s: Sizes, layers: int, new: int, cached: int) -> float:
     return span(s, layers - 1, new, cached) + _keys(s, new)
 
 
+def to_last(s: Sizes, layers: int, new: int, cached: int) -> float:
+    """As `fill`, with the last token's output of the last layer."""
+    last = _rest(s, 1) + 4 * (cached + new) * s.hidden
+    return fill(s, layers, new, cached) + last
+
+
 def least(s: Sizes, layers: int, new: int, cached: int, outputs: int) -> float:
     """Lower bound of decoder layers: unmasked keys, and `outputs` tokens of the last layer.
 
@@ -274,13 +280,11 @@ def _thinned(s: Sizes, w: Load, kept: int) -> Stations:
     read = s.image_tower(s.vision_layers) + span(s, s.branch_layer, s.prefix, 0) + _own(s)
     seen = _seen_above(s, kept) + suffix
     lower, length = span(s, s.branch_layer, suffix, s.prefix), s.prefix + suffix
-    # generate() runs the last token again, in all layers.
-    last = _step(s, length - 1, seen - 1)
     return {
         "read": read / w.questions_per_image,
         "look": span(s, s.branch_layer + s.depth - 1, w.question, s.prefix) + _map_query(s),
         "crop": s.crop_tower(s.vision_layers),
-        "prefill": lower + fill(s, above, seen - 1, 0) + last,
+        "prefill": lower + to_last(s, above, seen, 0),
         "decode": decode(s, w.new - 1, length, w.new, seen),
     }
 
@@ -292,8 +296,7 @@ def gated(s: Sizes, w: Load) -> Stations:
     """
     zoomed, plain = sdrpn(s, w), replace(w, crop=0)
     lower, above = span(s, s.branch_layer, w.question, s.prefix), s.layers - s.branch_layer
-    last = s.prefix + w.question - 1
-    resumed = fill(s, above, w.question - 1, s.prefix) + span(s, s.layers, 1, last)
+    resumed = to_last(s, above, w.question, s.prefix)
     left = 1 - w.sure
     return {
         "read": zoomed["read"],

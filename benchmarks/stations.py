@@ -37,7 +37,8 @@ def labelled(engine: ZoomModel) -> Iterator[dict[str, float]]:
     def timed(station: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)  # generate() reads the signature of forward()
         def call(*args: Any, **kwargs: Any) -> Any:
-            one_token = function == forward and kwargs.get("inputs_embeds") is None
+            embeds = kwargs.get("inputs_embeds")
+            one_token = function == forward and (embeds is None or embeds.shape[1] == 1)
             place = "decode" if one_token else station
             started = clock.now()
             with record_function(f"station {place}"):

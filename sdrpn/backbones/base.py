@@ -140,6 +140,14 @@ class AttentionInputs:
         cos, sin = self.rotary
         return AttentionInputs(mask, (cos.to(device), sin.to(device)))
 
+    def last_token(self) -> AttentionInputs:
+        """Return the inputs of the last token alone, after all others."""
+        # Only a mask of four axes has one row per query: [B, 1, N, P + N].
+        queries = isinstance(self.mask, Tensor) and self.mask.ndim == 4
+        cos, sin = self.rotary
+        mask = self.mask[:, :, -1:] if queries else self.mask
+        return AttentionInputs(mask, (cos[:, -1:], sin[:, -1:]))
+
 
 class Backbone(ABC):
     """A frozen vision-language model with its tokenizer, image processor and prompt.

@@ -75,17 +75,54 @@ def fill_cache(
     """
     *lower, (index, last) = layers
     layer_input = run_layers(lower, hidden, inputs, cache, hook)
-    layer: Any = last
-    if layer.input_layernorm.weight.is_meta:  # offloaded: weights are fetched by layer.forward only
+    if _is_offloaded(last):
         run_layers([(index, last)], layer_input, inputs, cache, hook)
         return
-    attention = layer.self_attn
-    states = layer.input_layernorm(layer_input.to(layer.input_layernorm.weight.device))
-    keys = split_heads(attention.k_proj(states), attention.head_dim)
-    values = split_heads(attention.v_proj(states), attention.head_dim)
-    cache.update(backbone.rotate(keys, inputs.rotary), values, attention.layer_idx)
+    _add_keys(backbone, last, layer_input, inputs.rotary, cache)
     if hook is not None:
         hook(index, layer_input, inputs.rotary)
+
+
+def run_to_last(
+    backbone: Backbone,
+    layers: Sequence[tuple[int, nn.Module]],
+    hidden: Float[Tensor, "batch new width"],
+    inputs: AttentionInputs,
+    cache: Cache,
+) -> Float[Tensor, "batch width"]:
+    """Fill a KV cache; like `run_layers`, but of the last layer only the last token's output.
+
+    Args:
+        backbone: Model of the layers.
+        layers: (index, decoder layer), in order.
+        hidden: [B, N, C], N of at least 2.
+        inputs: Mask and rotary embeddings of the new tokens.
+        cache: KV cache to fill.
+
+    Returns:
+        [B, C], before any final norm.
+    """
+    *lower, last = layers
+    layer_input = run_layers(lower, hidden, inputs, cache)
+    if _is_offloaded(last[1]):
+        return run_layers([last], layer_input, inputs, cache)[:, -1]
+    cos, sin = inputs.rotary
+    _add_keys(backbone, last[1], layer_input[:, :-1], (cos[:, :-1], sin[:, :-1]), cache)
+    return run_layers([last], layer_input[:, -1:], inputs.last_token(), cache)[:, -1]
+
+
+def _is_offloaded(layer: Any) -> bool:
+    """Whether weights are fetched by the layer's forward() only."""
+    return layer.input_layernorm.weight.is_meta
+
+
+def _add_keys(backbone: Backbone, layer: Any, hidden: Tensor, rotary: KV, cache: Cache) -> None:
+    """Add the keys and values of a layer to a cache."""
+    attention = layer.self_attn
+    states = layer.input_layernorm(hidden.to(layer.input_layernorm.weight.device))
+    keys = split_heads(attention.k_proj(states), attention.head_dim)
+    values = split_heads(attention.v_proj(states), attention.head_dim)
+    cache.update(backbone.rotate(keys, rotary), values, attention.layer_idx)
 
 
 def split_heads(

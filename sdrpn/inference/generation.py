@@ -11,12 +11,18 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import StoppingCriteria
 from transformers.cache_utils import Cache
 
 from sdrpn.backbones.base import Backbone, Segment
 from sdrpn.backbones.cache import SPARE_TOKENS, cache_of
 from sdrpn.inference.decoder import run_layers
+from sdrpn.inference.first_token import (
+    StopAtStrings,
+    after_first,
+    end_tokens,
+    first_tokens,
+    is_greedy,
+)
 from sdrpn.inference.generation_arguments import (
     SAMPLING,
     check_generation,
@@ -25,26 +31,6 @@ from sdrpn.inference.generation_arguments import (
     warn_once,
 )
 from sdrpn.inference.prefix import Context, Pieces, Prefix, batch_rows, stack_pieces
-
-
-class StopAtStrings(StoppingCriteria):
-    """Stop a row when its generated text contains one of the strings.
-
-    transformers' StopStringCriteria reads a BPE vocabulary and fails for word-level tokenizers.
-    This criterion decodes the tokens, like the truncation of the answer.
-    """
-
-    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
-        self.tokenizer, self.strings = tokenizer, strings
-        self.prompt_length: int | None = None
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        if self.prompt_length is None:
-            self.prompt_length = input_ids.shape[1] - 1
-        new = input_ids[:, self.prompt_length :]
-        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        done = [any(string in text for string in self.strings) for text in texts]
-        return torch.tensor(done, device=input_ids.device)
 
 
 def generation_arguments(backbone: Backbone, generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,13 +69,13 @@ def generate(
 ) -> list[list[int]]:
     """Generate answers over prefixes or contexts.
 
-    generate() starts after the context: its first forward pass covers only the suffix and yields
-    the first new token.
+    generate() starts after a prefix: its first forward pass covers only the suffix and yields the
+    first new token. After contexts, greedy search needs no pass for it.
 
     Args:
         backbone: The base model.
-        contexts: KV of each row's tokens before the suffix.
-        suffixes: Segment after each context.
+        contexts: KV of each row's tokens, all prefixes or all contexts.
+        suffixes: Segment after each prefix, or at the end of each context.
         generation: Settings of the request; see `check_generation`.
 
     Returns:
@@ -99,8 +85,7 @@ def generate(
         ValueError: If a setting is unknown, refused or invalid.
     """
     arguments = generation_arguments(backbone, generation)
-    output, width = _generate(backbone, contexts, suffixes, arguments)
-    return [_until_end(backbone, row, arguments) for row in output[:, width:].tolist()]
+    return [ids for ids, _ in _answers(backbone, contexts, suffixes, arguments, scored=False)]
 
 
 @torch.no_grad()
@@ -117,25 +102,59 @@ def generate_with_confidence(
         Probabilities are the model's own, before sampling settings and penalties.
     """
     arguments = generation_arguments(backbone, generation)
-    scored = {"return_dict_in_generate": True, "output_logits": True}
-    output, width = _generate(backbone, contexts, suffixes, arguments | scored)
-    log_probabilities = backbone.model.compute_transition_scores(
-        output.sequences, output.logits, output.get("beam_indices"), normalize_logits=True
-    )
-    found = []
-    for row, scores in zip(output.sequences[:, width:].tolist(), log_probabilities, strict=True):
-        ids = _until_end(backbone, row, arguments)
-        found.append((ids, float(scores[: len(ids)].min().exp()) if ids else 0.0))
-    return found
+    answers = _answers(backbone, contexts, suffixes, arguments, scored=True)
+    return [(ids, confidence if ids else 0.0) for ids, confidence in answers]
 
 
-def _generate(
+def _answers(
     backbone: Backbone,
     contexts: Sequence[Prefix | Context],
     suffixes: Sequence[Segment],
     arguments: Mapping[str, Any],
-) -> tuple[Any, int]:
-    """Run generate(): its output, and the number of tokens before the first new one."""
+    scored: bool,
+) -> list[tuple[list[int], float]]:
+    """Generate token ids, and their smallest probability if they are `scored`; 1 for no token."""
+    known = [context for context in contexts if isinstance(context, Context)]
+    if not known:
+        return _run(backbone, contexts, suffixes, arguments, scored)
+    if not is_greedy(backbone, arguments):
+        before = [context.without_last() for context in known]
+        return _run(backbone, before, suffixes, arguments, scored)
+    found = [([token], p) for token, p in first_tokens(backbone, known, arguments)]
+    left = []
+    for row, ([token], _) in enumerate(found):
+        if token in _end_ids(backbone, arguments):
+            found[row] = ([], 1.0)
+        elif arguments["max_new_tokens"] > 1 and not _stops(token, arguments):
+            left.append(row)
+    if left:
+        rest = _run(
+            backbone,
+            [known[row] for row in left],
+            [backbone.text_segment(suffixes[row].next_position, found[row][0]) for row in left],
+            after_first(arguments),
+            scored,
+        )
+        for row, (ids, confidence) in zip(left, rest, strict=True):
+            first, probability = found[row]
+            found[row] = ([*first, *ids], min(probability, confidence))
+    return found
+
+
+def _stops(token: int, arguments: Mapping[str, Any]) -> bool:
+    """Whether an answer ends with its first token."""
+    ids = torch.tensor([[token]])
+    return any(bool(stop(ids, None)[0]) for stop in arguments.get("stopping_criteria") or [])
+
+
+def _run(
+    backbone: Backbone,
+    contexts: Sequence[Prefix | Context],
+    suffixes: Sequence[Segment],
+    arguments: Mapping[str, Any],
+    scored: bool,
+) -> list[tuple[list[int], float]]:
+    """Run transformers' generate(); as `_answers`."""
     batch = batch_rows(suffixes, [c.length for c in contexts])
     length = batch.prefix_length
     room = batch.embeds.shape[1] + SPARE_TOKENS
@@ -153,9 +172,23 @@ def _generate(
         ids[row, length - context.length : length] = torch.tensor(context.ids)
         ids[row, -suffix.length :] = torch.tensor(suffix.ids)
     embeds = torch.cat([unread, batch.embeds], dim=1)
+    if scored:
+        arguments = {**arguments, "return_dict_in_generate": True, "output_logits": True}
     with upper_masks(backbone, [c.pieces for c in contexts], cache, length, beams):
         output = backbone.generate(ids, embeds, batch.mask, batch.positions, cache, arguments)
-    return output, ids.shape[1]
+    sequences = output.sequences if scored else output
+    answers = [
+        _until_end(backbone, row, arguments) for row in sequences[:, ids.shape[1] :].tolist()
+    ]
+    if not scored:
+        return [(answer, 1.0) for answer in answers]
+    log_probabilities = backbone.model.compute_transition_scores(
+        sequences, output.logits, output.get("beam_indices"), normalize_logits=True
+    )
+    return [
+        (answer, float(scores[: len(answer)].min().exp()) if answer else 1.0)
+        for answer, scores in zip(answers, log_probabilities, strict=True)
+    ]
 
 
 @contextmanager
@@ -331,10 +364,11 @@ def _end_ids(backbone: Backbone, arguments: Mapping[str, Any]) -> set[int]:
     """Return the end tokens: as requested, or else the checkpoint's and the tokenizer's."""
     requested = arguments.get("eos_token_id")
     defaults = [backbone.eos_token_id, backbone.model.generation_config.eos_token_id]
-    ends: set[int] = set()
-    for ids in defaults if requested is None else [requested]:
-        ends |= set(ids) if isinstance(ids, list | tuple) else {ids}
-    return ends - {None}
+    return {
+        token
+        for ids in (defaults if requested is None else [requested])
+        for token in end_tokens(ids)
+    }
 
 
 def _until_end(backbone: Backbone, ids: list[int], arguments: Mapping[str, Any]) -> list[int]:

@@ -46,20 +46,31 @@ Pieces = tuple[tuple[KV, ...], ...]
 
 @dataclass(frozen=True)
 class Context:
-    """KV of a row's tokens before those that are still to be run.
+    """A row's prompt after all layers, or its tokens before the last.
 
     Args:
         ids: Token ids.
         pieces: Keys and values, each [1, heads, tokens, d]. Upper layers may have fewer tokens.
+        state: [C] output of the last layer for the prompt's last token, before the final norm; None
+            if the last token is still to be run.
     """
 
     ids: tuple[int, ...]
     pieces: Pieces
+    state: Float[Tensor, " width"] | None = None
 
     @property
     def length(self) -> int:
         """Number of tokens."""
         return len(self.ids)
+
+    def without_last(self) -> Context:
+        """Return the context before its last token."""
+        pieces = tuple(
+            (*before, (keys[:, :, :-1], values[:, :, :-1]))
+            for *before, (keys, values) in self.pieces
+        )
+        return Context(self.ids[:-1], pieces)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from sdrpn.backbones.base import Backbone, Segment
 from sdrpn.backbones.cache import KV, GrowingLayer, cache_of
-from sdrpn.inference.decoder import fill_cache, run_layers
+from sdrpn.inference.decoder import fill_cache, run_layers, run_to_last
 from sdrpn.inference.prefix import Context, Prefix, batch_rows, last_kv
 
 
@@ -38,18 +38,12 @@ class Lowered:
 
 
 def last_token(segment: Segment) -> Segment:
-    """Return the last token of a segment, which generate() runs."""
+    """Return the last token of a segment."""
     return replace(
         segment,
         ids=segment.ids[-1:],
         embeds=segment.embeds[-1:],
         positions=segment.positions[:, -1:],
-    )
-
-
-def _without_last_token(part: Segment) -> Segment:
-    return replace(
-        part, ids=part.ids[:-1], embeds=part.embeds[:-1], positions=part.positions[:, :-1]
     )
 
 
@@ -84,7 +78,7 @@ def run_lower(
 
 @torch.no_grad()
 def resume(backbone: Backbone, rows: Sequence[Lowered]) -> list[Context]:
-    """Run the upper layers over segments, up to the last token, which generate() runs.
+    """Run the upper layers over segments.
 
     The result is that of running the segments from layer 0.
 
@@ -96,22 +90,18 @@ def resume(backbone: Backbone, rows: Sequence[Lowered]) -> list[Context]:
         The rows' contexts.
     """
     depth = len(rows[0].kv)
-    segments = [_without_last_token(row.segment) for row in rows]
+    segments = [row.segment for row in rows]
     batch = batch_rows(segments, [row.prefix.length for row in rows])
     upper = batch.cache_of([row.prefix.kv[depth:] for row in rows])
     inputs = batch.attention(backbone, upper)
     cache = _from_layer(depth, upper)
-    fill_cache(backbone, backbone.layers[depth:], batch.embeds, inputs, cache)
+    states = run_to_last(backbone, backbone.layers[depth:], batch.embeds, inputs, cache)
     contexts = []
     for number, (row, segment) in enumerate(zip(rows, segments, strict=True)):
-        tails = (*_without_last(row.kv), *last_kv(cache, number, segment.length, depth))
+        tails = (*row.kv, *last_kv(cache, number, segment.length, depth))
         pieces = tuple(zip(row.prefix.kv, tails, strict=True))
-        contexts.append(Context((*row.prefix.ids, *segment.ids), pieces))
+        contexts.append(Context((*row.prefix.ids, *segment.ids), pieces, states[number]))
     return contexts
-
-
-def _without_last(kv: Sequence[KV]) -> list[KV]:
-    return [(keys[:, :, :-1], values[:, :, :-1]) for keys, values in kv]
 
 
 def _from_layer(depth: int, upper: DynamicCache) -> DynamicCache:
@@ -125,7 +115,7 @@ def _from_layer(depth: int, upper: DynamicCache) -> DynamicCache:
 def filled(
     backbone: Backbone, prefixes: Sequence[Prefix], segments: Sequence[Segment]
 ) -> list[Context]:
-    """Run all layers over segments, up to the last token, which generate() runs.
+    """Run all layers over segments.
 
     Args:
         backbone: The base model.
@@ -144,7 +134,7 @@ def filled(
 def thinned(
     backbone: Backbone, rows: Sequence[Lowered], keep: Sequence[Bool[Tensor, " _"]]
 ) -> list[Context]:
-    """Run the upper layers over some of the image tokens and the segments, up to the last token.
+    """Run the upper layers over some of the image tokens and the segments.
 
     Args:
         backbone: The base model.
@@ -155,17 +145,17 @@ def thinned(
         The rows' contexts, with fewer tokens in the upper layers.
     """
     depth = len(rows[0].kv)
-    parts = _after_kept(rows, keep, [_without_last_token(row.segment) for row in rows])
+    parts = _after_kept(rows, keep, [row.segment for row in rows])
     batch = batch_rows(parts, [0] * len(parts))
     inputs = batch.attention(backbone)
     cache = _from_layer(depth, cache_of([]))
-    fill_cache(backbone, backbone.layers[depth:], batch.embeds, inputs, cache)
+    states = run_to_last(backbone, backbone.layers[depth:], batch.embeds, inputs, cache)
     contexts = []
     for number, (row, part) in enumerate(zip(rows, parts, strict=True)):
-        lower = zip(row.prefix.kv[:depth], _without_last(row.kv), strict=True)
+        lower = zip(row.prefix.kv[:depth], row.kv, strict=True)
         upper = ((pair,) for pair in last_kv(cache, number, part.length, depth))
-        ids = (*row.prefix.ids, *row.segment.ids[:-1])
-        contexts.append(Context(ids, (*lower, *upper)))
+        ids = (*row.prefix.ids, *row.segment.ids)
+        contexts.append(Context(ids, (*lower, *upper), states[number]))
     return contexts
 
 
@@ -173,7 +163,7 @@ def thinned(
 def thinned_states(
     backbone: Backbone, rows: Sequence[Lowered], keep: Sequence[Bool[Tensor, " _"]]
 ) -> list[Float[Tensor, "_ width"]]:
-    """Run the upper layers as `thinned`, over all tokens.
+    """Run the upper layers as `thinned`, for the states of all tokens.
 
     Returns:
         [n, C] hidden states of each row's segment, before the final norm.

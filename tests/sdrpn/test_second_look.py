@@ -198,7 +198,7 @@ def test_a_prefix_holds_the_lower_layers_until_more_are_needed(
 def test_without_a_region_the_question_goes_on_from_the_branch(
     family: Family, questions: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lower layers run over the question's tokens once, and once more over its last token."""
+    """Lower layers run over the question's tokens once, and generate() once more over the last."""
     zoom = engine(family)
     (question, layer), tokens = (questions[0], family.backbone.layers[0][1]), []
     prefixes = zoom.prefill(question.images)

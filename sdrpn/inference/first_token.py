@@ -1,0 +1,140 @@
+"""The first new token of a prompt that has passed all layers, without a forward pass.
+
+generate() starts by running the last token of the prompt. Where all of the prompt has been run
+before, the state of that token is known, and so are the first logits. They are enough for greedy
+search; other decoding strategies keep state of their own, and run the last token again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor, StoppingCriteria
+
+from sdrpn.backbones.base import Backbone
+from sdrpn.inference.generation_arguments import SAMPLING
+from sdrpn.inference.prefix import Context
+
+_GREEDY = frozenset(
+    {
+        *SAMPLING,
+        "_from_model_config",
+        "bos_token_id",
+        "early_stopping",
+        "eos_token_id",
+        "length_penalty",
+        "max_new_tokens",
+        "min_new_tokens",
+        "num_beams",
+        "output_logits",
+        "pad_token_id",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "stopping_criteria",
+        "transformers_version",
+        "use_cache",
+        "num_return_sequences",
+    }
+)
+"""Arguments of generate() that `first_tokens` observes, or that do not affect greedy search."""
+
+
+class StopAtStrings(StoppingCriteria):
+    """Stop a row when its generated text contains one of the strings.
+
+    transformers' StopStringCriteria reads a BPE vocabulary and fails for word-level tokenizers.
+    This criterion decodes the tokens, like the truncation of the answer.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        strings: The strings.
+        known: Number of new tokens at the end of the prompt.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str], known: int = 0) -> None:
+        self.tokenizer, self.strings, self.known = tokenizer, strings, known
+        self.prompt_length: int | None = None
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        if self.prompt_length is None:
+            self.prompt_length = input_ids.shape[1] - 1 - self.known
+        new = input_ids[:, self.prompt_length :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        done = [any(string in text for string in self.strings) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def is_greedy(backbone: Backbone, arguments: Mapping[str, Any]) -> bool:
+    """Return whether the first token is the largest of the logits that `first_tokens` computes.
+
+    Args:
+        backbone: The base model, whose generation config has the defaults.
+        arguments: Arguments of generate().
+    """
+    config, objects = _merged(backbone, arguments)
+    given = {**config.to_diff_dict(), **objects}
+    names = {name for name, value in given.items() if value not in (None, False)}
+    criteria = objects.get("stopping_criteria") or []
+    own = all(isinstance(one, StopAtStrings) for one in criteria)
+    return names <= _GREEDY and config.num_beams in (None, 1) and own
+
+
+def first_tokens(
+    backbone: Backbone, contexts: Sequence[Context], arguments: Mapping[str, Any]
+) -> list[tuple[int, float]]:
+    """Choose the first token of each row, as greedy search does.
+
+    Args:
+        backbone: The base model.
+        contexts: Complete prompts.
+        arguments: Arguments of generate(), for which `is_greedy` holds.
+
+    Returns:
+        For each row, the token and its probability before penalties.
+    """
+    config, _ = _merged(backbone, arguments)
+    states = [context.state for context in contexts if context.state is not None]
+    logits = backbone.logits(torch.stack(states)).float()
+    scores = logits.clone()
+    if config.repetition_penalty is not None and config.repetition_penalty != 1:
+        penalize = RepetitionPenaltyLogitsProcessor(config.repetition_penalty)
+        for row, context in enumerate(contexts):
+            ids: Any = torch.tensor([context.ids], device=scores.device)
+            scores[row] = penalize(ids, scores[row : row + 1].clone())[0]
+    if config.min_new_tokens:
+        scores[:, end_tokens(config.eos_token_id)] = -torch.inf
+    chosen: Tensor = scores.argmax(-1, keepdim=True)
+    probabilities = logits.softmax(-1).gather(-1, chosen)
+    return [*zip(chosen[:, 0].tolist(), probabilities[:, 0].tolist(), strict=True)]
+
+
+def after_first(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of generate() for a prompt that ends with the first new token."""
+    rest = dict(arguments) | {"max_new_tokens": arguments["max_new_tokens"] - 1}
+    if arguments.get("min_new_tokens"):
+        rest["min_new_tokens"] = arguments["min_new_tokens"] - 1
+    if arguments.get("stopping_criteria"):
+        rest["stopping_criteria"] = [
+            StopAtStrings(one.tokenizer, one.strings, known=1)
+            for one in arguments["stopping_criteria"]
+        ]
+    return rest
+
+
+def end_tokens(ids: int | Sequence[int] | None) -> list[int]:
+    """Return end tokens, of which generate() takes none, one or several, as a list."""
+    if ids is None:
+        return []
+    return list(ids) if isinstance(ids, list | tuple) else [int(ids)]  # type: ignore[arg-type]
+
+
+def _merged(
+    backbone: Backbone, arguments: Mapping[str, Any]
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """The checkpoint's generation config updated by the arguments, and those that are not in it."""
+    config = copy.deepcopy(backbone.model.generation_config)
+    return config, config.update(**arguments)
