@@ -22,20 +22,10 @@ from sdrpn.engine import Answer, Question, ZoomModel
 from sdrpn.roi.proposers import Look, roi_logits
 from sdrpn.rpn.checkpoint import RPN
 from tests.conftest import QUESTIONS
-from tests.helpers.families import FAMILIES, NEW_TOKENS, Family
+from tests.helpers.families import NEW_TOKENS, Family
 
 TOLERANCE = 1e-4
 NOTHING = ZoomConfig(threshold=1 - 1e-9)
-
-
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
-def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]()
-
-
-@pytest.fixture(scope="module")
-def questions(family: Family) -> list[Question]:
-    return [Question(text, (image,)) for image in family.images for text in QUESTIONS]
 
 
 @pytest.fixture(scope="module")

@@ -20,21 +20,10 @@ from sdrpn.boxes import PixelBox
 from sdrpn.config import ZoomConfig
 from sdrpn.engine import Answer, Question, ZoomModel
 from sdrpn.rpn.checkpoint import RPN
-from tests.conftest import QUESTIONS
-from tests.helpers.families import FAMILIES, NEW_TOKENS, Family
+from tests.helpers.families import NEW_TOKENS, Family
 from tests.sdrpn.test_family_invariants import NOTHING, TOLERANCE, ask, said, same
 
 KEPT = 5
-
-
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
-def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]()
-
-
-@pytest.fixture(scope="module")
-def questions(family: Family) -> list[Question]:
-    return [Question(text, (image,)) for image in family.images for text in QUESTIONS]
 
 
 def engine(family: Family, **zoom: Any) -> ZoomModel:

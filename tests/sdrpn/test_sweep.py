@@ -13,14 +13,9 @@ from sdrpn.config import ZoomConfig
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.sweep import ask_settings
 from tests.conftest import QUESTIONS
-from tests.helpers.families import FAMILIES, NEW_TOKENS, Family
+from tests.helpers.families import NEW_TOKENS, Family
 
 ASKED = {"max_new_tokens": NEW_TOKENS}
-
-
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
-def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]()
 
 
 @pytest.fixture

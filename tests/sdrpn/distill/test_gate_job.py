@@ -27,21 +27,11 @@ from sdrpn.distill.gate_labels import GateConfig, Views, control_boxes, needs_la
 from sdrpn.engine import Question, ZoomModel
 from sdrpn.io.questions import ImageQuestion
 from tests.conftest import QUESTIONS
-from tests.helpers.families import FAMILIES, NEW_TOKENS, Family
+from tests.helpers.families import NEW_TOKENS, Family
 from tests.sdrpn.test_family_invariants import said
 
 GENERATION = {"max_new_tokens": NEW_TOKENS}
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
-def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]()
-
-
-@pytest.fixture(scope="module")
-def questions(family: Family) -> list[Question]:
-    return [Question(text, (image,)) for image in family.images for text in QUESTIONS]
 
 
 @pytest.fixture(scope="module")

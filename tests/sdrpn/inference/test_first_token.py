@@ -16,20 +16,9 @@ from sdrpn.config import ZoomConfig
 from sdrpn.engine import Answer, Question, ZoomModel
 from sdrpn.inference.first_token import is_greedy
 from sdrpn.inference.generation import generation_arguments
-from tests.conftest import QUESTIONS
-from tests.helpers.families import FAMILIES, NEW_TOKENS, Family
+from tests.helpers.families import NEW_TOKENS, Family
 
 NO_REGION = ZoomConfig(threshold=1 - 1e-9)
-
-
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
-def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]()
-
-
-@pytest.fixture(scope="module")
-def questions(family: Family) -> list[Question]:
-    return [Question(text, (image,)) for image in family.images for text in QUESTIONS]
 
 
 @pytest.fixture(scope="module")
