@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from sdrpn.backbones.base import Backbone
+from sdrpn.question import Answer
 from sdrpn.rpn.model import RegionProposalNetwork
-from sdrpn.second_look import Answer
 
 
 def _weights(module: nn.Module) -> int:

@@ -29,9 +29,10 @@ from sdrpn.inference.prefix import Prefix, PrefixCache, free_memory, prefill
 from sdrpn.io.checkpoint_files import CONFIG_FILE, Source
 from sdrpn.io.images import image_key
 from sdrpn.io.plurals import counted
+from sdrpn.question import Answer, Question
 from sdrpn.roi.proposers import Models, Proposal
 from sdrpn.rpn.checkpoint import RPN
-from sdrpn.second_look import Answer, Question, Row, SecondLook
+from sdrpn.second_look import Row, SecondLook
 
 __all__ = ["Answer", "Question", "ZoomModel"]
 

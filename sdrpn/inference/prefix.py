@@ -6,10 +6,10 @@ number of questions, looks and zooms.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import psutil
 import torch
@@ -39,6 +39,8 @@ class BranchNetwork(Protocol):
         """Compute the keys of the map head: [B, N, C] -> [B, N, kv heads * d]."""
         ...
 
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 Pieces = tuple[tuple[KV, ...], ...]
 """For each layer, the keys and values of consecutive parts of a sequence."""
@@ -227,7 +229,7 @@ def prefill(
     *,
     lower_only: bool = False,
 ) -> list[Prefix]:
-    """Prefill images in one batch.
+    """Prefill images; see `prefill_segments`.
 
     Args:
         backbone: The base model.
@@ -254,7 +256,9 @@ def prefill_segments(
     *,
     lower_only: bool = False,
 ) -> list[Prefix]:
-    """Prefill segments from `Backbone.prefix_segment` in one batch.
+    """Prefill segments from `Backbone.prefix_segment`, those of one length in one batch.
+
+    An image alone fills the processor, so a batch with padding would be slower than several.
 
     Args:
         backbone: The base model.
@@ -265,6 +269,30 @@ def prefill_segments(
     Returns:
         A prefix for each segment.
     """
+    return by_length(
+        segments,
+        [segment.length for segment in segments],
+        lambda some: _prefill_batch(backbone, rpn, some, lower_only),
+    )
+
+
+def by_length(
+    items: Sequence[Item], lengths: Sequence[int], run: Callable[[list[Item]], list[Result]]
+) -> list[Result]:
+    """Run items of equal length together, and return the results in the items' order."""
+    rows: dict[int, list[int]] = defaultdict(list)
+    for row, length in enumerate(lengths):
+        rows[length].append(row)
+    found: dict[int, Result] = {}
+    for same in rows.values():
+        found |= zip(same, run([items[row] for row in same]), strict=True)
+    return [found[row] for row in range(len(items))]
+
+
+def _prefill_batch(
+    backbone: Backbone, rpn: BranchNetwork | None, segments: Sequence[Segment], lower_only: bool
+) -> list[Prefix]:
+    """Prefill segments of one length, as `prefill_segments`."""
     batch = batch_rows(segments, [0] * len(segments))
     cache = cache_of([])
     attention = batch.attention(backbone, cache)
@@ -276,23 +304,19 @@ def prefill_segments(
     if rpn is not None:
         states = rpn(hidden, attention, rpn_cache)
         keys = rpn.image_keys(states, attention.rotary)
-    prefixes = []
-    for row, segment in enumerate(segments):
-        padding = batch.embeds.shape[1] - segment.length
-        image = slice(padding + segment.image.start, padding + segment.image.stop)
-        prefixes.append(
-            Prefix(
-                kv=last_kv(cache, row, segment.length),
-                rpn_kv=last_kv(rpn_cache, row, segment.length),
-                rpn_keys=None if keys is None else keys[row : row + 1, image].clone(),
-                ids=segment.ids,
-                image=segment.image,
-                next_position=segment.next_position,
-                hidden=hidden[row, padding:].clone() if lower_only else None,
-                positions=segment.positions if lower_only else None,
-            )
+    return [
+        Prefix(
+            kv=last_kv(cache, row, segment.length),
+            rpn_kv=last_kv(rpn_cache, row, segment.length),
+            rpn_keys=None if keys is None else keys[row : row + 1, segment.image].clone(),
+            ids=segment.ids,
+            image=segment.image,
+            next_position=segment.next_position,
+            hidden=hidden[row].clone() if lower_only else None,
+            positions=segment.positions if lower_only else None,
         )
-    return prefixes
+        for row, segment in enumerate(segments)
+    ]
 
 
 def last_kv(cache: DynamicCache, row: int, tokens: int, first_layer: int = 0) -> tuple[KV, ...]:

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 from sdrpn.backbones.base import Backbone, Segment
 from sdrpn.backbones.cache import KV, GrowingLayer, cache_of
 from sdrpn.inference.decoder import fill_cache, run_layers, run_to_last
-from sdrpn.inference.prefix import Context, Prefix, batch_rows, last_kv
+from sdrpn.inference.prefix import Context, Prefix, batch_rows, by_length, last_kv
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _hidden_segment(prefix: Prefix) -> Segment:
 
 @torch.no_grad()
 def complete(backbone: Backbone, prefixes: Sequence[Prefix]) -> list[Prefix]:
-    """Run the upper layers over prefixes of the lower layers, in one batch.
+    """Run the upper layers over prefixes of the lower layers, those of one length in one batch.
 
     Args:
         backbone: The base model.
@@ -203,6 +203,11 @@ def complete(backbone: Backbone, prefixes: Sequence[Prefix]) -> list[Prefix]:
     Returns:
         Prefixes with the KV of all layers.
     """
+    lengths = [prefix.length for prefix in prefixes]
+    return by_length(prefixes, lengths, lambda some: _complete_batch(backbone, some))
+
+
+def _complete_batch(backbone: Backbone, prefixes: Sequence[Prefix]) -> list[Prefix]:
     depth = len(prefixes[0].kv)
     segments = [_hidden_segment(prefix) for prefix in prefixes]
     batch = batch_rows(segments, [0] * len(segments))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sdrpn.costs import Costs, relative_cost
-from sdrpn.second_look import Answer
+from sdrpn.question import Answer
 from tests.helpers.families import FAMILIES
 
 # A weight per layer: what is counted is tokens times layers.
