@@ -49,7 +49,7 @@ def labelled(engine: ZoomModel) -> Iterator[dict[str, float]]:
         return call
 
     places = (
-        (engine.backbone, "pixels", "pixels"),
+        (engine.backbone, "preprocess", "pixels"),
         (sdrpn.engine, "prefill", "read"),
         (engine.second_look, "look", "look"),
         (sdrpn.second_look, "crop_tokens", "crop"),
