@@ -35,13 +35,7 @@ _NAMES_A_SPLIT = r"(train|validation|val|dev|test)(-.*)?|.+-\d+-of-\d+"
 
 
 def use_local_data(index: TaskIndex) -> TaskIndex:
-    """Redirects the tasks with a folder in SDRPN_DATA to it.
-
-    Args:
-        index: lmms-eval's task index, {task: {"type", "yaml_path", ...}}; left unchanged.
-
-    Returns:
-        The index with these tasks replaced.
+    """Redirects the tasks with a folder in SDRPN_DATA to it, in a copy of lmms-eval's task index.
 
     Raises:
         ValueError: If a folder is missing or holds nothing for its task; names the folder.
