@@ -97,7 +97,10 @@ def judge(
         empty, answers = after.empty_answers, counted(len(after.documents), "answer")
         reason = f"{empty} of {answers} {agree(empty, 'is', 'are')} empty"
         return Verdict(name, key, BROKEN, reason)
-    falls, clusters = _paired(old, new, before.clusters)
+    sign = 1 if old.higher_is_better else -1
+    both = zip(old.scores, new.scores, before.clusters, strict=True)
+    pairs = [(sign * (a - b), c) for a, b, c in both if a is not None and b is not None]
+    falls, clusters = [fall for fall, _ in pairs], [cluster for _, cluster in pairs]
     shares = largest_fall(old) == largest_fall(new) == 1.0
     fall = clustered_difference(falls, clusters, shares=shares)
     verdict = Verdict(
@@ -121,16 +124,6 @@ def judge(
     return replace(verdict, reason=f"{said}, tolerance {allowed:g}")
 
 
-def _paired(
-    old: MetricBaseline, new: MetricBaseline, clusters: Sequence[int]
-) -> tuple[list[float], list[int]]:
-    """How much worse each scored document is, and its cluster."""
-    sign = 1 if old.higher_is_better else -1
-    both = zip(old.scores, new.scores, clusters, strict=True)
-    pairs = [(sign * (a - b), c) for a, b, c in both if a is not None and b is not None]
-    return [fall for fall, _ in pairs], [cluster for _, cluster in pairs]
-
-
 def images_that_can_fall(task: TaskBaseline, key: str) -> int:
     """Counts images with a document whose score can still get worse.
 
@@ -138,11 +131,9 @@ def images_that_can_fall(task: TaskBaseline, key: str) -> int:
     scores have none.
     """
     metric = task.metrics[key]
-    scored = [(s, c) for s, c in zip(metric.scores, task.clusters, strict=True) if s is not None]
-    if largest_fall(metric) is None:
-        return len({cluster for _, cluster in scored})
-    worst = 0 if metric.higher_is_better else 1
-    return len({cluster for score, cluster in scored if score != worst})
+    worst = None if largest_fall(metric) is None else 0 if metric.higher_is_better else 1
+    scored = zip(metric.scores, task.clusters, strict=True)
+    return len({cluster for score, cluster in scored if score not in (None, worst)})
 
 
 def decided_by_noise(images: Mapping[str, int], alpha: float) -> set[str]:
