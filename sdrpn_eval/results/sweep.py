@@ -182,9 +182,8 @@ def _swept(line: RecordLine, name: str) -> dict[str, Any]:
 
 def _under(line: RecordLine, name: str) -> RecordLine:
     """The line as if the setting alone had been asked."""
-    held = line.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    for field in ("swept", "map", "grid", "map_max", "confidence", "gate"):
-        held.pop(field, None)
+    other = {"swept", "confidence", "gate"}
+    held = line.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude=other)
     held |= {"map": None, "grid": None, "map_max": None, **_swept(line, name)}
     return RecordLine.model_validate(held)
 
