@@ -16,12 +16,7 @@ from sdrpn_eval.plugin import TaskIndex
 
 
 class Announcer:
-    """Logs each message once, on the main process only.
-
-    Args:
-        args: The model's arguments.
-        main_process: Whether this is the main process.
-    """
+    """Logs each message once, on the main process only."""
 
     def __init__(self, args: ModelArguments, *, main_process: bool) -> None:
         self.args = args
@@ -37,11 +32,7 @@ class Announcer:
     def announce_early(self, tasks: Sequence[str]) -> None:
         """Logs what will be scored before anything is downloaded, and checks access to the data.
 
-        Args:
-            tasks: From `early_tasks`.
-
-        Raises:
-            ValueError: If the data of a task cannot be fetched.
+        Raises ValueError if the data of one of the `early_tasks` cannot be fetched.
         """
         if TaskIndex.latest is not None and self.main_process:
             scored = tasks_info.scored_parts(tasks, TaskIndex.latest)
@@ -52,11 +43,9 @@ class Announcer:
     def announce(
         self, tasks: Mapping[str, Any], thresholds: Mapping[str, tuple[float | str, str]]
     ) -> None:
-        """Logs what will be scored, unless done before, and with which thresholds.
+        """Logs what will be scored, unless done before, and new thresholds with their origins.
 
-        Args:
-            tasks: lmms-eval's task objects by name; None if unknown.
-            thresholds: Thresholds of new tasks, with their origins.
+        `tasks` are lmms-eval's task objects by name; None if unknown.
         """
         if not self.main_process:
             return

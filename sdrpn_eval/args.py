@@ -41,15 +41,21 @@ OFF = ("token_budget", "crop_tokens", "skip_above", *GATES, "keep_tokens", "thin
 NONE_IS_A_VALUE = ("proposer", "prefix_cache", "record", *OFF)
 """Arguments of which `none` switches something off; of every other it is the default."""
 
+PAPER: Mapping[str, Any] = {"proposer": "rpn", "policy": "mask", "tiles": 1} | dict.fromkeys(
+    ("token_budget", "skip_above", "crop_tokens", *GATES, "keep_tokens")
+)
+"""Of every family's `paper`: what is no part of the published method is off."""
 
-PUBLISHED: Mapping[str, Any] = {
-    "crop_tokens": None,
-    "tiles": 1,
-    "gate": None,
-    "learned_gate": None,
-    "keep_tokens": None,
+FAST: Mapping[str, Any] = {
+    "proposer": "rpn",
+    "padding": "pad",
+    "token_budget": 2.5,
+    "crop_tokens": 64,
+    "skip_above": 0.7,
 }
-"""What `paper` switches off: settings that are no part of the published method."""
+"""The budget and the skip cost the embedded model no answers (docs/fast.md), whose 64 tokens the
+limit never touches: a ninth of the 576, at which one question on an image costs 1.2 times stock by
+operations. It was chosen for speed alone."""
 
 CELL = 28 * 28
 """Pixels of an image token of Qwen2.5-VL."""
@@ -300,9 +306,6 @@ class ModelArguments(BaseModel):
 def zoom_file(path: str) -> dict[str, Any]:
     """Read zoom settings from a file of `sdrpn-eval sweep`: a JSON object with a key `zoom`.
 
-    Args:
-        path: The file.
-
     Returns:
         Values of the arguments `threshold` and `ZOOM_ARGUMENTS`.
 
@@ -343,34 +346,10 @@ class LlavaArguments(ModelArguments):
 
     model_name = "llava_sdrpn"
     presets: ClassVar = {
-        "paper": {
-            "proposer": "rpn",
-            "policy": "mask",
-            "padding": "pad",
-            "token_budget": None,
-            "skip_above": None,
-            **PUBLISHED,
-        },
-        # The budget and the skip cost the embedded model no answers (docs/fast.md), whose 64 tokens
-        # the limit never touches: a ninth of the 576, at which one question on an image costs 1.2
-        # times stock by operations. It was chosen for speed alone.
-        "fast": {
-            "proposer": "rpn",
-            "padding": "pad",
-            "token_budget": 2.5,
-            "crop_tokens": 64,
-            "skip_above": 0.7,
-        },
+        "paper": {**PAPER, "padding": "pad"},
+        "fast": FAST,
         # One rule for all benchmarks, and every saving that needs no training.
-        "fastest": {
-            "proposer": "rpn",
-            "padding": "pad",
-            "threshold": PEAK,
-            "token_budget": 2.5,
-            "crop_tokens": 64,
-            "skip_above": 0.7,
-            "keep_tokens": 128,
-        },
+        "fastest": {**FAST, "threshold": PEAK, "keep_tokens": 128},
     }
     hints: ClassVar = {
         "chat_template": "the prompt is LLaVA-1.5's own (vicuna_v1), see system_prompt",
@@ -395,16 +374,7 @@ class QwenArguments(ModelArguments):
 
     model_name = "qwen2_5_vl_sdrpn"
     presets: ClassVar = {
-        "paper": {
-            "proposer": "rpn",
-            "policy": "mask",
-            "min_pixels": PIXELS,
-            "max_pixels": PIXELS,
-            "short_answer": True,
-            "token_budget": None,
-            "skip_above": None,
-            **PUBLISHED,
-        },
+        "paper": {**PAPER, "min_pixels": PIXELS, "max_pixels": PIXELS, "short_answer": True},
     }
     hints: ClassVar = {
         "padding": "images keep their shape",
@@ -451,11 +421,7 @@ def stated(
     arguments: Mapping[str, Any], kind: type[ModelArguments] = ModelArguments
 ) -> dict[str, Any]:
     """The arguments that say something: None, and `none` where it is no value, are left out."""
-
-    def says_nothing(name: str, value: Any) -> bool:
-        named = isinstance(value, str) and value.lower() == "none"
-        return value is None or (
-            named and name in kind.model_fields and name not in NONE_IS_A_VALUE
-        )
-
-    return {k: v for k, v in arguments.items() if not says_nothing(k, v)}
+    none_is_default = kind.model_fields.keys() - {*NONE_IS_A_VALUE}
+    named = {k for k, v in arguments.items() if isinstance(v, str) and v.lower() == "none"}
+    left_out = named & none_is_default
+    return {k: v for k, v in arguments.items() if v is not None and k not in left_out}

@@ -9,10 +9,7 @@ from typing import Any
 
 
 def parse_arguments(model_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Parses `--model_args` with lmms-eval's own parser.
-
-    Args:
-        model_args: The text of the option, or its value in a results file.
+    """Parses `--model_args`, as text or as in a results file, with lmms-eval's own parser.
 
     Returns:
         Values by name, with numbers and booleans converted, and text without the quotes that

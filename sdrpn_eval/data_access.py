@@ -7,7 +7,6 @@ with a RetryError.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from huggingface_hub import HfApi, constants, get_token
 from loguru import logger
 
 from sdrpn.io import hub
+from sdrpn_eval.schemas import HUB_ID
 from sdrpn_eval.tasks_info import task_settings
 
 TIMEOUT = 10
@@ -26,49 +26,32 @@ TIMEOUT = 10
 PUBLIC = "_public"
 """Suffix of our tasks with the same questions that need no login."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
 
 def check_data(tasks: Iterable[str], index: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises ValueError if a task needs a login that is missing, or its data is unreachable.
 
     Tasks on local files are skipped, and so are cached datasets if the Hub is unreachable.
-
-    Args:
-        tasks: Names of single tasks.
-        index: lmms-eval's task index.
     """
-    configs = {task: _config(index[task]) for task in tasks if task in index}
-    of_hub = {task: config for task, config in configs.items() if _is_of_hub(config)}
-    _check_login({t: c for t, c in of_hub.items() if _token(c) is True}, index)
-    repos = {str(c["dataset_path"]): (task, _token(c)) for task, c in reversed(of_hub.items())}
-    for repo, (task, token) in reversed(repos.items()):
-        _check_reachable(repo, task, token)
+    of_hub: dict[str, tuple[str, bool | str | None]] = {}
+    for task in tasks:
+        entry = index.get(task, {})
+        config = task_settings(entry) if isinstance(entry.get("yaml_path"), str) else {}
+        path, kwargs = str(config.get("dataset_path")), config.get("dataset_kwargs") or {}
+        local = kwargs.get("load_from_disk") or os.path.isdir(path)
+        if HUB_ID.fullmatch(path) and not local:
+            of_hub[task] = path, kwargs.get("token")
+    _check_login({task: repo for task, (repo, token) in of_hub.items() if token is True}, index)
+    checked = set()
+    for task, (repo, token) in of_hub.items():
+        if repo not in checked:
+            _check_reachable(repo, task, token)
+            checked.add(repo)
 
 
-def _config(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    return task_settings(entry) if isinstance(entry.get("yaml_path"), str) else {}
-
-
-def _kwargs(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config.get("dataset_kwargs") or {}
-
-
-def _is_of_hub(config: Mapping[str, Any]) -> bool:
-    path, kwargs = config.get("dataset_path"), _kwargs(config)
-    if not isinstance(path, str) or kwargs.get("load_from_disk") or os.path.isdir(path):
-        return False
-    return _HUB_ID.fullmatch(path) is not None
-
-
-def _token(config: Mapping[str, Any]) -> bool | str | None:
-    return _kwargs(config).get("token")
-
-
-def _check_login(tasks: Mapping[str, Any], index: Mapping[str, Any]) -> None:
+def _check_login(tasks: Mapping[str, str], index: Mapping[str, Any]) -> None:
     if not tasks or get_token() is not None or constants.is_offline_mode():
         return
-    repos = ", ".join(dict.fromkeys(str(config["dataset_path"]) for config in tasks.values()))
+    repos = ", ".join(dict.fromkeys(tasks.values()))
     public = [f"{task}{PUBLIC}" for task in tasks if f"{task}{PUBLIC}" in index]
     instead = f", or run {', '.join(public)}: the same questions without a login" if public else ""
     raise ValueError(

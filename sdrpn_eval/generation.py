@@ -15,17 +15,11 @@ MAX_NEW_TOKENS = 1024
 
 
 def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts generation arguments.
+    """Converts lmms-eval's generation arguments to those of transformers' `generate()`, and `stop`.
 
     `until` becomes `stop`. A temperature of 0 or None means greedy decoding, as in llava_hf, which
     drops the arguments of sampling, with one warning if they differ from their defaults. Arguments
     that `generate()` does not have are dropped, with one warning.
-
-    Args:
-        kwargs: Of lmms-eval; left unchanged.
-
-    Returns:
-        Arguments of transformers' `generate()`, and `stop`.
 
     Raises:
         ValueError: For unsupported values, see `check_generation`.
@@ -35,7 +29,9 @@ def translate(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in kwargs.items()
         if value is not None and name not in ("until", "stop") and is_known(name)
     }
-    _warn_of_unknown(tuple(sorted(set(kwargs) - set(known) - {"until"} - _unset(kwargs))))
+    given = {name for name, value in kwargs.items() if value is not None}
+    if unknown := sorted(given - set(known) - {"until", "max_gen_toks"}):
+        _warn(f"generation kwargs that transformers does not know: {', '.join(unknown)}")
     generation = {"max_new_tokens": MAX_NEW_TOKENS} | known
     if "max_gen_toks" in kwargs and "max_new_tokens" not in kwargs:
         generation["max_new_tokens"] = kwargs["max_gen_toks"]
@@ -58,15 +54,6 @@ def stop_strings(until: Any) -> list[str]:
     if not isinstance(several, list | tuple) or not all(isinstance(s, str) for s in several):
         raise ValueError(f"until must be a string or a list of strings, got {until!r}")
     return [s for s in several if s]
-
-
-def _unset(kwargs: Mapping[str, Any]) -> set[str]:
-    return {name for name, value in kwargs.items() if value is None or name == "max_gen_toks"}
-
-
-def _warn_of_unknown(names: tuple[str, ...]) -> None:
-    if names:
-        _warn(f"generation kwargs that transformers does not know: {', '.join(names)}")
 
 
 @functools.cache

@@ -39,11 +39,7 @@ HARMLESS = ("", "0", "None", "delete")
 
 
 def refuse_unsupported(settings: Mapping[str, Any]) -> None:
-    """Raises ValueError that names every setting in REFUSED that is on, with its replacement.
-
-    Args:
-        settings: By lmms-eval's names; others are ignored.
-    """
+    """Raises ValueError that names every setting in REFUSED that is on, with its replacement."""
     told = [
         f"--{name}: {remedy}"
         for name, remedy in REFUSED.items()
@@ -82,12 +78,7 @@ def warn_of_limit(limit: Any, tasks: Sequence[str]) -> None:
 
 
 def refuse_folder_as_task(tasks: str | None, index: Mapping[str, Any]) -> None:
-    """Raises ValueError if a local folder hides the task of its name.
-
-    Args:
-        tasks: The text of `--tasks`.
-        index: lmms-eval's task index.
-    """
+    """Raises ValueError if a local folder hides the task that `--tasks` names."""
     if tasks and tasks in index and os.path.isdir(tasks):
         raise ValueError(
             f"--tasks {tasks}: {Path(tasks).resolve()} is a folder, which lmms-eval takes for one "
@@ -124,11 +115,9 @@ def from_command_line(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def check_harness(tasks: Sequence[str], *, main_process: bool) -> None:
-    """Refuses settings that the model does not support, and warns of others.
+    """Refuses settings that the model does not support, and warns of others on the main process.
 
-    Args:
-        tasks: Tasks that will be scored, as far as they are known.
-        main_process: Whether this process logs warnings.
+    `tasks` are those that will be scored, as far as they are known.
 
     Raises:
         ValueError: For unsupported settings, with the remedy for each.

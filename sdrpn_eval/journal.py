@@ -71,14 +71,9 @@ class Journal:
     def earlier(
         self, requests: Sequence[Request], key: Callable[[Request], str | None]
     ) -> dict[int, RecordLine]:
-        """Finds lines of earlier runs that answer these requests, and copies them to this run.
+        """Copies lines of earlier runs that answer these requests to this run, by request index.
 
-        Args:
-            requests: The requests.
-            key: Returns a request's key; not called if no earlier run left lines with keys.
-
-        Returns:
-            The copied lines, by the request's index.
+        `key` returns a request's key; not called if no earlier run left lines with keys.
         """
         known: dict[str | None, RecordLine] = {
             line.key: line
@@ -87,7 +82,11 @@ class Journal:
             if line.run != self.provenance.run and line.key and not line.error
         }
         found = [(r, known[then]) for r in requests if known and (then := key(r)) in known]
-        ours = [(r, self._taken_over(line)) for r, line in found]
+        marks = {"run": self.provenance.run, "resumed": True}
+        ours = [
+            (r, line.model_copy(update=marks | {"origin": line.origin or line.run}))
+            for r, line in found
+        ]
         self.keep(ours)
         if found:
             logger.info(
@@ -97,11 +96,6 @@ class Journal:
                 "anew"
             )
         return {request.index: line for request, line in ours}
-
-    def _taken_over(self, line: RecordLine) -> RecordLine:
-        origin = line.origin or line.run
-        run = self.provenance.run
-        return line.model_copy(update={"run": run, "origin": origin, "resumed": True})
 
     def keep(self, lines: Iterable[tuple[Request, RecordLine]]) -> None:
         """Writes the lines of requests, except for those that only pad lmms-eval's batches."""

@@ -25,17 +25,11 @@ _SET_BEFORE = (*_OPTIONS, "rpn", "dtype", "device")
 def load_engine(args: ModelArguments, device: torch.device) -> ZoomModel:
     """Loads the engine, or returns it if `pretrained` is one in memory.
 
-    Args:
-        args: Validated arguments.
-        device: Where to load it.
-
     Raises:
         ValueError: If weights are missing or arguments contradict a model in memory; names the
             arguments to change.
     """
-    if isinstance(args.pretrained, str):
-        return _load(args, device)
-    return _in_memory(args)
+    return _load(args, device) if isinstance(args.pretrained, str) else _in_memory(args)
 
 
 def zoom_settings(engine: ZoomModel, args: ModelArguments) -> ZoomConfig:

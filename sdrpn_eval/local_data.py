@@ -9,11 +9,9 @@ itself stays lmms-eval's: a generated YAML includes it and sets the location of 
 
 from __future__ import annotations
 
-import atexit
 import functools
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,13 +33,7 @@ _NAMES_A_SPLIT = r"(train|validation|val|dev|test)(-.*)?|.+-\d+-of-\d+"
 
 
 def use_local_data(index: TaskIndex) -> TaskIndex:
-    """Redirects the tasks with a folder in SDRPN_DATA to it.
-
-    Args:
-        index: lmms-eval's task index, {task: {"type", "yaml_path", ...}}; left unchanged.
-
-    Returns:
-        The index with these tasks replaced.
+    """Redirects the tasks with a folder in SDRPN_DATA to it, in a copy of lmms-eval's task index.
 
     Raises:
         ValueError: If a folder is missing or holds nothing for its task; names the folder.
@@ -83,7 +75,12 @@ def _local_files(index: TaskIndex, root: Path) -> dict[str, Files]:
                 if not own or "process_docs" not in task_settings(index[task]):
                     lent.setdefault(task, (split, files))
             elif own:
-                raise ValueError(_without_files(folder, split))
+                held = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+                raise ValueError(
+                    f"{VARIABLE}: {folder} has no parquet file of the split {split!r}, only "
+                    f"{held}; put {split}-00000-of-00001.parquet (or any one NAME.parquet) there, "
+                    "or remove the folder"
+                )
             elif task not in found:
                 logger.info(f"{VARIABLE}: {folder} has no {split} files; {task} comes from the hub")
     return dict(_borrowed(index, lent)) | found
@@ -109,14 +106,6 @@ def _source(entry: dict[str, Any]) -> tuple[str, ...]:
     path = str(config.get("dataset_path"))
     files = None if "/" in path else (config.get("dataset_kwargs") or {}).get("data_files")
     return tuple(map(str, (path, config.get("dataset_name"), files, _split(entry))))
-
-
-def _without_files(folder: Path, split: str) -> str:
-    held = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-    return (
-        f"{VARIABLE}: {folder} has no parquet file of the split {split!r}, only {held}; put "
-        f"{split}-00000-of-00001.parquet (or any one NAME.parquet) there, or remove the folder"
-    )
 
 
 def _files_of_split(folder: Path, split: str, *, alone: bool) -> list[str]:
@@ -149,7 +138,7 @@ def _split(entry: dict[str, Any]) -> str:
 
 def _write_yaml(task: str, entry: dict[str, Any], split: str, files: list[str]) -> str:
     """Writes a YAML with the original task on other data; returns its path."""
-    path = Path(_yaml_folder()) / f"{task}.yaml"
+    path = Path(_yaml_folder().name) / f"{task}.yaml"
     content = {
         "include": str(entry["yaml_path"]),
         "dataset_path": "parquet",
@@ -161,8 +150,6 @@ def _write_yaml(task: str, entry: dict[str, Any], split: str, files: list[str]) 
 
 
 @functools.cache
-def _yaml_folder() -> str:
+def _yaml_folder() -> tempfile.TemporaryDirectory[str]:
     """A folder of this process, deleted when it ends."""
-    folder = tempfile.mkdtemp(prefix="sdrpn_tasks_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    return tempfile.TemporaryDirectory(prefix="sdrpn_tasks_", ignore_cleanup_errors=True)

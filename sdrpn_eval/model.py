@@ -69,8 +69,10 @@ class SdrpnModel(lmms):
             refuse_number_as_path(on_command_line("--output_path", sys.argv))
             # Before anything else can fail, so that the gate sees that this run began.
             self._record.begin(given, self._device)
-            args = self.arguments = self.argument_class.of(given)
-            self._read_files(args)
+            args: Any = self.argument_class.of(given)
+            self.arguments = args
+            if args.system_prompt:  # may name a file
+                args.system_prompt = self._resolve_system_prompt(args.system_prompt)
             self._device = self._choose_device()
             self.batch_size = AUTO_BATCH_SIZE if args.batch_size == "auto" else args.batch_size
             self._announcer = Announcer(args, main_process=self.accelerator.is_main_process)
@@ -91,11 +93,6 @@ class SdrpnModel(lmms):
     @property
     def device(self) -> torch.device:
         return self._device
-
-    def _read_files(self, args: Any) -> None:
-        """Replaces a system prompt that names a file with the content of the file."""
-        if args.system_prompt:
-            args.system_prompt = self._resolve_system_prompt(args.system_prompt)
 
     def _choose_device(self) -> torch.device:
         device, device_map = self.arguments.device, self.arguments.device_map
@@ -152,9 +149,7 @@ class SdrpnModel(lmms):
                         journal.keep(done)
                     lines |= {request.index: line for request, line in done}
         finally:
-            forget = getattr(self.engine, "forget_prepared", None)
-            if forget is not None:
-                forget()
+            self.engine.forget_prepared()
         self.batch_size = runner.batch_size
         if failures.reasons:
             failures.report()
@@ -288,21 +283,18 @@ class SdrpnModel(lmms):
         self._announcer.announce(tasks, thresholds)
         for task in fresh:
             self._zoom(task)
-        self._check_harness(tasks)
-        in_memory = not isinstance(self.arguments.pretrained, str)
-        dtype = "" if in_memory else str(self.engine.backbone.dtype)
-        journal = self._record.open(tasks.values(), self.arguments, self._device, dtype)
-        if journal is not None:
-            journal.provenance.add(requests, self.task_dict)
-        return journal
-
-    def _check_harness(self, tasks: dict[str, Any]) -> None:
         # A model made in Python exists before the evaluation and its settings.
         refuse_task_settings(tasks.values())
         if not self._harness_checked:
             told = bool(tasks_info.requested(sys.argv))
             check_harness(list(tasks), main_process=self.rank == 0 and not told)
             self._harness_checked = True
+        in_memory = not isinstance(self.arguments.pretrained, str)
+        dtype = "" if in_memory else str(self.engine.backbone.dtype)
+        journal = self._record.open(tasks.values(), self.arguments, self._device, dtype)
+        if journal is not None:
+            journal.provenance.add(requests, self.task_dict)
+        return journal
 
 
 class LlavaSdrpn(SdrpnModel):

@@ -42,16 +42,9 @@ class Failures:
     def add(
         self, document: tuple[str, int], name: Callable[[], str], error: Exception, answered: bool
     ) -> str:
-        """Adds a document that failed.
+        """Adds a document that failed, (task, document id), and returns the reason in one line.
 
-        Args:
-            document: (task, document id).
-            name: Returns a description of the document.
-            error: The error.
-            answered: Whether any document was answered as asked, also by an earlier run.
-
-        Returns:
-            The reason, in one line.
+        `answered` says whether any document was answered as asked, also by an earlier run.
 
         Raises:
             BadDocument: With `on_error=raise`.

@@ -28,6 +28,7 @@ from sdrpn_eval.schemas import Count
 if TYPE_CHECKING:  # the reports read records, and must not wait for torch
     from sdrpn.engine import Answer
 
+FILES = "record_*_rank*.jsonl"
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -218,9 +219,9 @@ def read_records(folder: str | Path) -> list[RecordLine]:
 
 def read_all_records(folder: str | Path) -> list[RecordLine]:
     """The lines of every run in a folder, by task and document; else as `read_records`."""
-    paths = sorted(Path(folder).expanduser().glob("record_*_rank*.jsonl"))
+    paths = sorted(Path(folder).expanduser().glob(FILES))
     if not paths:
-        raise FileNotFoundError(f"no record_*_rank*.jsonl in {folder}; run with record={folder}")
+        raise FileNotFoundError(f"no {FILES} in {folder}; run with record={folder}")
     lines = []
     for path in paths:
         for number, line in _read(path):

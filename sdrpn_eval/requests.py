@@ -134,27 +134,24 @@ class Documents:
         """The image files of a document as stored, undecoded; None without image columns."""
         place = request.task, request.split
         if place not in self._undecoded:
-            self._undecoded[place] = _without_decoding(self.task_dict[request.task][request.split])
+            rows = self.task_dict[request.task][request.split]
+            columns = _image_columns(rows)
+            self._undecoded[place] = undecoded(rows.select_columns(columns)) if columns else None
         rows = self._undecoded[place]
         return None if rows is None else [file or {} for file in rows[request.doc_id].values()]
 
 
 def undecoded(rows: Any) -> Any:
     """A dataset with its image files as bytes; returns anything else unchanged."""
-    if isinstance(rows, Dataset):
-        for name in _image_columns(rows):
-            rows = rows.cast_column(name, ImageColumn(decode=False))
+    for name in _image_columns(rows):
+        rows = rows.cast_column(name, ImageColumn(decode=False))
     return rows
 
 
-def _image_columns(rows: Dataset) -> list[str]:
-    return [name for name, kind in rows.features.items() if isinstance(kind, ImageColumn)]
-
-
-def _without_decoding(rows: Any) -> Any:
-    """A view of the image columns of a `datasets.Dataset`, as bytes; None without any."""
-    columns = _image_columns(rows) if isinstance(rows, Dataset) else []
-    return undecoded(rows.select_columns(columns)) if columns else None
+def _image_columns(rows: Any) -> list[str]:
+    """Names of the image columns of a `datasets.Dataset`; none of anything else."""
+    features = rows.features if isinstance(rows, Dataset) else {}
+    return [name for name, kind in features.items() if isinstance(kind, ImageColumn)]
 
 
 def question_text(request: Request, images: int) -> str:

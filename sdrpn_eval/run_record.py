@@ -24,8 +24,7 @@ class RunRecord:
 
     Args:
         run: Name of the run, the same on all ranks; names must sort by time.
-        rank: Of this process.
-        world_size: Number of processes.
+        rank, world_size: Of this process.
     """
 
     def __init__(self, run: str, rank: int, world_size: int) -> None:
@@ -34,12 +33,7 @@ class RunRecord:
         self.journal: Journal | None = None
 
     def begin(self, given: Mapping[str, Any], device: torch.device) -> None:
-        """Writes that the run began, if the folder of its record is known already.
-
-        Args:
-            given: `--model_args` by name, not validated.
-            device: The device to record.
-        """
+        """Writes that a run with the given `--model_args` began, if its folder is known already."""
         outputs = [on_command_line("--output_path", sys.argv)]
         folder = _folder(outputs, given.get("record"), given.get("on_error"))
         if folder is not None:
@@ -60,9 +54,7 @@ class RunRecord:
 
         Args:
             tasks: lmms-eval's task objects, which hold the output folder of a run from Python.
-            args: The model's arguments.
-            device: The device to record.
-            dtype: Data type of the loaded model; "" for a model in memory.
+            args, device, dtype: Of the loaded model; dtype is "" for a model in memory.
         """
         if self.journal is not None:
             return self.journal

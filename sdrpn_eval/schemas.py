@@ -5,6 +5,7 @@ Files may hold more than these fields, which is kept.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
@@ -17,6 +18,8 @@ FINITE = ConfigDict(extra="forbid", allow_inf_nan=False)
 """EXACT, and without NaN and infinities."""
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Hex = Annotated[str, Field(pattern="^[0-9a-f]{1,64}$")]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""Hub id of a dataset."""
 
 
 def _is_name(text: str) -> str:

@@ -69,7 +69,8 @@ def subset(task: str, dataset: Any) -> Any:
     chosen = read_subset(task)
     if len(dataset) == chosen.rows:
         return dataset.select(chosen.ids)
-    if len(dataset) <= len(chosen.ids) and _is_local(dataset):
+    # Local files are of the data set `parquet`; those of the Hub have a name of their own.
+    if len(dataset) <= len(chosen.ids) and dataset.info.dataset_name == "parquet":
         if len(dataset) < len(chosen.ids):
             from loguru import logger  # part of an extra; reading ids works without it
 
@@ -82,8 +83,3 @@ def subset(task: str, dataset: Any) -> Any:
         f"{task} was chosen from the {counted(chosen.rows, 'row')} of {chosen.source}, and this "
         f"data set has {len(dataset)}: it is another version of it. Run {chosen.source} itself"
     )
-
-
-def _is_local(dataset: Any) -> bool:
-    """Whether the rows come from local files and not from a dataset on the Hub."""
-    return dataset.info.dataset_name == "parquet"

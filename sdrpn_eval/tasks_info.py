@@ -87,17 +87,12 @@ def threshold_origin(task: str, proposer: str) -> str:
 def qwen_threshold(
     task: str, hidden_size: int, layers: int, min_pixels: int, max_pixels: int
 ) -> tuple[float, str]:
-    """The threshold published for Qwen2.5-VL (docs/method.md).
+    """The threshold published for Qwen2.5-VL (docs/method.md), and its origin in words.
 
     Args:
         task: Name of the task.
-        hidden_size: Of the language model; with `layers` it determines the model's size.
-        layers: Number of decoder layers.
-        min_pixels: Minimum size of a resized image, in pixels.
-        max_pixels: Maximum size of a resized image, in pixels.
-
-    Returns:
-        The threshold, and its origin in words.
+        hidden_size, layers: Of the language model; they determine the model's size.
+        min_pixels, max_pixels: Limits of a resized image, in pixels.
     """
     size, name = qwen.size_of(hidden_size, layers), family(task)
     if size is None or name is None:
@@ -122,11 +117,7 @@ def has_score(metrics: Iterable[str]) -> bool:
 
 
 def describe(scored: Mapping[str, bool]) -> str:
-    """One line for the log: which tasks will have a score, and by which protocols.
-
-    Args:
-        scored: Whether each task has a score, by name.
-    """
+    """One line for the log: which tasks will have a score, and by which protocols."""
     with_score = ", ".join(name for name, yes in scored.items() if yes) or "none"
     without = ", ".join(name for name, yes in scored.items() if not yes)
     line = f"Tasks with a score: {with_score}."
@@ -148,13 +139,15 @@ def requested(argv: list[str]) -> list[str]:
 
 
 def scored_parts(names: Iterable[str], index: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
-    """The tasks of tasks, groups and tags, and whether each has a score.
+    """The tasks of tasks, groups and tags in lmms-eval's index, and whether each has a score.
 
-    Args:
-        names: Of tasks, groups and tags; unknown ones are skipped, as lmms-eval reports them.
-        index: lmms-eval's task index.
+    Unknown names are skipped, as lmms-eval reports them.
     """
-    return {task: has_score(_metrics(index[task])) for n in names for task in parts(n, index)}
+    found = {}
+    for task in (task for name in names for task in parts(name, index)):
+        listed = task_settings(index[task]).get("metric_list") or []
+        found[task] = has_score(str(metric["metric"]) for metric in listed)
+    return found
 
 
 def parts(name: str, index: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -167,10 +160,6 @@ def parts(name: str, index: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     elif entry.get("type") == "group":
         for member in task_settings(entry)["task"]:
             yield from parts(member if isinstance(member, str) else member.get("task", ""), index)
-
-
-def _metrics(entry: Mapping[str, Any]) -> list[str]:
-    return [str(metric["metric"]) for metric in task_settings(entry).get("metric_list") or []]
 
 
 def task_settings(entry: Mapping[str, Any]) -> dict[str, Any]:

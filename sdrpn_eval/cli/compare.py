@@ -57,7 +57,8 @@ def compare(
     """
     with report_errors():
         # Imported here, so that --help answers at once.
-        from sdrpn_eval.report.write import show, write_comparison
+        from sdrpn_eval.report.html import write_comparison
+        from sdrpn_eval.report.text import show
         from sdrpn_eval.results.comparability import common_tasks
         from sdrpn_eval.results.compare import gather
         from sdrpn_eval.results.documents import documents_of, read_boxes

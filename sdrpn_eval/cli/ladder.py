@@ -64,10 +64,13 @@ def ladder(
     with report_errors():
         check_run(tasks, model, limit, seed)
         names = _proposers(proposers)
-        _check_options(batch_size, processes)
+        for name, value in (("batch-size", batch_size), ("processes", processes)):
+            if value != "auto" and not (value.isdecimal() and int(value) > 0):
+                raise ValueError(f"--{name} must be 1 or more, or auto, got {value!r}")
         # Imported here, so that --help answers at once.
         from sdrpn_eval.report.figures import draw_ladder
-        from sdrpn_eval.report.write import show, write_comparison
+        from sdrpn_eval.report.html import write_comparison
+        from sdrpn_eval.report.text import show
         from sdrpn_eval.results.documents import load_data
         from sdrpn_eval.results.ladder import Ladder
 
@@ -94,12 +97,6 @@ def _proposers(text: str) -> list[str]:
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"--proposers must be of {', '.join(known)}, got {unknown[0]!r}")
     return names
-
-
-def _check_options(batch_size: str, processes: str) -> None:
-    for name, value in (("batch-size", batch_size), ("processes", processes)):
-        if value != "auto" and not (value.isdecimal() and int(value) > 0):
-            raise ValueError(f"--{name} must be 1 or more, or auto, got {value!r}")
 
 
 def _processes(text: str) -> int:

@@ -19,26 +19,21 @@ ModelInLmmsEvalOption = Annotated[
 ]
 LimitOption = Annotated[int | None, typer.Option(help="Only the first documents of a task.")]
 BatchSizeOption = Annotated[str, typer.Option(help="Questions at a time, or auto.")]
-TaskFolderOption = Annotated[
-    str | None,
-    typer.Option(
-        "--include_path", "--include-path", help="Folder with the YAML files of your own tasks."
-    ),
-]
 SeedOption = Annotated[int, typer.Option(help="For intervals, tests and the choice of pictures.")]
-IncludePathOption = Annotated[
-    str | None,
-    typer.Option(
-        "--include_path",
-        "--include-path",
-        help="Folder with the YAML files of your own tasks; default: the run's.",
-    ),
-]
 
 
 def model_args_option(note: str) -> Any:
     """The option `--model_args`; `note` says what it may not hold."""
     return typer.Option("--model_args", "--model-args", help=f"As lmms-eval takes them{note}")
+
+
+def _include_path(note: str) -> Any:
+    words = f"Folder with the YAML files of your own tasks{note}"
+    return typer.Option("--include_path", "--include-path", help=words)
+
+
+TaskFolderOption = Annotated[str | None, _include_path(".")]
+IncludePathOption = Annotated[str | None, _include_path("; default: the run's.")]
 
 
 def check_run(tasks: str, model: str, limit: int | None, seed: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdrpn.cli.shared import report_errors, say
-from sdrpn_eval.cli.options import IncludePathOption
+from sdrpn_eval.cli.options import IncludePathOption, model_args_option
 
 if TYPE_CHECKING:
     from sdrpn_eval.results.replay import Look, Replay
@@ -26,12 +26,7 @@ def replay(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the pictures; default: replay/TASK_ID.")
     ] = None,
-    model_args: Annotated[
-        str,
-        typer.Option(
-            "--model_args", "--model-args", help="As lmms-eval takes them, in place of the run's."
-        ),
-    ] = "",
+    model_args: Annotated[str, model_args_option(", in place of the run's.")] = "",
     include_path: IncludePathOption = None,
 ) -> None:
     """Ask one question of a run again and show what was seen, then and now.

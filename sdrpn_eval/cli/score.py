@@ -47,6 +47,7 @@ def score(
     """
     with report_errors():
         # Imported here, so that --help answers at once.
+        from sdrpn_eval.report.tables import columns
         from sdrpn_eval.results.documents import task_manager
         from sdrpn_eval.results.rescore import beside, changes, score_again
         from sdrpn_eval.results.responses import read_source
@@ -55,24 +56,15 @@ def score(
         manager = task_manager(include_path or source.include_path)
         scored = score_again(source, out or beside(source), manager)
         found = changes(source, scored)
-        _show(found)
-        say(_summary(found))
+        rows = []
+        for one in found:
+            numbers = ["none" if v is None else f"{v:.4f}" for v in (one.before, one.after)]
+            changed = "" if one.changed is None else str(one.changed)
+            rows.append([f"{one.task}, {_plain(one.metric)}", *numbers, changed])
+        header = ["task, metric", "before", "after", "documents changed"]
+        for line in ("Scored anew", *columns(header, rows, console.width), _summary(found)):
+            say(line)
         say(f"scored anew from {source.place}: {scored.file}")
-
-
-def _show(found: Sequence[Change]) -> None:
-    # Imported here, so that --help answers at once.
-    from sdrpn_eval.report.tables import columns
-
-    rows = []
-    for one in found:
-        numbers = ["none" if v is None else f"{v:.4f}" for v in (one.before, one.after)]
-        changed = "" if one.changed is None else str(one.changed)
-        rows.append([f"{one.task}, {_plain(one.metric)}", *numbers, changed])
-    header = ["task, metric", "before", "after", "documents changed"]
-    say("Scored anew")
-    for line in columns(header, rows, console.width):
-        say(line)
 
 
 def _summary(found: Sequence[Change]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,18 +78,33 @@ def sweep(
             "tiles": _values("tiles", tiles, int),
             "keep_tokens": _values("keep-tokens", keep_tokens, int),
         }
-        _run(
-            out,
-            split_names(tasks),
-            axes,
-            model,
-            model_args,
-            limit,
-            batch_size,
-            tolerance,
-            include_path,
-            seed,
+        # Imported here, so that --help answers at once.
+        from rich.progress import track
+
+        from sdrpn_eval.command_line import parse_arguments
+        from sdrpn_eval.report import sweep as report
+        from sdrpn_eval.results.documents import task_manager
+        from sdrpn_eval.results.sweep import ask_all, grid, judge, score_all
+
+        settings, names = grid(axes), split_names(tasks)
+        arguments = parse_arguments(model_args)
+        if arguments.get("proposer", "rpn") != "rpn":
+            raise ValueError(f"--model_args: proposer must be rpn, got {arguments['proposer']}")
+        arguments |= {"batch_size": batch_size}
+        manager = task_manager(include_path)
+        say(f"{len(settings)} settings, {', '.join(names)}")
+        source = ask_all(
+            out, names, settings, model=model, arguments=arguments, limit=limit, manager=manager
         )
+        progress = partial(track, description="Scoring", console=console, transient=True)
+        runs = score_all(source, out, settings, manager, progress)
+        found = judge(source, runs, settings, tolerance=tolerance / 100, seed=seed)
+        report.write(found, out)
+        for line in report.lines(found, console.width):
+            say(line)
+        say(report.note(found))
+        chosen = f"{found.chosen}, {out / report.CHOSEN}"
+        say(f"chosen: {chosen}; {out / 'sweep.png'}, sweep.md, sweep.json")
 
 
 def _threshold(text: str) -> float | str:
@@ -104,54 +120,3 @@ def _values(option: str, text: str, read: Callable[[str], Any]) -> list[Any]:
         except ValueError:
             raise ValueError(f"--{option} must list values, got {name!r}") from None
     return values or [None]
-
-
-def _run(
-    out: Path,
-    tasks: list[str],
-    axes: dict[str, list[Any]],
-    model: str,
-    model_args: str,
-    limit: int | None,
-    batch_size: str,
-    tolerance: float,
-    include_path: str | None,
-    seed: int,
-) -> None:
-    # Imported here, so that --help answers at once.
-    from rich.progress import track
-
-    from sdrpn_eval.command_line import parse_arguments
-    from sdrpn_eval.report import sweep as report
-    from sdrpn_eval.results.documents import task_manager
-    from sdrpn_eval.results.sweep import ask_all, grid, judge, score_all
-
-    settings = grid(axes)
-    arguments = parse_arguments(model_args)
-    if arguments.get("proposer", "rpn") != "rpn":
-        raise ValueError(f"--model_args: proposer must be rpn, got {arguments['proposer']}")
-    arguments |= {"batch_size": batch_size}
-    manager = task_manager(include_path)
-    say(f"{len(settings)} settings, {', '.join(tasks)}")
-    source = ask_all(
-        out,
-        tasks,
-        settings,
-        model=model,
-        arguments=arguments,
-        limit=limit,
-        manager=manager,
-    )
-    runs = score_all(
-        source,
-        out,
-        settings,
-        manager,
-        lambda every: track(every, "Scoring", console=console, transient=True),
-    )
-    found = judge(source, runs, settings, tolerance=tolerance / 100, seed=seed)
-    report.write(found, out)
-    for line in report.lines(found, console.width):
-        say(line)
-    say(report.note(found))
-    say(f"chosen: {found.chosen}, {out / report.CHOSEN}; {out / 'sweep.png'}, sweep.md, sweep.json")

@@ -20,12 +20,9 @@ def main() -> None:
         needs("lmms_eval", "matplotlib", "jinja2", extra="eval", what="the demo")
         # Imported here, because it imports what the extra brings.
         from sdrpn_eval.demo.run import demo
-        from sdrpn_eval.results.ladder import RunFailed
-    except MissingExtra as error:
-        sys.exit(f"error: {error}")
-    try:
+
         demo(args.out, batch_size=args.batch_size, limit=args.limit)
-    except RunFailed as error:
+    except (MissingExtra, ValueError) as error:  # a run that failed, or cannot be compared
         sys.exit(f"error: {error}")
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 
 from sdrpn.draw import Card, sheet
-from sdrpn_eval.report.write import show, write_comparison
+from sdrpn_eval.report.html import write_comparison
+from sdrpn_eval.report.text import show
 from sdrpn_eval.results.comparison import Comparison
 from sdrpn_eval.results.documents import TaskData, load_data
 from sdrpn_eval.results.ladder import NAMES, Ladder, make_run
-from sdrpn_eval.results.read import Run
 
 TASK = "tiny_vstar"
 PROPOSERS = ("none", "rpn", "attention")
@@ -29,21 +29,10 @@ class Demo(Ladder):
         return self.out / NAMES.get(proposer, proposer)
 
 
-def evaluate(plan: Demo, proposer: str, console: Console) -> Run:
-    """Runs lmms-eval with a proposer. Raises RunFailed if it leaves no results."""
-    with console.status(f"lmms-eval --model {plan.model} --tasks {TASK}: proposer={proposer}"):
-        run, seconds = make_run(plan, proposer)
-    console.print(f"{run.name}: {seconds:.0f} s, {plan.folder(proposer)}", highlight=False)
-    return run
-
-
 def contact_sheet(comparison: Comparison, data: TaskData, path: Path) -> None:
     """Draws questions that the second look changed, then others: image, box, crop, both answers.
 
-    Args:
-        comparison: Of stock and the RPN, in this order, and possibly others.
-        data: The documents of the task.
-        path: File to write.
+    The comparison is of stock and the RPN, in this order, and possibly others.
     """
     stock, rpn = (one.run.tasks[TASK].samples for one in comparison.evidence[:2])
     looks = comparison.evidence[1].record.looks
@@ -71,11 +60,16 @@ def contact_sheet(comparison: Comparison, data: TaskData, path: Path) -> None:
 
 
 def demo(out: Path, *, batch_size: int = 32, limit: int | None = None) -> Comparison:
-    """Evaluates every proposer, compares and draws."""
+    """Evaluates every proposer, compares and draws. Raises RunFailed if one leaves no results."""
     console = Console()
     # Every question is asked, also in a folder of an earlier demo: the seconds are shown.
     plan = Demo(out, TASK, "pretrained=tiny,resume=False", limit, str(batch_size))
-    runs = [evaluate(plan, proposer, console) for proposer in PROPOSERS]
+    runs = []
+    for proposer in PROPOSERS:
+        with console.status(f"lmms-eval --model {plan.model} --tasks {TASK}: proposer={proposer}"):
+            run, seconds = make_run(plan, proposer)
+        console.print(f"{run.name}: {seconds:.0f} s, {plan.folder(proposer)}", highlight=False)
+        runs.append(run)
     data, notes = load_data([TASK])
     comparison, notes = write_comparison(runs, data, out / "comparison", notes=notes)
     show(comparison, notes, console)

@@ -36,19 +36,13 @@ SETTINGS = ("*.json", "*.jinja", "tokenizer.model")
 
 @dataclass
 class Collector:
-    """Collects the provenance of one process of a run.
+    """Collects the provenance of one process of a run, see `Provenance`.
 
     Attributes:
         folder: Where it is written.
-        run: Name of the run, the same on all ranks; names must sort by time.
-        arguments: Resolved, with defaults; as given until the model is loaded.
         hashes: From `hash_in_background`.
-        device: What the model runs on.
         model_args: The text of `--model_args`, if known.
-        tasks: Fingerprints by task.
         documents: Digests of documents by task and document id.
-        skipped: By task, the number of documents that were not answered as asked (`on_error`).
-        evaluations: `date` in the results of lmms-eval's evaluations that asked the model.
     """
 
     folder: Path
@@ -72,9 +66,7 @@ class Collector:
     def add(self, requests: Sequence[Request], task_dict: Mapping[str, Any]) -> None:
         """Adds the tasks of requests, and writes; called for each batch of requests by lmms-eval.
 
-        Args:
-            requests: The requests.
-            task_dict: Rows by task and split, as the evaluator passes them to a model.
+        `task_dict` holds rows by task and split, as the evaluator passes them to a model.
         """
         asked = [r for r in requests if not r.padding_only]
         for name in dict.fromkeys(r.task for r in asked):
@@ -105,6 +97,9 @@ class Collector:
         """What the file holds."""
         # Only rank 0 lists the hashes; the others load the same files.
         known = self.rank == 0 and self.hashes.done()
+        text, model_args = self.model_args, None
+        if isinstance(text, str):
+            model_args = ParsedArguments(text=text, parsed=parse_arguments(text))
         return Provenance(
             run=self.run,
             rank=self.rank,
@@ -112,7 +107,7 @@ class Collector:
             versions=versions(),
             source=source_state(),
             arguments={k: _plain(v) for k, v in self.arguments.items()},
-            model_args=_parsed(self.model_args),
+            model_args=model_args,
             seeds=self.seeds or {"torch": torch.initial_seed()},
             device=device_facts(self.device),
             weights=weights_only(self.hashes.result()) if known else {},
@@ -120,12 +115,6 @@ class Collector:
             skipped=self.skipped,
             evaluations=self.evaluations,
         )
-
-
-def _parsed(model_args: Any) -> ParsedArguments | None:
-    if not isinstance(model_args, str):
-        return None
-    return ParsedArguments(text=model_args, parsed=parse_arguments(model_args))
 
 
 def _plain(value: Any) -> Any:
@@ -205,15 +194,12 @@ def hash_in_background(
 def hash_sources(
     sources: Mapping[str, str | None], revisions: Mapping[str, str | None] | None = None
 ) -> dict[str, str]:
-    """Hashes every file of weights or settings.
+    """Hashes every file of weights or settings: blake2b digests by "use/file name".
 
     Args:
         sources: Folders or Hub ids by use (`pretrained`, `rpn`, `peft`); a Hub id is looked up in
             the local cache.
         revisions: Of Hub ids, by use.
-
-    Returns:
-        blake2b digests by "use/file name".
     """
     revisions = revisions or {}
     files = {

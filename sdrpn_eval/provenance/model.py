@@ -121,11 +121,9 @@ def merge(parts: Sequence[Provenance]) -> Provenance:
 
 
 def read_latest(folder: Path, *, asked: bool = False) -> Provenance | None:
-    """Reads the provenance of the latest run in a folder; None if there is none.
+    """Reads the provenance of the latest run in a record's folder; None if there is none.
 
-    Args:
-        folder: The record's folder.
-        asked: Only runs that got as far as to ask a question.
+    With `asked`, only of runs that got as far as to ask a question.
     """
     begun = begun_runs(folder)
     for name in sorted(begun, reverse=True):
@@ -155,14 +153,9 @@ def moment(name: str) -> datetime | None:
 
 
 def parsed_arguments(folders: Iterable[Path], model_args: Any) -> dict[str, Any] | None:
-    """`--model_args` by name, as recorded by a run that was given the same text.
+    """`--model_args` by name, as recorded in folders by a run that was given the same text.
 
-    Args:
-        folders: Where provenance may be.
-        model_args: From a results file, usually text.
-
-    Returns:
-        The arguments; None if no run recorded them, as in version 0.1.
+    None if no run recorded them, as in version 0.1.
     """
     if not isinstance(model_args, str):
         return None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import (
@@ -19,11 +19,13 @@ from huggingface_hub import (
 from sdrpn.io.atomic import atomic_write
 from sdrpn.io.model_card import CARD_FILE, new_card, save_card, with_results
 from sdrpn.io.plurals import counted
-from sdrpn_eval.report.text import markdown_table, metric_name, versions_line
+from sdrpn_eval.report.tables import markdown_table
+from sdrpn_eval.report.text import metric_name, versions_line
 from sdrpn_eval.results.comparability import Evidence
 from sdrpn_eval.results.compare import compare
 from sdrpn_eval.results.comparison import Comparison
 from sdrpn_eval.results.stats import with_interval
+from sdrpn_eval.schemas import HUB_ID
 from sdrpn_eval.tasks_info import PROTOCOLS, threshold_origin
 
 ENTRIES = ".eval_results"
@@ -63,9 +65,9 @@ class Score:
     threshold: str
     setup: str
     date: str
-    metric: str = ""
-    main: bool = False
-    value: float = 0.0
+    metric: str
+    main: bool
+    value: float
     low: float | None = None
     high: float | None = None
     questions: int | None = None
@@ -104,54 +106,42 @@ def scores_of(evidence: Evidence, datasets: Mapping[str, str], seed: int = 0) ->
     comparison = compare([evidence], seed=seed)
     found = []
     for row in comparison.rows:
-        beside = _of_task(evidence, comparison, row.task, datasets)
-        ends = (row.scores[0].mean, row.scores[0].low, row.scores[0].high)
-        value, low, high = (None if e is None else _shown(e, row.percent) for e in ends)
-        assert value is not None
-        found.append(
-            replace(
-                beside,
-                metric=metric_name(row),
-                main=row.main,
-                value=value,
-                low=low,
-                high=high,
-                questions=row.questions,
-            )
-        )
+        scale, digits = (100, 2) if row.percent else (1, 4)
+        of = row.scores[0]
+        named = {"metric": metric_name(row), "main": row.main, "questions": row.questions}
+        ends = {"value": of.mean, "low": of.low, "high": of.high}
+        ends = {k: None if v is None else round(scale * v, digits) for k, v in ends.items()}
+        found.append(_score(comparison, row.task, datasets, named | ends))
     for one in comparison.not_compared:
         total = one.totals[evidence.run.name]
         if total is not None:
             main = not any(score.main and score.task == one.task for score in found)
-            beside = _of_task(evidence, comparison, one.task, datasets)
-            found.append(replace(beside, metric=one.metric, main=main, value=round(total, 4)))
+            measured = {"metric": one.metric, "main": main, "value": round(total, 4)}
+            found.append(_score(comparison, one.task, datasets, measured))
     return found
 
 
-def _shown(value: float, percent: bool) -> float:
-    return round(100 * value, 2) if percent else round(value, 4)
-
-
-def _of_task(
-    evidence: Evidence, comparison: Comparison, name: str, datasets: Mapping[str, str]
+def _score(
+    comparison: Comparison, name: str, datasets: Mapping[str, str], measured: Mapping[str, Any]
 ) -> Score:
-    """What all metrics of a task or group share."""
+    """A score of a task or group, with what all its metrics share."""
+    (evidence,) = comparison.evidence
     run = evidence.run
     members = run.groups.get(name) or [name]
     path = str(run.tasks[members[0]].config.get("dataset_path", ""))
-    # Loaders of local files, such as `parquet`, have no namespace.
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path)
     infos = [info for info in comparison.tasks if info.task in members]
     asked, every = sum(i.questions for i in infos), sum(i.original for i in infos)
     return Score(
         run=run.name,
         task=name,
-        dataset=datasets.get(name) or (path if on_hub else None),
+        # Loaders of local files, such as `parquet`, have no namespace.
+        dataset=datasets.get(name) or (path if HUB_ID.fullmatch(path) else None),
         part="" if asked == every else f"{asked} of {every} documents asked",
         protocol=PROTOCOLS.get(name, ""),
         threshold=_threshold(evidence, members),
         setup=_setup(evidence),
         date=run.began.isoformat(),
+        **measured,
     )
 
 
@@ -187,16 +177,19 @@ def write_card(
     """Write evaluation entries, the section of the model card, and a leaderboard row.
 
     Args:
-        scores: Scores of one or several runs.
-        folder: Folder of the model's repository; a card that is there is kept.
-        name: Name of the model.
+        scores: Of one or several runs.
+        folder: Of the model's repository; a card that is there is kept.
+        name: Of the model.
         source: URL of the evaluation, such as a report page.
 
     Returns:
         The written files; and the tasks without an entry, for want of a dataset on the Hub.
     """
     main = [score for score in scores if score.main]
-    card = ModelCard.load(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else _blank(name)
+    if (folder / CARD_FILE).is_file():
+        card = ModelCard.load(folder / CARD_FILE)
+    else:
+        card = new_card(ModelCardData(library_name="sdrpn"), f"# {name}\n")
     results = [_model_index(score, source) for score in scores]
     files = [save_card(with_results(card, name, results, _section(scores)), folder)]
     for score in main:
@@ -206,10 +199,6 @@ def write_card(
     with atomic_write(files[-1]) as part:
         part.write_text(leaderboard(scores, name), encoding="utf-8")
     return files, list(dict.fromkeys(score.task for score in main if not score.dataset))
-
-
-def _blank(name: str) -> ModelCard:
-    return new_card(ModelCardData(library_name="sdrpn"), f"# {name}\n")
 
 
 def _write_entry(score: Score, main: Sequence[Score], folder: Path, source: str | None) -> Path:
@@ -258,12 +247,9 @@ def leaderboard(scores: Sequence[Score], name: str) -> str:
     """A Markdown table with a row for each run: the main score of every task."""
     main = [score for score in scores if score.main]
     tasks = list(dict.fromkeys(score.task for score in main))
+    texts = {(score.run, score.task): score.text for score in reversed(main)}  # the first counts
     rows = [
-        [f"{name}, {run}", *(_of(main, run, task) for task in tasks)]
+        [f"{name}, {run}", *(texts.get((run, task), "") for task in tasks)]
         for run in dict.fromkeys(score.run for score in main)
     ]
     return markdown_table(["model", *tasks], rows) + "\n"
-
-
-def _of(scores: Sequence[Score], run: str, task: str) -> str:
-    return next((s.text for s in scores if (s.run, s.task) == (run, task)), "")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sdrpn.io.atomic import as_json
 from sdrpn.io.plurals import counted
-from sdrpn_eval.report.tables import columns
-from sdrpn_eval.results.stats import with_interval
+from sdrpn_eval.report.tables import columns, markdown_table
+from sdrpn_eval.report.text import interval
 from sdrpn_eval.results.threshold_curve import Curve, Point
 
 
@@ -28,13 +28,13 @@ def write(curves: Sequence[Curve], folder: Path) -> None:
 
 def markdown(curves: Sequence[Curve]) -> str:
     """A table with a row per run: published thresholds next to one threshold for all tasks."""
-    head = ["", "threshold", *(curve.task for curve in curves)]
-    lines = [head, ["---"] * len(head)]
+    rows = []
     for points in zip(*(curve.points for curve in curves), strict=True):
         first, own = points[0], _threshold(points[0])
         cells = [_cell(c, p, first.published) for c, p in zip(curves, points, strict=True)]
-        lines.append([first.series, own, *cells])
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        rows.append([first.series, own, *cells])
+    head = ["", "threshold", *(curve.task for curve in curves)]
+    table = markdown_table(head, rows, escape=False)
     counts = ", ".join(f"{c.task} {c.questions} / {c.images}" for c in curves)
     return (
         f"{table}\n\nFirst metric of each task, in percent where it is a share; 95 % intervals "
@@ -69,6 +69,5 @@ def _value(point: Point) -> str:
 
 
 def _cell(curve: Curve, point: Point, with_threshold: bool) -> str:
-    scale, digits = (100, ".1f") if curve.percent else (1, ".4g")
     at = f" (t = {_value(point)})" if with_threshold else ""
-    return with_interval((point.mean, point.low, point.high), scale, digits) + at
+    return interval(point, curve.percent) + at

@@ -1,17 +1,21 @@
-"""matplotlib figures: the bars of a ladder, the lines of threshold curves."""
+"""matplotlib figures: the bars of a ladder, the lines of threshold curves, a sweep."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
 from sdrpn.io.plurals import counted
 from sdrpn_eval.results.comparison import Comparison, MetricRow, RunScore
+from sdrpn_eval.results.stats import Estimate
 from sdrpn_eval.results.threshold_curve import Curve, Point
+
+if TYPE_CHECKING:  # brings torch, which the other figures do not need
+    from sdrpn_eval.results.sweep import Swept
 
 COLOURS: dict[str, tuple[str, str]] = {
     "stock": ("#8c8c8c", ""),
@@ -42,10 +46,7 @@ def shown(comparison: Comparison) -> list[MetricRow]:
 def draw_ladder(comparison: Comparison, caption: str, paths: Sequence[Path]) -> None:
     """Draws scores with their intervals, a bar for each way to look.
 
-    Args:
-        comparison: Of the ladder's runs.
-        caption: How it was measured.
-        paths: Files to write, each in the format that its name ends in.
+    Each file is in the format that its name ends in.
 
     Raises:
         ValueError: If no task has a score per document between 0 and 1.
@@ -88,7 +89,7 @@ def _draw_run(axis: Any, rows: Sequence[MetricRow], place: int, name: str, width
     axis.bar([0], [0], **style, label=name)
 
 
-def _whiskers(scores: Sequence[RunScore | Point], scale: float) -> list[list[float]]:
+def _whiskers(scores: Sequence[RunScore | Point | Estimate], scale: float) -> list[list[float]]:
     """Lengths of intervals below and above the means; 0 without an interval."""
     below = [0.0 if s.low is None else max(0.0, scale * (s.mean - s.low)) for s in scores]
     above = [0.0 if s.high is None else max(0.0, scale * (s.high - s.mean)) for s in scores]
@@ -140,28 +141,57 @@ def _draw_one(plot: Any, curve: Curve) -> None:
             if p.low is not None and p.high is not None:
                 plot.axhspan(scale * p.low, scale * p.high, color=colour, alpha=0.15, linewidth=0)
         swept = sorted(given, key=lambda p: float(p.threshold or 0))
-        _draw_points(plot, swept, scale, colour, series or "one threshold for all", "o-")
+        named = series or "one threshold for all"
+        style: dict[str, Any] = {"color": colour, "capsize": 3}
+        _draw_points(plot, [p.threshold for p in swept], swept, scale, "o-", label=named, **style)
         published = [p for p in own if p.published]
-        label = f"{series}, {PUBLISHED}" if series else PUBLISHED
-        _draw_points(plot, published, scale, colour, label, "D")
+        at = [p.threshold for p in published]
+        style |= {"label": f"{series}, {PUBLISHED}" if series else PUBLISHED}
+        _draw_points(plot, at, published, scale, "D", markerfacecolor="white", **style)
     if isinstance(curve.published_threshold, float):
         plot.axvline(curve.published_threshold, color="black", linestyle=":", linewidth=1)
     plot.set_title(f"{curve.task}, {curve.metric}", fontsize=10)
     plot.set_xlabel("threshold")
 
 
+def draw_sweep(swept: Sequence[Swept], base: str, path: Path) -> None:
+    """Draws the settings' score over cost, with the frontier as a line; `base` changes nothing."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis: Any = figure.subplots()
+    frontier = sorted((o for o in swept if o.on_frontier), key=lambda one: one.cost)
+    for some, colour, label, style in (
+        ([one for one in swept if not one.on_frontier], "#9e9e9e", "other settings", "o"),
+        (frontier, "#0072b2", "frontier", "o-"),
+        ([o for o in swept if o.name == base], "#d55e00", "base: as in --model_args", "s"),
+    ):
+        more = {"color": colour, "label": label, "capsize": 2, "markersize": 5, "elinewidth": 0.8}
+        _draw_points(axis, [o.cost for o in some], [o.score for o in some], 100, style, **more)
+    for one in frontier:
+        axis.annotate(
+            one.name.replace(" ", "\n"),
+            (one.cost, 100 * one.score.mean),
+            xytext=(6, -6),
+            textcoords="offset points",
+            fontsize=7,
+            va="top",
+        )
+    axis.axvline(1, color="black", linestyle=":", linewidth=1)
+    axis.set_xlabel("cost per question, relative to the stock model")
+    axis.set_ylabel("score, %")
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def _draw_points(
-    plot: Any, points: Sequence[Point], scale: int, colour: str, label: str, style: str
+    plot: Any,
+    places: Sequence[Any],
+    points: Sequence[Point | Estimate],
+    scale: int,
+    style: str,
+    **more: Any,
 ) -> None:
-    if not points:
-        return
-    plot.errorbar(
-        [p.threshold for p in points],
-        [scale * p.mean for p in points],
-        yerr=_whiskers(points, scale),
-        fmt=style,
-        capsize=3,
-        color=colour,
-        markerfacecolor=colour if style == "o-" else "white",
-        label=label,
-    )
+    """Draws means at places on the x-axis, with their intervals; nothing without points."""
+    if points:
+        means = [scale * p.mean for p in points]
+        plot.errorbar(places, means, yerr=_whiskers(points, scale), fmt=style, **more)

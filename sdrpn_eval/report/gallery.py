@@ -1,16 +1,19 @@
-"""The page's questions: the text of all, and images of as many as the budget allows."""
+"""The page's questions: the text of all, and images of as many as its budget allows."""
 
 from __future__ import annotations
 
+import base64
 import functools
+import io
+import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
 from sdrpn.io.plurals import agree, counted
 from sdrpn_eval.record import RecordLine
-from sdrpn_eval.report.pictures import SIDE, Album, cut, in_order, needs_crop, shrunk
 from sdrpn_eval.results.comparability import preprocessing
 from sdrpn_eval.results.comparison import RIGHT, Comparison
 from sdrpn_eval.results.documents import Documents
@@ -19,6 +22,12 @@ from sdrpn_eval.results.scores import Document
 
 LONGEST = 4000
 """Maximum characters of a prompt or answer on the page."""
+SIDE = 640
+"""Longest side of an image in pixels; crops of larger images are stored separately."""
+CROP_SIDE = 336
+QUALITY = 70
+TRIES = 50
+"""Number of consecutive images exceeding the budget after which the album is full."""
 
 Question = dict[str, Any]
 
@@ -94,14 +103,7 @@ def add_pictures(
     album: Album,
     seed: int,
 ) -> list[str]:
-    """Adds images to questions within the budget.
-
-    Args:
-        comparison: What the page shows.
-        data: Documents by task.
-        questions: From `all_questions`; changed in place.
-        album: The page's images.
-        seed: Of the order in which questions get images.
+    """Adds images to questions, in place, in an order drawn with a seed, until the album is full.
 
     Returns:
         Sentences about the questions without images.
@@ -112,7 +114,24 @@ def add_pictures(
     for document in in_order(changed, rest, seed):
         if document[0] in data and not album.full:
             strangers += _add_picture(comparison, data, document, questions[document], album)
-    return _left_out(questions, changed, rest, data, strangers, seed)
+    notes = []
+    if strangers:
+        notes.append(
+            f"{counted(strangers, 'question')} {agree(strangers, 'is', 'are')} shown without "
+            "pictures, as the data on this machine is not what the runs saw"
+        )
+    bare, others = (
+        sum(questions[d]["picture"] is None for d in some if d[0] in data)
+        for some in (changed, rest)
+    )
+    if bare + others > strangers:
+        notes.append(
+            f"to stay within the size of a page, {bare} of {counted(len(changed), 'question')} "
+            f"with different scores and {others} of {counted(len(rest), 'other')} "
+            f"{agree(bare + others, 'is', 'are')} shown without pictures (drawn with seed {seed}); "
+            "their text is all here"
+        )
+    return notes
 
 
 def _add_picture(
@@ -139,10 +158,13 @@ def _add_picture(
         return found
 
     size = shown.size if shown and shown.size else image().size
-    boxes = [box for look in looks if look for box in look.regions] if needs_crop(size) else []
-    wanted: list[tuple[Hashable, Callable[[], Image.Image]]] = []
-    wanted += [(key, lambda: shrunk(image(), SIDE))]
-    wanted += [((key, tuple(box)), lambda box=box: cut(image(), box)) for box in boxes]
+    # An image that is scaled down on the page needs its crops beside it.
+    boxes = [box for look in looks if look for box in look.regions] if max(size) > SIDE else []
+    wanted: list[tuple[Hashable, Callable[[], Image.Image]]]
+    wanted = [(key, lambda: shrunk(image(), SIDE))]
+    wanted += [
+        ((key, tuple(box)), lambda box=box: shrunk(image().crop(box), CROP_SIDE)) for box in boxes
+    ]
     places = album.add(wanted)
     if places is None:
         return False
@@ -166,28 +188,59 @@ def _is_the_same(
     return prompt is not None and prompt[:LONGEST] in asked
 
 
-def _left_out(
-    questions: Mapping[Document, Question],
-    changed: Sequence[Document],
-    rest: Sequence[Document],
-    data: Mapping[str, Documents],
-    strangers: int,
-    seed: int,
-) -> list[str]:
-    def bare(documents: Sequence[Document]) -> int:
-        return sum(questions[d]["picture"] is None for d in documents if d[0] in data)
+# Images
 
-    notes = []
-    if strangers:
-        notes.append(
-            f"{counted(strangers, 'question')} {agree(strangers, 'is', 'are')} shown without "
-            "pictures, as the data on this machine is not what the runs saw"
-        )
-    if bare(changed) + bare(rest) > strangers:
-        notes.append(
-            f"to stay within the size of a page, {bare(changed)} of "
-            f"{counted(len(changed), 'question')} with different scores and {bare(rest)} of "
-            f"{counted(len(rest), 'other')} {agree(bare(changed) + bare(rest), 'is', 'are')} shown "
-            f"without pictures (drawn with seed {seed}); their text is all here"
-        )
-    return notes
+
+@dataclass
+class Album:
+    """Images as data URIs, of `used` up to `budget` characters; equal keys share an image."""
+
+    budget: int
+    pictures: list[str] = field(default_factory=list)
+    used: int = 0
+    _places: dict[Hashable, int] = field(default_factory=dict)
+    _refused: int = 0
+
+    @property
+    def full(self) -> bool:
+        return self._refused >= TRIES
+
+    def add(self, wanted: Sequence[tuple[Hashable, Callable[[], Image.Image]]]) -> list[int] | None:
+        """Adds images that belong together, given by their keys and functions that make them.
+
+        Returns:
+            Their indices in `pictures`; None if they do not all fit.
+        """
+        if self.full:
+            return None
+        new = {key: data_uri(make()) for key, make in wanted if key not in self._places}
+        size = sum(len(uri) + 3 for uri in new.values())  # two quotes and a comma
+        if self.used + size > self.budget:
+            self._refused += 1
+            return None
+        self._refused = 0
+        self.used += size
+        for key, uri in new.items():
+            self._places[key] = len(self.pictures)
+            self.pictures.append(uri)
+        return [self._places[key] for key, _ in wanted]
+
+
+def data_uri(image: Image.Image) -> str:
+    """An image as a WebP data URI."""
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "WEBP", quality=QUALITY, method=2)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def shrunk(image: Image.Image, side: int) -> Image.Image:
+    """The image in RGB, no larger than side x side, in the same proportions."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return small
+
+
+def in_order(changed: Sequence[Document], others: Sequence[Document], seed: int) -> list[Document]:
+    """Changed questions first, then the others, each in a random order."""
+    rng = random.Random(seed)
+    return [*rng.sample(list(changed), len(changed)), *rng.sample(list(others), len(others))]

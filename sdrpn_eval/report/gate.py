@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdrpn_eval.report.tables import escaped, markdown_table
 from sdrpn_eval.results.verdicts import BROKEN, FELL, PASSED, Verdict
 
 WORDS = {PASSED: "passed", FELL: "fell", BROKEN: "broken"}
@@ -69,16 +70,11 @@ def _xml(text: str) -> str:
 
 def append_summary(verdicts: Sequence[Verdict], path: Path) -> None:
     """Appends a table to the file that GitHub shows with a job ($GITHUB_STEP_SUMMARY)."""
-    lines = [f"### {_markdown(conclusion(verdicts))}", ""]
-    lines += ["| task | metric | baseline | now | verdict |", "| --- | --- | --- | --- | --- |"]
+    rows = []
     for verdict in verdicts:
         numbers = [f"{v:.4f}" if v is not None else "" for v in (verdict.before, verdict.after)]
-        cells = [verdict.task, verdict.metric, *numbers]
-        cells.append(f"{WORDS[verdict.code]}: {verdict.reason}")
-        lines.append("| " + " | ".join(_markdown(cell) for cell in cells) + " |")
+        said = f"{WORDS[verdict.code]}: {verdict.reason}"
+        rows.append([verdict.task, verdict.metric, *numbers, said])
+    table = markdown_table(["task", "metric", "baseline", "now", "verdict"], rows)
     with path.open("a", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-
-
-def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*_|<>])", r"\\\1", " ".join(text.split()))
+        file.write(f"### {escaped(conclusion(verdicts))}\n\n{table}\n")

@@ -1,4 +1,4 @@
-"""A self-contained HTML page: summary, charts, and a gallery of the questions.
+"""The files of a comparison: JSON, Markdown, and an HTML page with charts and all questions.
 
 The page fetches nothing and runs no script but its own. Templates escape what they print; text from
 datasets and models reaches the page's script as JSON that cannot end its element.
@@ -12,19 +12,46 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from sdrpn.boxes import PixelBox
 from sdrpn.io.atomic import as_json as valid_json
 from sdrpn_eval.report import text
-from sdrpn_eval.report.gallery import add_pictures, all_questions, description
-from sdrpn_eval.report.pictures import Album
-from sdrpn_eval.results.comparability import established
+from sdrpn_eval.report.gallery import Album, add_pictures, all_questions, description
+from sdrpn_eval.results.comparability import Evidence, established
+from sdrpn_eval.results.compare import compare
 from sdrpn_eval.results.comparison import Comparison, MetricRow
 from sdrpn_eval.results.documents import Documents
+from sdrpn_eval.results.read import Run
+from sdrpn_eval.results.scores import Document
 
 BUDGET_MB = 50
 SPARE = 0.97
 """Share of the budget for data, which is counted exactly; the rest is for the page around it."""
 BADGES = {"better": "better", "worse": "worse", "same": "no difference shown"}
 BADGES |= {"few": "too few to tell"}
+
+
+def write_comparison(
+    runs: Sequence[Run | Evidence],
+    data: Mapping[str, Documents],
+    stem: Path,
+    *,
+    boxes: Mapping[Document, PixelBox] | None = None,
+    budget_mb: float = BUDGET_MB,
+    seed: int = 0,
+    notes: Sequence[str] = (),
+) -> tuple[Comparison, list[str]]:
+    """Compares runs with the first, see `compare`; writes STEM.json, STEM.md and STEM.html.
+
+    Returns:
+        The comparison, and what `write_page` returns.
+    """
+    comparison = compare(runs, data, boxes, seed)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    comparison.save(stem.with_suffix(".json"))
+    stem.with_suffix(".md").write_text(text.markdown(comparison), encoding="utf-8")
+    page = stem.with_suffix(".html")
+    notes = write_page(comparison, data, page, budget_mb=budget_mb, seed=seed, notes=notes)
+    return comparison, notes
 
 
 def write_page(
@@ -36,7 +63,7 @@ def write_page(
     seed: int = 0,
     notes: Sequence[str] = (),
 ) -> list[str]:
-    """Writes compare.html.
+    """Writes the page of a comparison.
 
     Args:
         comparison: What the page shows.
@@ -99,7 +126,7 @@ def _score_bars(row: MetricRow) -> dict[str, Any]:
     bars = [
         {
             "run": score.run,
-            "text": f"{100 * score.mean:.1f}" if row.percent else f"{score.mean:.4g}",
+            "text": text.plain(score, row.percent),
             "length": _clipped(score.mean / top),
             "ends": _ends(score.low, score.high, top),
             "published": score.published if row.percent else None,

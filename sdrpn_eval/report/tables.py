@@ -1,4 +1,4 @@
-"""Tables for a terminal: as many columns as fit, without breaking words."""
+"""Tables, in Markdown and for a terminal: as many columns as fit, without breaking words."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ GAP = 2
 """Spaces between two columns."""
 NAMES = 24
 """Maximum width of names for which columns on the right are dropped."""
+
+
+def markdown_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, escape: bool = True
+) -> str:
+    """A table in Markdown, without a line break at its end; `escape` takes cells as plain text."""
+    lines = [header, ["---"] * len(header), *rows]
+    if escape:
+        lines = [[escaped(cell) for cell in cells] for cells in lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def escaped(text: str) -> str:
+    """A plain text in one line of Markdown."""
+    return re.sub(r"([\\`*_|<>])", r"\\\1", " ".join(text.split()))
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console
 
 from sdrpn.io.plurals import counted
-from sdrpn_eval.report.tables import columns
+from sdrpn_eval.report.tables import columns, escaped, markdown_table
 from sdrpn_eval.results.comparison import Comparison, Difference, MetricRow, RunScore, TaskInfo
 from sdrpn_eval.results.regions import HOLDS, Looking
-from sdrpn_eval.results.stats import with_interval
+from sdrpn_eval.results.stats import Estimate, with_interval
+from sdrpn_eval.results.threshold_curve import Point
 
 VERSIONS = ("sdrpn", "lmms_eval", "transformers", "torch")
 """Packages whose versions stand beside a score; a run's record has all."""
@@ -101,9 +103,9 @@ def _score_cells(row: MetricRow) -> list[Cells]:
     named["questions / images"] = f"{row.questions} / {row.images}"
     found: list[Cells] = []
     for score, change in zip(row.scores, [None, *row.differences], strict=True):
-        cells = {"run": score.run, "score": _interval(row, score)}
+        cells = {"run": score.run, "score": interval(score, row.percent)}
         if change is not None:
-            cells["difference"] = _difference(row, change)
+            cells["difference"] = interval(change, row.percent, "+")
             cells |= {"p": f"{change.p:.2g}", "won / lost": f"{change.wins} / {change.losses}"}
         if score.published is not None:
             cells["published"] = f"{score.published:.1f}"
@@ -190,8 +192,8 @@ def _verdict(row: MetricRow, score: RunScore, difference: Difference) -> str:
     first = row.scores[0]
     adjusted = " (Holm)" if difference.decisive_p != difference.p else ""
     facts = (
-        f"{row.metric} {_plain(row, first.mean)} to {_plain(row, score.mean)}, "
-        f"{_difference(row, difference)}, p = {difference.decisive_p:.2g}{adjusted}; "
+        f"{row.metric} {plain(first, row.percent)} to {plain(score, row.percent)}, "
+        f"{interval(difference, row.percent, '+')}, p = {difference.decisive_p:.2g}{adjusted}; "
         f"{difference.wins} won, {difference.losses} lost of {counted(row.questions, 'question')}"
     )
     if difference.verdict == "few":
@@ -217,11 +219,10 @@ def cautions(comparison: Comparison) -> list[str]:
                 f"{task.task}: no record names the images, so every question counts as independent "
                 "and intervals may be too narrow"
             )
-    bootstrapped = [row for row in comparison.rows if row.main and not row.percent]
-    few = {row.task: row.images for row in bootstrapped if row.images < FEW}
     found += [
-        f"{task}: {counted(n, 'image')}, too few for a bootstrap's intervals"
-        for task, n in few.items()
+        f"{row.task}: {counted(row.images, 'image')}, too few for a bootstrap's intervals"
+        for row in comparison.rows
+        if row.main and not row.percent and row.images < FEW
     ]
     return [*found, *comparison.notes]
 
@@ -231,57 +232,41 @@ def _total(total: float | None, published: float | None) -> str:
     return text if published is None else f"{text} (published {published:.1f} %)"
 
 
-def _plain(row: MetricRow, value: float) -> str:
-    return f"{100 * value:.1f}" if row.percent else f"{value:.4g}"
+def plain(score: RunScore, percent: bool) -> str:
+    """A mean without its interval; in percent if scores lie in [0, 1]."""
+    return f"{100 * score.mean:.1f}" if percent else f"{score.mean:.4g}"
 
 
-def _interval(row: MetricRow, score: RunScore) -> str:
-    scale, digits = (100, ".1f") if row.percent else (1, ".4g")
-    return with_interval((score.mean, score.low, score.high), scale, digits)
-
-
-def _difference(row: MetricRow, difference: Difference) -> str:
-    scale, digits = (100, ".1f") if row.percent else (1, ".4g")
-    ends = (difference.mean, difference.low, difference.high)
-    return with_interval(ends, scale, f"+{digits}")
+def interval(of: RunScore | Difference | Point | Estimate, percent: bool, sign: str = "") -> str:
+    """`mean [low, high]`; in percent if scores lie in [0, 1]."""
+    scale, digits = (100, ".1f") if percent else (1, ".4g")
+    return with_interval((of.mean, of.low, of.high), scale, sign + digits)
 
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
-def show(comparison: Comparison, console: Console) -> None:
-    """Prints tables, verdicts and cautions."""
+def show(comparison: Comparison, notes: Sequence[str], console: Console) -> None:
+    """Prints tables, verdicts, cautions and notes."""
+    say = partial(console.print, highlight=False, markup=False)
     for section in blocks(comparison):
-        console.print(section.title, highlight=False, markup=False)
+        say(section.title)
         for line in columns(section.header, section.rows, console.width):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-        console.print()
+            say(line, soft_wrap=True)
+        say()
     for line in [*_left_out(comparison), *verdicts(comparison)]:
-        console.print(line, highlight=False, markup=False)
-    for line in cautions(comparison):
-        console.print(f"note: {line}", highlight=False, markup=False)
+        say(line)
+    for line in [*cautions(comparison), *notes]:
+        say(f"note: {line}")
 
 
 def markdown(comparison: Comparison) -> str:
     """Formats verdicts, tables and cautions as Markdown, for pull requests."""
-    parts = ["\n".join(f"- **{_cell(line)}**" for line in verdicts(comparison))]
+    parts = ["\n".join(f"- **{escaped(line)}**" for line in verdicts(comparison))]
     for section in sections(comparison):
         table = markdown_table(section.header, section.rows)
         parts.append(f"### {section.title}\n\n{table}")
-    parts.append("\n".join(f"- {_cell(line)}" for line in cautions(comparison)))
+    parts.append("\n".join(f"- {escaped(line)}" for line in cautions(comparison)))
     parts.append(METHOD)
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain text in Markdown, without a line break at its end."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(c) for c in cells) + " |" for cells in lines)
-
-
-def _cell(text: str) -> str:
-    """Escapes text for Markdown."""
-    for character in "\\`*_|<>":
-        text = text.replace(character, f"\\{character}")
-    return " ".join(text.split())

@@ -42,9 +42,8 @@ class TaskBaseline:
         images: Digest of each document's images; None without a record.
         clusters: A number per document, equal for questions on one image.
         scorer: Fingerprint of the scorer's source; None if the run left no facts.
-        settings: Digest of the scorer's settings.
+        settings: Digest of `scoring`, the scorer's settings.
         metrics: By "metric,filter", in lmms-eval's order.
-        scoring: The scorer's settings.
     """
 
     __pydantic_config__ = EXACT
@@ -136,15 +135,17 @@ def task_baseline(evidence: Evidence, name: str) -> TaskBaseline:
     looks = [evidence.record.looks.get((name, d)) for d in documents]
     samples = [task.samples[d] for d in documents]
     marks = evidence.fingerprints(name)
+    scoring = {part: without_addresses(task.config.get(part)) for part in SCORING}
     return TaskBaseline(
         documents=documents,
         questions=[mark(s.prompt, s.target) for s in samples],
         images=[mark(*look.images) if look and look.images else None for look in looks],
         clusters=[numbers[keys[name, d]] for d in documents],
         clustered_by=how,
-        empty_answers=sum(is_empty(s.answer) for s in samples),
+        # Blank, or each of several.
+        empty_answers=sum(not s.answer.replace(BESIDE.strip(), "").strip() for s in samples),
         scorer=(marks.scorer or None) if marks else None,
-        settings=mark(*(without_addresses(task.config.get(part)) for part in SCORING)),
+        settings=mark(*scoring.values()),
         metrics={
             f"{one.metric},{one.filter}": MetricBaseline(
                 one.higher_is_better,
@@ -154,13 +155,8 @@ def task_baseline(evidence: Evidence, name: str) -> TaskBaseline:
             for one in task_scores(task)
             if one.values
         },
-        scoring={part: without_addresses(task.config.get(part)) for part in SCORING},
+        scoring=scoring,
     )
-
-
-def is_empty(answer: str) -> bool:
-    """Whether an answer, or each of several, is blank."""
-    return not answer.replace(BESIDE.strip(), "").strip()
 
 
 def mark(*parts: str) -> str:
@@ -176,19 +172,17 @@ def read_baseline(path: Path) -> Baseline:
             raise ValueError(f"its format is {made}, this version reads {FORMAT}")
         found = read_parsed(READ, path)
         for name, task in found.tasks.items():
-            _check_lengths(name, task)
+            columns = [task.questions, task.images, task.clusters]
+            columns += [metric.scores for metric in task.metrics.values()]
+            if {*map(len, columns)} != {len(task.documents)} or not task.metrics:
+                raise ValueError(
+                    f"{name} has not one mark, cluster and score for each of its documents"
+                )
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; make it from a good run with --update") from None
     except ValueError as error:
         raise ValueError(f"{path} is no baseline, make it anew with --update: {error}") from None
     return found
-
-
-def _check_lengths(name: str, task: TaskBaseline) -> None:
-    columns = [task.questions, task.images, task.clusters]
-    columns += [metric.scores for metric in task.metrics.values()]
-    if any(len(column) != len(task.documents) for column in columns) or not task.metrics:
-        raise ValueError(f"{name} has not one mark, cluster and score for each of its documents")
 
 
 def _lines(value: Any, indent: str = "") -> str:

@@ -15,7 +15,7 @@ from sdrpn.io.plurals import counted
 from sdrpn_eval.args import ARGUMENTS
 from sdrpn_eval.provenance.fingerprints import without_addresses
 from sdrpn_eval.provenance.model import Provenance, TaskFingerprints
-from sdrpn_eval.results.read import Run, TaskRun
+from sdrpn_eval.results.read import Run
 from sdrpn_eval.results.records import Record
 
 SCORING = ("metric_list", "filter_list", "process_results", "output_type", "score_key")
@@ -58,13 +58,9 @@ class Evidence:
 
 
 def common_tasks(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
-    """Finds the tasks that all runs have.
+    """Finds the tasks that all runs have, in the first run's order, and a sentence for each other.
 
-    Returns:
-        Their names, in the first run's order; and a sentence for each other task.
-
-    Raises:
-        NotComparable: If there is none.
+    Raises NotComparable if there is none.
     """
     common = [t for t in runs[0].tasks if all(t in run.tasks for run in runs)]
     every = dict.fromkeys(t for run in runs for t in run.tasks)
@@ -90,85 +86,68 @@ def refuse_moved(reference: Evidence, other: Evidence, tasks: Sequence[str]) -> 
 
 def moved_in_task(reference: Evidence, other: Evidence, task: str) -> list[str]:
     """What differs between two runs of a task apart from the model, a clause each."""
-    first, second = reference.run.tasks[task], other.run.tasks[task]
-    return [
-        *_documents(reference, other, first, second),
-        *_scorer(reference, other, first, second),
-    ]
+    clauses = [*_documents(reference, other, task), *_scorer(reference, other, task)]
+    return [f"{task}: {clause}" for clause in clauses]
 
 
-def _documents(a: Evidence, b: Evidence, first: TaskRun, second: TaskRun) -> list[str]:
-    task = first.name
-    only = [set(first.samples) - set(second.samples), set(second.samples) - set(first.samples)]
+def _documents(a: Evidence, b: Evidence, task: str) -> list[str]:
+    first, second = a.run.tasks[task].samples, b.run.tasks[task].samples
+    only = [set(first) - set(second), set(second) - set(first)]
     if any(only):
         limits = ""
         if a.run.limit != b.run.limit:
             limits = f" (limits: {_limit(a.run)} and {_limit(b.run)})"
-        counts = f"{len(first.samples)} and {len(second.samples)}"
-        example = min(only[0] or only[1])
-        return [f"{task}: other documents, {counts}, such as {example} in one only{limits}"]
+        counts, example = f"{len(first)} and {len(second)}", min(only[0] or only[1])
+        return [f"other documents, {counts}, such as {example} in one only{limits}"]
     clauses = []
-    for what, name in (("prompt", "prompts"), ("target", "targets")):
-        ids = [
-            i
-            for i in first.samples
-            if getattr(first.samples[i], what) != getattr(second.samples[i], what)
-        ]
+    for what in ("prompt", "target"):
+        texts = {i: (getattr(first[i], what), getattr(second[i], what)) for i in first}
+        ids = [i for i, (ours, others) in texts.items() if ours != others]
         if ids:
-            pair = [_short(getattr(t.samples[ids[0]], what)) for t in (first, second)]
+            ours, others = map(_short, texts[ids[0]])
             clauses.append(
-                f"{task}: other {name} in {counted(len(ids), 'document')}, such as {ids[0]}: "
-                f"{pair[0]!r} and {pair[1]!r}"
+                f"other {what}s in {counted(len(ids), 'document')}, such as {ids[0]}: "
+                f"{ours!r} and {others!r}"
             )
-    clauses += _images(a.record, b.record, task)
-    return clauses or _data(a, b, task)
-
-
-def _images(a: Record, b: Record, task: str) -> list[str]:
-    both = [d for d in a.looks if d[0] == task and d in b.looks]
-    pairs = [(d, a.looks[d].images, b.looks[d].images) for d in both]
+    looks = ((d, line.images, b.record.looks.get(d)) for d, line in a.record.looks.items())
     # A document that could not be shown has no image in its record.
-    changed = [d[1] for d, ours, others in pairs if ours and others and ours != others]
-    if not changed:
-        return []
-    return [f"{task}: other images in {counted(len(changed), 'document')}, such as {min(changed)}"]
-
-
-def _data(a: Evidence, b: Evidence, task: str) -> list[str]:
+    both = ((d, ours, its.images) for d, ours, its in looks if ours and its and its.images)
+    changed = [d[1] for d, ours, others in both if d[0] == task and ours != others]
+    if changed:
+        count = counted(len(changed), "document")
+        clauses.append(f"other images in {count}, such as {min(changed)}")
     marks = (a.fingerprints(task), b.fingerprints(task))
     moved = other_data(*(mark.data if mark else None for mark in marks))
-    return [f"{task}: {moved}"] if moved else []
+    return clauses or ([moved] if moved else [])
 
 
 def other_data(before: str | None, after: str | None) -> str | None:
     """Compares fingerprints of data, which also cover columns that no prompt shows.
 
-    Returns:
-        A clause, if both are known and differ; for example because other answers count as right.
+    Returns a clause if both are known and differ; for example because other answers count as right.
     """
     if None in (before, after) or before == after:
         return None
     return f"other data, in columns that prompts do not show ({before} and {after})"
 
 
-def _scorer(a: Evidence, b: Evidence, first: TaskRun, second: TaskRun) -> list[str]:
-    task = first.name
+def _scorer(a: Evidence, b: Evidence, task: str) -> list[str]:
+    first, second = a.run.tasks[task], b.run.tasks[task]
     clauses = []
     for part in SCORING:
         for place, *pair in _differing(part, first.config.get(part), second.config.get(part)):
-            texts = map(_short, pair)
-            clauses.append(f"{task}: other scorer, {place} is {' and '.join(texts)}")
+            clauses.append(f"other scorer, {place} is {' and '.join(map(_short, pair))}")
     mine, its = a.fingerprints(task), b.fingerprints(task)
     if mine and its and mine.scorer and its.scorer:
         if mine.scorer == its.scorer:
             return []
         sources = mine.scorer_source, its.scorer_source
         if None not in sources and sources[0] != sources[1]:
-            clauses.append(f"{task}: other scorer (source {sources[0]} and {sources[1]})")
-        return clauses or [f"{task}: other scorer (source {mine.scorer} and {its.scorer})"]
+            clauses.append(f"other scorer (source {sources[0]} and {sources[1]})")
+        return clauses or [f"other scorer (source {mine.scorer} and {its.scorer})"]
     if set(first.totals) != set(second.totals):
         odd = ", ".join(sorted(set(first.totals) ^ set(second.totals)))
-        clauses.append(f"{task}: other metrics, {odd} in one only")
+        clauses.append(f"other metrics, {odd} in one only")
     return clauses
 
 
@@ -231,9 +210,10 @@ def labels(evidence: Evidence, every: Sequence[Evidence]) -> list[str]:
     run, runs = evidence.run, [one.run for one in every]
     found = [f"scored anew, from {run.scored_from}"] if run.scored_from else []
     found += ["other preprocessing"] if _is_prepared_otherwise(evidence, every) else []
-    for name, task in run.tasks.items():
+    for name in run.tasks:
         if name in runs[0].tasks:
-            moved = changes(_generation(task), _generation(runs[0].tasks[name]))
+            own, its = (one.tasks[name].config.get("generation_kwargs") for one in (run, runs[0]))
+            moved = changes(own or {}, its or {})
             found += [f"other generation arguments: {key}={pair[0]}" for key, pair in moved.items()]
     return list(dict.fromkeys(found))
 
@@ -259,10 +239,6 @@ def preprocessing(run: Run, facts: Provenance | None = None) -> dict[str, Any]:
     given = facts.arguments if facts else run.arguments
     values = {n: given.get(n, default) for n, default in _input_defaults(run.model).items()}
     return {"model": run.model, **{n: None if v == "" else v for n, v in values.items()}}
-
-
-def _generation(task: TaskRun) -> Mapping[str, Any]:
-    return task.config.get("generation_kwargs") or {}
 
 
 def changes(mine: Mapping[str, Any], its: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

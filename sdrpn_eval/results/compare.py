@@ -22,13 +22,7 @@ from sdrpn_eval.results.comparison import (
 from sdrpn_eval.results.documents import Documents, boxes_of
 from sdrpn_eval.results.published import published_score
 from sdrpn_eval.results.read import Run
-from sdrpn_eval.results.records import (
-    averages,
-    read_facts,
-    read_looks,
-    record_folders,
-    unfinished_later_run,
-)
+from sdrpn_eval.results.records import averages, read_facts, read_looks, unfinished_later_run
 from sdrpn_eval.results.regions import where_it_looked
 from sdrpn_eval.results.scores import Document, Scores, all_scores
 from sdrpn_eval.results.stats import clustered, clustered_difference, holm, images_needed, sign_flip
@@ -40,7 +34,7 @@ FACTS = ("versions", "weights", "device", "seeds", "source")
 
 def gather(run: Run) -> Evidence:
     """Reads the record and the facts of a run."""
-    return Evidence(run, read_looks(run), read_facts(run, record_folders(run)))
+    return Evidence(run, read_looks(run), read_facts(run))
 
 
 def compare(
@@ -148,7 +142,7 @@ def _rows(
     seed: int,
 ) -> tuple[list[MetricRow], list[NotCompared]]:
     rows: list[MetricRow] = []
-    missing = []
+    missing, names = [], [one.run.name for one in evidence]
     for key, first in scores[0].items():
         same = [by_key.get(key) for by_key in scores]
         reasons = {one.reason for one in same if one and one.reason}
@@ -156,25 +150,22 @@ def _rows(
         if not reasons and len({frozenset(v) for v in values}) > 1:
             reasons = {"is scored on other documents in each run"}
         if reasons or len(values) < len(evidence):
-            missing.append(_not_compared(evidence, same, first, "; ".join(sorted(reasons))))
+            totals = [one.total if one else None for one in same]
+            published = [_published(one, first) for one in evidence]
+            missing.append(
+                NotCompared(
+                    first.task,
+                    PROTOCOLS.get(first.task, ""),
+                    first.metric,
+                    "; ".join(sorted(reasons)) or "is missing in a run",
+                    dict(zip(names, totals, strict=True)),
+                    dict(zip(names, published, strict=True)),
+                )
+            )
             continue
         main = first.higher_is_better and not any(r.main and r.task == first.task for r in rows)
         rows.append(_metric_row(evidence, first, values, clusters, main, seed))
     return rows, missing
-
-
-def _not_compared(
-    evidence: Sequence[Evidence], same: Sequence[Scores | None], first: Scores, reason: str
-) -> NotCompared:
-    pairs = list(zip(evidence, same, strict=True))
-    return NotCompared(
-        first.task,
-        PROTOCOLS.get(first.task, ""),
-        first.metric,
-        reason or "is missing in a run",
-        {of.run.name: one.total if one else None for of, one in pairs},
-        {of.run.name: _published(of, first) for of in evidence},
-    )
 
 
 def _published(of: Evidence, scores: Scores) -> float | None:
@@ -193,17 +184,13 @@ def _metric_row(
     keys = [clusters[d] for d in documents]
     columns = [[one[d] for d in documents] for one in values]
     own = [
-        RunScore(
-            of.run.name,
-            *clustered(column, keys, seed),
-            published=_published(of, first),
-        )
+        RunScore(of.run.name, *clustered(column, keys, seed), published=_published(of, first))
         for of, column in zip(evidence, columns, strict=True)
     ]
     percent = all(0 <= v <= 1 for column in columns for v in column)
     others = [
         _difference(of.run.name, column, columns[0], keys, first.higher_is_better, percent, seed)
-        for of, column in list(zip(evidence, columns, strict=True))[1:]
+        for of, column in zip(evidence[1:], columns[1:], strict=True)
     ]
     return MetricRow(
         first.task,

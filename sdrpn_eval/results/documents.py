@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +17,7 @@ from sdrpn.io.atomic import read_parsed
 from sdrpn.io.images import image_key, load_image
 from sdrpn_eval.results.comparability import Evidence
 from sdrpn_eval.results.scores import Document
-from sdrpn_eval.schemas import BOXES
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-"""Hub id of a dataset."""
+from sdrpn_eval.schemas import BOXES, HUB_ID
 
 
 @dataclass
@@ -139,10 +135,6 @@ def documents_of(
 ) -> tuple[dict[str, Documents], list[str]]:
     """Loads the documents that runs were asked, without lmms-eval if possible: its import is slow.
 
-    Args:
-        every: Runs of the same documents. The first one's results say where its data is.
-        tasks: Names of tasks that all runs have.
-
     Returns:
         Documents by task, and a sentence for each task whose data is not on this machine.
     """
@@ -151,17 +143,15 @@ def documents_of(
     rest = [task for task in tasks if task not in found]
     if not rest:
         return found, []
-    cli = every[0].run.results["config"].get("resolved_cli_args") or {}
-    loaded, notes = load_data(rest, cli.get("include_path"))
+    loaded, notes = load_data(rest, every[0].run.cli.get("include_path"))
     return found | loaded, notes
 
 
 def stored_data(every: Sequence[Evidence], task: str) -> StoredData | None:
-    """Reads a task's rows without lmms-eval.
+    """Reads a task's rows without lmms-eval, from where the first run's results say.
 
-    Returns:
-        The rows; None if they do not hold the images that were shown, by the content hash of the
-        first document's image in the record.
+    None if they do not hold the images that were shown, by the content hash of the first document's
+    image in the record.
     """
     run = every[0].run
     config: Mapping[str, Any] = run.tasks[task].config
@@ -172,12 +162,10 @@ def stored_data(every: Sequence[Evidence], task: str) -> StoredData | None:
     if first is None or not first.images or config.get("process_docs"):
         return None
     try:
-        for stored in _read_rows(config):
-            if stored.key(min(documents)[1]) == first.images[0]:
-                return stored
+        columns = _read_rows(config)
+        return next((c for c in columns if c.key(min(documents)[1]) == first.images[0]), None)
     except Exception:  # of any kind: lmms-eval tries next and reports the error
         return None
-    return None
 
 
 def _read_rows(config: Mapping[str, Any]) -> list[StoredData]:
@@ -212,12 +200,9 @@ def _read_rows(config: Mapping[str, Any]) -> list[StoredData]:
 def load_data(
     tasks: Iterable[str], include_path: Any = None, manager: Any = None
 ) -> tuple[dict[str, TaskData], list[str]]:
-    """Loads tasks with lmms-eval; nothing is downloaded while HF_HUB_OFFLINE=1 is set.
+    """Loads tasks with lmms-eval, from its index `manager` if there is one already.
 
-    Args:
-        tasks: Names of tasks.
-        include_path: lmms-eval's --include_path, for the user's own tasks.
-        manager: lmms-eval's index of tasks, if there is one already.
+    Nothing is downloaded while HF_HUB_OFFLINE=1 is set.
 
     Returns:
         Documents by task, and a sentence for each task that cannot be loaded.
@@ -225,7 +210,10 @@ def load_data(
     from lmms_eval.tasks import get_task_dict
 
     tasks = list(tasks)
-    manager = manager or _smallest_index(tasks, include_path)
+    if manager is None:
+        manager = task_manager(include_path, include_defaults=False)
+        if not set(tasks) <= set(manager.all_tasks):  # needs lmms-eval's own thousands of files
+            manager = task_manager(include_path)
     found: dict[str, TaskData] = {}
     notes = []
     for name in tasks:
@@ -236,14 +224,6 @@ def load_data(
             cause = _cause(error)
             notes.append(f"{name}: no pictures, its data cannot be loaded here ({cause})")
     return found, notes
-
-
-def _smallest_index(tasks: Sequence[str], include_path: Any) -> Any:
-    """An index with the tasks; includes lmms-eval's own thousands of files only if needed."""
-    manager = task_manager(include_path, include_defaults=False)
-    if set(tasks) <= set(manager.all_tasks):
-        return manager
-    return task_manager(include_path)
 
 
 def _cause(error: BaseException) -> str:

@@ -11,10 +11,7 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.utils import get_datetime_str
 
 from sdrpn_eval.results.documents import quiet
-from sdrpn_eval.results.read import BadRun
-
-TIMEZONE = "Asia/Singapore"
-"""lmms-eval's default."""
+from sdrpn_eval.results.read import TIMEZONE, BadRun
 
 
 def evaluate_again(
@@ -25,7 +22,7 @@ def evaluate_again(
     out: Path,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Calls `simple_evaluate` with the settings of a recorded run.
+    """Calls lmms-eval's `simple_evaluate` with the settings of a recorded run.
 
     Args:
         model: A model of lmms-eval.
@@ -34,9 +31,6 @@ def evaluate_again(
         manager: lmms-eval's index of tasks.
         out: Folder in which tasks write files of their own, such as submissions.
         **changes: Settings that replace the recorded ones.
-
-    Returns:
-        What `simple_evaluate` returns.
 
     Raises:
         BadRun: If the run cannot be repeated.

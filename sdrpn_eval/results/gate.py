@@ -64,11 +64,7 @@ def safely_check(folder: Path, baseline: Baseline, rules: Rules) -> list[Verdict
 
 
 def check_rules(rules: Rules, tasks: Mapping[str, TaskBaseline]) -> None:
-    """Checks that rules can have an effect.
-
-    Args:
-        rules: As given on the command line; tolerances may come from the baseline.
-        tasks: Of the baseline, by name.
+    """Checks that rules can have an effect on the tasks of a baseline.
 
     Raises:
         ValueError: For rules that cannot mean anything; names the option and its value.
@@ -147,7 +143,12 @@ def _check_task(folder: Path, name: str, baseline: Baseline, rules: Rules) -> Ve
         moved = other_data(baseline.data(name), now.data if now else None)
         if moved:
             raise Broken(moved)
-        _refuse_unscored(key, evidence.run.tasks[name].totals.get(key), after)
+        total = evidence.run.tasks[name].totals.get(key)
+        if not is_number(total):
+            said = "missing" if total is None else total
+            raise Broken(f"{key} is {said}, the baseline has a number")
+        if key not in after.metrics:
+            raise Broken(f"{key} cannot be read document by document, the baseline's could")
     except (BadRun, Broken) as error:
         return Verdict(name, key, BROKEN, str(error))
     return judge(name, key, before, after, rules.allowed(name))
@@ -190,20 +191,8 @@ def _refuse_moved(before: TaskBaseline, after: TaskBaseline) -> None:
         raise Broken("another scorer than the baseline's: its source changed")
 
 
-def _refuse_unscored(key: str, total: float | None, after: TaskBaseline) -> None:
-    if not is_number(total):
-        raise Broken(f"{key} is {'missing' if total is None else total}, the baseline has a number")
-    if key not in after.metrics:
-        raise Broken(f"{key} cannot be read document by document, the baseline's could")
-
-
 def update_baseline(folder: Path, baseline: Path, rules: Rules) -> list[str]:
-    """Writes a baseline from a complete run; keeps the tolerance of the file that it replaces.
-
-    Args:
-        folder: Output folder of lmms-eval.
-        baseline: File to write.
-        rules: Its tolerance, where given, replaces the stored one.
+    """Writes a baseline from a complete run; keeps the tolerance of a stored one unless given anew.
 
     Returns:
         Lines about tasks too small to be held by their noise, then one about the file.

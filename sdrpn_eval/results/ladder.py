@@ -13,10 +13,9 @@ from sdrpn_eval.args import ARGUMENTS
 from sdrpn_eval.command_line import parse_arguments
 from sdrpn_eval.loading import revisions, sources
 from sdrpn_eval.provenance.collect import hash_sources, weights_only
-from sdrpn_eval.provenance.model import Provenance
 from sdrpn_eval.results.comparability import changes
-from sdrpn_eval.results.read import BadRun, Run, find_results, read_run
-from sdrpn_eval.results.records import read_facts, record_folders
+from sdrpn_eval.results.read import RESULTS, BadRun, Run, read_run
+from sdrpn_eval.results.records import read_facts
 from sdrpn_eval.results.responses import arguments_of
 
 NAMES: Mapping[str, str] = {"none": "stock", "box": "true box"}
@@ -31,13 +30,7 @@ class RunFailed(ValueError):
 
 @dataclass(frozen=True)
 class Ladder:
-    """What all runs have in common.
-
-    Attributes:
-        out: Folder of the runs.
-        model_args: Without a proposer.
-        processes: Processes of each run, which share its documents.
-    """
+    """What all runs have in common; `processes` of each run share its documents."""
 
     out: Path
     tasks: str
@@ -84,29 +77,23 @@ def finished_run(ladder: Ladder, proposer: str) -> Run | None:
     """
     folder = ladder.folder(proposer)
     try:
-        find_results(folder)
         run = read_run(folder, NAMES.get(proposer, proposer))
     except BadRun:
         return None
-    cli = run.results["config"].get("resolved_cli_args") or {}
-    then = {"--model": run.model, "--tasks": cli.get("tasks"), "--limit": run.limit}
+    then = {"--model": run.model, "--tasks": run.cli.get("tasks"), "--limit": run.limit}
     now = {"--model": ladder.model, "--tasks": ladder.tasks, "--limit": ladder.limit}
     given = parse_arguments(ladder.arguments(proposer))
     moved = changes({**then, **run.arguments}, now | given)
-    facts = read_facts(run, record_folders(run))
+    facts = read_facts(run)
     if facts is not None and run.model == ladder.model:
-        weights = changes(facts.weights, _weights(facts, ladder.model))
-        moved |= {f"the weights {name}": pair for name, pair in weights.items()}
+        values = ARGUMENTS[ladder.model].of(arguments_of(facts))
+        weights = weights_only(hash_sources(sources(values), revisions(values)))
+        pairs = changes(facts.weights, weights)
+        moved |= {f"the weights {name}": pair for name, pair in pairs.items()}
     if moved:
         said = "; ".join(f"{name} {a} then, {b} now" for name, (a, b) in moved.items())
         raise ValueError(f"{folder} holds another run ({said}); give another --out, or remove it")
     return run
-
-
-def _weights(facts: Provenance, model: str) -> dict[str, str]:
-    given = arguments_of(facts)
-    values = ARGUMENTS[model].of(given)
-    return weights_only(hash_sources(sources(values), revisions(values)))
 
 
 def make_run(ladder: Ladder, proposer: str) -> tuple[Run, float]:
@@ -119,7 +106,7 @@ def make_run(ladder: Ladder, proposer: str) -> tuple[Run, float]:
         RunFailed: If it left no results; with lmms-eval's exit code and the end of its log.
     """
     folder = ladder.folder(proposer)
-    before = set(folder.rglob("*_results.json"))
+    before = set(folder.rglob(f"*{RESULTS}"))
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     started = time.perf_counter()
@@ -127,7 +114,7 @@ def make_run(ladder: Ladder, proposer: str) -> tuple[Run, float]:
         done = subprocess.run(ladder.command(proposer), stdout=file, stderr=file, check=False)
     seconds = time.perf_counter() - started
     try:
-        if not set(folder.rglob("*_results.json")) - before:
+        if not set(folder.rglob(f"*{RESULTS}")) - before:
             raise BadRun(f"lmms-eval left no results in {folder}")
         return read_run(folder, NAMES.get(proposer, proposer)), seconds
     except BadRun as error:

@@ -70,33 +70,18 @@ WITH_OCR: Mapping[tuple[str, str], float] = {("7b", "stock"): 58.2, ("13b", "sto
 
 def row_of(model: str, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
     """The published row that a run corresponds to; None for other models and proposers."""
-    if model == "qwen2_5_vl_sdrpn":
-        return _qwen_row(arguments)
-    pretrained = str(arguments.get("pretrained", LLAVA_7B)).lower()
-    if "llava" not in pretrained or "1.5" not in pretrained:
-        return None
-    size = next((size for size in ("13b", "7b") if size in pretrained), None)
-    method = "stock"
-    if model == "llava_sdrpn":
-        proposer = str(arguments.get("proposer", "rpn"))
-        method = {"none": "stock"}.get(proposer, proposer)
-    elif model != "llava_hf":
-        return None
-    return (size, method) if size and (size, method) in PUBLISHED else None
-
-
-def _qwen_row(arguments: Mapping[str, Any]) -> tuple[str, str] | None:
-    pretrained = str(arguments.get("pretrained", QWEN_7B)).lower()
-    if "qwen2.5-vl-" not in pretrained or not _follows_paper(arguments):
-        return None
-    size = next((size for size in ("3b", "7b") if f"-{size}" in pretrained), None)
     proposer = str(arguments.get("proposer", "rpn"))
-    row = f"qwen-{size}", {"none": "stock"}.get(proposer, proposer)
-    return row if row in PUBLISHED else None
-
-
-def _follows_paper(arguments: Mapping[str, Any]) -> bool:
-    return arguments.get("short_answer") is True or arguments.get("preset") == "paper"
+    method = "stock" if model == "llava_hf" or proposer == "none" else proposer
+    if model == "qwen2_5_vl_sdrpn":
+        name = str(arguments.get("pretrained", QWEN_7B)).lower()
+        follows_paper = arguments.get("short_answer") is True or arguments.get("preset") == "paper"
+        known = follows_paper and "qwen2.5-vl-" in name
+        size = next((f"qwen-{size}" for size in ("3b", "7b") if f"-{size}" in name), "")
+    else:
+        name = str(arguments.get("pretrained", LLAVA_7B)).lower()
+        known = model in ("llava_sdrpn", "llava_hf") and "llava" in name and "1.5" in name
+        size = next((size for size in ("13b", "7b") if size in name), "")
+    return (size, method) if known and (size, method) in PUBLISHED else None
 
 
 def _is_published_resolution(
@@ -120,16 +105,9 @@ def _is_published_resolution(
 def published_score(
     model: str, arguments: Mapping[str, Any], task: str, metric: str
 ) -> float | None:
-    """The paper's score for a run's metric, in percent.
+    """The paper's score, in percent, for a metric of a task or group.
 
-    Args:
-        model: Name of the model in lmms-eval.
-        arguments: Its `--model_args` by name, as resolved or as given.
-        task: Name of the task or group.
-        metric: Name of its metric.
-
-    Returns:
-        The score; None if the paper has none for this model, task and metric.
+    None if it has none for the model with these arguments, as resolved or as given.
     """
     column, row = COLUMN_OF.get((task.removesuffix("_public"), metric)), row_of(model, arguments)
     if row and (task, metric) == ("textvqa_val_ocr", "exact_match"):

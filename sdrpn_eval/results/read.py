@@ -36,6 +36,9 @@ PLACES = ("sdrpn_record", "record")
 BESIDE = " | "
 """Separates several answers to one document."""
 
+TIMEZONE = "Asia/Singapore"
+"""lmms-eval's default."""
+
 
 class BadRun(ValueError):
     """Raised for a run that is missing, partial or broken; a sentence per problem."""
@@ -118,23 +121,17 @@ class Run:
     @property
     def began(self) -> datetime:
         """When lmms-eval began, in UTC, to the second. Raises BadRun if the file does not say."""
-        return self._timed(results_began)
+        return began_and_ended(self.file, self.results)[0]
 
     @property
     def ended(self) -> datetime:
         """When lmms-eval wrote the results, in UTC. Raises BadRun if the file does not say."""
-        return self._timed(results_ended)
-
-    def _timed(self, read: Any) -> datetime:
-        try:
-            return read(self.results)
-        except ValueError as error:
-            raise BadRun(f"{self.file}: it does not say when it was written: {error}") from None
+        return began_and_ended(self.file, self.results)[1]
 
     @property
-    def by_command_line(self) -> bool:
-        """Whether lmms-eval's command line started the run, and loaded the model after `began`."""
-        return bool(self.results["config"].get("resolved_cli_args")) and not self.scored_from
+    def cli(self) -> dict[str, Any]:
+        """lmms-eval's resolved command line; empty if it was called from Python."""
+        return self.results["config"].get("resolved_cli_args") or {}
 
 
 def output_root(run: Run) -> Path:
@@ -150,32 +147,19 @@ def beside(run: Run) -> list[Path]:
     return [folder / place for folder in dict.fromkeys(roots) for place in PLACES]
 
 
-def results_began(results: Results) -> datetime:
-    """When the run of a results file began, in UTC, to the second.
+def began_and_ended(file: Path, results: Results) -> tuple[datetime, datetime]:
+    """When a run began, to the second, and wrote its results, in UTC.
 
-    Raises:
-        ValueError: If the file does not say.
+    From the file's content: copies have other file times. Raises BadRun if it does not say.
     """
-    config = results["config"].get("resolved_cli_args") or {}
-    zone = config.get("timezone") or "Asia/Singapore"  # lmms-eval's default
+    cli = results["config"].get("resolved_cli_args") or {}
     try:
-        began = datetime.strptime(results["date"], "%Y%m%d_%H%M%S").replace(tzinfo=_zone(zone))
-        return began.astimezone(UTC)
-    except (ValueError, TypeError, OverflowError, OSError, ZoneInfoNotFoundError) as error:
-        raise ValueError(str(error)) from None
-
-
-def results_ended(results: Results) -> datetime:
-    """When a results file was written, from its content: copies have other file times.
-
-    Raises:
-        ValueError: If the file does not say.
-    """
-    try:
+        date = datetime.strptime(results["date"], "%Y%m%d_%H%M%S")
+        began = date.replace(tzinfo=_zone(cli.get("timezone") or TIMEZONE)).astimezone(UTC)
         seconds = float(results.get("total_evaluation_time_seconds") or 0)
-        return results_began(results) + timedelta(seconds=seconds + 1)
-    except (TypeError, OverflowError) as error:
-        raise ValueError(str(error)) from None
+        return began, began + timedelta(seconds=seconds + 1)
+    except (ValueError, TypeError, OverflowError, OSError, ZoneInfoNotFoundError) as error:
+        raise BadRun(f"{file}: it does not say when it was written: {error}") from None
 
 
 def _zone(name: str) -> ZoneInfo:
@@ -256,9 +240,9 @@ def _read_task(file: Path, results: Results, task: str) -> TaskRun:
     counts = results.get("n-samples", {}).get(task, Counts())
     samples = _read_samples(path, list(dict.fromkeys(key.rpartition(",")[2] for key in totals)))
     original = counts.get("original", len(samples))
-    _check_complete(
-        path, samples, _expected(counts, original, results["config"].get("offset") or 0)
-    )
+    asked, offset = counts.get("effective", original), results["config"].get("offset") or 0
+    end = min(offset + asked, original) if asked > 0 else original
+    _check_complete(path, samples, range(offset, end))
     better = results.get("higher_is_better", {}).get(task, {})
     return TaskRun(task, samples, totals, better, results["configs"][task], original)
 
@@ -271,12 +255,6 @@ def read_totals(scores: Mapping[str, Any]) -> dict[str, float | None]:
         if metric and not re.search(r"_stderr(_clt|_clustered)?$", metric):
             totals[key] = None if isinstance(value, bool) else as_number(value)
     return totals
-
-
-def _expected(counts: Counts, original: int, offset: int) -> range:
-    """The document ids of a run with --limit and --offset."""
-    effective = counts.get("effective", original)
-    return range(offset, min(offset + effective, original) if effective > 0 else original)
 
 
 def _read_samples(path: Path, filters: list[str]) -> dict[int, Sample]:

@@ -10,24 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from sdrpn.io.plurals import counted
+from sdrpn_eval import record
 from sdrpn_eval.args import ARGUMENTS
-from sdrpn_eval.provenance.model import (
-    FILES,
-    Provenance,
-    begun_runs,
-    moment,
-    read_provenance,
-)
+from sdrpn_eval.provenance import model as provenance
+from sdrpn_eval.provenance.model import Provenance, begun_runs, moment
 from sdrpn_eval.record import RecordLine, read_all_records, read_records
-from sdrpn_eval.results.read import (
-    RESULTS,
-    BadRun,
-    Run,
-    beside,
-    output_root,
-    parse_results,
-    results_ended,
-)
+from sdrpn_eval.results import read
+from sdrpn_eval.results.read import BadRun, Run, beside
 from sdrpn_eval.results.scores import Document
 
 SET_BACK = timedelta(seconds=2)
@@ -36,12 +25,7 @@ SET_BACK = timedelta(seconds=2)
 
 @dataclass(frozen=True)
 class Record:
-    """What a run saw.
-
-    Attributes:
-        looks: By document, see `_of_document`.
-        notes: Sentences about missing or refused parts.
-    """
+    """What a run saw: a merged line per document, and notes about missing or refused parts."""
 
     looks: Mapping[Document, RecordLine] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -50,7 +34,23 @@ class Record:
 def read_looks(run: Run) -> Record:
     """Reads what a run saw from its record."""
     lines, notes = record_lines(run)
-    return _as_record(run, lines) if lines else Record(notes=notes)
+    if not lines:
+        return Record(notes=notes)
+    by_document = by_documents(lines)
+    asked = sum(len(task.samples) for task in run.tasks.values())
+    if len(by_document) < asked:
+        held = f"{len(by_document)} of {counted(asked, 'question')}"
+        notes = (f"{run.name}: the record covers {held}",)
+    repeats = {name: task.config.get("repeats") or 1 for name, task in run.tasks.items()}
+    return Record({d: _of_document(some, repeats[d[0]]) for d, some in by_document.items()}, notes)
+
+
+def by_documents(lines: Iterable[RecordLine]) -> dict[Document, list[RecordLine]]:
+    """The lines of each document: several for a multiple choice, and for repeats."""
+    found: dict[Document, list[RecordLine]] = {}
+    for line in lines:
+        found.setdefault((line.task, line.doc_id), []).append(line)
+    return found
 
 
 def record_lines(run: Run) -> tuple[list[RecordLine], tuple[str, ...]]:
@@ -63,7 +63,7 @@ def record_lines(run: Run) -> tuple[list[RecordLine], tuple[str, ...]]:
     """
     if run.model not in ARGUMENTS:
         return [], ()
-    folders = [f for f in record_folders(run) if any(f.glob("record_*_rank*.jsonl"))]
+    folders = [f for f in record_folders(run) if any(f.glob(record.FILES))]
     if not folders:
         return [], (f"{run.name}: no record found",)
     notes = []
@@ -87,24 +87,18 @@ def record_folders(run: Run) -> list[Path]:
 
     A rescored run has its own copy, with the new scorer in its provenance.
     """
-    named = None if run.scored_from else _named_record(run)
-    places = [Path(named).expanduser()] if named else []
-    return [p for p in dict.fromkeys([*places, *beside(run)]) if _is_record(p)]
-
-
-def _named_record(run: Run) -> str | None:
-    """The folder in `record=`; None without one."""
+    places = beside(run)
     # Without provenance, parsing arguments imports lmms-eval's parser, which takes seconds.
-    if "record" not in str(run.results["config"].get("model_args")):
-        return None
-    named = str(run.arguments.get("record", "none"))
-    return None if named.lower() in ("none", "false") else named
+    if not run.scored_from and "record" in str(run.results["config"].get("model_args")):
+        named = str(run.arguments.get("record", "none"))
+        if named.lower() not in ("none", "false"):
+            places.insert(0, Path(named).expanduser())
+    return [place for place in dict.fromkeys(places) if _is_record(place)]
 
 
 def _is_record(folder: Path) -> bool:
-    names = ("record_*_rank*.jsonl", FILES)
     try:
-        return any(any(folder.glob(name)) for name in names)
+        return any(any(folder.glob(name)) for name in (record.FILES, provenance.FILES))
     except (OSError, ValueError):  # not a valid file name
         return False
 
@@ -114,50 +108,28 @@ def unfinished_later_run(run: Run) -> str | None:
     begun = set()
     for folder in beside(run):
         begun |= set(begun_runs(folder))
-        if any(folder.glob("record_*_rank*.jsonl")):
+        if any(folder.glob(record.FILES)):
             begun |= {line.run for line in read_records(folder)}
-    later = {name for name in begun if (at := moment(name)) and at > run.ended}
+    later = [(at, name) for name in begun if (at := moment(name)) and at > run.ended]
     if not later:
         return None
+    at, name = max(later)
     # Another model's finished run may share the folder.
-    ends = [end for f in output_root(run).rglob(f"*{RESULTS}") if (end := _ended(f))]
-    return next((n for n in sorted(later, reverse=True) if _after_all(n, ends)), None)
+    ends = [_ended(file) for file in read.output_root(run).rglob(f"*{read.RESULTS}")]
+    return name if all(at > end for end in ends if end) else None
 
 
 def _ended(file: Path) -> datetime | None:
     try:
-        return results_ended(parse_results(file))
-    except ValueError:
+        return read.began_and_ended(file, read.parse_results(file))[1]
+    except BadRun:
         return None
-
-
-def _after_all(name: str, ends: Sequence[datetime]) -> bool:
-    at = moment(name)
-    return at is not None and all(at > end for end in ends)
-
-
-def _as_record(run: Run, lines: list[RecordLine]) -> Record:
-    by_document: dict[Document, list[RecordLine]] = {}
-    for line in lines:
-        by_document.setdefault((line.task, line.doc_id), []).append(line)
-    asked = sum(len(task.samples) for task in run.tasks.values())
-    notes = ()
-    if len(by_document) < asked:
-        notes = (
-            f"{run.name}: the record covers {len(by_document)} of {counted(asked, 'question')}",
-        )
-    repeats = {name: task.config.get("repeats") or 1 for name, task in run.tasks.items()}
-    return Record({d: _of_document(some, repeats[d[0]]) for d, some in by_document.items()}, notes)
 
 
 def _of_document(lines: list[RecordLine], repeats: int) -> RecordLine:
     """Merges the lines of a document: the first one, with the seconds and tokens of one answer.
 
     Seconds and tokens are summed over the options of a multiple choice, and averaged over repeats.
-
-    Args:
-        lines: One per repeat, or per option and repeat.
-        repeats: How often lmms-eval asked the document.
     """
     options = max(1, round(len(lines) / repeats)) if lines[0].is_loss else 1
     times = len(lines) / options
@@ -184,14 +156,14 @@ def averages(record: Record, documents: Sequence[Document]) -> dict[str, float |
 # Provenance
 
 
-def read_facts(run: Run, folders: list[Path]) -> Provenance | None:
+def read_facts(run: Run) -> Provenance | None:
     """Reads the provenance of a run, see `own_name`; None if no folder holds it.
 
     Another model's results may lie next to ours; it leaves no provenance.
     """
     if run.model not in ARGUMENTS:
         return None
-    for folder in folders:
+    for folder in record_folders(run):
         begun = begun_runs(folder)
         name = own_name(run, begun, folder)
         if name is not None:
@@ -207,35 +179,28 @@ def own_name(run: Run, names: Iterable[str], folder: Path) -> str | None:
     evaluation, whose command line makes the model right after its date; or, from Python, where the
     model may be older, the last one that began before the results were written.
 
-    Args:
-        run: The run.
-        names: From records and provenance; those that are not times are ignored.
-        folder: Where their provenance is.
-
     Returns:
-        One of the names; None if all belong to other runs.
+        One of the names; None if all belong to other runs or are no times.
     """
     times = {name: at for name in set(names) if (at := moment(name)) and at <= run.ended}
     files = begun_runs(folder)
     facts = {name: _merged(files[name]) for name in times if name in files}
-    own = [name for name, of in facts.items() if _lists(of, run)]
+    given, date = run.results["config"].get("model_args"), run.results["date"]
+    own = [
+        name
+        for name, of in facts.items()
+        if date in of.evaluations and (of.model_args is None or of.model_args.text == given)
+    ]
     if own:
         return max(own)
     old = sorted(name for name in times if name not in facts or not facts[name].evaluations)
-    if run.by_command_line:
+    if run.cli and not run.scored_from:
         return next((name for name in old if times[name] >= run.began - SET_BACK), None)
     return old[-1] if old else None
 
 
-def _lists(facts: Provenance, run: Run) -> bool:
-    """Whether a run's provenance lists the evaluation of these results, with the same arguments."""
-    given = run.results["config"].get("model_args")
-    same = facts.model_args is None or facts.model_args.text == given
-    return same and run.results["date"] in facts.evaluations
-
-
 def _merged(files: list[Path]) -> Provenance:
     try:
-        return read_provenance(files)
+        return provenance.read_provenance(files)
     except ValueError as error:
         raise BadRun(str(error)) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -44,48 +45,31 @@ class Looking:
 def where_it_looked(
     record: Record, boxes: Mapping[Document, PixelBox], right: Mapping[Document, bool]
 ) -> list[Looking]:
-    """Counts over all questions with a true box and a record, then per third by size.
-
-    Args:
-        record: Of the run.
-        boxes: True boxes.
-        right: Whether each answer is right.
-    """
-    known = [d for d in right if d in boxes and d in record.looks and record.looks[d].size]
+    """Counts over all questions with a true box and a record, then per third by size."""
+    known = [
+        (boxes[d].area / prod(size), outcome(record.looks[d].regions, boxes[d]), is_right)
+        for d, is_right in right.items()
+        if d in boxes and d in record.looks and (size := record.looks[d].size)
+    ]
     if not known:
         return []
-    shares = [_share(record, boxes, d) for d in known]
-    rows = [_row("all", known, shares, record, boxes, right)]
-    limits = np.quantile(shares, [1 / 3, 2 / 3])
-    third = np.searchsorted(limits, shares, side="left")
+    shares = [share for share, *_ in known]
+    third = np.searchsorted(np.quantile(shares, [1 / 3, 2 / 3]), shares, side="left")
+    groups = {"all": known}
     for number, name in enumerate(NAMES):
-        chosen = [i for i, t in enumerate(third) if t == number]
-        if chosen:
-            some = [known[i] for i in chosen]
-            rows.append(_row(name, some, [shares[i] for i in chosen], record, boxes, right))
-    return rows
+        groups[name] = [one for one, place in zip(known, third, strict=True) if place == number]
+    return [_row(name, members) for name, members in groups.items() if members]
 
 
-def _share(record: Record, boxes: Mapping[Document, PixelBox], document: Document) -> float:
-    width, height = record.looks[document].size or (1, 1)
-    return boxes[document].area / (width * height)
-
-
-def _row(
-    name: str,
-    documents: Sequence[Document],
-    shares: Sequence[float],
-    record: Record,
-    boxes: Mapping[Document, PixelBox],
-    right: Mapping[Document, bool],
-) -> Looking:
-    outcomes = [outcome(record.looks[d].regions, boxes[d]) for d in documents]
-    wrong = [o for o, d in zip(outcomes, documents, strict=True) if not right[d]]
+def _row(name: str, members: Sequence[tuple[float, str, bool]]) -> Looking:
+    """Counts over (share of the true box, outcome, whether the answer is right)."""
+    outcomes = [seen for _, seen, _ in members]
+    wrong = [seen for _, seen, is_right in members if not is_right]
     return Looking(
         size=name,
-        to_share=float(max(shares)),
-        questions=len(documents),
-        right=len(documents) - len(wrong),
+        to_share=float(max(share for share, *_ in members)),
+        questions=len(members),
+        right=len(members) - len(wrong),
         zoomed=len(outcomes) - outcomes.count("no zoom"),
         holds=outcomes.count("held"),
         wrong_no_zoom=wrong.count("no zoom"),

@@ -21,6 +21,7 @@ from sdrpn_eval.results.comparability import changes
 from sdrpn_eval.results.documents import TaskData, load_data
 from sdrpn_eval.results.evaluate import evaluate_again
 from sdrpn_eval.results.read import BadRun, as_text
+from sdrpn_eval.results.records import by_documents
 from sdrpn_eval.results.responses import Source, arguments_of
 from sdrpn_eval.results.scores import Document
 
@@ -46,12 +47,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Replay:
-    """A document asked again.
-
-    Attributes:
-        moved: Sentences about what differs between then and now.
-        scores: Of the run, by "metric,filter".
-    """
+    """A document asked again; `moved` has a sentence for each difference between then and now."""
 
     document: Document
     prompt: str
@@ -82,12 +78,7 @@ def ask_again(
 ) -> Replay:
     """Asks one document of a run again and writes pictures and `replay.json`.
 
-    Args:
-        source: The run.
-        document: (task, document id).
-        model_args: Model arguments in lmms-eval's syntax that replace recorded ones.
-        manager: lmms-eval's index of tasks.
-        out: Folder to write to.
+    `model_args`, in lmms-eval's syntax, replace recorded ones.
 
     Raises:
         BadRun: If the run is of another model or does not hold the document.
@@ -102,10 +93,14 @@ def ask_again(
         config = dict(source.config) | {"limit": 1, "offset": doc_id}
         results = evaluate_again(model, [task], config, manager, out, predict_only=True)
         lines, facts = read_records(folder), read_latest(Path(folder))
-    then = _then(source, document)
-    # Without a record, only filtered responses can be compared.
-    said = _said(lines) if then.line else as_text(results["samples"][task][0]["filtered_resps"])
     sample = source.run.tasks[task].samples[doc_id] if source.run else None
+    recorded = by_documents(source.lines).get(document)
+    if recorded:
+        then, said = Look(_said(recorded), recorded[0]), _said(lines)
+    else:  # Only filtered responses can be compared.
+        assert sample is not None  # without a record there is a run, or there was no source
+        then = Look(sample.answer, None)
+        said = as_text(results["samples"][task][0]["filtered_resps"])
     replay = Replay(
         document,
         lines[0].prompt,
@@ -113,7 +108,7 @@ def ask_again(
         then,
         Look(said, lines[0]),
         _moved(source.facts, facts, then.line, lines[0], overrides),
-        dict(sample.values) if sample else {},
+        sample.values if sample else {},
     )
     data, _ = load_data([task], manager=manager)
     _draw(replay, data[task], model.engine.backbone.image_grid, out)
@@ -149,15 +144,6 @@ def arguments_again(source: Source, overrides: Mapping[str, Any]) -> dict[str, A
     presets = ARGUMENTS[source.config["model"]].presets
     replaced = presets.get(str(overrides.get("preset", "")), {})
     return {k: v for k, v in recorded.items() if k not in replaced} | dict(overrides)
-
-
-def _then(source: Source, document: Document) -> Look:
-    task, doc_id = document
-    lines = source.lines_of(document)
-    if lines:
-        return Look(_said(lines), lines[0])
-    assert source.run is not None  # without a record there is a run, or there was no source
-    return Look(source.run.tasks[task].samples[doc_id].answer, None)
 
 
 def _said(lines: Sequence[RecordLine]) -> str:

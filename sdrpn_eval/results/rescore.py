@@ -25,7 +25,7 @@ from sdrpn_eval.record import RecordWriter
 from sdrpn_eval.requests import parse
 from sdrpn_eval.results.evaluate import evaluate_again
 from sdrpn_eval.results.read import PLACES, RESULTS, Run, output_root, read_run, read_totals
-from sdrpn_eval.results.responses import Answered, Source, answers_of, date_of
+from sdrpn_eval.results.responses import Source, answers_of
 from sdrpn_eval.results.scores import Document, document_value
 
 
@@ -51,19 +51,10 @@ class RecordedAnswers(lmms):
         self._source = source
         self._answers = answers_of(source)
 
-    def generate_until(self, requests: list[Any]) -> list[Any]:
-        return self._again(requests)
-
-    def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        return self._again(requests)
-
-    def generate_until_multi_round(self, requests: list[Any]) -> list[Any]:
-        return self._again(requests)
-
     def clean(self) -> None:
         """Does nothing, as there is no model to free, which takes seconds."""
 
-    def _again(self, requests: list[Any]) -> list[GenerationResult]:
+    def generate_until(self, requests: list[Any]) -> list[Any]:
         by_task: dict[str, list[Any]] = defaultdict(list)
         for instance in requests:
             by_task[instance.task_name].append(instance)
@@ -71,6 +62,8 @@ class RecordedAnswers(lmms):
             self._check(task, instances)
         waiting = {document: iter(one.given) for document, one in self._answers.items()}
         return [self._next(instance, waiting) for instance in requests]
+
+    loglikelihood = generate_until_multi_round = generate_until
 
     def _next(self, instance: Any, waiting: Mapping[Document, Any]) -> GenerationResult:
         document = instance.task_name, instance.doc_id
@@ -95,18 +88,15 @@ class RecordedAnswers(lmms):
             if odd:
                 said = f"{counted(len(odd), 'document')} {agree(len(odd), *verbs)} {what}"
                 raise Moved(f"{task}: {said}, such as {odd[0]}")
-        moved = [i for i, one in first.items() if self._is_other(self._answers[task, i], one)]
+        prompts = {i: (self._answers[task, i].prompt, str(first[i].args[0])) for i in first}
+        moved = [i for i, (was, now) in prompts.items() if was not in (None, now)]
         if moved:
-            was = self._answers[task, moved[0]].prompt
+            was, now = prompts[moved[0]]
             raise Moved(
                 f"{task}: another prompt in {counted(len(moved), 'document')}, such as "
-                f"{moved[0]}: it was {was!r}, and is {str(first[moved[0]].args[0])!r}"
+                f"{moved[0]}: it was {was!r}, and is {now!r}"
             )
         self._check_facts(task, instances)
-
-    @staticmethod
-    def _is_other(answered: Answered, instance: Any) -> bool:
-        return answered.prompt is not None and answered.prompt != str(instance.args[0])
 
     def _check_facts(self, task: str, instances: Sequence[Any]) -> None:
         facts = self._source.facts
@@ -115,15 +105,16 @@ class RecordedAnswers(lmms):
         recorded = facts.tasks[task]
         requests = parse(instances)
         rows = self.task_dict[task][requests[0].split]
-        now = {
-            "data": fingerprints.data_fingerprint(rows, (r.doc_id for r in requests)),
-            "prompts": fingerprints.prompts_fingerprint(requests),
-        }
-        for what, then in (("data", recorded.data), ("prompts", recorded.prompts)):
-            if then != now[what]:
+        data = fingerprints.data_fingerprint(rows, (r.doc_id for r in requests))
+        prompts = fingerprints.prompts_fingerprint(requests)
+        for what, then, now in (
+            ("data", recorded.data, data),
+            ("prompts", recorded.prompts, prompts),
+        ):
+            if then != now:
                 raise Moved(
                     f"{task}: other {what} than the run was asked (fingerprint {then} then, "
-                    f"{now[what]} now)"
+                    f"{now} now)"
                 )
         scorer = requests[0].task_object
         self.scorers[task] = {
@@ -133,21 +124,17 @@ class RecordedAnswers(lmms):
 
 
 def score_again(source: Source, out: Path, manager: Any) -> Run:
-    """Rescores the responses of a run and writes results and samples.
-
-    Args:
-        source: The run.
-        out: A folder without results, outside the run's own.
-        manager: lmms-eval's index of tasks.
-
-    Returns:
-        The new run, read back.
+    """Rescores the responses of a run, writes results and samples, and reads them back.
 
     Raises:
-        ValueError: If the folder holds results or lies inside the run's.
+        ValueError: If the folder `out` holds results or lies inside the run's own.
         Moved: If the tasks now ask something else.
     """
-    _check_new(source, out)
+    if out.exists() and any(out.rglob(f"*{RESULTS}")):
+        raise ValueError(f"{out} holds results already; give another --out")
+    # The latest results in a run's folder are taken for the run's.
+    if _root(source) in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"{out} lies inside the run's own folder; give an --out beside it")
     model = RecordedAnswers(source)
     results = evaluate_again(model, source.names, source.config, manager, out)
     samples = results.pop("samples")
@@ -155,19 +142,11 @@ def score_again(source: Source, out: Path, manager: Any) -> Run:
         _refuse_other_targets(source, samples)
     cli = dict(source.config.get("resolved_cli_args") or {}) | {"output_path": str(out)}
     results["config"] = dict(source.config) | {"resolved_cli_args": cli}
-    results["rescored"] = {"from": str(source.place), "date": date_of(source)}
+    results["rescored"] = {"from": str(source.place), "date": source.date}
     _save(source, results, samples, out)
     if model.scorers:
         _copy_record(source, model.scorers, str(results["date"]), out / PLACES[0])
     return read_run(out)
-
-
-def _check_new(source: Source, out: Path) -> None:
-    if out.exists() and any(out.rglob(f"*{RESULTS}")):
-        raise ValueError(f"{out} holds results already; give another --out")
-    # The latest results in a run's folder are taken for the run's.
-    if _root(source) in (out.resolve(), *out.resolve().parents):
-        raise ValueError(f"{out} lies inside the run's own folder; give an --out beside it")
 
 
 def beside(source: Source) -> Path:

@@ -8,28 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 
 from sdrpn.io.plurals import counted
-from sdrpn_eval import request_types
+from sdrpn_eval import record, request_types
 from sdrpn_eval.args import ARGUMENTS
 from sdrpn_eval.provenance.model import Provenance, read_latest
-from sdrpn_eval.record import RecordLine, read_all_records
-from sdrpn_eval.results.read import (
-    PLACES,
-    BadRun,
-    Run,
-    Sample,
-    TaskRun,
-    find_results,
-    parse_results,
-    read_run,
-)
-from sdrpn_eval.results.records import read_facts, record_folders, record_lines
+from sdrpn_eval.record import RecordLine
+from sdrpn_eval.results import read
+from sdrpn_eval.results.read import BadRun, Run, Sample, TaskRun
+from sdrpn_eval.results.records import by_documents, read_facts, record_lines
 from sdrpn_eval.results.scores import Document
 
 NOT_ARGUMENTS = ("record", "resume", "batch_size", "max_batch_size")
@@ -42,12 +33,14 @@ class Source:
 
     Attributes:
         place: The results file, else the record's folder.
+        date: In the run's own files.
         names: Tasks and groups, as requested.
         config: `config` of the results; a record alone gives model, arguments, limit and seeds.
         lines: The lines of our record that belong to the run.
     """
 
     place: Path
+    date: str
     names: tuple[str, ...]
     config: Mapping[str, Any]
     run: Run | None
@@ -58,10 +51,6 @@ class Source:
     def include_path(self) -> Any:
         """lmms-eval's --include_path of the run: where the user's own tasks are."""
         return (self.config.get("resolved_cli_args") or {}).get("include_path")
-
-    def lines_of(self, document: Document) -> list[RecordLine]:
-        """The record's lines of a document: one, or one per option of a multiple choice."""
-        return [line for line in self.lines if (line.task, line.doc_id) == document]
 
 
 @dataclass(frozen=True)
@@ -90,22 +79,22 @@ def read_source(path: Path, tasks: Sequence[str] = ()) -> Source:
         BadRun: If the run or the record is incomplete.
     """
     try:
-        file = find_results(path)
+        file = read.find_results(path)
     except BadRun:
-        places = (path, *(path / place for place in PLACES))
-        folder = next((f for f in places if any(f.glob("record_*_rank*.jsonl"))), None)
+        places = (path, *(path / place for place in read.PLACES))
+        folder = next((f for f in places if any(f.glob(record.FILES))), None)
         if folder is None:
             raise
         return _from_record(folder, tasks)
-    groups = parse_results(file).get("group_subtasks") or {}
+    groups = read.parse_results(file).get("group_subtasks") or {}
     inner = {member for members in groups.values() for member in members}
     names = tuple(tasks) or tuple(name for name in groups if name not in inner)
     leaves = [leaf for name in names for leaf in _leaves(name, groups)]
     # Without groups, all tasks of the file are read.
-    run = read_run(path, tasks=dict.fromkeys(leaves) if leaves else None)
+    run = read.read_run(path, tasks=dict.fromkeys(leaves) if leaves else None)
     lines, _ = record_lines(run)
-    facts = read_facts(run, record_folders(run))
-    return Source(file, names or tuple(run.tasks), run.results["config"], run, facts, lines)
+    date, config = run.results["date"], run.results["config"]
+    return Source(file, date, names or tuple(run.tasks), config, run, read_facts(run), lines)
 
 
 def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -120,7 +109,7 @@ def _from_record(folder: Path, tasks: Sequence[str]) -> Source:
     facts = read_latest(folder, asked=True)
     if facts is None:
         raise BadRun(f"{folder} holds a record without run facts: nothing says what was asked")
-    lines = [line for line in read_all_records(folder) if line.run == facts.run]
+    lines = [line for line in record.read_all_records(folder) if line.run == facts.run]
     held = {t: {line.doc_id for line in lines if line.task == t} for t in facts.tasks}
     for task, ids in held.items():
         asked = facts.tasks[task].documents
@@ -130,21 +119,17 @@ def _from_record(folder: Path, tasks: Sequence[str]) -> Source:
                 "the same lmms-eval command again, it goes on there"
             )
     every = [i for ids in held.values() for i in ids]
+    known = {name: kind.model_fields.keys() for name, kind in ARGUMENTS.items()}
     config = {
-        "model": _model_of(facts),
+        # The one whose arguments the run has.
+        "model": max(known, key=lambda name: len(known[name] & facts.arguments.keys())),
         "model_args": facts.model_args.text if facts.model_args else arguments_of(facts),
         "limit": max(every) - min(every) + 1,
         "offset": min(every),
         **_seeds(facts),
         "resolved_cli_args": {"timezone": "UTC"},
     }
-    return Source(folder, tuple(tasks) or tuple(held), config, None, facts, lines)
-
-
-def _model_of(facts: Provenance) -> str:
-    """The model's name in lmms-eval: that of the class whose arguments the run has."""
-    known = {name: kind.model_fields.keys() for name, kind in ARGUMENTS.items()}
-    return max(known, key=lambda name: len(known[name] & facts.arguments.keys()))
+    return Source(folder, facts.run, tuple(tasks) or tuple(held), config, None, facts, lines)
 
 
 def _seeds(facts: Provenance) -> dict[str, int]:
@@ -160,19 +145,9 @@ def arguments_of(facts: Provenance) -> dict[str, Any]:
     return {k: v for k, v in given if v is not None and k not in NOT_ARGUMENTS}
 
 
-def date_of(source: Source) -> str:
-    """The date in the run's own files."""
-    if source.run is not None:
-        return str(source.run.results["date"])
-    return source.facts.run if source.facts else datetime.now(UTC).isoformat()
-
-
 def answers_of(source: Source) -> dict[Document, Answered]:
     """The responses to every document. Raises BadRun if neither record nor samples hold them."""
-    lines: dict[Document, list[RecordLine]] = {}
-    for line in source.lines:
-        lines.setdefault((line.task, line.doc_id), []).append(line)
-    found = {document: _recorded(own) for document, own in lines.items()}
+    found = {document: _recorded(own) for document, own in by_documents(source.lines).items()}
     for task in source.run.tasks.values() if source.run else ():
         for doc_id, sample in task.samples.items():
             document = task.name, doc_id

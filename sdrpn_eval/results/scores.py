@@ -94,35 +94,24 @@ def _why_not(metric: str, total: float | None, values: list[float]) -> str:
 
 def group_scores(run: Run, group: str) -> list[Scores]:
     """A group's metrics over the documents of all its tasks; empty if a task is missing."""
-    if not set(run.groups[group]) <= set(run.tasks):
+    names = run.groups[group]
+    if not set(names) <= set(run.tasks):
         return []
-    members = {s.key: s for name in run.groups[group] for s in task_scores(run.tasks[name])}
-    return [
-        _group_metric(group, key, total, members, run.groups[group])
-        for key, total in read_totals(run.results["results"].get(group, {})).items()
-    ]
-
-
-def _group_metric(
-    group: str,
-    key: str,
-    total: float | None,
-    members: Mapping[tuple[str, str, str], Scores],
-    names: list[str],
-) -> Scores:
-    metric, _, filter_name = key.rpartition(",")
-    parts = [members.get((name, metric, filter_name)) for name in names]
-    better = all(part.higher_is_better for part in parts if part)
-    if not is_number(total):
-        reason = "has no number"
-    elif any(part is None or part.values is None for part in parts):
-        reason = "not all of its tasks have a score a document"
-    else:
-        values = {d: v for part in parts if part and part.values for d, v in part.values.items()}
-        reason = _why_not(metric, total, list(values.values()))
-        if not reason:
-            return Scores(group, metric, filter_name, better, total, values)
-    return Scores(group, metric, filter_name, better, total, None, reason)
+    members = {s.key: s for name in names for s in task_scores(run.tasks[name])}
+    found = []
+    for key, total in read_totals(run.results["results"].get(group, {})).items():
+        metric, _, filter_name = key.rpartition(",")
+        parts = [members.get((name, metric, filter_name)) for name in names]
+        values = {d: v for part in parts if part for d, v in (part.values or {}).items()}
+        if not is_number(total):
+            reason = "has no number"
+        elif any(part is None or part.values is None for part in parts):
+            reason = "not all of its tasks have a score a document"
+        else:
+            reason = _why_not(metric, total, list(values.values()))
+        better, kept = all(p.higher_is_better for p in parts if p), None if reason else values
+        found.append(Scores(group, metric, filter_name, better, total, kept, reason))
+    return found
 
 
 def all_scores(run: Run, tasks: list[str]) -> dict[tuple[str, str, str], Scores]:

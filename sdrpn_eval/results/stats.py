@@ -102,9 +102,9 @@ def clustered_difference(
     return Estimate(mean, mean - down, mean + up)  # no further than -1 and 1, as their parts
 
 
-def rounded(estimate: Estimate, digits: int = 6) -> list[float | None]:
+def rounded(estimate: Estimate) -> list[float | None]:
     """An estimate as a list for JSON, null for no interval."""
-    return [None if value is None else round(value, digits) for value in estimate]
+    return [None if value is None else round(value, 6) for value in estimate]
 
 
 def with_interval(estimate: Sequence[float | None], scale: float, digits: str) -> str:

@@ -20,12 +20,12 @@ import numpy as np
 
 from sdrpn.config import ZoomConfig
 from sdrpn.costs import Costs, Parts, relative_costs
-from sdrpn.engine import Answer, Question, ZoomModel
+from sdrpn.engine import Question, ZoomModel
 from sdrpn.io.atomic import read_object, write_json
 from sdrpn.sweep import ask_settings
 from sdrpn_eval.model import MODEL_CLASSES, SdrpnModel
 from sdrpn_eval.record import RecordLine, describe_answer
-from sdrpn_eval.request_types import Fields, GenerateUntil, RequestType
+from sdrpn_eval.request_types import Fields, GenerateUntil
 from sdrpn_eval.requests import Request, parse
 from sdrpn_eval.results.compare import cluster_keys, gather
 from sdrpn_eval.results.evaluate import evaluate_again
@@ -46,13 +46,10 @@ Changes = Mapping[str, Any]
 
 
 def grid(axes: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
-    """Make the settings of a grid.
+    """Make the settings of a grid: changes by name, such as `threshold=peak gate=0.9`, BASE first.
 
     Args:
         axes: For each field of `ZoomConfig`, its values; None leaves the base's.
-
-    Returns:
-        Changes by name, such as `threshold=peak gate=0.9`; first BASE without changes.
 
     Raises:
         ValueError: If a value is invalid.
@@ -97,15 +94,12 @@ class _AskedUnderAll(GenerateUntil):
             answers = ask_settings(engine, own, settings, generation)
             for place, of_question in zip(places, zip(*answers, strict=True), strict=True):
                 by_name = dict(zip(self._settings, of_question, strict=True))
-                fields[place] = describe_answer(by_name[BASE]) | {
-                    "swept": {name: _described(one, costs) for name, one in by_name.items()}
+                swept = {
+                    name: {**answer.to_dict(), "cost": asdict(costs.parts(answer))}
+                    for name, answer in by_name.items()
                 }
+                fields[place] = describe_answer(by_name[BASE]) | {"swept": swept}
         return [fields[place] for place in range(len(questions))]
-
-
-def _described(answer: Answer, costs: Costs) -> dict[str, Any]:
-    """An answer and its multiplications, as JSON."""
-    return {**answer.to_dict(), "cost": asdict(costs.parts(answer))}
 
 
 class _Sweeping(SdrpnModel):
@@ -115,8 +109,7 @@ class _Sweeping(SdrpnModel):
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
         parsed = parse(requests)
-        kind: RequestType = _AskedUnderAll(parsed, self.settings)
-        return self._run(parsed, kind)
+        return self._run(parsed, _AskedUnderAll(parsed, self.settings))
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
         raise ValueError("a sweep asks for answers; tasks that score given words are not swept")
@@ -134,20 +127,11 @@ def ask_all(
 ) -> Source:
     """Ask the questions of tasks under all settings; answers of an interrupted sweep are kept.
 
-    Args:
-        out: Folder of the sweep.
-        tasks: Tasks of lmms-eval.
-        settings: Changes by name, from `grid`.
-        model: `llava_sdrpn` or `qwen2_5_vl_sdrpn`.
-        arguments: Its arguments; proposer `rpn`.
-        limit: Only the first documents of each task.
-        manager: lmms-eval's index of tasks.
-
     Returns:
-        The record of all answers.
+        The record of all answers in OUT/asked.
 
     Raises:
-        ValueError: If arguments are invalid, or a task cannot be swept.
+        ValueError: If arguments of the model are invalid, or a task cannot be swept.
     """
     folder = out / ASKED
     kind = type("Sweeping", (_Sweeping, MODEL_CLASSES[model]), {"settings": settings})
@@ -168,17 +152,9 @@ def score_all(
     manager: Any,
     progress: Callable[[Sequence[str]], Any] = iter,
 ) -> dict[str, Run]:
-    """Score the answers of each setting as a run in a folder of its own.
+    """Score the answers of each setting, from `ask_all`, as a run in a folder of its own.
 
-    Args:
-        source: From `ask_all`.
-        out: Folder of the sweep.
-        settings: As asked.
-        manager: lmms-eval's index of tasks.
-        progress: Wraps the names, to show progress.
-
-    Returns:
-        The runs by name of the setting.
+    `progress` wraps the settings' names.
     """
     runs = {}
     for name in progress([*settings]):
@@ -199,13 +175,17 @@ def folder_name(name: str) -> str:
     return name.replace("=", "-").replace(" ", "_")
 
 
+def _swept(line: RecordLine, name: str) -> dict[str, Any]:
+    """The answer to a line's question under a setting."""
+    return (line.model_extra or {})["swept"][name]
+
+
 def _under(line: RecordLine, name: str) -> RecordLine:
     """The line as if the setting alone had been asked."""
-    own = dict((line.model_extra or {})["swept"][name])
-    held = line.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    for field in ("swept", "map", "grid", "map_max", "confidence", "gate"):
-        held.pop(field, None)
-    return RecordLine.model_validate({**held, "map": None, "grid": None, "map_max": None, **own})
+    other = {"swept", "confidence", "gate"}
+    held = line.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude=other)
+    held |= {"map": None, "grid": None, "map_max": None, **_swept(line, name)}
+    return RecordLine.model_validate(held)
 
 
 # Judging
@@ -215,9 +195,7 @@ def _under(line: RecordLine, name: str) -> RecordLine:
 class Swept:
     """A setting, measured.
 
-    Args:
-        name: Its name, from `grid`.
-        changes: What it changes.
+    Attributes:
         score: Mean over all documents, with its 95 % interval clustered by image.
         against_base: Paired difference to BASE.
         cost: Multiplications per question, relative to the stock model.
@@ -243,12 +221,9 @@ class Swept:
 class Sweep:
     """All settings, the base first.
 
-    Args:
-        swept: The settings.
+    Attributes:
         chosen: Name of the cheapest setting that scores at most `tolerance` below the best.
         tolerance: In points of the score, of 1.
-        questions: Number of questions.
-        images: Number of images.
         metrics: The metric of each task.
     """
 
@@ -268,41 +243,37 @@ def judge(
     tolerance: float,
     seed: int,
 ) -> Sweep:
-    """Compare settings by score and cost.
+    """Compare settings by score and cost, from the record of all answers and the settings' runs.
 
     Args:
-        source: The record of all answers.
-        runs: The settings' runs.
-        settings: Their changes, BASE among them.
         tolerance: Loss to accept against the best score, in points of the score.
-        seed: Of the intervals.
 
     Raises:
         BadRun: If a task has no metric with a score per document.
     """
     scores = {name: _main_scores(run) for name, run in runs.items()}
-    documents = [*scores[BASE].values]
+    base, metrics = scores[BASE]
     evidence = [gather(runs[BASE])]
     clusters: dict[Document, Hashable] = {}
     for task in runs[BASE].tasks:
         clusters |= cluster_keys(evidence, task)[1]
-    keys = [clusters[document] for document in documents]
-    columns = {name: [of.values[d] for d in documents] for name, of in scores.items()}
+    keys = [clusters[document] for document in base]
+    columns = {name: [values[d] for d in base] for name, (values, _) in scores.items()}
     shares = all(0 <= value <= 1 for column in columns.values() for value in column)
-    costs = {name: _cost(source.lines, name) for name in settings}
-    base_extra = costs[BASE][1]
+    base_extra = _cost(source.lines, BASE)[1]
     swept = []
     for name, column in columns.items():
         lost = [a - b for a, b in zip(column, columns[BASE], strict=True)]
-        seen = [line.model_extra["swept"][name] for line in source.lines if line.model_extra]
+        seen = [_swept(line, name) for line in source.lines]
+        cost, extra = _cost(source.lines, name)
         swept.append(
             Swept(
                 name,
                 settings[name],
                 clustered(column, keys, seed),
                 clustered_difference(lost, keys, seed, shares=shares),
-                costs[name][0],
-                costs[name][1] / base_extra if base_extra else 1.0,
+                cost,
+                extra / base_extra if base_extra else 1.0,
                 float(np.mean([bool(one["regions"]) for one in seen])),
                 float(np.mean([one["tokens"]["crop"] for one in seen])),
             )
@@ -311,18 +282,15 @@ def judge(
     best = max(one.score.mean for one in swept)
     good = [one for one in swept if one.score.mean >= best - tolerance - 1e-9]
     chosen = min(good, key=lambda one: (one.cost, -one.score.mean)).name
-    counts = len(documents), len(set(keys))
-    return Sweep(swept, chosen, tolerance, *counts, scores[BASE].metrics)
+    return Sweep(swept, chosen, tolerance, len(keys), len(set(keys)), metrics)
 
 
-@dataclass(frozen=True)
-class _MainScores:
-    values: dict[Document, float]
-    metrics: dict[str, str]
+def _main_scores(run: Run) -> tuple[dict[Document, float], dict[str, str]]:
+    """Scores by the first metric of each task that is better when higher and has one a document.
 
-
-def _main_scores(run: Run) -> _MainScores:
-    """The first metric of each task that is better when higher and has a score per document."""
+    Returns:
+        Them by document, and the metrics by task.
+    """
     values: dict[Document, float] = {}
     metrics: dict[str, str] = {}
     for (task, metric, _), one in all_scores(run, [*run.tasks]).items():
@@ -331,7 +299,7 @@ def _main_scores(run: Run) -> _MainScores:
             values |= one.values
     if missing := [task for task in run.tasks if task not in metrics]:
         raise BadRun(f"{missing[0]} has no metric with a score per document; leave it out")
-    return _MainScores(values, metrics)
+    return values, metrics
 
 
 def _cost(lines: Sequence[RecordLine], name: str) -> tuple[float, float]:
@@ -339,7 +307,7 @@ def _cost(lines: Sequence[RecordLine], name: str) -> tuple[float, float]:
 
     An image is prefilled once for all its questions.
     """
-    parts = [Parts(**(line.model_extra or {})["swept"][name]["cost"]) for line in lines]
+    parts = [Parts(**_swept(line, name)["cost"]) for line in lines]
     return relative_costs(parts, [line.images for line in lines])
 
 

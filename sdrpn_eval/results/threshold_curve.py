@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ class Point:
     high: float | None
     zoomed: float | None
 
+    @property
+    def place(self) -> tuple[str, float | str | None, bool]:
+        """Where it is drawn: no two runs may share it."""
+        return self.series, self.threshold, self.published
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -72,10 +78,7 @@ def curves(folders: Sequence[Path], tasks: Sequence[str] = (), seed: int = 0) ->
         raise ValueError(f"a curve needs two runs or more, got {len(folders)}")
     comparison = compare([read_run(f, str(f), tasks or None) for f in folders], seed=seed)
     names = series_names([arguments(one) for one in comparison.evidence])
-    found = [_curve(comparison, row, names) for row in comparison.rows if row.main]
-    for curve in found:
-        _refuse_twins(curve)
-    return found
+    return [_curve(comparison, row, names) for row in comparison.rows if row.main]
 
 
 def arguments(evidence: Evidence) -> Mapping[str, Any]:
@@ -111,17 +114,11 @@ def _curve(comparison: Comparison, row: MetricRow, names: Sequence[str]) -> Curv
                 zoomed=averages(one.record, documents)["zoomed"],
             )
         )
+    for first, second in combinations(points, 2):
+        if first.place == second.place:
+            raise ValueError(
+                f"{first.run} and {second.run} differ in no threshold: both have "
+                f"{first.threshold} on {row.task}; give one of them"
+            )
     counts = row.questions, row.images
     return Curve(row.task, row.metric, row.percent, *counts, threshold_of(row.task), points)
-
-
-def _refuse_twins(curve: Curve) -> None:
-    seen: dict[tuple[str, float | str | None, bool], str] = {}
-    for point in curve.points:
-        place = (point.series, point.threshold, point.published)
-        if place in seen:
-            raise ValueError(
-                f"{seen[place]} and {point.run} differ in no threshold: both have "
-                f"{point.threshold} on {curve.task}; give one of them"
-            )
-        seen[place] = point.run

@@ -86,17 +86,9 @@ def metric_key(name: str, task: TaskBaseline, wanted: str | None = None) -> str:
 def judge(
     name: str, key: str, before: TaskBaseline, after: TaskBaseline, allowed: float | None
 ) -> Verdict:
-    """Compares a task with its baseline.
+    """Compares a task of a run, with the same documents, with its baseline by one metric.
 
-    Args:
-        name: Of the task.
-        key: Its metric, "metric,filter".
-        before: The baseline.
-        after: The run, in the form of a baseline, with the same documents.
-        allowed: Tolerance; None to decide later by noise, see `beyond_noise`.
-
-    Returns:
-        The verdict; without a reason if it is not decided yet.
+    Without an allowed fall, the verdict has no reason yet: `beyond_noise` decides later.
     """
     old, new = before.metrics[key], after.metrics[key]
     if [s is None for s in old.scores] != [s is None for s in new.scores]:
@@ -105,7 +97,10 @@ def judge(
         empty, answers = after.empty_answers, counted(len(after.documents), "answer")
         reason = f"{empty} of {answers} {agree(empty, 'is', 'are')} empty"
         return Verdict(name, key, BROKEN, reason)
-    falls, clusters = _paired(old, new, before.clusters)
+    sign = 1 if old.higher_is_better else -1
+    both = zip(old.scores, new.scores, before.clusters, strict=True)
+    pairs = [(sign * (a - b), c) for a, b, c in both if a is not None and b is not None]
+    falls, clusters = [fall for fall, _ in pairs], [cluster for _, cluster in pairs]
     shares = largest_fall(old) == largest_fall(new) == 1.0
     fall = clustered_difference(falls, clusters, shares=shares)
     verdict = Verdict(
@@ -129,16 +124,6 @@ def judge(
     return replace(verdict, reason=f"{said}, tolerance {allowed:g}")
 
 
-def _paired(
-    old: MetricBaseline, new: MetricBaseline, clusters: Sequence[int]
-) -> tuple[list[float], list[int]]:
-    """How much worse each scored document is, and its cluster."""
-    sign = 1 if old.higher_is_better else -1
-    both = zip(old.scores, new.scores, clusters, strict=True)
-    pairs = [(sign * (a - b), c) for a, b, c in both if a is not None and b is not None]
-    return [fall for fall, _ in pairs], [cluster for _, cluster in pairs]
-
-
 def images_that_can_fall(task: TaskBaseline, key: str) -> int:
     """Counts images with a document whose score can still get worse.
 
@@ -146,24 +131,16 @@ def images_that_can_fall(task: TaskBaseline, key: str) -> int:
     scores have none.
     """
     metric = task.metrics[key]
-    scored = [(s, c) for s, c in zip(metric.scores, task.clusters, strict=True) if s is not None]
-    if largest_fall(metric) is None:
-        return len({cluster for _, cluster in scored})
-    worst = 0 if metric.higher_is_better else 1
-    return len({cluster for score, cluster in scored if score != worst})
+    worst = None if largest_fall(metric) is None else 0 if metric.higher_is_better else 1
+    scored = zip(metric.scores, task.clusters, strict=True)
+    return len({cluster for score, cluster in scored if score not in (None, worst)})
 
 
 def decided_by_noise(images: Mapping[str, int], alpha: float) -> set[str]:
-    """Finds the tasks with enough images for the sign-flip test.
+    """Finds the tasks with enough images for the sign-flip test at level alpha, Holm-corrected.
 
-    Tasks with the fewest images are dropped first, which leaves fewer tests to correct for.
-
-    Args:
-        images: By task, how many can fall.
-        alpha: Level that the p-values, after Holm's correction, are held against.
-
-    Returns:
-        Their names.
+    Tasks with the fewest images that can fall are dropped first, which leaves fewer tests to
+    correct for.
     """
     left = dict(images)
     while left:
@@ -208,23 +185,27 @@ def too_few(images: int, alpha: float, tests: int) -> str:
 
 def beyond_noise(verdicts: Sequence[Verdict], alpha: float) -> list[Verdict]:
     """Decides the tasks without a tolerance together: of many, one falls by chance."""
-    waiting = {v.task: v.images or 0 for v in verdicts if not v.reason}
-    enough = decided_by_noise(waiting, alpha)
-    order = [i for i, v in enumerate(verdicts) if not v.reason and v.task in enough]
-    adjusted = dict(zip(order, holm([verdicts[i].p or 0.0 for i in order]), strict=True))
-    judged = []
-    for i, verdict in enumerate(verdicts):
-        if verdict.reason:
-            judged.append(verdict)
-        elif i in adjusted:
-            judged.append(_against_noise(verdict, adjusted[i], alpha))
-        else:
-            judged.append(_without_noise(verdict, alpha, len(enough) + 1))
-    return judged
+    waiting = {v.task: v for v in verdicts if not v.reason}
+    enough = decided_by_noise({task: v.images or 0 for task, v in waiting.items()}, alpha)
+    tested = [task for task in waiting if task in enough]
+    p_values = dict(zip(tested, holm([waiting[t].p or 0.0 for t in tested]), strict=True))
+    return [
+        v if v.reason else _decided(v, p_values.get(v.task), alpha, len(enough) + 1)
+        for v in verdicts
+    ]
 
 
-def _against_noise(verdict: Verdict, p: float, alpha: float) -> Verdict:
+def _decided(verdict: Verdict, p: float | None, alpha: float, tests: int) -> Verdict:
+    """Decides by a corrected p-value; without one, for want of images, every fall counts.
+
+    `tests` is the number of tests if this one were made too.
+    """
     fall, noise = verdict.fall or 0.0, verdict.noise
+    if p is None:
+        few = too_few(verdict.images or 0, alpha, tests)
+        if fall <= ROUNDING:
+            return replace(verdict, reason=f"did not fall; {few}")
+        return replace(verdict, code=FELL, reason=f"fell by {fall:.4f}; {few}, or a --tolerance")
     if fall <= ROUNDING:
         return replace(verdict, reason="did not fall", p=p)
     if p < alpha:
@@ -233,15 +214,6 @@ def _against_noise(verdict: Verdict, p: float, alpha: float) -> Verdict:
     if noise is not None and fall <= noise:
         by_chance = f"within the noise of {noise:.4f} (p = {p:.2g})"
     return replace(verdict, reason=f"fell by {fall:.4f}, {by_chance}", p=p)
-
-
-def _without_noise(verdict: Verdict, alpha: float, tests: int) -> Verdict:
-    """Every fall counts: no p-value of so few images would be below alpha."""
-    fall = verdict.fall or 0.0
-    few = too_few(verdict.images or 0, alpha, tests)
-    if fall <= ROUNDING:
-        return replace(verdict, reason=f"did not fall; {few}")
-    return replace(verdict, code=FELL, reason=f"fell by {fall:.4f}; {few}, or a --tolerance")
 
 
 def largest_fall(metric: MetricBaseline) -> float | None:

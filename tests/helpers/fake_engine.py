@@ -44,6 +44,9 @@ class FakeEngine:
     def prepare(self, questions: Sequence[Question]) -> None:
         self.prepared += len(questions)
 
+    def forget_prepared(self) -> None:
+        """Does nothing, as nothing was kept."""
+
     def ask_batch(
         self, questions: Sequence[Question], generation: Mapping[str, Any] | None = None
     ) -> list[Answer]:

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from sdrpn_eval.demo import HERE, run
-from sdrpn_eval.results.ladder import RunFailed
+from sdrpn_eval.results.ladder import RunFailed, make_run
 
 
 def test_what_is_shipped_is_small() -> None:
@@ -21,7 +20,7 @@ def test_what_is_shipped_is_small() -> None:
 def test_demo_fails_loudly_when_lmms_eval_leaves_no_results(tmp_path: Path) -> None:
     plan = run.Demo(tmp_path, "no_such_task", "pretrained=tiny", 2, "4")
     with pytest.raises(RunFailed, match=r"lmms-eval left no results in .*stock"):
-        run.evaluate(plan, "none", Console())
+        make_run(plan, "none")
 
 
 @pytest.mark.slow

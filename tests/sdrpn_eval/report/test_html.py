@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from sdrpn.io.images import image_key
+from sdrpn_eval.report.gallery import TRIES, Album, in_order
 from sdrpn_eval.report.html import as_json, write_page
-from sdrpn_eval.report.pictures import TRIES, Album, in_order
 from sdrpn_eval.results.compare import compare
 from sdrpn_eval.results.comparison import Comparison
 from sdrpn_eval.results.read import read_run

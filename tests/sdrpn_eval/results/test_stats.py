@@ -364,7 +364,6 @@ def test_images_that_are_needed(alpha: float, tests: int, images: int | None) ->
 
 def test_estimates_in_print_and_in_json() -> None:
     assert rounded(Estimate(0.12345678, None, 0.98765432)) == [0.123457, None, 0.987654]
-    assert rounded(Estimate(0.123456, 0.1, 0.2), 2) == [0.12, 0.1, 0.2]
     assert with_interval((0.5, 0.125, 0.875), 100, ".1f") == "50.0 [12.5, 87.5]"
     assert with_interval((1.5, -1.0, 2.0), 1, "+.4g") == "+1.5 [-1, +2]"
     assert with_interval((0.5, None, None), 100, ".1f") == "50.0 [n/a]"
