@@ -127,7 +127,8 @@ def _draw(card: Card, axes: Any) -> None:
         detail.imshow(rgb.crop((x0, y0, x1, y1)))
     else:
         detail.text(0.5, 0.5, "no zoom", ha="center", va="center", transform=detail.transAxes)
-    lines = [*textwrap.wrap(card.question, 34), ""]
+    question = card.question.replace(" ?", "\N{NO-BREAK SPACE}?")
+    lines = [*textwrap.wrap(question, 34), ""]
     for name, answer in card.answers.items():
         lines += textwrap.wrap(f"{name}: {answer}", 34)
     lines += ["", *textwrap.wrap(card.note, 34)]
