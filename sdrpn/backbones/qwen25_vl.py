@@ -219,11 +219,14 @@ class Qwen25VL(Backbone):
         return [[self.image_rules.limited(cells).crop(as_shown(image), box)]]
 
     def encode(self, inputs: Sequence[ImageInput]) -> list[Float[Tensor, "_ width"]]:
+        # One by one: an image fills the processor, and several share no attention.
+        return [self._encode(one) for one in inputs]
+
+    def _encode(self, image: ImageInput) -> Float[Tensor, "cells width"]:
         tower = execution_device(self.model.model.visual)
-        pixels = torch.cat([one.pixels for one in inputs]).to(tower)
-        patches = torch.tensor([self._patches(one.grid.rows, one.grid.columns) for one in inputs])
-        features = self.model.get_image_features(pixels, patches.to(tower)).pooler_output
-        return [one.to(self.device) for one in features]
+        patches = torch.tensor([self._patches(image.grid.rows, image.grid.columns)], device=tower)
+        features = self.model.get_image_features(image.pixels.to(tower), patches)
+        return features.pooler_output[0].to(self.device)
 
     def _patches(self, rows: int, columns: int) -> tuple[int, int, int]:
         """Number of patches of an image with rows x columns cells: (time, height, width)."""
