@@ -1,4 +1,4 @@
-"""Prefixes and batches of rows by hand, without a model."""
+"""Prefixes and batches of rows by hand, most of them without a model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from sdrpn.backbones.base import Segment
 from sdrpn.backbones.cache import KV, cache_of
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.inference.prefix import (
     Context,
     Prefix,
@@ -18,9 +19,13 @@ from sdrpn.inference.prefix import (
     by_length,
     free_memory,
     last_kv,
+    prefill,
+    prefill_segments,
     stack,
     stack_pieces,
 )
+from sdrpn.rpn.checkpoint import RPN
+from tests.conftest import make_image
 
 
 def layer(tokens: int, value: float = 1.0) -> KV:
@@ -98,6 +103,8 @@ def test_rows_of_one_prefix_share_its_memory() -> None:
         assert found.keys.shape == (3, 1, 3, 2)
         assert found.keys.data_ptr() == keys.data_ptr()
         assert found.values.data_ptr() == values.data_ptr()
+    cache = stack_pieces([((own[0],),)] * 2)
+    assert cache.layers[0].keys.data_ptr() == own[0][0].data_ptr()
 
 
 def test_a_batch_leaves_room_for_its_segments_behind_the_prefixes() -> None:
@@ -113,6 +120,9 @@ def test_a_batch_leaves_room_for_its_segments_behind_the_prefixes() -> None:
     assert keys[..., 0].tolist() == [[[0, 3, 7, 7]], [[4, 4, 7, 7]]]
     assert values[..., 0].tolist() == [[[0, -3, -7, -7]], [[-4, -4, -7, -7]]]
     assert (held.keys.data_ptr(), held.values.data_ptr()) == before
+    held.update(new, -new)  # more than there is room for
+    assert held.keys.data_ptr() != before[0]
+    assert held.keys[..., 0].tolist() == [[[0, 3, 7, 7, 7, 7]], [[4, 4, 7, 7, 7, 7]]]
 
 
 def test_a_prefix_with_room_behind_it_is_not_written_to() -> None:
@@ -193,6 +203,33 @@ def test_the_last_tokens_of_a_row_do_not_keep_its_batch_in_memory() -> None:
     ((own, _),) = last_kv(alone, 0, 3)
     layers: Any = alone.layers
     assert own.data_ptr() == layers[0].keys.data_ptr()
+
+
+@pytest.mark.parametrize("lower_only", [None, False, True])
+def test_a_prefix_ends_at_the_branch_only_if_asked_to(
+    llava: Llava15, fresh_rpn: RPN, lower_only: bool | None
+) -> None:
+    """Of six layers the RPN branches off after two."""
+    inputs = llava.preprocess([make_image(90, 60, 0), make_image(60, 90, 1)])
+    options = {} if lower_only is None else {"lower_only": lower_only}
+    segments = [
+        llava.prefix_segment(image, tokens)
+        for image, tokens in zip(inputs, llava.encode(inputs), strict=True)
+    ]
+    for found in (
+        prefill(llava, fresh_rpn, inputs, **options),
+        prefill_segments(llava, fresh_rpn, segments, **options),
+    ):
+        for prefix, segment in zip(found, segments, strict=True):
+            assert len(prefix.kv) == (2 if lower_only else 6)
+            assert (len(prefix.rpn_kv), prefix.ids) == (2, segment.ids)
+            if lower_only:
+                assert prefix.hidden is not None
+                assert prefix.positions is not None
+                assert prefix.hidden.shape == segment.embeds.shape
+                assert torch.equal(prefix.positions, segment.positions)
+            else:
+                assert (prefix.hidden, prefix.positions) == (None, None)
 
 
 def prefix_of(tokens: int) -> Prefix:
