@@ -552,6 +552,28 @@ def test_facts_count_all_processes_and_leave_out_what_is_not_known() -> None:
     assert module._facts(trainer, 11, 7.5) == known | more
 
 
+def test_facts_from_before_the_training_are_kept(
+    llava: Llava15, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = SimpleNamespace(metrics={"train_runtime": 1.0})
+    monkeypatch.setattr(Trainer, "train", lambda *_, **__: result)
+    rpn = RPN.from_backbone(llava, 2, 3)
+    rpn.facts = {"data": "some labels", "samples": 99}
+    facts = train(llava, rpn, samples(4), arguments(tmp_path))
+    assert (facts["data"], facts["samples"]) == ("some labels", 4)
+
+
+def test_an_evaluation_takes_the_options_of_the_trainer(llava: Llava15, tmp_path: Path) -> None:
+    trainer = module.RPNTrainer(
+        model=RPNForTraining(llava, RPN.from_backbone(llava, 2, 3)),
+        args=arguments(tmp_path),
+        eval_dataset=RPNSamples(samples(2), llava),  # type: ignore[arg-type]
+        compute_metrics=MapMetrics(),
+        data_collator=collate,
+    )
+    assert trainer.evaluate(metric_key_prefix="early")["early_loss"] > 0
+
+
 def test_seconds_are_told_to_a_tenth(
     llava: Llava15, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -572,17 +594,19 @@ def test_a_training_that_diverged_is_not_saved(llava: Llava15, tmp_path: Path) -
     assert list(tmp_path.glob("checkpoint-*")) == []
 
 
+@pytest.mark.parametrize("begun", [True, False])
 @pytest.mark.parametrize(
     "error",
     [OSError("No space left"), RuntimeError("No space left"), SafetensorError("No space left")],
 )
 def test_a_checkpoint_that_cannot_be_written_is_removed(
-    llava: Llava15, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    llava: Llava15, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, begun: bool
 ) -> None:
     folder = tmp_path / "checkpoint-1"
 
     def full(*_: Any, **__: Any) -> None:
-        folder.mkdir()
+        if begun:
+            folder.mkdir()
         raise error
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", full)

@@ -276,6 +276,9 @@ def test_baseline_holds_what_the_run_was_made_of(tmp_path: Path) -> None:
     run_gate(folder, tmp_path / "b.json", "--update")
     made = read_baseline(tmp_path / "b.json")
     assert made.made_of
+    assert [*made.made_of] == [
+        *("versions", "weights", "arguments", "device", "seeds", "source", "data", "prompts")
+    ]
     assert made.made_of["versions"] == {"torch": "2"}
     assert made.made_of["weights"] == {"rpn/rpn.safetensors": "ab"}
     assert made.written_on["versions"]["torch"] == torch.__version__
