@@ -391,7 +391,7 @@ def test_training_arguments_are_the_published_ones_unless_given(tmp_path: Path) 
 
 
 def test_a_sample_as_it_is_trained_on(llava: Llava15) -> None:
-    labels = np.full((8, 8), IGNORED)
+    labels = np.full((8, 8), IGNORED, np.int8)
     labels[0, 1], labels[1, 0] = 1, 0
     found = RPNSamples([samples(1)[0] | {"labels": labels}], llava)[0]
     assert set(found) == {"images", "input_ids", "labels"}
@@ -426,6 +426,9 @@ def test_the_loss_is_the_mean_over_all_labelled_tokens(
     found = model([], torch.zeros(2, 1), torch.ones(2, 1), labels)
     assert float(found["loss"]) == pytest.approx((0.693147 + 2.126928 + 0.313262) / 3, abs=1e-5)
     assert found["logits"] is logits
+    alone = torch.tensor([[1, IGNORED, IGNORED], [IGNORED] * 3])
+    one = model([], torch.zeros(2, 1), torch.ones(2, 1), alone)
+    assert float(one["loss"]) == pytest.approx(0.693147, abs=1e-5)
     nothing = model([], torch.zeros(2, 1), torch.ones(2, 1), torch.full((2, 3), IGNORED))
     assert float(nothing["loss"]) == 0
 
