@@ -22,7 +22,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from typer.testing import CliRunner
 
 import sdrpn.distill
@@ -239,6 +239,20 @@ def test_a_resumed_training_ends_with_the_best_weights_of_the_first_part(
     rpn = RPN.from_backbone(llava, 2, 3)
     train(llava, rpn, samples(), arguments(tmp_path / "b", **BEST), held_out=samples(5))
     assert holds(rpn, weights_at(tmp_path / "b", 4 if deleted else 2))
+
+
+def test_the_best_checkpoint_is_that_of_the_folder_in_use(tmp_path: Path) -> None:
+    """Under its new path if the folder was moved; none if it is gone."""
+    here = tmp_path / "checkpoint-2"
+    here.mkdir()
+    state = TrainerState(best_model_checkpoint="/elsewhere/checkpoint-2", best_metric=0.2)
+    given: Any = SimpleNamespace(output_dir=str(tmp_path))
+    move = module._RelocateBestCheckpoint()
+    move.on_train_begin(given, state, TrainerControl())
+    assert (state.best_model_checkpoint, state.best_metric) == (str(here), 0.2)
+    here.rmdir()
+    move.on_train_begin(given, state, TrainerControl())
+    assert (state.best_model_checkpoint, state.best_metric) == (None, None)
 
 
 # The published hyper-parameters, as a run uses them
@@ -570,11 +584,11 @@ def test_an_evaluation_takes_the_options_of_the_trainer(llava: Llava15, tmp_path
     trainer = module.RPNTrainer(
         model=RPNForTraining(llava, RPN.from_backbone(llava, 2, 3)),
         args=arguments(tmp_path),
-        eval_dataset=RPNSamples(samples(2), llava),  # type: ignore[arg-type]
         compute_metrics=MapMetrics(),
         data_collator=collate,
     )
-    assert trainer.evaluate(metric_key_prefix="early")["early_loss"] > 0
+    rows = RPNSamples(samples(2), llava)
+    assert trainer.evaluate(rows, metric_key_prefix="early")["early_loss"] > 0
 
 
 def test_seconds_are_told_to_a_tenth(
