@@ -248,6 +248,7 @@ def test_letter_of_a_response(response: str, letter: str | None) -> None:
 
 
 CONCLUSIONS = [
+    "So it is a letter B",
     *(
         "The correct one is B",
         "The right option is b.",

@@ -190,6 +190,7 @@ def test_its_answers_are_those_of_the_source(
 
 def test_the_tokenizer_gains_two_tokens(folder: Path, tmp_path: Path) -> None:
     plain = PreTrainedTokenizerFast.from_pretrained(folder)
+    (tmp_path / "converted").mkdir()  # what is there already is written into
     convert_base(str(folder), tmp_path / "converted")
     llava = Llava15.load(str(tmp_path / "converted"), device="cpu")
     assert llava.tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [

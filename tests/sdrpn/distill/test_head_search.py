@@ -17,7 +17,7 @@ from datasets import load_dataset
 from PIL import Image
 from typer.testing import CliRunner
 
-from sdrpn import LabelConfig, Question, ZoomModel
+from sdrpn import LabelConfig, Question, ZoomModel, __version__
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.boxes import PixelBox
 from sdrpn.cli import app
@@ -638,6 +638,7 @@ def test_even_pictures_choose_and_odd_ones_judge(
             "what pattern is on the orange disc ?": "orange dotted",
         },
     }
+    assert found.facts["sdrpn_version"] == __version__
     targets = [one.target for one in AttentionProbe(tiny, 1).questions(draw_probes(0, 8))]
     even = [one for one in targets if one.image in (0, 2, 4, 6)]
     odd = [one for one in targets if one.image in (1, 3, 5, 7)]
@@ -683,6 +684,17 @@ def test_heads_of_one_layer_are_listed_together_and_sinks_by_their_layer(
     assert (found.sinks.layer, found.labels.sink) == (3, (LayerHeads(3),))
 
 
+def test_without_sinks_no_other_layer_is_read_for_them(
+    tiny: ZoomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AttentionProbe, "answer", answers())
+    monkeypatch.setattr(AttentionProbe, "read_attention", plant([(4, 0)], sinks=[]))
+    found = find_heads(tiny, scenes=8)
+    assert [head for head, _ in found.joined] == [(4, 0)]
+    assert found.sinks.layer is None
+    assert (found.labels.sink, found.labels.sink_threshold) == ((LayerHeads(4),), 1.0)
+
+
 @pytest.mark.usefixtures("planted")
 def test_published_heads_are_measured_beside_those_found(
     tiny: ZoomModel, monkeypatch: pytest.MonkeyPatch
@@ -696,6 +708,8 @@ def test_published_heads_are_measured_beside_those_found(
     scores = found.held_out["published heads"]
     assert scores["mass"] == pytest.approx(inside_shares(odd, 0, 0.1), abs=1e-4)
     assert scores["hits"] == scores["kept"] == 1
+    measured = [value for means in found.held_out.values() for value in means.values()]
+    assert [value for value in measured if value != round(value, 4)] == []
 
 
 def test_a_model_without_a_head_that_points_is_told(
@@ -817,12 +831,15 @@ def test_the_heat_map_shows_scores_chosen_heads_and_the_branch_layer() -> None:
         assert frames == [[-0.5, -0.5, 0.5, 0.5], [1.5, 0.5, 2.5, 1.5]]
         assert not any(patch.get_fill() for patch in axis.patches)
         assert [set(line.get_ydata()) for line in axis.lines] == [{0.5}]
+        for ticks in (axis.get_xticks(), axis.get_yticks()):  # there is no half of a head
+            assert [tick for tick in ticks if tick != int(tick)] == []
     bars = figure.axes[2]
+    assert [axis.images[0].colorbar.ax for axis in figure.axes[:2]] == figure.axes[3:]
     assert [bar.get_width() for bar in bars.patches] == [0.4, 0.1]
     assert [text.get_text() for text in bars.texts] == ["0.400", "0.100"]
-    assert [label.get_text().replace("\n", " ") for label in bars.get_yticklabels()] == [
-        CHOSEN,
-        ELSEWHERE,
+    assert [label.get_text() for label in bars.get_yticklabels()] == [
+        "chosen heads",
+        "chosen heads,\nanother disc's\nbox",
     ]
     assert bars.get_xlim() == (0, 0.5)
     assert bars.yaxis_inverted()

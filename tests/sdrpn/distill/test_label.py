@@ -171,3 +171,40 @@ def test_answers_have_what_is_left_of_the_context_and_a_token_to_see_their_end(
     assert limits == [(2, 1), (4, 3)]
     # What goes on beyond the context is no answer.
     assert found == [[7] * 4, [7] * 4, None, None, None, None]
+
+
+def test_images_without_a_kind_are_natural(
+    llava: Llava15, answered: Callable[[Sequence[list[int]]], None]
+) -> None:
+    """Of text, maps would come from another head, and nothing would be a sink."""
+    rules = replace(LABELS, text_grounding=(LayerHeads(2, (1,)),))
+    zoom = ZoomModel(llava, proposer="none", labels=rules)
+    (red,) = llava.tokenizer("red", add_special_tokens=False)["input_ids"]
+    answered([[red]] * 3)
+    ((given,), (natural,), (text,)) = (
+        label_batch(zoom, questions(1), kinds) for kinds in (None, ["natural"], ["text"])
+    )
+    assert np.array_equal(given.grounding, natural.grounding)
+    assert np.array_equal(given.sink, natural.sink)
+    assert given.sink.any()
+    assert not np.array_equal(given.grounding, text.grounding)
+
+
+def test_labels_are_made_in_float32_from_maps_as_they_are_stored(
+    zoom: ZoomModel,
+    answered: Callable[[Sequence[list[int]]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (red,) = zoom.backbone.tokenizer("red", add_special_tokens=False)["input_ids"]
+    answered([[red]])
+    seen: list[np.ndarray] = []
+
+    def label_cells(grounding: np.ndarray, sink: np.ndarray, *more: Any) -> tuple[Any, None]:
+        seen.extend([grounding, sink])
+        return np.zeros(grounding.shape, np.int8), None
+
+    monkeypatch.setattr("sdrpn.distill.label.label_cells", label_cells)
+    (found,) = label_batch(zoom, questions(1))
+    assert [one.dtype for one in seen] == [np.float32, np.float32]
+    assert np.array_equal(seen[0], found.grounding.astype(np.float32))
+    assert np.array_equal(seen[1], found.sink.astype(np.float32))

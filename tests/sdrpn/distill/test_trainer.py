@@ -22,7 +22,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from typer.testing import CliRunner
 
 import sdrpn.distill
@@ -241,6 +241,20 @@ def test_a_resumed_training_ends_with_the_best_weights_of_the_first_part(
     assert holds(rpn, weights_at(tmp_path / "b", 4 if deleted else 2))
 
 
+def test_the_best_checkpoint_is_that_of_the_folder_in_use(tmp_path: Path) -> None:
+    """Under its new path if the folder was moved; none if it is gone."""
+    here = tmp_path / "checkpoint-2"
+    here.mkdir()
+    state = TrainerState(best_model_checkpoint="/elsewhere/checkpoint-2", best_metric=0.2)
+    given: Any = SimpleNamespace(output_dir=str(tmp_path))
+    move = module._RelocateBestCheckpoint()
+    move.on_train_begin(given, state, TrainerControl())
+    assert (state.best_model_checkpoint, state.best_metric) == (str(here), 0.2)
+    here.rmdir()
+    move.on_train_begin(given, state, TrainerControl())
+    assert (state.best_model_checkpoint, state.best_metric) == (None, None)
+
+
 # The published hyper-parameters, as a run uses them
 
 
@@ -391,7 +405,7 @@ def test_training_arguments_are_the_published_ones_unless_given(tmp_path: Path) 
 
 
 def test_a_sample_as_it_is_trained_on(llava: Llava15) -> None:
-    labels = np.full((8, 8), IGNORED)
+    labels = np.full((8, 8), IGNORED, np.int8)
     labels[0, 1], labels[1, 0] = 1, 0
     found = RPNSamples([samples(1)[0] | {"labels": labels}], llava)[0]
     assert set(found) == {"images", "input_ids", "labels"}
@@ -426,6 +440,9 @@ def test_the_loss_is_the_mean_over_all_labelled_tokens(
     found = model([], torch.zeros(2, 1), torch.ones(2, 1), labels)
     assert float(found["loss"]) == pytest.approx((0.693147 + 2.126928 + 0.313262) / 3, abs=1e-5)
     assert found["logits"] is logits
+    alone = torch.tensor([[1, IGNORED, IGNORED], [IGNORED] * 3])
+    one = model([], torch.zeros(2, 1), torch.ones(2, 1), alone)
+    assert float(one["loss"]) == pytest.approx(0.693147, abs=1e-5)
     nothing = model([], torch.zeros(2, 1), torch.ones(2, 1), torch.full((2, 3), IGNORED))
     assert float(nothing["loss"]) == 0
 
@@ -552,6 +569,28 @@ def test_facts_count_all_processes_and_leave_out_what_is_not_known() -> None:
     assert module._facts(trainer, 11, 7.5) == known | more
 
 
+def test_facts_from_before_the_training_are_kept(
+    llava: Llava15, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = SimpleNamespace(metrics={"train_runtime": 1.0})
+    monkeypatch.setattr(Trainer, "train", lambda *_, **__: result)
+    rpn = RPN.from_backbone(llava, 2, 3)
+    rpn.facts = {"data": "some labels", "samples": 99}
+    facts = train(llava, rpn, samples(4), arguments(tmp_path))
+    assert (facts["data"], facts["samples"]) == ("some labels", 4)
+
+
+def test_an_evaluation_takes_the_options_of_the_trainer(llava: Llava15, tmp_path: Path) -> None:
+    trainer = module.RPNTrainer(
+        model=RPNForTraining(llava, RPN.from_backbone(llava, 2, 3)),
+        args=arguments(tmp_path),
+        compute_metrics=MapMetrics(),
+        data_collator=collate,
+    )
+    rows = RPNSamples(samples(2), llava)
+    assert trainer.evaluate(rows, metric_key_prefix="early")["early_loss"] > 0
+
+
 def test_seconds_are_told_to_a_tenth(
     llava: Llava15, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -572,17 +611,19 @@ def test_a_training_that_diverged_is_not_saved(llava: Llava15, tmp_path: Path) -
     assert list(tmp_path.glob("checkpoint-*")) == []
 
 
+@pytest.mark.parametrize("begun", [True, False])
 @pytest.mark.parametrize(
     "error",
     [OSError("No space left"), RuntimeError("No space left"), SafetensorError("No space left")],
 )
 def test_a_checkpoint_that_cannot_be_written_is_removed(
-    llava: Llava15, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    llava: Llava15, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, begun: bool
 ) -> None:
     folder = tmp_path / "checkpoint-1"
 
     def full(*_: Any, **__: Any) -> None:
-        folder.mkdir()
+        if begun:
+            folder.mkdir()
         raise error
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", full)

@@ -6,16 +6,25 @@ A logits processor that changes nothing makes generate() run the prompt's last t
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
+from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import ZoomConfig
 from sdrpn.engine import Answer, Question, ZoomModel
-from sdrpn.inference.first_token import is_greedy
+from sdrpn.inference.first_token import (
+    StopAtStrings,
+    after_first,
+    end_tokens,
+    first_tokens,
+    is_greedy,
+)
 from sdrpn.inference.generation import generation_arguments
+from sdrpn.inference.prefix import Context
 from tests.helpers.families import NEW_TOKENS, Family
 
 NO_REGION = ZoomConfig(threshold=1 - 1e-9)
@@ -163,3 +172,126 @@ def test_settings_of_the_checkpoint_count(family: Family, monkeypatch: pytest.Mo
     assert is_greedy(family.backbone, plain)
     monkeypatch.setattr(family.backbone.model.generation_config, "suppress_tokens", [5])
     assert not is_greedy(family.backbone, plain)
+
+
+# --- by hand, without a model -----------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of the letters a, b, c, ...; token 0 is special."""
+
+    def batch_decode(self, ids: torch.Tensor, *, skip_special_tokens: bool) -> list[str]:
+        assert skip_special_tokens
+        return ["".join(chr(96 + one) for one in row if one) for row in ids.tolist()]
+
+
+class Logits(Llava15):
+    """A backbone whose last states are its logits."""
+
+    def __init__(self, **defaults: Any) -> None:
+        self.model = SimpleNamespace(generation_config=GenerationConfig(**defaults))
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        return states.half()
+
+
+def context(ids: list[int], logits: list[float]) -> Context:
+    return Context(tuple(ids), (), torch.tensor(logits))
+
+
+def test_rows_stop_at_strings_of_what_is_new() -> None:
+    """The prompt is all that was there at the first call, but its last token and `known` more."""
+    stop = StopAtStrings(Letters(), ["bc", "e"])
+    assert stop(torch.tensor([[2, 3, 2], [5, 5, 5]]), None).tolist() == [False, True]
+    ids = torch.tensor([[2, 3, 2, 0, 3], [5, 5, 1, 2, 4]])
+    found = stop(ids, None)
+    assert found.tolist() == [True, False]
+    assert found.dtype == torch.bool
+    later = StopAtStrings(Letters(), ["bc"], known=1)
+    assert later(torch.tensor([[1, 2, 3], [2, 3, 1]]), None).tolist() == [True, False]
+
+
+def test_the_rest_of_an_answer_has_a_token_less() -> None:
+    tokenizer = Letters()
+    first = {
+        "max_new_tokens": 5,
+        "min_new_tokens": 3,
+        "stopping_criteria": [StopAtStrings(tokenizer, ["b"])],
+        "repetition_penalty": 1.5,
+    }
+    rest = after_first(first)
+    (criterion,) = rest.pop("stopping_criteria")
+    assert rest == {"max_new_tokens": 4, "min_new_tokens": 2, "repetition_penalty": 1.5}
+    assert (criterion.tokenizer, criterion.strings, criterion.known) == (tokenizer, ["b"], 1)
+    assert first["max_new_tokens"] == 5
+    nothing = {"max_new_tokens": 1, "min_new_tokens": 0, "stopping_criteria": []}
+    assert after_first(nothing) == nothing | {"max_new_tokens": 0}
+    assert after_first({"max_new_tokens": 2}) == {"max_new_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"), [(None, []), (0, [0]), (7, [7]), ([7, 9], [7, 9]), ((7, 9), [7, 9])]
+)
+def test_end_tokens_are_a_list(ids: Any, expected: list[int]) -> None:
+    assert end_tokens(ids) == expected
+
+
+def test_the_first_token_is_the_largest_with_its_probability() -> None:
+    """Logits of 0, ln 3 and ln 4 give 1/8, 3/8 and 4/8."""
+    rows = [context([0], [0.0, 1.0986, 1.3863]), context([0], [1.3863, 0.0, 1.0986])]
+    backbone = Logits()
+    assert first_tokens(backbone, rows, {}) == [
+        (2, pytest.approx(0.5, abs=1e-3)),
+        (0, pytest.approx(0.5, abs=1e-3)),
+    ]
+
+
+def test_a_penalty_moves_the_choice_but_not_the_probability() -> None:
+    """A penalty of 2 halves positive logits of tokens in the prompt, and doubles negative ones."""
+    backbone = Logits(repetition_penalty=2.0)
+    rows = [context([2, 2], [0.0, 1.0986, 1.3863]), context([0, 1], [0.0, 1.0986, 1.3863])]
+    found = first_tokens(backbone, rows, {})
+    assert [token for token, _ in found] == [1, 2]
+    assert [p for _, p in found] == [pytest.approx(3 / 8, abs=1e-3), pytest.approx(0.5, abs=1e-3)]
+    # Arguments override the checkpoint's configuration, which they leave as it is.
+    overridden = first_tokens(backbone, rows, {"repetition_penalty": 1.0})
+    assert [token for token, _ in overridden] == [2, 2]
+    assert backbone.model.generation_config.repetition_penalty == 2.0
+    below = Logits(repetition_penalty=0.5)
+    assert [token for token, _ in first_tokens(below, [context([1], [0.0, 1.0, 1.5])], {})] == [1]
+
+
+def test_an_answer_of_several_tokens_does_not_begin_with_its_end() -> None:
+    backbone = Logits(eos_token_id=[2, 1])
+    rows = [context([0], [0.0, 1.0986, 1.3863])]
+    assert first_tokens(backbone, rows, {"min_new_tokens": 1}) == [
+        (0, pytest.approx(1 / 8, abs=1e-3))
+    ]
+    one = {"min_new_tokens": 1, "eos_token_id": 2}
+    assert first_tokens(backbone, rows, one) == [(1, pytest.approx(3 / 8, abs=1e-3))]
+    assert [token for token, _ in first_tokens(backbone, rows, {"min_new_tokens": 0})] == [2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "greedy"),
+    [
+        ({}, True),
+        ({"max_new_tokens": 5, "min_new_tokens": 2, "repetition_penalty": 1.5}, True),
+        ({"num_beams": 1}, True),
+        ({"num_beams": None}, True),
+        ({"num_beams": 2}, False),
+        ({"do_sample": False, "temperature": 0.5}, True),
+        ({"use_cache": True, "num_return_sequences": 1, "output_logits": True}, True),
+        ({"no_repeat_ngram_size": 2}, False),
+        ({"stopping_criteria": None}, True),
+        ({"stopping_criteria": []}, True),
+        ({"stopping_criteria": [StopAtStrings(Letters(), ["a"])]}, True),
+        ({"stopping_criteria": [StopAtStrings(Letters(), ["a"]), print]}, False),
+        ({"logits_processor": []}, False),
+        ({"streamer": None}, True),
+        ({"streamer": print}, False),
+    ],
+)
+def test_greedy_search_is_recognised(arguments: dict[str, Any], greedy: bool) -> None:
+    backbone = Logits()
+    assert is_greedy(backbone, arguments) is greedy

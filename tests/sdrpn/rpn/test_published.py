@@ -282,6 +282,14 @@ def test_image_tokens(tmp_path: Path, tower: str | None, tokens: int) -> None:
     assert published.image_tokens(values, checkpoint.Source(str(tmp_path))) == tokens
 
 
+def test_a_whole_clip_has_its_sizes_in_its_vision_config(tmp_path: Path) -> None:
+    sizes = {"vision_config": {"image_size": 112, "patch_size": 14}, "image_size": 999}
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / "config.json").write_text(json.dumps(sizes))
+    values = {"mm_vision_tower": "tower"}
+    assert published.image_tokens(values, checkpoint.Source(str(tmp_path))) == 64
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

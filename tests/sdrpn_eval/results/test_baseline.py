@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,8 +277,14 @@ def test_baseline_holds_what_the_run_was_made_of(tmp_path: Path) -> None:
     run_gate(folder, tmp_path / "b.json", "--update")
     made = read_baseline(tmp_path / "b.json")
     assert made.made_of
+    assert [*made.made_of] == [
+        *("versions", "weights", "arguments", "device", "seeds", "source", "data", "prompts")
+    ]
     assert made.made_of["versions"] == {"torch": "2"}
     assert made.made_of["weights"] == {"rpn/rpn.safetensors": "ab"}
+    data = replace(made, made_of={"data": {"toy": "d1"}})
+    assert (data.data("toy"), data.data("other")) == ("d1", None)
+    assert replace(made, made_of=None).data("toy") is None
     assert made.written_on["versions"]["torch"] == torch.__version__
     assert made.written_on["cpus"] >= 1
     assert made.model_args == "pretrained=tiny,proposer=rpn"
