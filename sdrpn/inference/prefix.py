@@ -40,7 +40,8 @@ class BranchNetwork(Protocol):
         ...
 
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 Pieces = tuple[tuple[KV, ...], ...]
 """For each layer, the keys and values of consecutive parts of a sequence."""
