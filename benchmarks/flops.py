@@ -168,7 +168,7 @@ def fill(s: Sizes, layers: int, new: int, cached: int) -> float:
 
 
 def to_last(s: Sizes, layers: int, new: int, cached: int) -> float:
-    """As `fill`, with the last token's output of the last layer."""
+    """As `fill`, and the last layer's output for the last token."""
     last = _rest(s, 1) + 4 * (cached + new) * s.hidden
     return fill(s, layers, new, cached) + last
 

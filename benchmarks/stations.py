@@ -14,6 +14,7 @@ from unittest.mock import patch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import sdrpn.engine
+import sdrpn.inference.generation
 import sdrpn.second_look
 from benchmarks.flops import STATIONS, Load, Sizes, floor
 from benchmarks.systems import forget_images
@@ -53,9 +54,12 @@ def labelled(engine: ZoomModel) -> Iterator[dict[str, float]]:
         (sdrpn.engine, "prefill", "read"),
         (engine.second_look, "look", "look"),
         (sdrpn.second_look, "crop_tokens", "crop"),
-        # Of thinned answers: the lower layers, then the upper ones.
+        # Of answers from contexts: the lower layers, then the upper ones.
         (sdrpn.second_look, "run_lower", "prefill"),
         (sdrpn.second_look, "thinned", "prefill"),
+        (sdrpn.second_look, "resume", "prefill"),
+        (sdrpn.second_look, "filled", "prefill"),
+        (sdrpn.inference.generation, "first_tokens", "decode"),
         (engine.backbone.model, "forward", "prefill"),
     )
     with ExitStack() as stack:

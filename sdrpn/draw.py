@@ -127,6 +127,7 @@ def _draw(card: Card, axes: Any) -> None:
         detail.imshow(rgb.crop((x0, y0, x1, y1)))
     else:
         detail.text(0.5, 0.5, "no zoom", ha="center", va="center", transform=detail.transAxes)
+    # A spaced question mark stays on the line of its word.
     question = card.question.replace(" ?", "\N{NO-BREAK SPACE}?")
     lines = [*textwrap.wrap(question, 34), ""]
     for name, answer in card.answers.items():

@@ -104,7 +104,8 @@ def run_to_last(
     """
     *lower, last = layers
     layer_input = run_layers(lower, hidden, inputs, cache)
-    if _is_offloaded(last[1]):
+    known_mask = inputs.mask is None or isinstance(inputs.mask, Tensor)
+    if _is_offloaded(last[1]) or not known_mask:
         return run_layers([last], layer_input, inputs, cache)[:, -1]
     cos, sin = inputs.rotary
     _add_keys(backbone, last[1], layer_input[:, :-1], (cos[:, :-1], sin[:, :-1]), cache)

@@ -13,59 +13,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 
 from sdrpn.backbones.base import Backbone
 from sdrpn.inference.generation_arguments import SAMPLING
 from sdrpn.inference.prefix import Context
+from sdrpn.inference.stopping import StopAtStrings, end_tokens
 
 _GREEDY = frozenset(
     {
         *SAMPLING,
         "_from_model_config",
-        "bos_token_id",
         "early_stopping",
         "eos_token_id",
         "length_penalty",
         "max_new_tokens",
+        "min_length",
         "min_new_tokens",
         "num_beams",
-        "output_logits",
+        "num_return_sequences",
         "pad_token_id",
         "repetition_penalty",
-        "return_dict_in_generate",
         "stopping_criteria",
         "transformers_version",
         "use_cache",
-        "num_return_sequences",
     }
 )
-"""Arguments of generate() that `first_tokens` observes, or that do not affect greedy search."""
-
-
-class StopAtStrings(StoppingCriteria):
-    """Stop a row when its generated text contains one of the strings.
-
-    transformers' StopStringCriteria reads a BPE vocabulary and fails for word-level tokenizers.
-    This criterion decodes the tokens, like the truncation of the answer.
-
-    Args:
-        tokenizer: Decodes the tokens.
-        strings: The strings.
-        known: Number of new tokens at the end of the prompt.
-    """
-
-    def __init__(self, tokenizer: Any, strings: Sequence[str], known: int = 0) -> None:
-        self.tokenizer, self.strings, self.known = tokenizer, strings, known
-        self.prompt_length: int | None = None
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        if self.prompt_length is None:
-            self.prompt_length = input_ids.shape[1] - 1 - self.known
-        new = input_ids[:, self.prompt_length :]
-        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        done = [any(string in text for string in self.strings) for text in texts]
-        return torch.tensor(done, device=input_ids.device)
+"""Arguments of generate() that `first_tokens` respects, or that do not affect greedy search."""
 
 
 def is_greedy(backbone: Backbone, arguments: Mapping[str, Any]) -> bool:
@@ -77,7 +51,7 @@ def is_greedy(backbone: Backbone, arguments: Mapping[str, Any]) -> bool:
     """
     config, objects = _merged(backbone, arguments)
     given = {**config.to_diff_dict(), **objects}
-    names = {name for name, value in given.items() if value not in (None, False)}
+    names = {k for k, v in given.items() if v is not None and v is not False}
     criteria = objects.get("stopping_criteria") or []
     own = all(isinstance(one, StopAtStrings) for one in criteria)
     return names <= _GREEDY and config.num_beams in (None, 1) and own
@@ -98,6 +72,7 @@ def first_tokens(
     """
     config, _ = _merged(backbone, arguments)
     states = [context.state for context in contexts if context.state is not None]
+    assert len(states) == len(contexts)
     logits = backbone.logits(torch.stack(states)).float()
     scores = logits.clone()
     if config.repetition_penalty is not None and config.repetition_penalty != 1:
@@ -112,24 +87,18 @@ def first_tokens(
     return [*zip(chosen[:, 0].tolist(), probabilities[:, 0].tolist(), strict=True)]
 
 
-def after_first(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def after_first(backbone: Backbone, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of generate() for a prompt that ends with the first new token."""
+    config, _ = _merged(backbone, arguments)
     rest = dict(arguments) | {"max_new_tokens": arguments["max_new_tokens"] - 1}
-    if arguments.get("min_new_tokens"):
-        rest["min_new_tokens"] = arguments["min_new_tokens"] - 1
+    if config.min_new_tokens:
+        rest["min_new_tokens"] = config.min_new_tokens - 1
     if arguments.get("stopping_criteria"):
         rest["stopping_criteria"] = [
             StopAtStrings(one.tokenizer, one.strings, known=1)
             for one in arguments["stopping_criteria"]
         ]
     return rest
-
-
-def end_tokens(ids: int | Sequence[int] | None) -> list[int]:
-    """Return end tokens, of which generate() takes none, one or several, as a list."""
-    if ids is None:
-        return []
-    return list(ids) if isinstance(ids, list | tuple) else [int(ids)]  # type: ignore[arg-type]
 
 
 def _merged(

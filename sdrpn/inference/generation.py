@@ -16,13 +16,7 @@ from transformers.cache_utils import Cache
 from sdrpn.backbones.base import Backbone, Segment
 from sdrpn.backbones.cache import SPARE_TOKENS, cache_of
 from sdrpn.inference.decoder import run_layers
-from sdrpn.inference.first_token import (
-    StopAtStrings,
-    after_first,
-    end_tokens,
-    first_tokens,
-    is_greedy,
-)
+from sdrpn.inference.first_token import after_first, first_tokens, is_greedy
 from sdrpn.inference.generation_arguments import (
     SAMPLING,
     check_generation,
@@ -31,6 +25,7 @@ from sdrpn.inference.generation_arguments import (
     warn_once,
 )
 from sdrpn.inference.prefix import Context, Pieces, Prefix, batch_rows, stack_pieces
+from sdrpn.inference.stopping import StopAtStrings, end_tokens
 
 
 def generation_arguments(backbone: Backbone, generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,22 +112,24 @@ def _answers(
     known = [context for context in contexts if isinstance(context, Context)]
     if not known:
         return _run(backbone, contexts, suffixes, arguments, scored)
+    if len(known) < len(contexts):
+        raise ValueError("a batch must hold prefixes or contexts, not both")
     if not is_greedy(backbone, arguments):
         before = [context.without_last() for context in known]
         return _run(backbone, before, suffixes, arguments, scored)
     found = [([token], p) for token, p in first_tokens(backbone, known, arguments)]
-    left = []
+    left, ends = [], _end_ids(backbone, arguments)
     for row, ([token], _) in enumerate(found):
-        if token in _end_ids(backbone, arguments):
+        if token in ends:
             found[row] = ([], 1.0)
-        elif arguments["max_new_tokens"] > 1 and not _stops(token, arguments):
+        elif arguments["max_new_tokens"] > 1 and not _stops(backbone, token, arguments):
             left.append(row)
     if left:
         rest = _run(
             backbone,
             [known[row] for row in left],
             [backbone.text_segment(suffixes[row].next_position, found[row][0]) for row in left],
-            after_first(arguments),
+            after_first(backbone, arguments),
             scored,
         )
         for row, (ids, confidence) in zip(left, rest, strict=True):
@@ -141,10 +138,11 @@ def _answers(
     return found
 
 
-def _stops(token: int, arguments: Mapping[str, Any]) -> bool:
-    """Whether an answer ends with its first token."""
-    ids = torch.tensor([[token]])
-    return any(bool(stop(ids, None)[0]) for stop in arguments.get("stopping_criteria") or [])
+def _stops(backbone: Backbone, token: int, arguments: Mapping[str, Any]) -> bool:
+    """Whether an answer ends with its first token, at a string of `StopAtStrings`."""
+    text = backbone.tokenizer.decode([token], skip_special_tokens=True)
+    criteria = arguments.get("stopping_criteria") or []
+    return any(string in text for one in criteria for string in one.strings)
 
 
 def _run(

@@ -259,7 +259,7 @@ def prefill_segments(
 ) -> list[Prefix]:
     """Prefill segments from `Backbone.prefix_segment`, those of one length in one batch.
 
-    An image alone fills the processor, so a batch with padding would be slower than several.
+    One image keeps a CPU busy, and padding would only add operations.
 
     Args:
         backbone: The base model.

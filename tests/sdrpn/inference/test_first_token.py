@@ -16,15 +16,10 @@ from transformers import GenerationConfig, LogitsProcessorList
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.config import ZoomConfig
 from sdrpn.engine import Answer, Question, ZoomModel
-from sdrpn.inference.first_token import (
-    StopAtStrings,
-    after_first,
-    end_tokens,
-    first_tokens,
-    is_greedy,
-)
+from sdrpn.inference.first_token import after_first, first_tokens, is_greedy
 from sdrpn.inference.generation import generation_arguments
 from sdrpn.inference.prefix import Context
+from sdrpn.inference.stopping import StopAtStrings, end_tokens
 from tests.helpers.families import NEW_TOKENS, Family
 
 NO_REGION = ZoomConfig(threshold=1 - 1e-9)
@@ -154,6 +149,9 @@ class Ignored:
         {"no_repeat_ngram_size": 2},
         {"bad_words_ids": [[5]]},
         {"max_time": 9.0},
+        {"max_time": 0.0},
+        {"forced_eos_token_id": 0},
+        {"suppress_tokens": torch.tensor([1, 2])},
         {"guidance_scale": 1.5},
         {"streamer": Ignored()},
         {"logits_processor": LogitsProcessorList([unchanged])},
@@ -172,6 +170,20 @@ def test_settings_of_the_checkpoint_count(family: Family, monkeypatch: pytest.Mo
     assert is_greedy(family.backbone, plain)
     monkeypatch.setattr(family.backbone.model.generation_config, "suppress_tokens", [5])
     assert not is_greedy(family.backbone, plain)
+
+
+def test_a_checkpoint_s_shortest_answer_is_not_a_token_longer(
+    family: Family, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = family.backbone.model.generation_config
+    monkeypatch.setattr(defaults, "min_new_tokens", 3)
+    model, settings = engine(family, threshold=1 - 1e-9), {"max_new_tokens": NEW_TOKENS}
+    ends = sorted({ids for q in questions for ids in family.stock(q.images[0], q.text)[0]})
+    monkeypatch.setattr(defaults, "eos_token_id", ends)  # almost all that it says is an end
+    found = model.ask_batch(questions, settings)
+    assert min(answer.new_tokens for answer in found) == 3
+    expected = by_generate(model, questions, settings)
+    assert [a.text for a in found] == [a.text for a in expected]
 
 
 # --- by hand, without a model -----------------------------------------------------------------
@@ -219,14 +231,14 @@ def test_the_rest_of_an_answer_has_a_token_less() -> None:
         "stopping_criteria": [StopAtStrings(tokenizer, ["b"])],
         "repetition_penalty": 1.5,
     }
-    rest = after_first(first)
+    rest = after_first(Logits(), first)
     (criterion,) = rest.pop("stopping_criteria")
     assert rest == {"max_new_tokens": 4, "min_new_tokens": 2, "repetition_penalty": 1.5}
     assert (criterion.tokenizer, criterion.strings, criterion.known) == (tokenizer, ["b"], 1)
     assert first["max_new_tokens"] == 5
     nothing = {"max_new_tokens": 1, "min_new_tokens": 0, "stopping_criteria": []}
-    assert after_first(nothing) == nothing | {"max_new_tokens": 0}
-    assert after_first({"max_new_tokens": 2}) == {"max_new_tokens": 1}
+    assert after_first(Logits(), nothing) == nothing | {"max_new_tokens": 0}
+    assert after_first(Logits(), {"max_new_tokens": 2}) == {"max_new_tokens": 1}
 
 
 @pytest.mark.parametrize(
@@ -281,7 +293,7 @@ def test_an_answer_of_several_tokens_does_not_begin_with_its_end() -> None:
         ({"num_beams": None}, True),
         ({"num_beams": 2}, False),
         ({"do_sample": False, "temperature": 0.5}, True),
-        ({"use_cache": True, "num_return_sequences": 1, "output_logits": True}, True),
+        ({"use_cache": True, "num_return_sequences": 1, "min_length": 0}, True),
         ({"no_repeat_ngram_size": 2}, False),
         ({"stopping_criteria": None}, True),
         ({"stopping_criteria": []}, True),
