@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from sdrpn.backbones.base import Backbone
 from sdrpn.inference.generation_arguments import SAMPLING
@@ -49,7 +49,8 @@ def is_greedy(backbone: Backbone, arguments: Mapping[str, Any]) -> bool:
         backbone: The base model, whose generation config has the defaults.
         arguments: Arguments of generate().
     """
-    config, objects = _merged(backbone, arguments)
+    config = copy.deepcopy(backbone.model.generation_config)
+    objects = config.update(**arguments)
     given = {**config.to_diff_dict(), **objects}
     names = {k for k, v in given.items() if v is not None and v is not False}
     criteria = objects.get("stopping_criteria") or []
@@ -70,18 +71,18 @@ def first_tokens(
     Returns:
         For each row, the token and its probability before penalties.
     """
-    config, _ = _merged(backbone, arguments)
     states = [context.state for context in contexts if context.state is not None]
     assert len(states) == len(contexts)
     logits = backbone.logits(torch.stack(states)).float()
     scores = logits.clone()
-    if config.repetition_penalty is not None and config.repetition_penalty != 1:
-        penalize = RepetitionPenaltyLogitsProcessor(config.repetition_penalty)
+    penalty = _setting(backbone, arguments, "repetition_penalty")
+    if penalty is not None and penalty != 1:
+        penalize = RepetitionPenaltyLogitsProcessor(penalty)
         for row, context in enumerate(contexts):
             ids: Any = torch.tensor([context.ids], device=scores.device)
             scores[row] = penalize(ids, scores[row : row + 1].clone())[0]
-    if config.min_new_tokens:
-        scores[:, end_tokens(config.eos_token_id)] = -torch.inf
+    if _setting(backbone, arguments, "min_new_tokens"):
+        scores[:, end_tokens(_setting(backbone, arguments, "eos_token_id"))] = -torch.inf
     chosen: Tensor = scores.argmax(-1, keepdim=True)
     probabilities = logits.softmax(-1).gather(-1, chosen)
     return [*zip(chosen[:, 0].tolist(), probabilities[:, 0].tolist(), strict=True)]
@@ -89,10 +90,10 @@ def first_tokens(
 
 def after_first(backbone: Backbone, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of generate() for a prompt that ends with the first new token."""
-    config, _ = _merged(backbone, arguments)
+    least = _setting(backbone, arguments, "min_new_tokens")
     rest = dict(arguments) | {"max_new_tokens": arguments["max_new_tokens"] - 1}
-    if config.min_new_tokens:
-        rest["min_new_tokens"] = config.min_new_tokens - 1
+    if least:
+        rest["min_new_tokens"] = least - 1
     if arguments.get("stopping_criteria"):
         rest["stopping_criteria"] = [
             StopAtStrings(one.tokenizer, one.strings, known=1)
@@ -101,9 +102,6 @@ def after_first(backbone: Backbone, arguments: Mapping[str, Any]) -> dict[str, A
     return rest
 
 
-def _merged(
-    backbone: Backbone, arguments: Mapping[str, Any]
-) -> tuple[GenerationConfig, dict[str, Any]]:
-    """The checkpoint's generation config updated by the arguments, and those that are not in it."""
-    config = copy.deepcopy(backbone.model.generation_config)
-    return config, config.update(**arguments)
+def _setting(backbone: Backbone, arguments: Mapping[str, Any], name: str) -> Any:
+    """An argument of generate(), or else the checkpoint's default."""
+    return arguments.get(name, getattr(backbone.model.generation_config, name))
