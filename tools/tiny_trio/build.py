@@ -23,7 +23,7 @@ from tools.tiny_trio import scenes as sc
 from tools.tiny_trio.language import HELD_OUT_POOL, LANGUAGE_POOL
 from tools.tiny_trio.model import build_model, build_processor
 from tools.tiny_trio.patches import vision_pool
-from tools.tiny_trio.workers import in_parallel, rank
+from tools.tiny_trio.workers import in_parallel, rank, world
 
 LOG = "log.json"
 
@@ -33,11 +33,11 @@ class Sizes:
     """How much of everything: views and steps of stage 0, scenes and steps of stage 1."""
 
     views: int = 12000
-    vision_steps: int = 1000
+    vision_steps: int = 1200
     vision_batch: int = 64
-    scenes: int = 3000
+    scenes: int = 6000
     held_out: int = 90
-    language_steps: int = 700
+    language_steps: int = 2000
     language_batch: int = 16
 
 
@@ -48,7 +48,6 @@ def vision_job(work: Path, out: Path, sizes: Sizes, seed: int) -> None:
     labels = np.load(work / "labels.npy")
     processor = build_processor()
     model = build_model(processor.tokenizer)
-    model.model.vision_tower.set_attn_implementation("eager")  # faster than sdpa on these sizes
     log = vision.train_vision(
         model,
         processor,
@@ -63,12 +62,16 @@ def vision_job(work: Path, out: Path, sizes: Sizes, seed: int) -> None:
 
 
 def language_job(start: Path, out: Path, kinds: Sequence[str], sizes: Sizes, seed: int) -> None:
-    """Stage 1 in one of the training processes; each draws and encodes the same scenes."""
+    """Stage 1 in one of the training processes; each draws and encodes scenes of its own."""
     model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     processor = LlavaProcessor.from_pretrained(start)
-    model.set_attn_implementation("eager")
     samples = language.draw_samples(
-        model, processor, (seed, LANGUAGE_POOL), sizes.scenes, kinds=kinds, workers=1
+        model,
+        processor,
+        (seed, LANGUAGE_POOL, rank()),
+        sizes.scenes // world(),
+        kinds=kinds,
+        workers=1,
     )
     held_out = language.draw_samples(
         model,

@@ -44,6 +44,12 @@ def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), size)
 
 
+def sign_ink(colour: str) -> tuple[int, int, int]:
+    """Ink that can be read on a sign of this colour: dark on light ones, else light."""
+    light = colour in ("yellow", "cyan", "pink", "orange", "green")
+    return (10, 10, 10) if light else (250, 250, 250)
+
+
 def smooth_ground(rng: np.random.Generator, side: int) -> np.ndarray:
     """A smooth background of 7 x 7 muted colours, uint8 (side, side, 3)."""
     knots = rng.uniform(40, 215, (7, 7, 3))
@@ -70,10 +76,10 @@ def inside(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndar
 
 
 class Canvas:
-    """A square picture, uint8 (side, side, 3), with one map per group of words and three of sizes.
+    """A square picture, uint8 (side, side, 3), with one map per group of words and some of sizes.
 
-    `period`, `height` and `radius` hold, in pixels of the picture, what decides whether a view can
-    show the pattern, the text or the shape there.
+    `period`, `height`, `radius` and `label` hold, in pixels of the picture, what decides whether a
+    view can show the pattern, the digit, the shape or the field there.
     """
 
     def __init__(self, ground: np.ndarray) -> None:
@@ -82,7 +88,8 @@ class Canvas:
         cells = self.side // MAP_SCALE
         self.maps = {name: np.full((cells, cells), NONE, np.uint8) for name in GROUPS}
         self.sizes = {
-            name: np.zeros((cells, cells), np.float16) for name in ("period", "height", "radius")
+            name: np.zeros((cells, cells), np.float16)
+            for name in ("period", "height", "radius", "label")
         }
 
     def _cells(self, box: PixelBox) -> tuple[slice, slice]:
@@ -173,3 +180,9 @@ class Canvas:
         self.mark(box, "glyph", glyph)
         self.sizes["height"][self._cells(box)] = height
         return box
+
+    def field(self, field: str, label: PixelBox, value: PixelBox, height: float) -> None:
+        """Note that a label, in print `height` px high, and the value below it are of a field."""
+        for part in (label, value):
+            self.mark(part, "field", field)
+            self.sizes["label"][self._cells(part)] = height

@@ -20,15 +20,19 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from tools.tiny_trio import scenes as sc
-from tools.tiny_trio.workers import average_gradients, rank, world
+from tools.tiny_trio.optimizers import Optimizers
+from tools.tiny_trio.workers import rank, world
 from tools.tiny_vstar.tiny_model import pixel_values, split_prompt
-from tools.tiny_vstar.train_tiny import schedule
 
 LANGUAGE_POOL, HELD_OUT_POOL = 1, 2
 FINE_SHARE = 0.4
 WEBP_SHARE, QUALITY = 0.25, 90
 ZOOMS = 3
-TURNS = 5
+TURNS = 6
+FINE_ASKED, RELATIONS_ASKED = 0.3, 0.5
+"""How often a question that the view cannot answer, or one about a neighbour, is asked of the view.
+
+Neither can be learned before the others are, and their loss would drown them."""
 PROJECTOR_SCALE = 0.11
 """Brings the norm of the image tokens down to that of the word embeddings after stage 0."""
 BFLOAT16 = True
@@ -187,19 +191,26 @@ def make_batch(
     size: int,
     easy: bool,
 ) -> Batch:
-    """`size` scenes at random; `easy` asks only what the full view shows too."""
+    """`size` scenes at random; `easy` asks only what the view shows, and no relations."""
+
+    def is_asked(item: sc.Item) -> bool:
+        if easy:
+            return not item.fine and not item.relation
+        often = FINE_ASKED if item.fine else 1.0
+        return rng.random() < often * (RELATIONS_ASKED if item.relation else 1.0)
+
     asked: list[Asked] = []
     while len(asked) < size:
         sample = samples[int(rng.integers(0, len(samples)))]
         items = [sample.items[i] for i in rng.permutation(len(sample.items))]
-        items = [item for item in items if not (easy and item.fine)]
-        z = int(rng.integers(0, len(sample.zoomed)))
-        shown = sample.items[sample.zoomed[z]]
-        if (easy and shown.fine) or not items:
+        full = [item for item in items if is_asked(item)]
+        if not full:
             continue
-        same = [item for item in sample.items if item.box == shown.box]
-        others = [item for item in items if item.box != shown.box and not item.fine]
-        asked.append((sample, z, items[:TURNS], [*same[:2], *others[: int(rng.integers(0, 2))]]))
+        z = int(rng.integers(0, len(sample.zoomed)))
+        shown = sample.items[sample.zoomed[z]].box
+        same = [item for item in items if item.box == shown and not (easy and item.relation)]
+        others = [item for item in full if item.box != shown and not item.fine]
+        asked.append((sample, z, full[:TURNS], [*same[:2], *others[: int(rng.integers(0, 2))]]))
     return packed(asked, turns, torch.tensor(kept_tokens(rng, size)))
 
 
@@ -263,30 +274,24 @@ def train_language(
     held_out: Sequence[Sample],
     *,
     steps: int,
-    batch_size: int = 12,
-    easy_steps: int = 100,
+    batch_size: int = 16,
+    easy_steps: int = 400,
     rate: float = 1e-3,
     seed: int = 0,
-    evaluate_every: int = 50,
+    evaluate_every: int = 100,
 ) -> list[dict[str, float]]:
     """Train projector and language model in place; returns the log."""
-    rest = [p for name, p in model.named_parameters() if "vision_tower" not in name]
-    optimizer = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
-    rates = schedule(optimizer, 100, steps)
+    named = [pair for pair in model.named_parameters() if "vision_tower" not in pair[0]]
+    optimizers = Optimizers(named, rate=rate, warmup=50, steps=steps)
     rng = np.random.default_rng((seed, LANGUAGE_POOL, 1, rank()))
     log: list[dict[str, float]] = []
     losses = []
     for step in tqdm(range(steps), "stage 1", mininterval=20, disable=rank() > 0):
         batch = make_batch(samples, rng, turns, batch_size // world(), step < easy_steps)
-        optimizer.zero_grad()
         logits = batch_logits(model, turns, batch)
         loss = F.cross_entropy(logits.flatten(0, 2), batch.targets.flatten())
-        loss.backward()
+        optimizers.step(loss)
         total = loss.item()
-        average_gradients(rest)
-        torch.nn.utils.clip_grad_norm_(rest, 1.0)
-        optimizer.step()
-        rates.step()
         losses.append(total)
         if rank():
             continue

@@ -1,7 +1,9 @@
 """The second edition's tiny LLaVA, untrained: 16 x 16 image tokens of a 224 px view.
 
 The tower's position embeddings start as plane waves and its heads start out looking at their
-neighbours, as a convolution does. Both are only where training starts; every weight is trained.
+neighbours, as a convolution does; the language model's heads start out looking at what resembles
+the token that asks (mimetic initialization, arXiv 2305.09828). This is only where training starts;
+every weight is trained.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ TOWER_LAYERS, CONTEXT = 3, 2048
 WAVES = 8
 """Plane waves per axis in the position embeddings; they fill the first 4 * WAVES channels."""
 WAVE_HEIGHT, SHARPNESS = 0.5, 1.3
+ROPE_THETA, LIKENESS = 1e6, 0.7
+"""A slow rotation, so that likeness counts at any distance; variance of queries and keys."""
 
 
 def build_tokenizer() -> Any:
@@ -52,10 +56,28 @@ def build_processor() -> LlavaProcessor:
 def build_model(tokenizer: Any) -> LlavaForConditionalGeneration:
     """The untrained model; torch's global seed decides its weights."""
     model = build_llava(
-        tokenizer, side=sc.VIEW, tower_layers=TOWER_LAYERS, feature_layer=-1, context=CONTEXT
+        tokenizer,
+        side=sc.VIEW,
+        tower_layers=TOWER_LAYERS,
+        feature_layer=-1,
+        context=CONTEXT,
+        rope_theta=ROPE_THETA,
     )
     start_local(model.model.vision_tower)
+    start_matching(model.model.language_model)
     return model
+
+
+@torch.no_grad()
+def start_matching(language_model: Any) -> None:
+    """Let keys start out equal to queries, so that a token first looks at what resembles it.
+
+    With independent ones, the model pooled the answers of all objects for hundreds of steps.
+    """
+    for layer in language_model.layers:
+        query = layer.self_attn.q_proj.weight
+        query.copy_(torch.randn_like(query) * (LIKENESS / HIDDEN) ** 0.5)
+        layer.self_attn.k_proj.weight.copy_(query)
 
 
 @torch.no_grad()

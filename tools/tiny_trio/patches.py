@@ -22,6 +22,7 @@ from tools.tiny_trio.drawing import (
     PATTERNS,
     SHAPES,
     Canvas,
+    sign_ink,
     smooth_ground,
 )
 from tools.tiny_trio.scenes import GRID, KINDS, MAKERS, SIDE, VIEW, WHOLE, view_of, zoom_box
@@ -31,8 +32,9 @@ VISION_POOL = 0
 """Second number of the seed of these views."""
 READABLE = {
     "pattern": ("period", 3.4, 20.0),
-    "glyph": ("height", 10.5, 44.0),
+    "glyph": ("height", 10.5, 30.0),
     "shape": ("radius", 8.0, 26.0),
+    "field": ("label", 8.5, 26.0),
 }
 """Smallest and largest size, in pixels of a view, at which training asks the tower to name it.
 
@@ -94,16 +96,10 @@ def dense_canvas(rng: np.random.Generator, signs: float) -> Canvas:
                 canvas.shape(rng, shape, colour, pattern, (x, y), rng.uniform(11, 27), period)
             elif what < 0.9:
                 wide, high = rng.uniform(14, 26, 2)
-                box = PixelBox(*(round(v) for v in (x - wide, y - high, x + wide, y + high)))
-                box = PixelBox(max(box.x0, 0), max(box.y0, 0), min(box.x1, SIDE), min(box.y1, SIDE))
-                canvas.plate(colour, box, rng)
-                ink = (
-                    (10, 10, 10)
-                    if colour in ("yellow", "cyan", "pink", "orange", "green")
-                    else (250,) * 3
-                )
+                canvas.plate(colour, _inside((x - wide, y - high, x + wide, y + high)), rng)
                 height = rng.uniform(11, min(26, 2 * high - 6, 2.2 * wide - 6))
-                canvas.glyph(str(rng.choice(GLYPHS)), (x, y), height, str(rng.choice(FONTS)), ink)
+                face = rng.choice(FONTS)
+                canvas.glyph(str(rng.choice(GLYPHS)), (x, y), height, str(face), sign_ink(colour))
     return canvas
 
 
@@ -119,9 +115,30 @@ def dense_page(rng: np.random.Generator) -> Canvas:
             height = rng.uniform(11, 26)
             spot = (label.x0 + 6 + height / 2 + rng.uniform(0, 8), label.y1 + 5 + height / 2)
             value = canvas.glyph(str(rng.choice(GLYPHS)), spot, height, str(rng.choice(FONTS)), ink)
-            x1 = max(label.x1, value.x1)
-            canvas.mark(PixelBox(label.x0, label.y0, x1, value.y1), "field", field)
+            canvas.field(field, label, value, tall)
     return canvas
+
+
+def dense_digits(rng: np.random.Generator, paper: bool) -> Canvas:
+    """A canvas full of digits, on paper or on coloured plates; few of them were not enough."""
+    ground = np.full((SIDE, SIDE, 3), rng.uniform(228, 252), np.uint8)
+    canvas = Canvas(ground if paper else smooth_ground(rng, SIDE))
+    step = 34
+    for row in range(SIDE // step):
+        for column in range(SIDE // step):
+            x = (column + 0.5) * step + rng.uniform(-4, 4)
+            y = (row + 0.5) * step + rng.uniform(-4, 4)
+            ink, height = (int(rng.integers(0, 70)),) * 3, rng.uniform(11, 26)
+            if not paper:
+                colour, (wide, high) = str(rng.choice(list(COLOURS))), rng.uniform(13, 17, 2)
+                canvas.plate(colour, _inside((x - wide, y - high, x + wide, y + high)), rng)
+                ink, height = sign_ink(colour), rng.uniform(11, 22)
+            canvas.glyph(str(rng.choice(GLYPHS)), (x, y), height, str(rng.choice(FONTS)), ink)
+    return canvas
+
+
+def _inside(sides: tuple[float, ...]) -> PixelBox:
+    return PixelBox(*(min(max(round(side), 0), SIDE) for side in sides))
 
 
 def vision_views(
@@ -129,7 +146,7 @@ def vision_views(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`count` views, uint8 (n, 224, 224, 3), and their labels, int16 (n, groups, 256).
 
-    Half of them are cut from canvases that are crowded with what the kinds show.
+    Most of them are cut from canvases that are crowded with what the kinds show.
     """
     rng = np.random.default_rng(seed)
     views: list[np.ndarray] = []
@@ -139,24 +156,28 @@ def vision_views(
         views.append(view_of(canvas.image, box))
         labels.append(patch_labels(canvas, box))
 
-    crowded: dict[str, Callable[[], Canvas]] = {
-        "vstar": lambda: dense_canvas(rng, 0.0),
-        "vstar_colours": lambda: dense_canvas(rng, 0.0),
-        "textvqa": lambda: dense_canvas(rng, 0.7),
-        "docvqa": lambda: dense_page(rng),
+    def shapes() -> Canvas:
+        return dense_canvas(rng, 0.0)
+
+    crowded: dict[str, tuple[Callable[[], Canvas], ...]] = {
+        "vstar": (shapes,),
+        "vstar_colours": (shapes,),
+        "textvqa": (lambda: dense_canvas(rng, 0.7), lambda: dense_digits(rng, False)),
+        "docvqa": (lambda: dense_page(rng), lambda: dense_digits(rng, True)),
     }
     while len(views) < count:
         kind = str(rng.choice(list(kinds)))
-        if rng.random() < 0.4:
-            canvas = crowded[kind]()
-            for _ in range(6):
+        if rng.random() < 0.6:
+            makers = crowded[kind]
+            canvas = makers[int(rng.integers(len(makers)))]()
+            for _ in range(8):
                 side = int(rng.uniform(170, 260))
                 x, y = (int(v) for v in rng.integers(0, SIDE - side, 2))
                 add(canvas, PixelBox(x, y, x + side, y + side))
         else:
-            scene = MAKERS[kind](rng, 0.5)
+            scene = MAKERS[kind](rng, 0.3)
             add(scene.canvas, WHOLE)
-            for index in rng.integers(0, len(scene.items), 3):
+            for index in rng.integers(0, len(scene.items), 2):
                 add(scene.canvas, zoom_box(rng, scene.items[index]))
     return np.stack(views[:count]), np.stack(labels[:count])
 

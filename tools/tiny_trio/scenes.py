@@ -21,7 +21,7 @@ from PIL import Image
 
 from sdrpn.boxes import PixelBox
 from sdrpn.distill.probes import COLOURS, PATTERNS
-from tools.tiny_trio.drawing import FIELDS, FONTS, GLYPHS, SHAPES, Canvas, smooth_ground
+from tools.tiny_trio.drawing import FIELDS, FONTS, GLYPHS, SHAPES, Canvas, sign_ink, smooth_ground
 
 SIDE, VIEW, GRID = 672, 224, 16
 CELL = SIDE // GRID
@@ -116,7 +116,7 @@ def vstar_scene(rng: np.random.Generator, fine_share: float, shared: bool = True
         box = canvas.shape(rng, shape, colour, pattern, (x, y), r, period)
         names.append((colour, shape))
         question = ASK_SHAPE.format(colour=colour, shape=shape)
-        items.append(Item("vstar", fine, question, f"{colour} {shape}", pattern, box, (x, y)))
+        items.append(Item("vstar", fine, question, f"{shape} {colour}", pattern, box, (x, y)))
     for one, other, side in ((0, 1, "left"), (1, 0, "right")):
         colour, shape = names[other]
         question = ASK_NEIGHBOUR.format(side=side, colour=colour, shape=shape)
@@ -146,12 +146,10 @@ def textvqa_scene(rng: np.random.Generator, fine_share: float) -> Scene:
         box = PixelBox(round(x - wide), round(y - high), round(x + wide), round(y + high))
         canvas.plate(colour, box, rng)
         fine, glyph = bool(rng.random() < fine_share), str(rng.choice(GLYPHS))
-        light = colour in ("yellow", "cyan", "pink", "orange", "green")
-        ink = (10, 10, 10) if light else (250, 250, 250)
         spot = (x + rng.uniform(-6, 6), y + rng.uniform(-6, 6))
-        canvas.glyph(glyph, spot, _height(rng, fine), str(rng.choice(FONTS)), ink)
+        canvas.glyph(glyph, spot, _height(rng, fine), str(rng.choice(FONTS)), sign_ink(colour))
         question = ASK_SIGN.format(colour=colour)
-        items.append(Item("textvqa", fine, question, f"{colour} sign", glyph, box, spot))
+        items.append(Item("textvqa", fine, question, f"sign {colour}", glyph, box, spot))
     return Scene(canvas, tuple(items))
 
 
@@ -175,7 +173,7 @@ def _field(
     value = canvas.glyph(glyph, spot, height, str(rng.choice(FONTS)), ink)
     x0, x1 = min(label.x0, value.x0), max(label.x1, value.x1)
     box = PixelBox(x0, label.y0, x1, value.y1)
-    canvas.mark(box, "field", field)
+    canvas.field(field, label, value, tall)
     question = ASK_FIELD.format(field=field)
     return Item("docvqa", fine, question, field, glyph, box, spot)
 

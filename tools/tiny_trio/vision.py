@@ -16,9 +16,9 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from tools.tiny_trio.drawing import GROUPS
-from tools.tiny_trio.workers import average_gradients, rank, world
+from tools.tiny_trio.optimizers import Optimizers
+from tools.tiny_trio.workers import rank, world
 from tools.tiny_vstar.tiny_model import encode, pixel_values
-from tools.tiny_vstar.train_tiny import schedule
 
 
 class Banks(torch.nn.Module):
@@ -55,10 +55,9 @@ def train_vision(
     """Train tower and projector in place; returns the log. The last 200 views are held out."""
     torch.manual_seed(seed)
     banks = Banks(model, processor)
-    trained = [model.model.vision_tower, model.model.multi_modal_projector, banks]
-    parameters = [p for module in trained for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
-    rates = schedule(optimizer, 50, steps)
+    trained = (model.model.vision_tower, model.model.multi_modal_projector, banks)
+    named = [pair for module in trained for pair in module.named_parameters()]
+    optimizers = Optimizers(named, rate=rate, warmup=30, steps=steps)
     rng = np.random.default_rng((seed, 0, 1))
     order = np.concatenate(
         [
@@ -70,12 +69,7 @@ def train_vision(
     for step in tqdm(range(steps), "stage 0", mininterval=10, disable=rank() > 0):
         chosen = order[step * batch_size : (step + 1) * batch_size][rank() :: world()]
         loss = group_losses(model, processor, banks, views[chosen], labels[chosen])[0]
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        rates.step()
+        optimizers.step(loss)
         if rank() == 0 and ((step + 1) % 50 == 0 or step == steps - 1):
             with torch.no_grad():
                 _, right = group_losses(model, processor, banks, views[-200:], labels[-200:])

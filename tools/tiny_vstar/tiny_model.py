@@ -102,7 +102,13 @@ def build_model(tokenizer: Any) -> LlavaForConditionalGeneration:
 
 
 def build_llava(
-    tokenizer: Any, *, side: int, tower_layers: int, feature_layer: int, context: int
+    tokenizer: Any,
+    *,
+    side: int,
+    tower_layers: int,
+    feature_layer: int,
+    context: int,
+    rope_theta: float = 10000.0,
 ) -> LlavaForConditionalGeneration:
     """An untrained LLaVA of HIDDEN channels; torch's global seed decides its weights.
 
@@ -112,6 +118,7 @@ def build_llava(
         tower_layers: Layers of the vision tower.
         feature_layer: Layer of the tower whose output is projected.
         context: Longest sequence, in tokens.
+        rope_theta: Base of the language model's rotary embeddings.
     """
     vision = CLIPVisionConfig(
         hidden_size=HIDDEN,
@@ -132,6 +139,7 @@ def build_llava(
         num_key_value_heads=HEADS,
         max_position_embeddings=context,
         initializer_range=0.06,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
