@@ -15,7 +15,7 @@ APP_INSTALLED := $(APP)/.sdrpn-installed
 OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.sdrpn-installed
 
-.PHONY: demo app install lock test test-fast check check-oldest contracts lint mutate types dist site tiny fresh
+.PHONY: demo app install lock test test-fast check check-oldest contracts lint mutate types dist site trio tiny fresh
 
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sdrpn_eval.demo --out out/demo
@@ -65,13 +65,16 @@ dist: $(INSTALLED)
 # Draws scenes that nobody has seen and scores every proposer on them: make fresh SEED=7.
 SEED ?= 1
 fresh: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tools.tiny_vstar.score --scenes-seed $(SEED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tools.tiny_trio.score --scenes-seed $(SEED)
 
 # out/site: the documentation as a site; any warning is an error.
 site: $(INSTALLED)
 	$(BIN)/mkdocs build
 
-# Trains the embedded model, its RPN and the benchmark anew, into out/tiny.
+# Trains the embedded model and its RPN anew, into out/trio; tiny: the one that tests use.
+trio: $(INSTALLED)
+	$(BIN)/python -m tools.tiny_trio.build --out out/trio
+
 tiny: $(INSTALLED)
 	$(BIN)/python -m tools.tiny_vstar.build --out out/tiny
 

@@ -11,7 +11,7 @@ from loguru import logger
 from sdrpn_eval import tasks_info
 from sdrpn_eval.args import WITHOUT_THRESHOLD, ModelArguments
 from sdrpn_eval.data_access import check_data
-from sdrpn_eval.loading import TINY
+from sdrpn_eval.loading import EMBEDDED
 from sdrpn_eval.plugin import TaskIndex
 
 
@@ -59,9 +59,10 @@ class Announcer:
     def _log_tasks(self, scored: dict[str, bool]) -> None:
         self._announced = True
         logger.info(tasks_info.describe(scored))
-        strange = [t for t in scored if tasks_info.family(t) != "tiny_vstar"]
-        if self.args.pretrained == TINY and strange:
+        own = EMBEDDED.get(str(self.args.pretrained))
+        strange = [t for t in scored if tasks_info.family(t) != own]
+        if own and strange:
             logger.warning(
-                f"pretrained=tiny knows discs and patterns only: its scores on "
-                f"{', '.join(strange)} say nothing about LLaVA-1.5"
+                f"pretrained={self.args.pretrained} knows what {own} asks about only: its scores "
+                f"on {', '.join(strange)} say nothing about LLaVA-1.5"
             )

@@ -13,7 +13,8 @@ from sdrpn.engine import ZoomModel
 from sdrpn.model_registry import PUBLISHED_RPN, resolve
 from sdrpn_eval.args import ZOOM_ARGUMENTS, ModelArguments
 
-TINY = "tiny"
+EMBEDDED = {"tiny": "tiny_vstar", "tiny-trio": "tiny_trio"}
+"""The embedded models, and the task that each was made for."""
 
 _OPTIONS = ("attn_implementation", "device_map", "padding", "prefix_cache", "revision", "peft")
 _OPTIONS += ("load_in_4bit", "system_prompt", "rpn_revision", "min_pixels", "max_pixels")
@@ -59,12 +60,12 @@ def _in_memory(args: ModelArguments) -> Any:
 def _load(args: ModelArguments, device: torch.device) -> ZoomModel:
     places = sources(args)
     pretrained, rpn = args.pretrained, places["rpn"]
-    if pretrained == TINY:
-        logger.info("pretrained=tiny: the embedded model, made for the task tiny_vstar")
+    if pretrained in EMBEDDED:
+        logger.info(f"pretrained={pretrained}: embedded, made for the task {EMBEDDED[pretrained]}")
     elif rpn and args.rpn is None:
         logger.info(f"rpn={rpn}, as published by the paper's authors")
-    # The documented answers of the embedded model are in float32, on every device.
-    dtype = "float32" if pretrained == TINY and args.dtype == "auto" else args.dtype
+    # The documented answers of the embedded models are in float32, on every device.
+    dtype = "float32" if pretrained in EMBEDDED and args.dtype == "auto" else args.dtype
     options = {n: v for n in _OPTIONS if (v := getattr(args, n, None)) is not None}
     if "padding" not in args.model_fields_set:
         options.pop("padding", None)  # the model's own, where its config.json notes one

@@ -134,3 +134,26 @@ def mean_score(items: Iterable[Mapping[str, Any]]) -> float:
     """Mean over the items that have a `score`; NaN if none has."""
     scores = [item["score"] for item in items if "score" in item]
     return sum(scores) / len(scores) if scores else float("nan")
+
+
+def match_by_group(
+    response: str, doc: Mapping[str, Any], *, name: str, own: Iterable[str], groups: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """One document's part in `accuracy` and `accuracy_GROUP` of an embedded benchmark.
+
+    A document of another group has its entry without a score, so that every metric sees every
+    document and lmms-eval counts samples right; `image_id` is what intervals are clustered by.
+
+    Args:
+        response: What the model said.
+        doc: The document, with `answer` and `image_id`.
+        name: What the model may name before the answer.
+        own: The document's groups.
+        groups: All groups.
+    """
+    said = " ".join(response.lower().split())
+    correct = said in (doc["answer"], f"{name} {doc['answer']}")
+    unscored: dict[str, Any] = {"image_id": doc["image_id"]}
+    item = unscored | {"score": float(correct)}
+    parts = {f"accuracy_{group}": item if group in own else unscored for group in groups}
+    return {"accuracy": item} | parts

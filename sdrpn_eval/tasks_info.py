@@ -25,8 +25,9 @@ THRESHOLDS: Mapping[str, float | str] = {
     "ocrbench": 0.05,
     # Ours: one rule, also where the map is all low, as on the embedded model's 8 x 8 cells.
     "tiny_vstar": PEAK,
+    "tiny_trio": DEFAULT_THRESHOLD,
 }
-OURS = ("tiny_vstar",)
+OURS = ("tiny_vstar", "tiny_trio")
 """Families without a published threshold."""
 
 NO_OCR = "no OCR tokens in the prompt"

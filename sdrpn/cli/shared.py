@@ -21,11 +21,11 @@ from sdrpn.io.plurals import counted
 if TYPE_CHECKING:
     from sdrpn.engine import ZoomModel
 
-MODEL_HELP = "LLaVA-1.5 or Qwen2.5-VL: a folder, a Hub id, or `tiny`, the embedded toy model."
+MODEL_HELP = "LLaVA-1.5 or Qwen2.5-VL: a folder, a Hub id, or an embedded one: `tiny-trio`, `tiny`."
 
 ModelOption = Annotated[str, typer.Option(help=MODEL_HELP)]
 RpnOption = Annotated[
-    str | None, typer.Option(help="RPN: a folder or Hub id; `tiny` includes its own.")
+    str | None, typer.Option(help="RPN: a folder or Hub id; embedded models include their own.")
 ]
 RpnRevisionOption = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of the RPN's Hub id.")

@@ -1,4 +1,4 @@
-"""`make demo`: tiny_vstar through lmms-eval, stock and with the second look, compared.
+"""`make demo`: tiny_trio through lmms-eval, stock and with the second look, compared.
 
 Leaves lmms-eval's own output folders with the records, the comparison as JSON, Markdown and a page,
 and a contact sheet of eight questions.
@@ -17,7 +17,7 @@ from sdrpn_eval.results.comparison import Comparison
 from sdrpn_eval.results.documents import TaskData, load_data
 from sdrpn_eval.results.ladder import NAMES, Ladder, make_run
 
-TASK = "tiny_vstar"
+TASK, MODEL = "tiny_trio", "tiny-trio"
 PROPOSERS = ("none", "rpn", "attention")
 CARDS = 8
 
@@ -63,7 +63,7 @@ def demo(out: Path, *, batch_size: int = 32, limit: int | None = None) -> Compar
     """Evaluates every proposer, compares and draws. Raises RunFailed if one leaves no results."""
     console = Console()
     # Every question is asked, also in a folder of an earlier demo: the seconds are shown.
-    plan = Demo(out, TASK, "pretrained=tiny,resume=False", limit, str(batch_size))
+    plan = Demo(out, TASK, f"pretrained={MODEL},resume=False", limit, str(batch_size))
     runs = []
     for proposer in PROPOSERS:
         with console.status(f"lmms-eval --model {plan.model} --tasks {TASK}: proposer={proposer}"):

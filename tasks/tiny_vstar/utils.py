@@ -22,14 +22,7 @@ def doc_to_text(doc: dict[str, Any]) -> str:
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, dict[str, Any]]:
-    """One document's part in the three metrics; `image_id` is what intervals are clustered by.
-
-    A document of another group has its entry without a score, so that every metric sees every
-    document and lmms-eval counts samples right.
-    """
-    response = " ".join(results[0].lower().split())
-    correct = response in (doc["answer"], f"{doc['colour']} {doc['answer']}")
-    item: dict[str, Any] = {"image_id": doc["image_id"], "score": float(correct)}
-    unscored = {"image_id": doc["image_id"]}
-    groups = {g: item if doc["category"] == g else unscored for g in ("fine", "coarse")}
-    return {"accuracy": item} | {f"accuracy_{g}": entry for g, entry in groups.items()}
+    """One document's part in the three metrics."""
+    return scoring.match_by_group(
+        results[0], doc, name=doc["colour"], own=[doc["category"]], groups=("fine", "coarse")
+    )

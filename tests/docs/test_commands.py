@@ -20,6 +20,8 @@ import sdrpn_eval.cli
 from sdrpn.engine import ZoomModel
 from sdrpn.model_registry import resolve
 from sdrpn_eval.args import LlavaArguments
+from sdrpn_eval.demo.run import MODEL, TASK
+from sdrpn_eval.loading import EMBEDDED
 from tests.docs.pages import PAGES, ROOT, blocks, commands
 from tests.helpers.run_folders import evaluate
 from tools.lint.dependencies import OPTIONAL
@@ -35,6 +37,7 @@ RUN_BY = {
     "docs/heads.md": "tests/docs/test_commands.py",
     "docs/speed.md": "tests/benchmarks/test_gpu_script.py",
     "docs/own_questions.md": "tests/sdrpn/cli/test_answer.py",
+    "docs/tiny_trio.md": "tests/tools/test_trio_results.py",
     "docs/tiny_vstar.md": "tests/tools/test_tiny_vstar.py",
     "jobs/README.md": "tests/jobs/test_row.py",
 }
@@ -79,9 +82,9 @@ def run(words: list[str]) -> None:
     elif name == "make":
         assert rest[0] in TARGETS
         if rest == ["demo"]:  # what it leaves; tests/sdrpn_eval/demo runs it
-            stock = ZoomModel.from_pretrained(resolve("tiny", None)[0], proposer="none")
-            lmms_eval("out/demo/stock", stock)
-            lmms_eval("out/demo/rpn", "tiny")
+            stock = ZoomModel.from_pretrained(resolve(MODEL, None)[0], proposer="none")
+            lmms_eval("out/demo/stock", stock, TASK)
+            lmms_eval("out/demo/rpn", MODEL, TASK)
     elif name in APPS:
         if rest != ["app"]:  # in test_app_command.py
             fewer = [FEWER.get(before, word) for before, word in zip(words, rest, strict=False)]
@@ -101,15 +104,17 @@ def run(words: list[str]) -> None:
         assert name == "lmms-eval", words
         options = dict(zip(rest[::2], rest[1::2], strict=False))
         assert options["--model"] == "llava_sdrpn"
-        assert options["--tasks"] == "tiny_vstar"
+        task = options["--tasks"]
         given = simple_parse_args_string(options["--model_args"])
         LlavaArguments.of(given)  # a file of zoom settings is there
         model, rpn = resolve(given["pretrained"], given.get("rpn"))
-        lmms_eval(options.get("--output_path", "out"), ZoomModel.from_pretrained(model, rpn=rpn))
+        assert EMBEDDED[given["pretrained"]] == task
+        engine = ZoomModel.from_pretrained(model, rpn=rpn)
+        lmms_eval(options.get("--output_path", "out"), engine, task)
 
 
-def lmms_eval(out: str, engine: Any) -> None:
-    evaluate(Path(out), engine, ["tiny_vstar"], limit=LIMIT, log_samples=True)
+def lmms_eval(out: str, engine: Any, task: str) -> None:
+    evaluate(Path(out), engine, [task], limit=LIMIT, log_samples=True)
 
 
 @pytest.mark.slow

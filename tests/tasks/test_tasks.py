@@ -33,7 +33,7 @@ from tests.helpers.local_benchmarks import (
 
 vstar = task_utils("vstar")
 hrbench = task_utils("hrbench")
-tiny_vstar = task_utils("tiny_vstar")
+tiny_vstar, tiny_trio = task_utils("tiny_vstar"), task_utils("tiny_trio")
 PINNED = ["B", "C", "A"]
 
 
@@ -689,11 +689,26 @@ def test_tiny_vstar_score(response: str, score: int) -> None:
     assert result["accuracy_coarse"] == {"image_id": 3}
 
 
-def test_tiny_vstar_asks_its_question_about_its_picture_in_colour() -> None:
+@pytest.mark.parametrize(
+    ("response", "score"), [("sign red 7", 1), ("7", 1), ("red 7", 0), ("sign red 1", 0)]
+)
+def test_tiny_trio_scores_by_kind_and_category(response: str, score: int) -> None:
+    doc = {"answer": "7", "name": "sign red", "category": "fine", "group": "textvqa", "image_id": 3}
+    result = tiny_trio.process_results(doc, [response])
+    scored = {name for name, item in result.items() if item == {"image_id": 3, "score": score}}
+    assert scored == {"accuracy", "accuracy_fine", "accuracy_textvqa"}
+    assert all(item == {"image_id": 3} for name, item in result.items() if name not in scored)
+    page = Path(__file__).parents[2] / "tasks" / "tiny_trio" / "tiny_trio.yaml"
+    metrics = load_yaml_config(str(page), mode="simple")
+    assert {metric["metric"] for metric in metrics["metric_list"]} == set(result)
+
+
+@pytest.mark.parametrize("task", [tiny_vstar, tiny_trio])
+def test_embedded_tasks_ask_their_question_about_their_picture_in_colour(task: Any) -> None:
     doc = {"image": Image.new("L", (3, 2), 7), "question": "what ?"}
-    (shown,) = tiny_vstar.doc_to_visual(doc)
+    (shown,) = task.doc_to_visual(doc)
     assert (shown.mode, shown.size, shown.getpixel((0, 0))) == ("RGB", (3, 2), (7, 7, 7))
-    assert tiny_vstar.doc_to_text(doc) == "what ?"
+    assert task.doc_to_text(doc) == "what ?"
 
 
 def test_tiny_vstar_means_leave_out_the_other_group() -> None:
@@ -886,7 +901,9 @@ def test_task_names_on_the_command_line() -> None:
     assert tasks_info.requested(["lmms-eval"]) == []
 
 
-def test_tiny_vstar_reads_the_shipped_file() -> None:
-    assert tiny_vstar.PARQUET.endswith("sdrpn_eval/demo/data/tiny_vstar.parquet")
-    assert "tiny_vstar" in manager().all_subtasks
+@pytest.mark.parametrize("task", [tiny_vstar, tiny_trio])
+def test_embedded_tasks_read_the_shipped_file(task: Any) -> None:
+    name = Path(task.PARQUET).stem
+    assert task.PARQUET.endswith(f"sdrpn_eval/demo/data/{name}.parquet")
+    assert name in manager().all_subtasks
     assert "sdrpn_eval" in sys.modules

@@ -25,40 +25,49 @@ from tools.tiny_trio.model import build_model, build_processor
 from tools.tiny_trio.patches import vision_pool
 from tools.tiny_trio.workers import in_parallel, rank, world
 
-LOG = "log.json"
+LOG, VIEWS, LABELS = "log.json", "views.npy", "labels.npy"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: views and steps of stage 0, scenes and steps of stage 1."""
+    """How much of everything: views and steps of stage 0's rounds, scenes and steps of stage 1."""
 
     views: int = 12000
-    vision_steps: int = 1200
+    vision_steps: tuple[int, ...] = (1200, 1500)
     vision_batch: int = 64
     scenes: int = 6000
     held_out: int = 90
-    language_steps: int = 2000
+    language_steps: int = 1600
     language_batch: int = 16
 
 
-def vision_job(work: Path, out: Path, sizes: Sizes, seed: int) -> None:
-    """Stage 0 in one of the training processes."""
+def stage0(out: Path, round_: int) -> Path:
+    """Folder of the model after a round of stage 0."""
+    return out / f"stage0-{round_ + 1}"
+
+
+def vision_job(out: Path, round_: int, sizes: Sizes, seed: int) -> None:
+    """A round of stage 0 in one of the training processes; it goes on from the last one."""
     torch.manual_seed(seed)
-    views = np.load(work / "views.npy", mmap_mode="r")
-    labels = np.load(work / "labels.npy")
+    views = np.load(out / VIEWS, mmap_mode="r")
+    labels = np.load(out / LABELS)
     processor = build_processor()
     model = build_model(processor.tokenizer)
+    if round_:
+        model = LlavaForConditionalGeneration.from_pretrained(
+            stage0(out, round_ - 1), dtype=torch.float32
+        )
     log = vision.train_vision(
         model,
         processor,
         views,
         labels,
-        steps=sizes.vision_steps,
+        steps=sizes.vision_steps[round_],
         batch_size=sizes.vision_batch,
         seed=seed,
     )
     if rank() == 0:
-        save(model, processor, out, log)
+        save(model, processor, stage0(out, round_), log)
 
 
 def language_job(start: Path, out: Path, kinds: Sequence[str], sizes: Sizes, seed: int) -> None:
@@ -113,14 +122,16 @@ def train(out: Path, seed: int, kinds: Sequence[str], sizes: Sizes) -> dict[str,
     """Stages 0 and 1: out/stage0 and out/model; returns the seconds of each."""
     out.mkdir(parents=True, exist_ok=True)
     seconds, started = {}, time.monotonic()
-    if not (out / "stage0" / LOG).exists():
-        views, labels = vision_pool(seed, sizes.views, kinds)
-        np.save(out / "views.npy", views)
-        np.save(out / "labels.npy", labels)
-        in_parallel(vision_job, out, out / "stage0", sizes, seed)
+    for round_ in range(len(sizes.vision_steps)):
+        if not (stage0(out, round_) / LOG).exists():
+            views, labels = vision_pool(seed, sizes.views, kinds, round_)
+            np.save(out / VIEWS, views)
+            np.save(out / LABELS, labels)
+            in_parallel(vision_job, out, round_, sizes, seed)
     seconds["stage 0"], started = time.monotonic() - started, time.monotonic()
     if not (out / "model" / LOG).exists():
-        in_parallel(language_job, out / "stage0", out / "model", tuple(kinds), sizes, seed)
+        start = stage0(out, len(sizes.vision_steps) - 1)
+        in_parallel(language_job, start, out / "model", tuple(kinds), sizes, seed)
     seconds["stage 1"] = time.monotonic() - started
     return seconds
 
@@ -131,11 +142,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/trio"))
     parser.add_argument("--kinds", nargs="+", default=list(sc.KINDS), choices=sc.MAKERS)
     parser.add_argument("--branch-layer", type=int, default=distil.BRANCH_LAYER)
-    parser.add_argument("--vision-steps", type=int, default=Sizes.vision_steps)
+    parser.add_argument("--vision-steps", type=int, nargs="+", default=Sizes.vision_steps)
     parser.add_argument("--language-steps", type=int, default=Sizes.language_steps)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    sizes = Sizes(vision_steps=args.vision_steps, language_steps=args.language_steps)
+    sizes = Sizes(vision_steps=tuple(args.vision_steps), language_steps=args.language_steps)
     seconds = train(args.out, args.seed, args.kinds, sizes)
     facts = distil.distil(
         args.out / "model",

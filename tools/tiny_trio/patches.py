@@ -142,11 +142,12 @@ def _inside(sides: tuple[float, ...]) -> PixelBox:
 
 
 def vision_views(
-    seed: tuple[int, ...], count: int, kinds: Sequence[str] = KINDS
+    seed: tuple[int, ...], count: int, kinds: Sequence[str] = KINDS, stretched: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """`count` views, uint8 (n, 224, 224, 3), and their labels, int16 (n, groups, 256).
 
-    Most of them are cut from canvases that are crowded with what the kinds show.
+    Most of them are cut from canvases that are crowded with what the kinds show; where
+    `stretched`, from smaller parts too and with sides that differ, as zooms are.
     """
     rng = np.random.default_rng(seed)
     views: list[np.ndarray] = []
@@ -161,6 +162,7 @@ def vision_views(
 
     crowded: dict[str, tuple[Callable[[], Canvas], ...]] = {
         "vstar": (shapes,),
+        "vstar_relations": (shapes,),
         "vstar_colours": (shapes,),
         "textvqa": (lambda: dense_canvas(rng, 0.7), lambda: dense_digits(rng, False)),
         "docvqa": (lambda: dense_page(rng), lambda: dense_digits(rng, True)),
@@ -171,9 +173,11 @@ def vision_views(
             makers = crowded[kind]
             canvas = makers[int(rng.integers(len(makers)))]()
             for _ in range(8):
-                side = int(rng.uniform(170, 260))
-                x, y = (int(v) for v in rng.integers(0, SIDE - side, 2))
-                add(canvas, PixelBox(x, y, x + side, y + side))
+                wide = high = int(rng.uniform(170, 260))
+                if stretched:
+                    wide, high = (int(v) for v in rng.uniform(110, 260, 2))
+                x, y = (int(rng.integers(0, SIDE - side)) for side in (wide, high))
+                add(canvas, PixelBox(x, y, x + wide, y + high))
         else:
             scene = MAKERS[kind](rng, 0.3)
             add(scene.canvas, WHOLE)
@@ -182,16 +186,23 @@ def vision_views(
     return np.stack(views[:count]), np.stack(labels[:count])
 
 
-def _chunk(job: tuple[tuple[int, ...], int, tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray]:
+def _chunk(
+    job: tuple[tuple[int, ...], int, tuple[str, ...], bool],
+) -> tuple[np.ndarray, np.ndarray]:
     return vision_views(*job)
 
 
 def vision_pool(
-    seed: int, count: int, kinds: Sequence[str] = KINDS, workers: int = 2
+    seed: int, count: int, kinds: Sequence[str] = KINDS, round_: int = 0, workers: int = 2
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`vision_views` in `workers` processes; the same seed always gives the same views."""
+    """The views of one round of stage 0; the same seed always gives the same ones.
+
+    Those of the second round are stretched.
+    """
+    which = (round_,) if round_ else ()
     jobs = [
-        ((seed, VISION_POOL, i), min(100, count - i), tuple(kinds)) for i in range(0, count, 100)
+        ((seed, VISION_POOL, i, *which), min(100, count - i), tuple(kinds), round_ > 0)
+        for i in range(0, count, 100)
     ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as executor:

@@ -1,7 +1,8 @@
 """Scenes of three kinds, each with questions that a low-resolution look cannot all answer.
 
 - `vstar`: patterned shapes among distractors that share the colour or the shape of the asked one,
-  asked by both, or by a neighbour ("the shape left of the red square").
+  asked by both. `vstar_relations` also asks by a neighbour ("the shape left of the red square"),
+  which no model here has learned (docs/tiny_trio.md).
 - `textvqa`: signs with a number, among shapes that share their colours.
 - `docvqa`: a page of labelled fields with a number each, among small print.
 
@@ -91,10 +92,13 @@ def places(
     return found
 
 
-def vstar_scene(rng: np.random.Generator, fine_share: float, shared: bool = True) -> Scene:
+def vstar_scene(
+    rng: np.random.Generator, fine_share: float, *, shared: bool = True, relations: bool = False
+) -> Scene:
     """5 to 7 shapes; colours and shapes recur, but no two share both. Two stand side by side.
 
     Without `shared`, every colour stands there once, so that the colour alone tells what is asked.
+    With `relations`, those two are also asked about by one another.
     """
     canvas = Canvas(smooth_ground(rng, SIDE))
     if shared:
@@ -117,7 +121,7 @@ def vstar_scene(rng: np.random.Generator, fine_share: float, shared: bool = True
         names.append((colour, shape))
         question = ASK_SHAPE.format(colour=colour, shape=shape)
         items.append(Item("vstar", fine, question, f"{shape} {colour}", pattern, box, (x, y)))
-    for one, other, side in ((0, 1, "left"), (1, 0, "right")):
+    for one, other, side in ((0, 1, "left"), (1, 0, "right")) if relations else ():
         colour, shape = names[other]
         question = ASK_NEIGHBOUR.format(side=side, colour=colour, shape=shape)
         a = items[one]
@@ -204,6 +208,7 @@ MAKERS: dict[str, Callable[[np.random.Generator, float], Scene]] = {
     "vstar_colours": functools.partial(vstar_scene, shared=False),
     "textvqa": textvqa_scene,
     "docvqa": docvqa_scene,
+    "vstar_relations": functools.partial(vstar_scene, relations=True),
 }
 
 

@@ -23,6 +23,7 @@ from sdrpn.backbones.llava15 import Llava15
 from sdrpn.boxes import PixelBox
 from sdrpn.config import ZoomConfig
 from sdrpn.io.atomic import write_json
+from sdrpn_eval.demo import HERE
 from sdrpn_eval.results.stats import (
     Estimate,
     clustered,
@@ -139,6 +140,11 @@ def summary(scorer: Scorer, rpn: str) -> dict[str, Any]:
         "questions": len(scorer.rows),
         "images": len({row["image_id"] for row in scorer.rows}),
         "counts": {name: len(some) for name, some in scorer.groups.items()},
+        "right": {
+            name: "".join(str(int(v)) for v in correct[name])
+            for name in ("stock", rpn)
+            if name in correct
+        },
         "rows": {name: scorer.by_group(v) | scorer.facts[name] for name, v in correct.items()},
     }
     teachers = [name for name in correct if name.startswith("attention")]
@@ -200,7 +206,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     """Read the command line, score, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=HERE / "trio", help="default: what ships")
     parser.add_argument("--rpn", type=Path, help="default: MODEL/rpn, where it is")
     parser.add_argument("--scenes-seed", type=int, nargs="+", required=True)
     parser.add_argument("--scenes", type=int, default=benchmark.SCENES, help="of a kind and seed")
@@ -224,6 +230,7 @@ def main() -> None:
         vicrop=not args.no_vicrop,
     )
     show(result)
+    result["scenes"] = args.scenes
     if args.out:
         write_json(args.out, result)
 

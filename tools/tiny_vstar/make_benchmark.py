@@ -88,11 +88,11 @@ def fresh_rows(seeds: Iterable[int], images: int = IMAGES) -> list[dict[str, Any
     ]
 
 
-def write(rows: list[dict[str, Any]], out: Path) -> None:
+def write(rows: list[dict[str, Any]], out: Path, features: Features = FEATURES) -> None:
     """Write the rows as parquet; the dictionary stores a picture once for all of its questions."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    table: Any = Dataset.from_list(rows, features=FEATURES).with_format("arrow")[:]
-    table = table.replace_schema_metadata(FEATURES.arrow_schema.metadata)
+    table: Any = Dataset.from_list(rows, features=features).with_format("arrow")[:]
+    table = table.replace_schema_metadata(features.arrow_schema.metadata)
     parquet.write_table(
         table, out, compression="zstd", use_dictionary=True, dictionary_pagesize_limit=2**24
     )

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from sdrpn.config import PEAK
 from sdrpn_eval.demo import HERE
 from sdrpn_eval.results.stats import with_interval
-from tools.tiny_vstar.score import GROUPS, brief_table, markdown
+from tools.tiny_vstar.score import GROUPS, markdown
 
 RESULTS = HERE / "data" / "tiny_vstar.json"
 FRESH = Path("docs") / "tiny_vstar_fresh.json"
@@ -211,45 +211,14 @@ def write(result: Mapping[str, Any], fresh: Mapping[str, Any], docs: Path) -> Pa
     return path
 
 
-MARKS = ("<!-- results -->", "<!-- end of results -->")
-
-IN_BRIEF = """{table}
-
-Measured on the {questions} held-out questions of `tiny_vstar` with the embedded model, a LLaVA of
-1.8 M parameters; fine patterns are those that its first look cannot resolve. On {fresh} questions
-about scenes drawn later, from five new seeds, the RPN is {over_stock} points ahead of
-stock and {verdict} the attention that it was trained on, at that attention's best threshold
-({over_attention}). [Intervals and all proposers](docs/tiny_vstar.md).
-**No score of the real LLaVA-1.5 was measured here.**"""
-
-
-def into_readme(result: Mapping[str, Any], fresh: Mapping[str, Any], readme: Path) -> None:
-    """Put the short table between the marks of the README."""
-    brief = IN_BRIEF.format(
-        questions=result["questions"],
-        table=brief_table(result),
-        fresh=f"{fresh['questions']:,}",
-        over_stock=with_interval(fresh["rpn_minus_stock"]["all"], 100, ".1f"),
-        over_attention=with_interval(fresh["rpn_minus_attention_best"]["all"], 100, "+.1f"),
-        verdict=standing(fresh, "behind", "level with", "ahead of"),
-    )
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    readme.write_text(f"{before}{MARKS[0]}\n{brief}\n{MARKS[1]}{after}", encoding="utf-8")
-
-
 def main() -> None:
     """Read the command line and write the pages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON from the build")
     parser.add_argument("--fresh", type=Path, default=FRESH, help="JSON of score --scenes-seed")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder to write to")
-    parser.add_argument("--readme", type=Path, help="README to put the table into")
     args = parser.parse_args()
     result, fresh = (json.loads(path.read_text()) for path in (args.results, args.fresh))
-    if args.readme:
-        into_readme(result, fresh, args.readme)
     print(write(result, fresh, args.docs))
 
 

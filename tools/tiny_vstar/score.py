@@ -228,26 +228,6 @@ def by_seed(scorer: Scorer, rpn: str) -> list[dict[str, Any]]:
     return found
 
 
-def brief_table(result: Mapping[str, Any]) -> str:
-    """The table of the README: exact match in percent, without intervals."""
-    names = {
-        "stock": "stock model",
-        "random 3 x 3 cells": "second look at a random region",
-        result["rpn"]: "**second look, RPN**",
-        "oracle box, 168 px": "second look at the true region",
-    }
-    rows = {row["name"]: row for row in result["rows"]}
-    lines = [
-        "| exact match, % | all questions | fine patterns | coarse patterns |",
-        "|---|---|---|---|",
-    ]
-    for name, shown in names.items():
-        bold = "**" if shown.startswith("**") else ""
-        cells = (f"{bold}{100 * rows[name][group][0]:.1f}{bold}" for group in GROUPS)
-        lines.append(f"| {shown} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def markdown(result: Mapping[str, Any]) -> str:
     """The table of all rows in percent, with 95 % intervals by image."""
     lines = ["| proposer | all | fine | coarse | zoomed |", "|---|---|---|---|---|"]
