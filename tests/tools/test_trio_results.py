@@ -12,7 +12,8 @@ from datasets import load_dataset
 
 from sdrpn import Question, ZoomModel
 from sdrpn.config import ZoomConfig
-from sdrpn_eval.demo import HERE, TRIO_BENCHMARK, embedded_trio
+from sdrpn_eval.demo import TRIO_BENCHMARK, embedded_trio
+from tests.docs.pages import commands
 from tools.tiny_trio import benchmark, distil, report, score
 from tools.tiny_trio import scenes as sc
 from tools.tiny_vstar.make_questions import label_quality
@@ -30,7 +31,8 @@ def published() -> dict[str, Any]:
 
 def test_pages_show_the_measured_numbers(published: dict) -> None:
     assert len(published["by_seed"]) >= 5
-    assert report.section(published) in (ROOT / report.PAGE).read_text()
+    facts = json.loads(report.FACTS.read_text())
+    assert report.section(published, facts) in (ROOT / report.PAGE).read_text()
     assert report.brief(published) in (ROOT / "README.md").read_text()
 
 
@@ -72,9 +74,26 @@ def test_headline_is_recomputed_on_a_subset(published: dict) -> None:
 
 
 @pytest.mark.slow
+def test_the_commands_of_tiny_trio_md_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`score` on fewer scenes; the README's test runs the other one."""
+    ran = [words for words in commands("docs/tiny_trio.md") if words[0] == "python"]
+    assert [words[1:] for words in ran] == [["-m", "tools.tiny_trio.score", "--scenes-seed", "7"]]
+    out = tmp_path / "result.json"
+    fewer = ["--scenes", "1", "--thresholds", "0.15", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["score", *ran[0][3:], *fewer])
+    score.main()
+    result = json.loads(out.read_text())
+    assert result["images"] == len(sc.KINDS)
+    assert {"stock", "oracle", "vicrop", report.RPN, "attention, t = 0.15"} <= set(result["rows"])
+    assert "rpn - stock" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_labels_are_as_good_as_the_page_says(tmp_path: Path) -> None:
     """Labels of other pictures, from the shipped weights and heads."""
-    facts = json.loads((HERE / "trio" / "facts.json").read_text())
+    facts = json.loads(report.FACTS.read_text())
     questions = tmp_path / "questions"
     questions.mkdir()
     distil.write_questions(questions, scenes=15, seed=1)
@@ -89,7 +108,6 @@ def test_labels_are_as_good_as_the_page_says(tmp_path: Path) -> None:
     found = label_quality(tmp_path / "labels", questions)
     for name in ("kept", "precision", "iou"):
         assert found[name] == pytest.approx(facts["labels"][name], abs=0.12)
-        assert f"{100 * facts['labels'][name]:.0f}" in (ROOT / report.PAGE).read_text()
 
 
 def test_kinds_are_those_of_the_benchmark() -> None:

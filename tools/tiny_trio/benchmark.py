@@ -58,7 +58,7 @@ def scene_rows(scene: sc.Scene, image_id: str) -> list[dict[str, Any]]:
             "image": image,
             "file": stored.getvalue(),
             "question": item.question,
-            "name": item.name,
+            "name": item.key,
             "answer": item.answer,
             "group": "relation" if item.relation else item.kind,
             "category": item.category,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,19 +24,21 @@ from tools.tiny_trio.model import build_model, build_processor
 from tools.tiny_trio.patches import vision_pool
 from tools.tiny_trio.workers import in_parallel, rank, world
 
+EASY_STEPS = 400
+"""Steps that ask only what the view shows."""
 LOG, VIEWS, LABELS = "log.json", "views.npy", "labels.npy"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: views and steps of stage 0's rounds, scenes and steps of stage 1."""
+    """How much of everything: views, scenes, and steps of the rounds of stages 0 and 1."""
 
     views: int = 12000
     vision_steps: tuple[int, ...] = (1200, 1500)
     vision_batch: int = 64
-    scenes: int = 6000
+    scenes: tuple[int, ...] = (6000, 3000)
     held_out: int = 90
-    language_steps: int = 1600
+    language_steps: tuple[int, ...] = (2000, 500)
     language_batch: int = 16
 
 
@@ -70,15 +71,21 @@ def vision_job(out: Path, round_: int, sizes: Sizes, seed: int) -> None:
         save(model, processor, stage0(out, round_), log)
 
 
-def language_job(start: Path, out: Path, kinds: Sequence[str], sizes: Sizes, seed: int) -> None:
-    """Stage 1 in one of the training processes; each draws and encodes scenes of its own."""
+def language_job(start: Path, out: Path, round_: int, sizes: Sizes, seed: int) -> None:
+    """A round of stage 1 in one of the training processes; each draws scenes of its own.
+
+    The first teaches to name all of what is asked about and then to answer; the second to name the
+    last word of it only, which is then what the end of a prompt holds and the RPN can go by.
+    """
     model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     processor = LlavaProcessor.from_pretrained(start)
+    first = round_ == 0
+    kinds = sc.FIRST_KINDS if first else sc.KINDS
     samples = language.draw_samples(
         model,
         processor,
-        (seed, LANGUAGE_POOL, rank()),
-        sizes.scenes // world(),
+        (seed, LANGUAGE_POOL, rank(), *((round_,) if round_ else ())),
+        sizes.scenes[round_] // world(),
         kinds=kinds,
         workers=1,
     )
@@ -92,14 +99,16 @@ def language_job(start: Path, out: Path, kinds: Sequence[str], sizes: Sizes, see
         kinds=kinds,
         workers=1,
     )
-    language.scale_projector(model)
+    if first:
+        language.scale_projector(model)
     log = language.train_language(
         model,
-        language.Turns(processor),
+        language.Turns(processor, long=first),
         samples,
         held_out,
-        steps=sizes.language_steps,
+        steps=sizes.language_steps[round_],
         batch_size=sizes.language_batch,
+        easy_steps=EASY_STEPS if first else 0,
         seed=seed,
     )
     if rank() == 0:
@@ -118,20 +127,22 @@ def save(
     write_json(out / LOG, {"log": log})
 
 
-def train(out: Path, seed: int, kinds: Sequence[str], sizes: Sizes) -> dict[str, float]:
-    """Stages 0 and 1: out/stage0 and out/model; returns the seconds of each."""
+def train(out: Path, seed: int, sizes: Sizes) -> dict[str, float]:
+    """Stages 0 and 1: out/stage0-*, out/stage1-* and out/model; returns the seconds of each."""
     out.mkdir(parents=True, exist_ok=True)
     seconds, started = {}, time.monotonic()
-    for round_ in range(len(sizes.vision_steps)):
+    rounds = range(len(sizes.vision_steps))
+    for round_ in rounds:
         if not (stage0(out, round_) / LOG).exists():
-            views, labels = vision_pool(seed, sizes.views, kinds, round_)
+            views, labels = vision_pool(seed, sizes.views, sc.FIRST_KINDS, round_)
             np.save(out / VIEWS, views)
             np.save(out / LABELS, labels)
             in_parallel(vision_job, out, round_, sizes, seed)
     seconds["stage 0"], started = time.monotonic() - started, time.monotonic()
-    if not (out / "model" / LOG).exists():
-        start = stage0(out, len(sizes.vision_steps) - 1)
-        in_parallel(language_job, start, out / "model", tuple(kinds), sizes, seed)
+    first, last = out / "stage1-1", out / "model"
+    for round_, (start, end) in enumerate(((stage0(out, rounds[-1]), first), (first, last))):
+        if not (end / LOG).exists():
+            in_parallel(language_job, start, end, round_, sizes, seed)
     seconds["stage 1"] = time.monotonic() - started
     return seconds
 
@@ -140,20 +151,18 @@ def main() -> None:
     """Read the command line and build; leaves out/model with its RPN and out/facts.json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/trio"))
-    parser.add_argument("--kinds", nargs="+", default=list(sc.KINDS), choices=sc.MAKERS)
     parser.add_argument("--branch-layer", type=int, default=distil.BRANCH_LAYER)
-    parser.add_argument("--vision-steps", type=int, nargs="+", default=Sizes.vision_steps)
-    parser.add_argument("--language-steps", type=int, default=Sizes.language_steps)
+    parser.add_argument("--vision-steps", type=int, nargs=2, default=Sizes.vision_steps)
+    parser.add_argument("--language-steps", type=int, nargs=2, default=Sizes.language_steps)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    sizes = Sizes(vision_steps=tuple(args.vision_steps), language_steps=args.language_steps)
-    seconds = train(args.out, args.seed, args.kinds, sizes)
+    sizes = Sizes(vision_steps=tuple(args.vision_steps), language_steps=tuple(args.language_steps))
+    seconds = train(args.out, args.seed, sizes)
     facts = distil.distil(
         args.out / "model",
         args.out / "distil",
         args.out / "model" / "rpn",
         branch_layer=args.branch_layer,
-        kinds=args.kinds,
         seed=args.seed,
     )
     facts["seconds"] = {k: round(v, 1) for k, v in seconds.items()} | facts["seconds"]

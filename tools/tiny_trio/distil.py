@@ -69,7 +69,7 @@ def commands(
         "relabel": f"sdrpn relabel {work}/attention --out {work}/labels {relabel}",
         "train": f"sdrpn train --model {model} --labels {work}/labels --out {out}"
         f" --branch-layer {branch_layer} --global-batch 32 --per_device_train_batch_size 32"
-        f" --max_steps {steps} --learning_rate 1e-3 --seed {seed} --save-dtype float16",
+        f" --max_steps {steps} --learning_rate 1e-3 --seed {seed} --save-dtype float16 --bf16 true",
     }
     return {name: shlex.split(line) for name, line in lines.items()}
 

@@ -140,17 +140,19 @@ class Batch:
 class Turns:
     """Token ids of questions and responses."""
 
-    def __init__(self, processor: LlavaProcessor) -> None:
-        self.processor = processor
+    def __init__(self, processor: LlavaProcessor, long: bool = False) -> None:
+        """With `long`, responses give the whole name."""
+        self.processor, self.long = processor, long
         self.prefix = split_prompt(processor, "")[0]
         self.known: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
     def ids(self, item: sc.Item) -> tuple[list[int], list[int]]:
         """Ids of the prompt after the image, and of the response with </s>."""
-        key = item.question, item.response
+        said = item.long_response if self.long else item.response
+        key = item.question, said
         if key not in self.known:
             tokenizer = self.processor.tokenizer
-            response = tokenizer(item.response, add_special_tokens=False)["input_ids"]
+            response = tokenizer(said, add_special_tokens=False)["input_ids"]
             after = split_prompt(self.processor, item.question)[1]
             self.known[key] = after, [*response, tokenizer.eos_token_id]
         return self.known[key]
@@ -275,7 +277,7 @@ def train_language(
     *,
     steps: int,
     batch_size: int = 16,
-    easy_steps: int = 400,
+    easy_steps: int = 0,
     rate: float = 1e-3,
     seed: int = 0,
     evaluate_every: int = 100,

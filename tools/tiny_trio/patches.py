@@ -162,8 +162,8 @@ def vision_views(
 
     crowded: dict[str, tuple[Callable[[], Canvas], ...]] = {
         "vstar": (shapes,),
+        "vstar_shared": (shapes,),
         "vstar_relations": (shapes,),
-        "vstar_colours": (shapes,),
         "textvqa": (lambda: dense_canvas(rng, 0.7), lambda: dense_digits(rng, False)),
         "docvqa": (lambda: dense_page(rng), lambda: dense_digits(rng, True)),
     }

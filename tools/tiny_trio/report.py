@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdrpn_eval.demo import HERE
 from sdrpn_eval.results.stats import with_interval
 from tools.tiny_trio.score import PUBLISHED, THRESHOLDS
 
+FACTS = HERE / "trio" / "facts.json"
 FRESH, PAGE = Path("docs") / "tiny_trio_fresh.json", Path("docs") / "tiny_trio.md"
 MARKS = ("<!-- results -->", "<!-- end of results -->")
 RPN = f"rpn, t = {PUBLISHED}"
@@ -117,14 +119,18 @@ def seeds(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def section(result: Mapping[str, Any]) -> str:
-    """The page's results."""
+def section(result: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The page's results; `facts` are those of `build`."""
+    labels, training = facts["labels"], facts["training"]
     groups = columns(result)
     numbers = [row["seed"] for row in result["by_seed"]]
     seconds = {
         name: result["rows"][name]["seconds_per_question"]
         for name in ("stock", RPN, result["attention_best"])
     }
+    kept, precision, recall, iou = (
+        f"{100 * labels[name]:.0f} %" for name in ("kept", "precision", "recall", "iou")
+    )
     counts = ", ".join(f"{GROUPS[g]} {result['counts'][g]}" for g in groups)
     return f"""{result["questions"]:,} questions on {result["images"]} scenes of the seeds \
 {", ".join(map(str, numbers))}, from which
@@ -142,7 +148,11 @@ by image ([statistics](statistics.md)); float32 on a CPU, the shipped float16 we
 
 Seconds per question on 2 cores, in batches of 16 questions: stock {seconds["stock"]:.2f}, RPN
 {seconds[RPN]:.2f}, attention {seconds[result["attention_best"]]:.2f}. The RPN decodes nothing
-before the zoom; attention decodes a whole answer first."""
+before the zoom; attention decodes a whole answer first.
+
+Labels: {labels["questions"]:,} questions, of which {kept} were kept; of the labelled cells
+{precision} lie on the asked thing, and they cover {recall} of it (IoU {iou}).
+The RPN took {training["steps"]:,} steps on {training["samples"]:,} of them."""
 
 
 def brief(result: Mapping[str, Any]) -> str:
@@ -182,7 +192,7 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="README with the marks")
     args = parser.parse_args()
     result = json.loads(args.results.read_text())
-    between_marks(args.page, section(result))
+    between_marks(args.page, section(result, json.loads(FACTS.read_text())))
     if args.readme:
         between_marks(args.readme, brief(result))
 

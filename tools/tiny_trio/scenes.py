@@ -1,8 +1,9 @@
 """Scenes of three kinds, each with questions that a low-resolution look cannot all answer.
 
-- `vstar`: patterned shapes among distractors that share the colour or the shape of the asked one,
-  asked by both. `vstar_relations` also asks by a neighbour ("the shape left of the red square"),
-  which no model here has learned (docs/tiny_trio.md).
+- `vstar`: patterned shapes among distractors that share the shape of the asked one, asked by both
+  colour and shape. In `vstar_shared` colours recur as well; `vstar_relations` also asks by a
+  neighbour ("the shape left of the red square"), which no model here has learned
+  (docs/tiny_trio.md).
 - `textvqa`: signs with a number, among shapes that share their colours.
 - `docvqa`: a page of labelled fields with a number each, among small print.
 
@@ -28,6 +29,8 @@ SIDE, VIEW, GRID = 672, 224, 16
 CELL = SIDE // GRID
 WHOLE = PixelBox(0, 0, SIDE, SIDE)
 KINDS = ("vstar", "textvqa", "docvqa")
+FIRST_KINDS = ("vstar_shared", "textvqa", "docvqa")
+"""What training starts with."""
 FINE_PERIOD, COARSE_PERIOD = (4.2, 5.0), (11.5, 14.0)
 FINE_HEIGHT, COARSE_HEIGHT = (11.0, 13.5), (36.0, 48.0)
 RADIUS = (36.0, 58.0)
@@ -54,8 +57,18 @@ class Item:
     relation: bool = False
 
     @property
+    def key(self) -> str:
+        """The last word of the name, which alone tells what is asked about."""
+        return self.name.split()[-1]
+
+    @property
     def response(self) -> str:
-        """What the model is taught to say: the name of the asked thing first."""
+        """What the model is taught to say in the end."""
+        return f"{self.key} {self.answer}"
+
+    @property
+    def long_response(self) -> str:
+        """What it is taught to say at first: the whole name."""
         return f"{self.name} {self.answer}"
 
     @property
@@ -93,11 +106,11 @@ def places(
 
 
 def vstar_scene(
-    rng: np.random.Generator, fine_share: float, *, shared: bool = True, relations: bool = False
+    rng: np.random.Generator, fine_share: float, *, shared: bool = False, relations: bool = False
 ) -> Scene:
-    """5 to 7 shapes; colours and shapes recur, but no two share both. Two stand side by side.
+    """5 to 7 shapes of different colours; shapes recur. Two stand side by side.
 
-    Without `shared`, every colour stands there once, so that the colour alone tells what is asked.
+    Where `shared`, colours recur too, but no two share both, so that it takes both to tell them.
     With `relations`, those two are also asked about by one another.
     """
     canvas = Canvas(smooth_ground(rng, SIDE))
@@ -205,10 +218,10 @@ def docvqa_scene(rng: np.random.Generator, fine_share: float) -> Scene:
 
 MAKERS: dict[str, Callable[[np.random.Generator, float], Scene]] = {
     "vstar": vstar_scene,
-    "vstar_colours": functools.partial(vstar_scene, shared=False),
     "textvqa": textvqa_scene,
     "docvqa": docvqa_scene,
-    "vstar_relations": functools.partial(vstar_scene, relations=True),
+    "vstar_shared": functools.partial(vstar_scene, shared=True),
+    "vstar_relations": functools.partial(vstar_scene, shared=True, relations=True),
 }
 
 

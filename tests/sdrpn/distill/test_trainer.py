@@ -996,6 +996,7 @@ def test_two_processes_train_as_one(labels: Path, tmp_path: Path) -> None:
         (["--branch-layer", "5"], "has 6 decoder layers, 8 are needed"),
         (["--samples", "500"], "samples must be 1 to 18"),
         (["--save-dtype", "int3"], "save_dtype must be auto"),
+        (["--dtype", "bfloat16", "--bf16", "false"], "add --bf16 true, or use --dtype float32"),
     ],
 )
 def test_wrong_values_are_one_sentence(

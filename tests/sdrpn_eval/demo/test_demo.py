@@ -11,9 +11,10 @@ from sdrpn_eval.demo import HERE, run
 from sdrpn_eval.results.ladder import RunFailed, make_run
 
 
-def test_what_is_shipped_is_small() -> None:
-    shipped = [p for p in HERE.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    assert sum(p.stat().st_size for p in shipped) < 10e6
+@pytest.mark.parametrize(("model", "data"), [("tiny", "tiny_vstar"), ("trio", "tiny_trio")])
+def test_what_is_shipped_is_small(model: str, data: str) -> None:
+    shipped = [*(HERE / model).rglob("*"), *(HERE / "data").glob(f"{data}.*")]
+    assert sum(p.stat().st_size for p in shipped if p.is_file()) < 10e6
 
 
 @pytest.mark.slow
