@@ -100,7 +100,7 @@ def train(
         # Before the weights are loaded, to report invalid settings early.
         if dtype in ("bfloat16", "float16") and not (arguments.bf16 or arguments.fp16):
             raise ValueError(
-                f"--dtype {dtype}: the RPN itself is float32, so it needs mixed precision on top of "
+                f"--dtype {dtype}: the RPN itself is float32, so it needs mixed precision above "
                 "such a model: add --bf16 true, or use --dtype float32"
             )
         trained, evaluated = split_by_image(rows, held_out, samples, arguments.seed)

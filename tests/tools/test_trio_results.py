@@ -102,7 +102,7 @@ def test_labels_are_as_good_as_the_page_says(tmp_path: Path) -> None:
         model, tmp_path, tmp_path, branch_layer=3, steps=1, seed=0, relabel=distil.RELABEL
     )
     heads = lines["label"].index("--heads") + 1
-    lines["label"][heads] = str(model / "heads.json")
+    lines["label"][heads] = str(model / distil.ALL_HEADS)
     run(lines["label"])
     run(lines["relabel"])
     found = label_quality(tmp_path / "labels", questions)

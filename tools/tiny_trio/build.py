@@ -78,7 +78,7 @@ def language_job(start: Path, out: Path, round_: int, sizes: Sizes, seed: int) -
     last word of it only, which is then what the end of a prompt holds and the RPN can go by.
     """
     model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
-    processor = LlavaProcessor.from_pretrained(start)
+    processor = build_processor()
     first = round_ == 0
     kinds = sc.FIRST_KINDS if first else sc.KINDS
     samples = language.draw_samples(
