@@ -131,7 +131,7 @@ def section(result: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     kept, precision, recall, iou = (
         f"{100 * labels[name]:.0f} %" for name in ("kept", "precision", "recall", "iou")
     )
-    counts = ", ".join(f"{GROUPS[g]} {result['counts'][g]}" for g in groups)
+    counts = ", ".join(f"{GROUPS[g]} {result['counts'][g]}" for g in groups if g != "all")
     return f"""{result["questions"]:,} questions on {result["images"]} scenes of the seeds \
 {", ".join(map(str, numbers))}, from which
 nothing else was drawn ({counts}). Published settings: policy `mask`, threshold {PUBLISHED},
@@ -146,8 +146,8 @@ by image ([statistics](statistics.md)); float32 on a CPU, the shipped float16 we
 
 {seeds(result)}
 
-Seconds per question on 2 cores, in batches of 16 questions: stock {seconds["stock"]:.2f}, RPN
-{seconds[RPN]:.2f}, attention {seconds[result["attention_best"]]:.2f}. The RPN decodes nothing
+Seconds per question on 2 cores, in batches of 16 questions: stock {seconds["stock"]:.3f}, RPN
+{seconds[RPN]:.3f}, attention {seconds[result["attention_best"]]:.3f}. The RPN decodes nothing
 before the zoom; attention decodes a whole answer first.
 
 Labels: {labels["questions"]:,} questions, of which {kept} were kept; of the labelled cells

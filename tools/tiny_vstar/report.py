@@ -47,8 +47,6 @@ to each map's peak, since its maps are low, but not wrong; it was selected on ot
 
 ![Score over threshold](tiny_vstar_thresholds.png)
 
-![Eight questions: the image with map and box, the crop, both answers](contact_sheet.png)
-
 ## Training of the model
 
 {facts}
