@@ -65,7 +65,7 @@ def test_the_wheel_holds_every_file(wheel: Path) -> None:
     assert not missing, f"pyproject's packages or package-data leave out {missing}"
     strangers = {name for name in held - expected if ".dist-info/" not in name}
     assert not strangers
-    assert wheel.stat().st_size < 12e6
+    assert wheel.stat().st_size < 15e6
 
 
 @pytest.mark.slow
