@@ -136,6 +136,16 @@ def mean_score(items: Iterable[Mapping[str, Any]]) -> float:
     return sum(scores) / len(scores) if scores else float("nan")
 
 
+def doc_to_visual(doc: Mapping[str, Any]) -> list[Any]:
+    """The picture of a document of an embedded benchmark."""
+    return [doc["image"].convert("RGB")]
+
+
+def doc_to_text(doc: Mapping[str, Any]) -> str:
+    """The question of a document of an embedded benchmark."""
+    return doc["question"]
+
+
 def match_by_group(
     response: str, doc: Mapping[str, Any], *, name: str, own: Iterable[str], groups: Iterable[str]
 ) -> dict[str, dict[str, Any]]:

@@ -11,14 +11,7 @@ PARQUET = str(TRIO_BENCHMARK)
 """The shipped documents. (`!function` hands lmms-eval any attribute of this module.)"""
 GROUPS = ("fine", "coarse", "vstar", "textvqa", "docvqa")
 mean_score = scoring.mean_score
-
-
-def doc_to_visual(doc: dict[str, Any]) -> list[Any]:
-    return [doc["image"].convert("RGB")]
-
-
-def doc_to_text(doc: dict[str, Any]) -> str:
-    return doc["question"]
+doc_to_visual, doc_to_text = scoring.doc_to_visual, scoring.doc_to_text
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, dict[str, Any]]:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import sdrpn_eval
 from sdrpn_eval import scoring
+from sdrpn_eval.demo import BENCHMARK
 
-PARQUET = str(Path(sdrpn_eval.__file__).parent / "demo" / "data" / "tiny_vstar.parquet")
+PARQUET = str(BENCHMARK)
 """The shipped documents. (`!function` hands lmms-eval any attribute of this module.)"""
 mean_score = scoring.mean_score
-
-
-def doc_to_visual(doc: dict[str, Any]) -> list[Any]:
-    return [doc["image"].convert("RGB")]
-
-
-def doc_to_text(doc: dict[str, Any]) -> str:
-    return doc["question"]
+doc_to_visual, doc_to_text = scoring.doc_to_visual, scoring.doc_to_text
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, dict[str, Any]]:
