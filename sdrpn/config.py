@@ -269,6 +269,9 @@ class LabelConfig:
             or more.
         max_components: Samples are ignored if the foreground has more connected components, since
             attention to several places is often wrong. Ours; None (published) keeps all.
+        strongest: If given, only the component with the most attention is foreground, and all cells
+            outside its box are background; samples are ignored where it has less than this share of
+            the foreground's attention. Ours; None (published) labels all components.
         max_new_tokens: Maximum length of the answers whose attention is read.
         text_grounding: `grounding` for text images, which have no sink heads and unchanged
             prompts; if empty, `grounding` and `sink` are used for all images.
@@ -288,6 +291,7 @@ class LabelConfig:
     background: float = 0.1
     max_box_fraction: float = 0.5
     max_components: int | None = None
+    strongest: float | None = None
     max_new_tokens: int = 128
     text_grounding: tuple[LayerHeads, ...] = ()
     instead: str = ""

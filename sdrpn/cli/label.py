@@ -174,6 +174,13 @@ def relabel(
         int | None,
         typer.Option(help="Ignore questions with more foreground components than this."),
     ] = None,
+    strongest: Annotated[
+        float | None,
+        typer.Option(
+            help="Label only the component with the most attention; ignore questions where it has "
+            "less than this share."
+        ),
+    ] = None,
 ) -> None:
     """Compute labels again from the stored maps, with other thresholds and without the model.
 
@@ -185,6 +192,7 @@ def relabel(
         "background": background,
         "max_box_fraction": max_box_fraction,
         "max_components": max_components,
+        "strongest": strongest,
     }
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     with report_errors():

@@ -71,8 +71,8 @@ def label_cells(
 
     All tokens are ignored if a map is not finite, if its maximum outside sinks and padding is 0 or
     below `floor`, if the bounding box of the foreground, expanded by `box_margin`, covers
-    `max_box_fraction` of the grid or more, or if the foreground has more than `max_components`
-    connected components.
+    `max_box_fraction` of the grid or more, if the foreground has more than `max_components`
+    connected components, or if none of them has `strongest` of its attention.
 
     Args:
         grounding: [rows, columns] attention shares, >= 0.
@@ -102,15 +102,22 @@ def label_cells(
     if peak < config.floor:
         return ignored, TOO_FAINT
     foreground = (attention > config.foreground * peak) & ~blank
+    unattended = attention < config.background * peak
+    components, count = ndimage.label(foreground, np.ones((3, 3)))  # type: ignore[misc]
+    scattered = config.max_components is not None and count > config.max_components
+    if config.strongest is not None:
+        shares = ndimage.sum_labels(attention, components, range(1, count + 1))
+        shares /= shares.sum()
+        scattered = scattered or shares.max() < config.strongest
+        foreground = components == shares.argmax() + 1
+        unattended[:] = True  # the other components are what the RPN is to unlearn
     box = _box(foreground, config.box_margin)
     if box.sum() >= config.max_box_fraction * grounding.size:
         return ignored, TOO_LARGE
-    if config.max_components is not None:
-        _, components = ndimage.label(foreground, np.ones((3, 3)))  # type: ignore[misc]
-        if components > config.max_components:
-            return ignored, SEVERAL_PLACES
+    if scattered:
+        return ignored, SEVERAL_PLACES
     labels = ignored.copy()
-    labels[~box & (attention < config.background * peak) | blank] = BACKGROUND
+    labels[~box & unattended | blank] = BACKGROUND
     labels[foreground] = FOREGROUND
     return labels, None
 

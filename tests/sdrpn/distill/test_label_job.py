@@ -527,6 +527,7 @@ def test_relabelling_is_labelling_with_other_thresholds(
 ) -> None:
     job(llava, data, tmp_path / "a", shard_size=5).run()
     given = ["--foreground", "0.9", "--background", "0.3", "--max-components", "1"]
+    given += ["--strongest", "0.5"]
     out = str(tmp_path / "b")
     result = runner.invoke(app, ["relabel", str(tmp_path / "a"), "--out", out, *given])
     assert result.exit_code == 0, result.output
@@ -534,6 +535,7 @@ def test_relabelling_is_labelling_with_other_thresholds(
     before, after = load_labels(tmp_path / "a"), load_labels(tmp_path / "b")
     strict = LabelConfig.from_dict(read_settings(tmp_path / "b")["labels"])
     assert (strict.foreground, strict.background, strict.max_components) == (0.9, 0.3, 1)
+    assert strict.strongest == 0.5
     assert strict.grounding == LABELS.grounding
     assert before["labels"] != after["labels"]
     for one, other in zip(before, after, strict=True):

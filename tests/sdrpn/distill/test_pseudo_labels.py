@@ -70,6 +70,20 @@ def test_attention_that_points_at_several_places_can_be_ignored() -> None:
     assert label(*touching, config=one) == label(*touching)
 
 
+def test_only_the_component_with_the_most_attention_can_be_labelled() -> None:
+    """Ours, off as published: the peak stands alone, and the four cells below it hold more."""
+    rows = ("#.....", "......", "......", "...44.", "...44.", ".1....")
+    most = replace(CONFIG, strongest=0.0)
+    assert label(*rows, config=most) == ["000000"] * 3 + ["000110"] * 2 + ["000000"]
+    # It has 1.6 of the foreground's 2.6; the cell below 0.2 of the maximum does not count.
+    assert label(*rows, config=replace(most, strongest=0.61)) == label(*rows, config=most)
+    assert label(*rows, config=replace(most, strongest=0.62)) == ignored(6)
+    # Inside its box nothing is background, and its size is limited, not that of all foreground.
+    apart = ("#.....", ".3....", "......", "......", "......", ".....3")
+    assert label(*apart) == ignored(6)
+    assert label(*apart, config=most) == ["1.0000", ".10000"] + ["000000"] * 4
+
+
 def test_cells_inside_the_box_are_never_background() -> None:
     assert label("#....", ".....", "..#..", ".....", ".....") == [
         "1..00",
