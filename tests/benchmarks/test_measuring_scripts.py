@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import batch_changes, cost_growth, label_speed
+from benchmarks import batch_changes, cost_growth, editions, label_speed
 from benchmarks.shapes import SHAPES, Shape
 
 
@@ -72,3 +72,20 @@ def test_slopes_are_those_of_the_medians() -> None:
     assert cost_growth.said("processes", shared) == "2 processes: 1.50 times as fast as 1"
     sweeps = {"batch size": line, "answer length, tokens": line}
     assert len(cost_growth.figure({"sweeps": sweeps}).axes) == 2
+
+
+@pytest.mark.slow
+def test_both_editions_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "editions.json"
+    monkeypatch.setattr(
+        "sys.argv", ["editions", "--questions", "2", "--repeats", "1", "--out", str(out)]
+    )
+    editions.main()
+    found = json.loads(out.read_text())["editions"]
+    assert {name: ways["stock"]["image_tokens"] for name, ways in found.items()} == {
+        "tiny": 64,
+        "tiny-trio": 256,
+    }
+    for ways in found.values():
+        assert ways["rpn"]["seconds"] > ways["stock"]["seconds"] > 0
+        assert ways["stock"]["crop_tokens"] == 0

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 from sdrpn import ZoomModel
 from sdrpn.backbones.llava15 import Llava15
 from sdrpn.boxes import PixelBox
-from tools.tiny_trio import benchmark, build, distil, language, model, patches, score
+from tools.tiny_trio import benchmark, build, distil, language, model, patches, score, workers
 from tools.tiny_trio import scenes as sc
 from tools.tiny_trio.drawing import GROUPS, Canvas
 
@@ -87,12 +89,25 @@ def test_no_view_is_trained_to_name_what_it_cannot_show() -> None:
                 assert GROUPS["glyph"].index(item.answer) in close or not item.fine
 
 
+def test_the_last_round_also_asks_for_small_digits() -> None:
+    """A zoom of 8 cells shows a digit of 12 px at 8 px: a fifth of a patch."""
+    canvas = Canvas(np.full((sc.SIDE, sc.SIDE, 3), 240, np.uint8))
+    canvas.glyph("7", (147.0, 147.0), 12.0, "DejaVuSans", (0, 0, 0))
+    glyphs, zoom = list(GROUPS).index("glyph"), PixelBox(0, 0, 336, 336)
+    for small in (False, True):
+        named = patches.patch_labels(canvas, zoom, small=small)[glyphs]
+        assert (GROUPS["glyph"].index("7") in named) == small
+    whole = patches.patch_labels(canvas, sc.WHOLE, small=True)[glyphs]
+    assert ((whole == len(GROUPS["glyph"])) | (whole == patches.IGNORE)).all()
+
+
+@pytest.mark.parametrize("loose", [False, True])
 @pytest.mark.parametrize("kind", sc.KINDS)
-def test_zooms_hold_what_answers(kind: str) -> None:
+def test_zooms_hold_what_answers(kind: str, loose: bool) -> None:
     rng = np.random.default_rng(1)
     for scene in scenes(kind):
         for item in scene.items:
-            box = sc.zoom_box(rng, item)
+            box = sc.zoom_box(rng, item, loose=loose)
             assert box[0] <= item.spot[0] < box[2]
             assert box[1] <= item.spot[1] < box[3]
             assert all(edge % sc.CELL == 0 for edge in box)
@@ -198,12 +213,30 @@ def test_zoom_settings_stay_as_published(tmp_path) -> None:
     assert lines["train"][lines["train"].index("--branch-layer") + 1] == "3"
 
 
+def _average(out: Path) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.full((2,), float(workers.rank()))
+    workers.average_gradients([parameter])
+    torch.save(parameter.grad, out / f"{workers.rank()}-of-{workers.world()}.pt")
+
+
 @pytest.mark.slow
-def test_both_training_stages_run_and_leave_a_model_that_answers(tmp_path) -> None:
-    """Two steps of each, in two processes: everything fits together, nothing is learned yet."""
+def test_two_processes_share_their_gradients(tmp_path) -> None:
+    workers.in_parallel(_average, tmp_path)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}-of-2.pt", weights_only=True)
+        assert found.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.slow
+def test_both_training_stages_run_and_leave_a_model_that_answers(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of each, in this process: everything fits together, nothing is learned yet."""
+    monkeypatch.setattr(build, "in_parallel", lambda job, *arguments: job(*arguments))
     sizes = build.Sizes(
         views=220,
-        vision_steps=(2, 2),
+        vision_steps=(2, 2, 2),
         vision_batch=4,
         scenes=(6, 6),
         held_out=3,
@@ -211,6 +244,17 @@ def test_both_training_stages_run_and_leave_a_model_that_answers(tmp_path) -> No
         language_batch=2,
     )
     build.train(tmp_path, 0, sizes)
+    before, tower, last = (
+        LlavaForConditionalGeneration.from_pretrained(tmp_path / name).state_dict()
+        for name in ("stage0-2", "stage0-3", "model")
+    )
+    for name, values in tower.items():
+        if "vision_tower" in name:
+            torch.testing.assert_close(last[name].float(), values, atol=1e-3, rtol=1e-3)
+        elif "projector" in name:
+            assert torch.equal(values, before[name])
+    changed = [name for name in tower if not torch.equal(tower[name], before[name])]
+    assert changed
     log = json.loads((tmp_path / "model" / build.LOG).read_text())["log"]
     assert log[-1]["step"] == 2
     assert np.isfinite(log[-1]["loss"])

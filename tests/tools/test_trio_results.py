@@ -32,7 +32,8 @@ def published() -> dict[str, Any]:
 def test_pages_show_the_measured_numbers(published: dict) -> None:
     assert len(published["by_seed"]) >= 5
     facts = json.loads(report.FACTS.read_text())
-    assert report.section(published, facts) in (ROOT / report.PAGE).read_text()
+    measured = json.loads((ROOT / report.COST).read_text())
+    assert report.section(published, facts, measured) in (ROOT / report.PAGE).read_text()
     assert report.brief(published) in (ROOT / "README.md").read_text()
 
 

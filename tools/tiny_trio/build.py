@@ -34,11 +34,11 @@ class Sizes:
     """How much of everything: views, scenes, and steps of the rounds of stages 0 and 1."""
 
     views: int = 12000
-    vision_steps: tuple[int, ...] = (1200, 1500)
+    vision_steps: tuple[int, ...] = (1200, 1500, 1200)
     vision_batch: int = 64
-    scenes: tuple[int, ...] = (6000, 3000)
+    scenes: tuple[int, ...] = (6000, 4500)
     held_out: int = 90
-    language_steps: tuple[int, ...] = (2000, 500)
+    language_steps: tuple[int, ...] = (2000, 1000)
     language_batch: int = 16
 
 
@@ -48,7 +48,10 @@ def stage0(out: Path, round_: int) -> Path:
 
 
 def vision_job(out: Path, round_: int, sizes: Sizes, seed: int) -> None:
-    """A round of stage 0 in one of the training processes; it goes on from the last one."""
+    """A round of stage 0 in one of the training processes; it goes on from the last one.
+
+    The third trains the tower alone, so that a language model trained on the second fits it.
+    """
     torch.manual_seed(seed)
     views = np.load(out / VIEWS, mmap_mode="r")
     labels = np.load(out / LABELS)
@@ -65,19 +68,23 @@ def vision_job(out: Path, round_: int, sizes: Sizes, seed: int) -> None:
         labels,
         steps=sizes.vision_steps[round_],
         batch_size=sizes.vision_batch,
+        projector=round_ < 2,
         seed=seed,
     )
     if rank() == 0:
         save(model, processor, stage0(out, round_), log)
 
 
-def language_job(start: Path, out: Path, round_: int, sizes: Sizes, seed: int) -> None:
+def language_job(start: Path, tower: Path, out: Path, round_: int, sizes: Sizes, seed: int) -> None:
     """A round of stage 1 in one of the training processes; each draws scenes of its own.
 
     The first teaches to name all of what is asked about and then to answer; the second to name the
-    last word of it only, which is then what the end of a prompt holds and the RPN can go by.
+    last word of it only, which is then what the end of a prompt holds and the RPN can go by, and to
+    read from loose zooms.
     """
     model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    source = LlavaForConditionalGeneration.from_pretrained(tower, dtype=torch.float32)
+    model.model.vision_tower.load_state_dict(source.model.vision_tower.state_dict())
     processor = build_processor()
     first = round_ == 0
     kinds = sc.FIRST_KINDS if first else sc.KINDS
@@ -87,7 +94,7 @@ def language_job(start: Path, out: Path, round_: int, sizes: Sizes, seed: int) -
         (seed, LANGUAGE_POOL, rank(), *((round_,) if round_ else ())),
         sizes.scenes[round_] // world(),
         kinds=kinds,
-        workers=1,
+        loose=not first,
     )
     held_out = language.draw_samples(
         model,
@@ -97,7 +104,6 @@ def language_job(start: Path, out: Path, round_: int, sizes: Sizes, seed: int) -
         oracle=True,
         fine_share=0.5,
         kinds=kinds,
-        workers=1,
     )
     if first:
         language.scale_projector(model)
@@ -131,8 +137,7 @@ def train(out: Path, seed: int, sizes: Sizes) -> dict[str, float]:
     """Stages 0 and 1: out/stage0-*, out/stage1-* and out/model; returns the seconds of each."""
     out.mkdir(parents=True, exist_ok=True)
     seconds, started = {}, time.monotonic()
-    rounds = range(len(sizes.vision_steps))
-    for round_ in rounds:
+    for round_ in range(3):
         if not (stage0(out, round_) / LOG).exists():
             views, labels = vision_pool(seed, sizes.views, sc.FIRST_KINDS, round_)
             np.save(out / VIEWS, views)
@@ -140,9 +145,9 @@ def train(out: Path, seed: int, sizes: Sizes) -> dict[str, float]:
             in_parallel(vision_job, out, round_, sizes, seed)
     seconds["stage 0"], started = time.monotonic() - started, time.monotonic()
     first, last = out / "stage1-1", out / "model"
-    for round_, (start, end) in enumerate(((stage0(out, rounds[-1]), first), (first, last))):
+    for round_, (start, end) in enumerate(((stage0(out, 1), first), (first, last))):
         if not (end / LOG).exists():
-            in_parallel(language_job, start, end, round_, sizes, seed)
+            in_parallel(language_job, start, stage0(out, 1 + round_), end, round_, sizes, seed)
     seconds["stage 1"] = time.monotonic() - started
     return seconds
 
@@ -152,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/trio"))
     parser.add_argument("--branch-layer", type=int, default=distil.BRANCH_LAYER)
-    parser.add_argument("--vision-steps", type=int, nargs=2, default=Sizes.vision_steps)
+    parser.add_argument("--vision-steps", type=int, nargs=3, default=Sizes.vision_steps)
     parser.add_argument("--language-steps", type=int, nargs=2, default=Sizes.language_steps)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -24,8 +24,8 @@ from tools.tiny_trio import scenes as sc
 from tools.tiny_vstar.train_rpn import run, run_all
 
 LABEL_POOL = 3
-SCENES, STEPS, BRANCH_LAYER = 2400, 700, 2
-RELABEL = "--foreground 0.05 --background 0.02"
+SCENES, STEPS, BRANCH_LAYER = 6000, 3000, 2
+RELABEL = "--foreground 0.07 --strongest 0.85 --max-box-fraction 0.2"
 ALL_HEADS = "heads-all.json"
 """All heads of the layers that `sdrpn heads` finds, as in the paper; probes show shapes only."""
 
@@ -72,7 +72,7 @@ def commands(
         "relabel": f"sdrpn relabel {work}/attention --out {work}/labels {relabel}",
         "train": f"sdrpn train --model {model} --labels {work}/labels --out {out}"
         f" --branch-layer {branch_layer} --global-batch 32 --per_device_train_batch_size 32"
-        f" --max_steps {steps} --learning_rate 1e-3 --seed {seed} --save-dtype float16 --bf16 true",
+        f" --max_steps {steps} --learning_rate 2e-3 --seed {seed} --save-dtype float16 --bf16 true",
     }
     return {name: shlex.split(line) for name, line in lines.items()}
 

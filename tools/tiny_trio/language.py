@@ -7,9 +7,7 @@ to the model; boxes only steer what is cropped.
 from __future__ import annotations
 
 import io
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,9 +51,9 @@ class Sample:
 
 
 def _draw(
-    job: tuple[tuple[int, ...], int, bool, float, tuple[str, ...]],
+    job: tuple[tuple[int, ...], int, bool, float, tuple[str, ...], bool],
 ) -> list[tuple[np.ndarray, tuple, tuple]]:
-    seed, count, oracle, fine_share, kinds = job
+    seed, count, oracle, fine_share, kinds, loose = job
     rng = np.random.default_rng(seed)
     found = []
     for number in range(count):
@@ -71,7 +69,7 @@ def _draw(
             own = [i for i, item in enumerate(scene.items) if not item.relation]
             fine = [i for i in own if scene.items[i].fine] or own
             zoomed = (int(rng.choice(fine)), *(int(i) for i in rng.choice(own, ZOOMS - 1)))
-            boxes = [sc.zoom_box(rng, scene.items[i]) for i in zoomed]
+            boxes = [sc.zoom_box(rng, scene.items[i], loose=loose) for i in zoomed]
         views = np.stack([sc.view_of(image, box) for box in (sc.WHOLE, *boxes)])
         found.append((views, scene.items, zoomed))
     return found
@@ -100,23 +98,22 @@ def draw_samples(
     oracle: bool = False,
     fine_share: float = FINE_SHARE,
     kinds: Sequence[str] = sc.KINDS,
-    workers: int = 2,
+    loose: bool = False,
 ) -> list[Sample]:
     """Draw scenes of all kinds in turn and encode their views; `oracle` zooms on true boxes."""
     chosen = tuple(kinds)
     jobs = [
-        ((*seed, i), min(30, scenes - i), oracle, fine_share, chosen) for i in range(0, scenes, 30)
+        ((*seed, i), min(30, scenes - i), oracle, fine_share, chosen, loose)
+        for i in range(0, scenes, 30)
     ]
-    context = multiprocessing.get_context("spawn")
     samples = []
-    with ProcessPoolExecutor(workers, mp_context=context) as executor:
-        for chunk in tqdm(executor.map(_draw, jobs), "scenes", len(jobs), mininterval=10):
-            views = np.concatenate([v for v, _, _ in chunk])
-            features = tower_features(model, processor, views)
-            at = 0
-            for v, items, zoomed in chunk:
-                samples.append(Sample(features[at : at + len(v)], items, zoomed))
-                at += len(v)
+    for job in tqdm(jobs, "scenes", mininterval=10):
+        chunk = _draw(job)
+        features = tower_features(model, processor, np.concatenate([v for v, _, _ in chunk]))
+        at = 0
+        for v, items, zoomed in chunk:
+            samples.append(Sample(features[at : at + len(v)], items, zoomed))
+            at += len(v)
     return samples
 
 

@@ -39,15 +39,20 @@ READABLE = {
 """Smallest and largest size, in pixels of a view, at which training asks the tower to name it.
 
 A patch in the middle of a large shape cannot tell which shape it is."""
+SMALL_GLYPH = 7.0
+"""Smallest digit in the last round."""
+COVER, WHOLE_PATCH_GLYPH = 0.3, 14.0
+"""Share of a patch that a word must cover to be asked for; in the last round less for a digit below
+this height, which fills only part of a patch."""
 SAMPLES = 5
 """Points along each side of a patch at which the maps are read."""
 
 
-def patch_labels(canvas: Canvas, box: PixelBox) -> np.ndarray:
+def patch_labels(canvas: Canvas, box: PixelBox, *, small: bool = False) -> np.ndarray:
     """Labels of the view of `box`: int16 (groups, 256).
 
     The index of a word, the number of words for none of them, or -100 where a patch is mixed or
-    shows something too small for the view.
+    shows something too small for the view; where `small`, smaller digits are asked for.
     """
     points = GRID * SAMPLES
 
@@ -62,18 +67,25 @@ def patch_labels(canvas: Canvas, box: PixelBox) -> np.ndarray:
         seen = values[np.ix_(rows, columns)].reshape(GRID, SAMPLES, GRID, SAMPLES)
         return seen.transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
 
-    return np.stack([_group_labels(canvas, group, by_patch, scale) for group in GROUPS])
+    return np.stack([_group_labels(canvas, group, by_patch, scale, small) for group in GROUPS])
 
 
-def _group_labels(canvas: Canvas, group: str, by_patch, scale: float) -> np.ndarray:
+def _group_labels(canvas: Canvas, group: str, by_patch, scale: float, small: bool) -> np.ndarray:
     seen, count = by_patch(canvas.maps[group]), len(GROUPS[group])
     counts = np.stack([(seen == k).sum(1) for k in range(count)])
     best, cover = counts.argmax(0), counts.max(0) / SAMPLES**2
     anything = (seen != NONE).mean(1)
-    labels = np.where(cover >= 0.3, best, np.where(anything > 0, IGNORE, count))
+    size, smallest, largest = np.zeros(GRID**2), 0.0, 0.0
     if group in READABLE:
         name, smallest, largest = READABLE[group]
         size = by_patch(canvas.sizes[name]).max(1).astype(float) * scale
+    needed = np.full(GRID**2, COVER)
+    if small and group == "glyph":
+        smallest = SMALL_GLYPH
+        needed *= np.minimum(1, size / WHOLE_PATCH_GLYPH) ** 2
+    shown = (cover >= needed) & (cover > 0)
+    labels = np.where(shown, best, np.where(anything > 0, IGNORE, count))
+    if group in READABLE:
         labels = np.where((size > 0) & ((size < smallest) | (size > largest)), IGNORE, labels)
     if group == "pattern":  # nothing is asked of patches without a pattern
         labels = np.where(labels == count, IGNORE, labels)
@@ -142,20 +154,23 @@ def _inside(sides: tuple[float, ...]) -> PixelBox:
 
 
 def vision_views(
-    seed: tuple[int, ...], count: int, kinds: Sequence[str] = KINDS, stretched: bool = False
+    seed: tuple[int, ...], count: int, kinds: Sequence[str] = KINDS, round_: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """`count` views, uint8 (n, 224, 224, 3), and their labels, int16 (n, groups, 256).
 
-    Most of them are cut from canvases that are crowded with what the kinds show; where
-    `stretched`, from smaller parts too and with sides that differ, as zooms are.
+    Most of them are cut from canvases that are crowded with what the kinds show; in the second
+    round from smaller parts too and with sides that differ, as zooms are, in the third also from
+    larger parts, so that digits are smaller.
     """
     rng = np.random.default_rng(seed)
+    small = round_ >= 2
+    smallest, largest = (170, 260) if round_ == 0 else (110, 400 if small else 260)
     views: list[np.ndarray] = []
     labels: list[np.ndarray] = []
 
     def add(canvas: Canvas, box: PixelBox) -> None:
         views.append(view_of(canvas.image, box))
-        labels.append(patch_labels(canvas, box))
+        labels.append(patch_labels(canvas, box, small=small))
 
     def shapes() -> Canvas:
         return dense_canvas(rng, 0.0)
@@ -173,21 +188,20 @@ def vision_views(
             makers = crowded[kind]
             canvas = makers[int(rng.integers(len(makers)))]()
             for _ in range(8):
-                wide = high = int(rng.uniform(170, 260))
-                if stretched:
-                    wide, high = (int(v) for v in rng.uniform(110, 260, 2))
+                sides = rng.uniform(smallest, largest, 2 if round_ else 1)
+                wide, high = int(sides[0]), int(sides[-1])
                 x, y = (int(rng.integers(0, SIDE - side)) for side in (wide, high))
                 add(canvas, PixelBox(x, y, x + wide, y + high))
         else:
             scene = MAKERS[kind](rng, 0.3)
             add(scene.canvas, WHOLE)
             for index in rng.integers(0, len(scene.items), 2):
-                add(scene.canvas, zoom_box(rng, scene.items[index]))
+                add(scene.canvas, zoom_box(rng, scene.items[index], loose=small))
     return np.stack(views[:count]), np.stack(labels[:count])
 
 
 def _chunk(
-    job: tuple[tuple[int, ...], int, tuple[str, ...], bool],
+    job: tuple[tuple[int, ...], int, tuple[str, ...], int],
 ) -> tuple[np.ndarray, np.ndarray]:
     return vision_views(*job)
 
@@ -195,13 +209,10 @@ def _chunk(
 def vision_pool(
     seed: int, count: int, kinds: Sequence[str] = KINDS, round_: int = 0, workers: int = 2
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The views of one round of stage 0; the same seed always gives the same ones.
-
-    Those of the second round are stretched.
-    """
+    """The views of one round of stage 0; the same seed always gives the same ones."""
     which = (round_,) if round_ else ()
     jobs = [
-        ((seed, VISION_POOL, i, *which), min(100, count - i), tuple(kinds), round_ > 0)
+        ((seed, VISION_POOL, i, *which), min(100, count - i), tuple(kinds), round_)
         for i in range(0, count, 100)
     ]
     context = multiprocessing.get_context("spawn")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -243,13 +243,20 @@ def webp_bytes(image: np.ndarray, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _span(rng: np.random.Generator, low: float, high: float, spot: float) -> tuple[int, int]:
-    """One side of a zoom: round the thing, give or take a cell, or any 2 to 6 cells at the spot."""
+ZOOM_CELLS = {2: 0.1, 3: 0.3, 4: 0.3, 5: 0.2, 6: 0.1}
+LOOSE_ZOOM_CELLS = {2: 0.1, 3: 0.15, 4: 0.2, 5: 0.2, 6: 0.15, 7: 0.1, 8: 0.1}
+"""How often a zoom is so many cells wide or high, and how often in the last rounds."""
+
+
+def _span(
+    rng: np.random.Generator, low: float, high: float, spot: float, sizes: Mapping[int, float]
+) -> tuple[int, int]:
+    """One side of a zoom: round the thing, give or take a cell, or some cells at the spot."""
     if rng.random() < 0.5:
         start = int((low + rng.uniform(-0.3, 0.9) * CELL) // CELL)
         stop = int(np.ceil((high + rng.uniform(-0.9, 0.3) * CELL) / CELL))
     else:
-        cells = int(rng.choice([2, 3, 4, 5, 6], p=[0.1, 0.3, 0.3, 0.2, 0.1]))
+        cells = int(rng.choice(list(sizes), p=list(sizes.values())))
         start = int(spot // CELL) - int(rng.integers(0, cells))
         stop = start + cells
     start = min(start, int((spot - 8) // CELL))
@@ -258,11 +265,12 @@ def _span(rng: np.random.Generator, low: float, high: float, spot: float) -> tup
     return (start + shift) * CELL, (stop + shift) * CELL
 
 
-def zoom_box(rng: np.random.Generator, item: Item) -> PixelBox:
+def zoom_box(rng: np.random.Generator, item: Item, *, loose: bool = False) -> PixelBox:
     """A box of whole cells such as a proposer could give; it holds what answers the question."""
+    sizes = LOOSE_ZOOM_CELLS if loose else ZOOM_CELLS
     while True:
-        x0, x1 = _span(rng, item.box[0], item.box[2], item.spot[0])
-        y0, y1 = _span(rng, item.box[1], item.box[3], item.spot[1])
+        x0, x1 = _span(rng, item.box[0], item.box[2], item.spot[0], sizes)
+        y0, y1 = _span(rng, item.box[1], item.box[3], item.spot[1], sizes)
         if 0.4 <= (x1 - x0) / (y1 - y0) <= 2.5 and min(x0, y0) >= 0 and max(x1, y1) <= SIDE:
             return PixelBox(x0, y0, x1, y1)
 

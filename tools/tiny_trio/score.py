@@ -159,8 +159,9 @@ def summary(scorer: Scorer, rpn: str) -> dict[str, Any]:
             for key, other in others.items()
             if other in correct
         }
-        means = [v.mean() for name, v in correct.items() if name.startswith("rpn")]
-        result["rpn_spread_over_thresholds"] = round(float(np.ptp(means)), 4)
+        means = {name: v.mean() for name, v in correct.items() if name.startswith("rpn")}
+        ends = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
+        result["rpn_spread_over_thresholds"] = scorer.difference(*ends)["all"]
         result["by_seed"] = _by_seed(scorer, rpn, teachers)
     return result
 
@@ -200,7 +201,8 @@ def show(result: dict[str, Any]) -> None:
         )
     for row in result.get("by_seed", []):
         console.print(row)
-    console.print("spread", result.get("rpn_spread_over_thresholds"))
+    if spread := result.get("rpn_spread_over_thresholds"):
+        console.print("spread", with_interval(spread, 100, ".1f"))
 
 
 def main() -> None:

@@ -50,12 +50,18 @@ def train_vision(
     steps: int,
     batch_size: int = 64,
     rate: float = 1.5e-3,
+    projector: bool = True,
     seed: int = 0,
 ) -> list[dict[str, float]]:
-    """Train tower and projector in place; returns the log. The last 200 views are held out."""
+    """Train the tower, and the `projector`, in place; returns the log.
+
+    The last 200 views are held out.
+    """
     torch.manual_seed(seed)
     banks = Banks(model, processor)
-    trained = (model.model.vision_tower, model.model.multi_modal_projector, banks)
+    trained = [model.model.vision_tower, banks]
+    if projector:
+        trained.insert(1, model.model.multi_modal_projector)
     named = [pair for module in trained for pair in module.named_parameters()]
     optimizers = Optimizers(named, rate=rate, warmup=30, steps=steps)
     rng = np.random.default_rng((seed, 0, 1))

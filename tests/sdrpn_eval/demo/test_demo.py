@@ -32,7 +32,7 @@ def test_demo_on_a_few_documents(tmp_path: Path) -> None:
     row = comparison.rows[0]
     assert (row.metric, row.questions) == ("accuracy", 12)
     # The shipped weights, on the first 12 questions.
-    assert [round(12 * score.mean) for score in row.scores] == [4, 12, 12]
+    assert [round(12 * score.mean) for score in row.scores] == [7, 12, 12]
     assert (tmp_path / "contact_sheet.png").stat().st_size > 50_000
     assert (tmp_path / "comparison.html").exists()
     assert list((tmp_path / "stock").rglob("*_results.json"))
