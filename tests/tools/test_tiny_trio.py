@@ -92,7 +92,7 @@ def test_no_view_is_trained_to_name_what_it_cannot_show() -> None:
 def test_the_last_round_also_asks_for_small_digits() -> None:
     """A zoom of 8 cells shows a digit of 12 px at 8 px: a fifth of a patch."""
     canvas = Canvas(np.full((sc.SIDE, sc.SIDE, 3), 240, np.uint8))
-    canvas.glyph("7", (147.0, 147.0), 12.0, "DejaVuSans", (0, 0, 0))
+    canvas.glyph("7", (157.5, 157.5), 12.0, "DejaVuSans", (0, 0, 0))  # mid-patch
     glyphs, zoom = list(GROUPS).index("glyph"), PixelBox(0, 0, 336, 336)
     for small in (False, True):
         named = patches.patch_labels(canvas, zoom, small=small)[glyphs]
