@@ -3,23 +3,25 @@
     python -m benchmarks.editions --out docs/editions.json
 
 The first --questions of each shipped benchmark, with the settings of its task, in batches of 16 and
-with an empty prefix cache; the four runs take turns within every repeat. Writes the medians, and
-what a question costs in image and crop tokens.
+with an empty prefix cache; the two runs of an edition take turns within every repeat. Writes the
+medians, and what a question costs in image and crop tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 from datasets import load_dataset
 from tqdm import tqdm
 
-from sdrpn.engine import Answer, Question, ZoomModel
+from benchmarks.measuring import Job, measure
+from benchmarks.systems import engine_system
+from benchmarks.workload import Clock
+from sdrpn.engine import Question, ZoomModel
 from sdrpn.io.atomic import as_json, write_json
 from sdrpn_eval.demo import BENCHMARK, TRIO_BENCHMARK, embedded_model, embedded_trio
 
@@ -27,7 +29,7 @@ EDITIONS: dict[str, tuple[Callable[[], tuple[str, str]], Path]] = {
     "tiny": (embedded_model, BENCHMARK),
     "tiny-trio": (embedded_trio, TRIO_BENCHMARK),
 }
-BATCH, NEW_TOKENS = 16, 8
+BATCH, GENERATION = 16, {"max_new_tokens": 8}
 
 
 def asked(benchmark: Path, count: int) -> list[Question]:
@@ -36,45 +38,22 @@ def asked(benchmark: Path, count: int) -> list[Question]:
     return [Question(row["question"], (row["image"].convert("RGB"),)) for row in rows]
 
 
-def run(engine: ZoomModel, questions: Sequence[Question]) -> list[Answer]:
-    """Answer all of them with an empty prefix cache."""
-    engine.prefixes.clear()
-    answers: list[Answer] = []
-    for start in range(0, len(questions), BATCH):
-        some = [Question(one.text, one.images) for one in questions[start : start + BATCH]]
-        answers += engine.ask_batch(some, {"max_new_tokens": NEW_TOKENS})
-    return answers
-
-
-def measure(count: int, repeats: int) -> dict[str, Any]:
-    """Seconds, image tokens and crop tokens per question, by edition and way."""
-    jobs: dict[tuple[str, str], tuple[ZoomModel, list[Question]]] = {}
-    for name, (embedded, benchmark) in EDITIONS.items():
-        zooming = ZoomModel.from_pretrained(*embedded(), dtype="float32")
-        questions = asked(benchmark, count)
-        jobs[name, "stock"] = ZoomModel(zooming.backbone, proposer="none"), questions
-        jobs[name, "rpn"] = zooming, questions
-    answers = {key: run(*job) for key, job in jobs.items()}
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
-    for _ in tqdm(range(repeats), "repeats"):
-        for key, job in jobs.items():
-            started = time.perf_counter()
-            run(*job)
-            seconds[key].append((time.perf_counter() - started) / count)
+def ways_of(name: str, count: int, repeats: int, progress: Any) -> dict[str, dict[str, float]]:
+    """Seconds, image tokens and crop tokens per question of an edition, stock and RPN."""
+    embedded, benchmark = EDITIONS[name]
+    zooming = ZoomModel.from_pretrained(*embedded(), dtype="float32")
+    questions = asked(benchmark, count)
+    image_tokens = zooming.ask(questions[0].images[0], questions[0].text).image_tokens
+    engines = {"stock": ZoomModel(zooming.backbone, proposer="none"), "rpn": zooming}
+    jobs = [Job(engine_system(e, way, None, GENERATION), BATCH) for way, e in engines.items()]
+    clock = Clock(zooming.backbone.device)
     return {
-        "questions": count,
-        "repeats": repeats,
-        "editions": {
-            name: {
-                way: {
-                    "seconds": round(median(seconds[name, way]), 5),
-                    "image_tokens": round(fmean(a.image_tokens for a in answers[name, way]), 1),
-                    "crop_tokens": round(fmean(a.crop_tokens for a in answers[name, way]), 1),
-                }
-                for way in ("stock", "rpn")
-            }
-            for name in EDITIONS
-        },
+        found.job.system.name: {
+            "seconds": round(median(found.seconds), 5),
+            "image_tokens": image_tokens,
+            "crop_tokens": round(found.crop_tokens, 1),
+        }
+        for found in measure(jobs, questions, clock, repeats, progress)
     }
 
 
@@ -85,7 +64,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    result = measure(args.questions, args.repeats)
+    with tqdm(total=len(EDITIONS) * 2 * (args.repeats + 1)) as progress:
+        editions = {
+            name: ways_of(name, args.questions, args.repeats, progress) for name in EDITIONS
+        }
+    result = {"questions": args.questions, "repeats": args.repeats, "editions": editions}
     print(as_json(result, indent=2))
     if args.out:
         write_json(args.out, result)

@@ -102,7 +102,7 @@ def label_cells(
     if peak < config.floor:
         return ignored, TOO_FAINT
     foreground = (attention > config.foreground * peak) & ~blank
-    unattended = attention < config.background * peak
+    background = attention < config.background * peak
     components, count = ndimage.label(foreground, np.ones((3, 3)))  # type: ignore[misc]
     scattered = config.max_components is not None and count > config.max_components
     if config.strongest is not None:
@@ -110,14 +110,14 @@ def label_cells(
         shares /= shares.sum()
         scattered = scattered or shares.max() < config.strongest
         foreground = components == shares.argmax() + 1
-        unattended[:] = True  # the other components are what the RPN is to unlearn
+        background = ~foreground  # the other components are what the RPN is to unlearn
     box = _box(foreground, config.box_margin)
     if box.sum() >= config.max_box_fraction * grounding.size:
         return ignored, TOO_LARGE
     if scattered:
         return ignored, SEVERAL_PLACES
     labels = ignored.copy()
-    labels[~box & unattended | blank] = BACKGROUND
+    labels[~box & background | blank] = BACKGROUND
     labels[foreground] = FOREGROUND
     return labels, None
 

@@ -51,9 +51,14 @@ class Sample:
 
 
 def _draw(
-    job: tuple[tuple[int, ...], int, bool, float, tuple[str, ...], bool],
+    seed: tuple[int, ...],
+    count: int,
+    *,
+    oracle: bool,
+    fine_share: float,
+    kinds: Sequence[str],
+    loose: bool,
 ) -> list[tuple[np.ndarray, tuple, tuple]]:
-    seed, count, oracle, fine_share, kinds, loose = job
     rng = np.random.default_rng(seed)
     found = []
     for number in range(count):
@@ -101,14 +106,16 @@ def draw_samples(
     loose: bool = False,
 ) -> list[Sample]:
     """Draw scenes of all kinds in turn and encode their views; `oracle` zooms on true boxes."""
-    chosen = tuple(kinds)
-    jobs = [
-        ((*seed, i), min(30, scenes - i), oracle, fine_share, chosen, loose)
-        for i in range(0, scenes, 30)
-    ]
     samples = []
-    for job in tqdm(jobs, "scenes", mininterval=10):
-        chunk = _draw(job)
+    for start in tqdm(range(0, scenes, 30), "scenes", mininterval=10):
+        chunk = _draw(
+            (*seed, start),
+            min(30, scenes - start),
+            oracle=oracle,
+            fine_share=fine_share,
+            kinds=kinds,
+            loose=loose,
+        )
         features = tower_features(model, processor, np.concatenate([v for v, _, _ in chunk]))
         at = 0
         for v, items, zoomed in chunk:

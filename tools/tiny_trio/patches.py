@@ -85,8 +85,7 @@ def _group_labels(canvas: Canvas, group: str, by_patch, scale: float, small: boo
         needed *= np.minimum(1, size / WHOLE_PATCH_GLYPH) ** 2
     shown = (cover >= needed) & (cover > 0)
     labels = np.where(shown, best, np.where(anything > 0, IGNORE, count))
-    if group in READABLE:
-        labels = np.where((size > 0) & ((size < smallest) | (size > largest)), IGNORE, labels)
+    labels = np.where((size > 0) & ((size < smallest) | (size > largest)), IGNORE, labels)
     if group == "pattern":  # nothing is asked of patches without a pattern
         labels = np.where(labels == count, IGNORE, labels)
     return labels.astype(np.int16)

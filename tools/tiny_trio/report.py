@@ -102,13 +102,12 @@ def thresholds(result: Mapping[str, Any]) -> str:
     ]
     spread = result["rpn_spread_over_thresholds"]
     verdict = "holds" if spread[0] <= MOST_SPREAD else "**fails**"
-    asked = {"rpn": f"at most {100 * MOST_SPREAD:.0f} | {verdict}", "attention": " | "}
+    claim = f"{with_interval(spread, 100, '.1f')} | at most {100 * MOST_SPREAD:.0f} | {verdict}"
     for proposer in ("rpn", "attention"):
         scores = [100 * result["rows"][f"{proposer}, t = {t}"]["all"][0] for t in THRESHOLDS]
         cells = " | ".join(f"{score:.1f}" for score in scores)
-        own = f"{max(scores) - min(scores):.1f}"
-        own = with_interval(spread, 100, ".1f") if proposer == "rpn" else own
-        lines.append(f"| {proposer} | {cells} | {own} | {asked[proposer]} |")
+        last = claim if proposer == "rpn" else f"{max(scores) - min(scores):.1f} |  | "
+        lines.append(f"| {proposer} | {cells} | {last} |")
     return "\n".join(lines)
 
 

@@ -59,9 +59,8 @@ def train_vision(
     """
     torch.manual_seed(seed)
     banks = Banks(model, processor)
-    trained = [model.model.vision_tower, banks]
-    if projector:
-        trained.insert(1, model.model.multi_modal_projector)
+    projectors = [model.model.multi_modal_projector] if projector else []
+    trained = (model.model.vision_tower, *projectors, banks)
     named = [pair for module in trained for pair in module.named_parameters()]
     optimizers = Optimizers(named, rate=rate, warmup=30, steps=steps)
     rng = np.random.default_rng((seed, 0, 1))
